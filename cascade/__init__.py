@@ -1,0 +1,41 @@
+"""One command turns one language model into a family of smaller ones.
+
+The stages, importable one by one; torch is imported only when one of them is asked for.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "collect_statistics": "cascade.importance.statistics",
+    "score_importance": "cascade.importance.scores",
+    "plan_pruning": "cascade.pruning.plan",
+    "solve_shape": "cascade.pruning.shape",
+    "Target": "cascade.pruning.shape",
+    "prune": "cascade.pruning.cut",
+    "distill": "cascade.distillation.trainer",
+    "evaluate": "cascade.evaluation.evaluate",
+    "load_recipe": "cascade.recipe.load",
+    "run_recipe": "cascade.run",
+    "load_model": "cascade.models.checkpoint",
+    "load_tokenizer": "cascade.models.checkpoint",
+    "resolve_model": "cascade.models.checkpoint",
+    "save_checkpoint": "cascade.models.checkpoint",
+    "pack_documents": "cascade.data.blocks",
+    "TokenBlocks": "cascade.data.blocks",
+    "load_family": "cascade.report.records",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'cascade' has no attribute '{name}'")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

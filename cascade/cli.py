@@ -1,0 +1,192 @@
+"""The command line: load, validate, call. Exit codes: 0 done, 2 bad recipe or arguments, 1 failure."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cascade import __version__
+from cascade.errors import TrainingError, UserError
+
+_RECIPE = click.argument("recipe", type=click.Path(dir_okay=False))
+_SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as distill.tokens=100_000.")
+_OUTPUT = click.option("--output", type=click.Path(file_okay=False), help="Run directory (default: the recipe's, else runs/NAME).")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_DATA = click.option("--data", default="stdlib", show_default=True, help="Text: 'stdlib', or a JSONL(.gz), Parquet or text file.")
+_BLOCK = click.option("--block-size", default=256, show_default=True, help="Tokens per block.")
+
+
+class _Group(click.Group):
+    """Turns the program's own errors into messages and exit codes."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+        except TrainingError as error:
+            click.echo(f"Training stopped: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Turn one language model into a family of smaller ones."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Progress is ours to show; the libraries' own bars would run across it.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@main.command()
+@_RECIPE
+@_OUTPUT
+@_SET
+@click.option("--only", multiple=True, metavar="MEMBER", help="Make only this member (and what it is cut from).")
+@click.option("--from", "from_stage", metavar="STAGE", help="Make the stages again from here: statistics, prune, distill, evaluate, report.")
+@_JSON
+def run(recipe: str, output: str | None, overrides: tuple[str, ...], only: tuple[str, ...], from_stage: str | None, as_json: bool) -> None:
+    """Make the whole family of RECIPE, or go on where an earlier run stopped."""
+    from cascade.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _quiet_libraries()
+    from cascade.report.records import load_family
+    from cascade.report.tables import plain_table, quality_table, size_table
+    from cascade.run import run_recipe
+
+    try:
+        folder = run_recipe(loaded, output=output, only=only, from_stage=from_stage)
+    except KeyboardInterrupt:
+        click.echo("\nStopped. What is finished is kept; the same command goes on from there.", err=True)
+        sys.exit(130)
+    family = load_family(folder)
+    if as_json:
+        click.echo(json.dumps({"run": str(folder), "family": family}))
+        return
+    for table in (size_table(family["rows"]), quality_table(family["rows"])):
+        click.echo("\n" + plain_table(table))
+    click.echo(f"\nReport: {folder / 'report.html'}   members: {folder / 'members'}")
+
+
+@main.command()
+@_RECIPE
+@_OUTPUT
+@_SET
+@_JSON
+def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check RECIPE and say what would be made, how large and how long. Loads no weights."""
+    from cascade.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    _quiet_libraries()
+    from cascade.preview import preview, preview_text
+
+    found = preview(loaded, output)
+    click.echo(json.dumps(found) if as_json else preview_text(found))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--params", type=float, help="Parameters to keep: a fraction (at most 1) or a number.")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=N", help="An explicit dim, such as num_hidden_layers=4.")
+@click.option("--output", required=True, type=click.Path(file_okay=False), help="Folder for the cut checkpoint and its plan.json.")
+@click.option("--calibration-blocks", default=64, show_default=True)
+@_DATA
+@_BLOCK
+@_JSON
+def prune(model: str, params: float | None, dims: tuple[str, ...], output: str, calibration_blocks: int, data: str, block_size: int, as_json: bool) -> None:
+    """Score MODEL on calibration text and cut it to a size, without training."""
+    _quiet_libraries()
+    from cascade.single import prune_model
+
+    _finish(prune_model(model, params, _dims(dims), Path(output), calibration_blocks, data, block_size), as_json)
+
+
+@main.command()
+@click.argument("student")
+@click.option("--teacher", required=True, help="The model to learn from.")
+@click.option("--tokens", required=True, type=int, help="Training tokens.")
+@click.option("--output", required=True, type=click.Path(file_okay=False), help="Folder for the trained checkpoint and its log.jsonl.")
+@click.option("--learning-rate", default=3e-3, show_default=True)
+@click.option("--batch-size", default=8, show_default=True, help="Blocks per optimizer step.")
+@click.option("--temperature", default=1.0, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@_DATA
+@_BLOCK
+@_JSON
+def distill(student: str, teacher: str, tokens: int, output: str, learning_rate: float, batch_size: int, temperature: float, seed: int, data: str, block_size: int, as_json: bool) -> None:
+    """Train STUDENT to predict what a teacher predicts."""
+    _quiet_libraries()
+    from cascade.single import distill_model
+
+    options = {"num_tokens": tokens, "learning_rate": learning_rate, "batch_size": batch_size, "temperature": temperature, "seed": seed}
+    _finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option("--task", "tasks", multiple=True, help="An lm-eval task; repeatable.")
+@click.option("--task-folder", "task_folders", multiple=True, type=click.Path(file_okay=False), help="A folder of task files.")
+@click.option("--teacher", help="Also measure KL to this model on the held-out text.")
+@click.option("--limit", type=int, help="Items per task.")
+@click.option("--heldout-blocks", default=128, show_default=True)
+@_DATA
+@_BLOCK
+@_JSON
+def evaluate(checkpoint: str, tasks: tuple[str, ...], task_folders: tuple[str, ...], teacher: str | None, limit: int | None, heldout_blocks: int, data: str, block_size: int, as_json: bool) -> None:
+    """Measure CHECKPOINT: held-out loss, tasks, speed and memory."""
+    _quiet_libraries()
+    from cascade.single import evaluate_model
+
+    folders = [Path(folder) for folder in task_folders]
+    _finish(evaluate_model(checkpoint, tasks, folders, teacher, limit, heldout_blocks, data, block_size), as_json)
+
+
+@main.command()
+@click.argument("run_folder", type=click.Path(file_okay=False))
+@_JSON
+def report(run_folder: str, as_json: bool) -> None:
+    """Write family.csv, report.md and report.html of a run again from its family.json."""
+    from cascade.report.logs import training_logs
+    from cascade.report.records import load_family
+    from cascade.report.write import write_family
+
+    family = load_family(run_folder)
+    write_family(Path(run_folder), family["name"], family["rows"], training_logs(Path(run_folder)))
+    _finish({name: str(Path(run_folder) / name) for name in ("family.csv", "report.md", "report.html")}, as_json)
+
+
+def _dims(texts: tuple[str, ...]) -> dict[str, int]:
+    dims = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not value.isdigit():
+            raise UserError(f"--dim {text}: not of the form NAME=N, such as num_hidden_layers=4")
+        dims[name] = int(value)
+    return dims
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        click.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+
+
+def _quiet_libraries() -> None:
+    """Our own progress and errors only; transformers' warnings about optional packages say nothing to our user."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""Text sources -> documents -> four disjoint splits -> token blocks, in a resumable order."""

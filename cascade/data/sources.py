@@ -1,0 +1,109 @@
+"""Where text comes from, as documents of one split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.data.splits import SPLITS, drop_near_copies, split_of_text
+from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
+from cascade.errors import UserError
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text"}
+
+SPLIT_SHARE = 0.03
+"""Fraction of the training documents that goes to each other split that has no files of its own."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """One source of text and its splits."""
+
+    source: str
+    """'stdlib', 'files' or 'hub'"""
+    files: dict[str, tuple[str, ...]]
+    """source files: paths by split; a split without any is cut from 'train'"""
+    text_field: str = "text"
+    dataset: str = ""
+    """source hub: the dataset's id"""
+    revision: str = ""
+    """source hub: a pinned commit"""
+    dataset_config: str = ""
+    hub_splits: dict[str, str] | None = None
+    """source hub: the dataset's own split names by ours"""
+
+
+def read_documents(data: TextData, split: str, *, base_folder: Path | None = None) -> list[str]:
+    """The texts of one split. No document, and of the standard library no near copy, is in two splits.
+
+    Raises:
+        UserError: a file is missing or malformed, the field is missing, or there is no text.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
+    if data.source == "stdlib":
+        return _stdlib(split)
+    own = data.files if data.source == "files" else {name: (value,) for name, value in (data.hub_splits or {}).items()}
+    texts = _read(data, own[split], base_folder) if split in own else []
+    if "train" in own and (split == "train" or split not in own):
+        shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
+        source = texts if split == "train" else _read(data, own["train"], base_folder)
+        texts = [text for text in source if split_of_text(text, shares=shares) == split]
+    if split == "train":
+        others = {text for name in SPLITS[1:] if name in own for text in _read(data, own[name], base_folder)}
+        texts = [text for text in texts if text not in others]
+    if not texts:
+        raise UserError(f"data: no documents for the {split} split; give more text or data.{split} files of its own")
+    return texts
+
+
+def _stdlib(split: str) -> list[str]:
+    if split == "heldout":
+        return frozen_heldout()
+    by_split: dict[str, list[str]] = {name: [] for name in SPLITS}
+    for path, text in stdlib_documents():
+        by_split[split_of_module(path)].append(text)
+    if split != "train":
+        return by_split[split]
+    others = by_split["calibration"] + by_split["selection"] + by_split["heldout"] + frozen_heldout()
+    return [by_split["train"][index] for index in drop_near_copies(by_split["train"], others)]
+
+
+def _read(data: TextData, names: Sequence[str], base_folder: Path | None) -> list[str]:
+    from datasets import load_dataset
+
+    texts: list[str] = []
+    for name in names:
+        if data.source == "hub":
+            rows = _load_hub(data, name, load_dataset)
+        else:
+            rows = _load_file(name, base_folder, load_dataset)
+        if data.text_field not in rows.column_names:
+            raise UserError(
+                f"{name}: no field '{data.text_field}'; it has: {', '.join(rows.column_names)}. Set data.text_field."
+            )
+        texts += [text for text in rows[data.text_field] if isinstance(text, str) and text.strip()]
+    return texts
+
+
+def _load_file(name: str, base_folder: Path | None, load_dataset: Any) -> Any:
+    path = Path(name).expanduser()
+    path = path if path.is_absolute() or base_folder is None else base_folder / path
+    if not path.is_file():
+        raise UserError(f"data: {name}: no such file (looked at {path})")
+    suffixes = [suffix for suffix in path.suffixes if suffix in _READERS]
+    if not suffixes:
+        raise UserError(f"data: {name}: unknown kind of file; known: {', '.join(_READERS)} (also .gz)")
+    options = {"sample_by": "document"} if _READERS[suffixes[-1]] == "text" else {}
+    try:
+        return load_dataset(_READERS[suffixes[-1]], data_files=str(path), split="train", **options)
+    except Exception as error:  # datasets wraps parsers' errors in classes of its own, one per format
+        cause = error.__cause__ or error
+        raise UserError(f"data: {name}: cannot be read: {cause}") from error
+
+
+def _load_hub(data: TextData, split: str, load_dataset: Any) -> Any:
+    try:
+        return load_dataset(data.dataset, data.dataset_config or None, split=split, revision=data.revision)
+    except Exception as error:  # network, missing dataset, missing split: all the user's to mend
+        raise UserError(f"data: {data.dataset}@{data.revision}, split {split}: cannot be loaded: {error}") from error

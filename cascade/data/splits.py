@@ -1,0 +1,45 @@
+"""Four disjoint splits, without near copies across them.
+
+`train` trains, `calibration` is what statistics are taken on, `selection` chooses (settings, stopping),
+`heldout` is read by `evaluation/` alone, once per finished row.
+"""
+
+import hashlib
+
+SPLITS = ("train", "calibration", "selection", "heldout")
+
+_SHINGLE_LINES = 4
+
+
+def split_of_text(text: str, *, shares: dict[str, float]) -> str:
+    """The split of one document, a pure function of its text: equal documents never part.
+
+    `shares` gives the fraction of documents of each split; the rest is 'train'.
+    """
+    point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    for split in ("calibration", "selection", "heldout"):
+        point -= shares.get(split, 0.0)
+        if point < 0:
+            return split
+    return "train"
+
+
+def drop_near_copies(documents: list[str], others: list[str], *, threshold: float = 0.2) -> list[int]:
+    """Indices of `documents` to keep: those that share less than `threshold` of their text with `others`.
+
+    Shared means: runs of four consecutive non-blank lines (or the whole text, if shorter) that also stand in
+    one of `others`, as a fraction of the document's own runs.
+    """
+    seen = {shingle for text in others for shingle in _shingles(text)}
+    kept = []
+    for index, text in enumerate(documents):
+        own = _shingles(text)
+        if sum(shingle in seen for shingle in own) < threshold * len(own):
+            kept.append(index)
+    return kept
+
+
+def _shingles(text: str) -> list[int]:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = max(1, len(lines) - _SHINGLE_LINES + 1)
+    return [hash(tuple(lines[start : start + _SHINGLE_LINES])) for start in range(last)]

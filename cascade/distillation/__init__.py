@@ -1,0 +1,1 @@
+"""Losses per token and the loop that trains a student on them."""

@@ -1,0 +1,18 @@
+"""The errors that a user can cause: told in one message, without a traceback, with exit code 2."""
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used: the message says where, what, what is accepted, what to do."""
+
+
+class RecipeError(UserError):
+    """All that is wrong with a recipe, at once, each line with its place in the file."""
+
+    def __init__(self, source: str, problems: list[str]):
+        self.source = source
+        self.problems = problems
+        super().__init__(f"{source}\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class TrainingError(Exception):
+    """Training stopped before it could do harm (a non-finite loss or gradient); exit code 1."""

@@ -1,0 +1,1 @@
+"""Numbers about finished checkpoints. The only place that reads the held-out split."""

@@ -1,0 +1,76 @@
+"""Everything that is measured about one finished checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cascade.data.blocks import TokenBlocks
+from cascade.evaluation.harness import run_tasks
+from cascade.evaluation.heldout import heldout_metrics
+from cascade.evaluation.reload import check_reload
+from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers about one checkpoint."""
+
+    metrics: list[dict[str, Any]]
+    """Records as in family.json; task 'heldout' first, then lm-eval's."""
+    items: dict[str, list[float]]
+    """'task/metric/filter' -> score of each item"""
+    raw: dict[str, Any]
+    """lm-eval's own result"""
+    speed: dict[str, float]
+    """prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes; empty if not measured"""
+
+
+def evaluate(
+    checkpoint: Path | str | ModelSource,
+    *,
+    tasks: Sequence[str] = (),
+    teacher: nn.Module | None = None,
+    heldout: TokenBlocks | None = None,
+    task_folders: Sequence[Path] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 16,
+    measure_speed: bool = True,
+    reference: Path | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate a saved checkpoint as its users will load it: from disk, rounded as saved, computed in float32.
+
+    `reference` is what `write_reference` wrote when the checkpoint was saved; with it the reload gate compares.
+
+    Raises:
+        UserError: no such checkpoint, or an unknown task.
+        ReloadError: the checkpoint gives other logits in a fresh process.
+    """
+    source = checkpoint if isinstance(checkpoint, ModelSource) else resolve_model(str(checkpoint))
+    model = load_model(source).to(default_device())
+    metrics = heldout_metrics(model, teacher, heldout) if heldout is not None else []
+    tokenizer = load_tokenizer(source) if tasks else None
+    results = run_tasks(
+        model,
+        tokenizer,
+        tasks,
+        task_folders=task_folders,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    speed: dict[str, float] = {}
+    if measure_speed and source.gguf_file is None:
+        speed = check_reload(source.folder, reference)
+    return Evaluation(metrics + results.metrics, results.items, results.raw, speed)
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,91 @@
+"""Loss, bits per byte, KL to the teacher and agreement with it, on text that nothing else has read.
+
+Shapes: B = batch, S = block size, V = vocabulary.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, pack_documents
+from cascade.data.sources import TextData, read_documents
+from cascade.distillation.losses import forward_kl
+
+
+def heldout_blocks(
+    data: TextData, tokenizer: Any, *, block_size: int, max_blocks: int, base_folder: Path | None = None
+) -> TokenBlocks:
+    """The held-out split as blocks, spread over all its documents; read by this package only."""
+    texts = read_documents(data, "heldout", base_folder=base_folder)
+    return pack_documents(texts, tokenizer, block_size=block_size, name="heldout").take(max_blocks)
+
+
+@torch.no_grad()
+def heldout_metrics(
+    model: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks, *, batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """Metrics of task 'heldout', with standard errors over blocks: loss and KL in nats per token, bits per byte.
+
+    Every token counts equally; the blocks' own means only give the standard error.
+    """
+    device = next(model.parameters()).device
+    columns: dict[str, list[Tensor]] = {"loss": [], "kl_to_teacher": [], "top1_agreement": []}
+    counts = []
+    for ids, labels in blocks.batches(batch_size):
+        ids, targets = ids.to(device), labels[:, 1:].to(device)
+        valid = targets != IGNORE_INDEX
+        logits = _logits(model, ids)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+        columns["loss"].append(losses.view_as(targets).double().sum(1))
+        if teacher is not None:
+            expected = _logits(teacher, ids)
+            divergence = forward_kl(logits.flatten(0, 1), expected.flatten(0, 1)).view_as(targets)
+            columns["kl_to_teacher"].append((divergence * valid).double().sum(1))
+            agreement = (logits.argmax(-1) == expected.argmax(-1)) & valid
+            columns["top1_agreement"].append(agreement.double().sum(1))
+        counts.append(valid.double().sum(1))
+    tokens = torch.cat(counts)
+    metrics = [
+        _metric(name, torch.cat(sums), tokens, higher=name == "top1_agreement")
+        for name, sums in columns.items()
+        if sums
+    ]
+    loss = metrics[0]
+    nats_to_bits_per_byte = 1 / (math.log(2) * blocks.bytes_per_token)
+    bits = {
+        "metric": "bits_per_byte",
+        "value": loss["value"] * nats_to_bits_per_byte,
+        "stderr": None if loss["stderr"] is None else loss["stderr"] * nats_to_bits_per_byte,
+    }
+    return [loss, loss | bits, *metrics[1:]]
+
+
+def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> dict[str, Any]:
+    value = float(sums.sum() / tokens.sum())
+    # Ratio estimator: blocks with more counted tokens weigh more.
+    residuals = (sums - value * tokens) / tokens.mean()
+    count = len(sums)
+    stderr = float((residuals.square().sum() / (count * (count - 1))).sqrt()) if count > 1 else None
+    return {
+        "task": "heldout",
+        "metric": name,
+        "filter": None,
+        "value": value,
+        "stderr": stderr,
+        "n": int(tokens.sum()),
+        "higher_is_better": higher,
+        "chance": None,
+        "num_fewshot": None,
+        "limit": None,
+        "retention": None,
+        "retention_interval": None,
+    }
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, :-1].float()

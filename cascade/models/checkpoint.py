@@ -1,0 +1,207 @@
+"""Hugging Face checkpoints on disk: found, checked, loaded, saved. safetensors only, no remote code."""
+
+import copy
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cascade.errors import UserError
+
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+
+# What travels with the weights, byte for byte.
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: a local folder, and a GGUF file in it where that is the format."""
+
+    folder: Path
+    reference: str
+    """What the user wrote: builtin:NAME, a path, or a hub id with its revision."""
+    gguf_file: str | None = None
+
+
+def resolve_model(reference: str, *, revision: str | None = None, base_folder: Path | None = None) -> ModelSource:
+    """The local folder of a model: `builtin:NAME`, a folder, a GGUF file, or a hub id at a pinned revision.
+
+    Raises:
+        UserError: there is no such model, a hub id has no revision, or the folder has no safetensors weights.
+    """
+    if reference.startswith("builtin:"):
+        return ModelSource(_builtin(reference.removeprefix("builtin:")), reference)
+    path = Path(reference).expanduser()
+    path = path if path.is_absolute() or base_folder is None else base_folder / path
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(path.parent, str(reference), gguf_file=path.name)
+    if path.is_dir():
+        _require_safetensors(path)
+        return ModelSource(path, str(reference))
+    if path.exists():
+        raise UserError(f"{reference}: a file, but not a .gguf file; give the model's folder")
+    if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
+        raise UserError(f"{reference}: no such folder or .gguf file (looked at {path})")
+    return ModelSource(_download(reference, revision), f"{reference}@{revision}")
+
+
+def load_config(source: ModelSource) -> Any:
+    """The transformers config, without loading weights."""
+    try:
+        return AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file or None)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{source.reference}: its config cannot be read: {error}") from error
+
+
+def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any:
+    """The tokenizer; checked against the model's vocabulary where `vocab_size` is given.
+
+    Raises:
+        UserError: there is none, or it has ids that the model's embedding has not.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file or None)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{source.reference}: its tokenizer cannot be read: {error}") from error
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{source.reference}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {vocab_size}: "
+            "they do not belong together. Copy the tokenizer files that the model was trained with into its folder."
+        )
+    return tokenizer
+
+
+def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The causal language model, in evaluation mode, in `dtype` whatever it is stored in."""
+    model: nn.Module
+    try:
+        if source.gguf_file:
+            return _load_gguf(source, dtype)
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{source.reference}: the model cannot be loaded: {error}") from error
+    return model.eval()
+
+
+def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, dtype: torch.dtype) -> nn.Module:
+    """Write a stock checkpoint in `dtype`; returns the rounded copy that was written, in `dtype`.
+
+    `companions` is a folder whose tokenizer, chat template, generation config and licence are copied unchanged.
+    """
+    rounded: Any = copy.deepcopy(model).to(dtype)
+    rounded.config.dtype = dtype
+    rounded.save_pretrained(folder, max_shard_size="4GB")
+    if companions is not None:
+        copy_companions(companions, folder)
+    result: nn.Module = rounded
+    return result
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence files unchanged."""
+    for pattern in _COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype that the weights are stored in (float32 for GGUF files, which store mixtures)."""
+    dtype = None if source.gguf_file else getattr(load_config(source), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."))
+    return dtype or torch.float32
+
+
+def fingerprint(source: ModelSource) -> str:
+    """sha256 over the names and contents of config, weights and tokenizer."""
+    digest = hashlib.sha256()
+    patterns = [source.gguf_file] if source.gguf_file else ["config.json", "*.safetensors", "tokenizer.json", "*.model"]
+    for pattern in patterns:
+        for file in sorted(source.folder.glob(pattern)):
+            digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _builtin(name: str) -> Path:
+    folder = BUILTIN_FOLDER / name
+    if not (folder / "config.json").is_file():
+        known = sorted(path.parent.name for path in BUILTIN_FOLDER.glob("*/config.json"))
+        raise UserError(f"builtin:{name}: no such built-in model; known: {', '.join(known) or 'none'}")
+    return folder
+
+
+def _require_safetensors(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; this is not a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        found = f" (found {', '.join(others)}, which can run code when read)" if others else ""
+        raise UserError(
+            f"{folder}: no safetensors weights{found}. Convert the model once with "
+            "transformers' save_pretrained, in a place you trust."
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise UserError(f"{folder}: the index names shards that are missing: {', '.join(missing)}")
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    if revision is None:
+        raise UserError(
+            f"{repository}: no such folder here; if it is a hub model, pin it: add `revision:` with a commit hash, "
+            "so that the recipe means the same model tomorrow"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "merges.txt", "vocab*", "*.jinja", "LICENSE*", "NOTICE*"]
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(f"{repository}@{revision}: cannot be fetched from the hub: {error}") from error
+    _require_safetensors(folder)
+    return folder
+
+
+def _load_gguf(source: ModelSource, dtype: torch.dtype) -> nn.Module:
+    """A GGUF file through transformers' reader, as a plain model (the reader's own counts as quantised)."""
+    try:
+        read: Any = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=dtype)
+    except ImportError as error:
+        raise UserError(f"{source.reference}: reading GGUF files needs `pip install 'cascade-distill[gguf]'`") from error
+    values = read.config.to_dict()
+    values.pop("quantization_config", None)
+    config = type(read.config)(**values)
+    config.architectures = [type(read).__name__]
+    plain: Any = type(read)(config).to(dtype)
+    plain.load_state_dict(read.state_dict(), strict=True)
+    plain.generation_config = read.generation_config
+    result: nn.Module = plain.eval()
+    return result

@@ -1,0 +1,88 @@
+"""Which recipe a run directory belongs to, and what of it is already settled."""
+
+from pathlib import Path
+from typing import Any
+
+from cascade.errors import UserError
+from cascade.family import ResolvedMember
+from cascade.recipe.schema import Recipe
+from cascade.yaml_reader import read_yaml
+
+_MAY_CHANGE = ("output", "evaluate", "baselines")
+"""Sections whose change only adds to or repeats what is measured; no finished training is lost by it."""
+
+
+def resolved_recipe(recipe: Recipe, members: list[ResolvedMember]) -> dict[str, Any]:
+    """The recipe with every default written out and every member's seed by name."""
+    record = recipe.model_dump(mode="json")
+    seeds = {member.name: member.seed for member in members}
+    for member in record["members"]:
+        member["seed"] = seeds[member["name"]] or "previous"
+    return _without_nulls(record)
+
+
+def pinned_seeds(folder: Path) -> dict[str, str]:
+    """Member -> seed, of the members that a run directory already knows."""
+    return {
+        member["name"]: member["seed"] for member in _recorded(folder).get("members", []) if member["seed"] != "previous"
+    }
+
+
+def check_ownership(folder: Path, recipe: Recipe) -> None:
+    """Refuse a directory that another recipe made; new members and other evaluations are welcome.
+
+    Raises:
+        UserError: with the keys that differ, or because the directory holds something else.
+    """
+    if not (folder / "recipe.yaml").exists():
+        if folder.is_file() or (folder.is_dir() and any(path.name != ".cascade.lock" for path in folder.iterdir())):
+            raise UserError(f"{folder}: holds something that is not a run of this program; give another --output")
+        return
+    before, now = _flat(_recorded(folder)), _flat(_without_nulls(recipe.model_dump(mode="json")))
+    new_members = {member.name for member in recipe.members} - pinned_names(folder)
+    differing = []
+    for key in sorted(before.keys() | now.keys()):
+        if key.split(".")[0] in _MAY_CHANGE or before.get(key) == now.get(key):
+            continue
+        parts = key.split(".")
+        if parts[0] == "members" and (parts[1] in new_members or (parts[-1] == "seed" and now.get(key) == "previous")):
+            continue
+        differing.append(f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now")
+    if differing:
+        raise UserError(
+            f"{folder}: belongs to another recipe; nothing was touched. What differs:\n  "
+            + "\n  ".join(differing)
+            + "\nGive another --output, or remove the directory."
+        )
+
+
+def pinned_names(folder: Path) -> set[str]:
+    """Names of the members that a run directory already knows."""
+    return {member["name"] for member in _recorded(folder).get("members", [])}
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    path = folder / "recipe.yaml"
+    record: dict[str, Any] = read_yaml(path).data if path.exists() else {}
+    return record
+
+
+def _flat(record: Any, prefix: str = "") -> dict[str, Any]:
+    """{'distill.tokens': ...}; members by name, other lists whole."""
+    if not isinstance(record, dict):
+        return {prefix: record}
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        place = f"{prefix}.{key}" if prefix else key
+        if place == "members":
+            for member in value:
+                flat |= _flat(member, f"members.{member['name']}")
+        else:
+            flat |= _flat(value, place)
+    return flat
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,71 @@
+"""The parent of a run: found, or made as the run's first stage (pretrained, or converted from GGUF)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.data.blocks import pack_documents
+from cascade.data.sources import read_documents
+from cascade.models.checkpoint import ModelSource, load_config, load_model, load_tokenizer, resolve_model, save_checkpoint
+from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
+from cascade.progress import OnStep
+from cascade.recipe.schema import Recipe
+from cascade.stages import CHECKPOINT, text_data
+
+
+def existing_parent(recipe: Recipe) -> ModelSource | None:
+    """The model that the recipe names; None if it is to be trained."""
+    if recipe.parent.pretrain is not None:
+        return None
+    return resolve_model(recipe.parent.model, revision=recipe.parent.revision)
+
+
+def parent_config(recipe: Recipe) -> Any:
+    """The parent's transformers config, known before any weight."""
+    source = existing_parent(recipe)
+    if source is not None:
+        return load_config(source)
+    settings = recipe.parent.pretrain
+    if settings is None:
+        raise ValueError("a parent is either found or trained")
+    config = pretrained_config(dict(settings.config), vocab_size=settings.tokenizer.vocab_size)
+    config.dtype = _dtype(recipe)
+    return config
+
+
+def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
+    """Tokenizer and model trained on the recipe's training text; the log as JSON lines."""
+    settings = recipe.parent.pretrain
+    if settings is None:
+        raise ValueError("the recipe's parent is not to be trained")
+    data = text_data(recipe.data)
+    texts, chosen = read_documents(data, "train"), read_documents(data, "selection")
+    config = parent_config(recipe)
+    tokenizer = train_tokenizer(
+        texts, vocab_size=settings.tokenizer.vocab_size, model_max_length=config.max_position_embeddings
+    )
+    own = {"config", "tokenizer", "tokens", "block_size"}
+    model, _ = pretrain(
+        config,
+        pack_documents(texts, tokenizer, block_size=settings.block_size, name="data.train"),
+        num_tokens=settings.tokens,
+        seed=recipe.seed,
+        selection=pack_documents(chosen, tokenizer, block_size=settings.block_size, name="data.selection").take(48),
+        log_path=folder / "log.jsonl",
+        on_step=on_step,
+        **{name: value for name, value in settings.model_dump().items() if name not in own},
+    )
+    save_checkpoint(model, folder / CHECKPOINT, companions=None, dtype=_dtype(recipe))
+    tokenizer.save_pretrained(folder / CHECKPOINT)
+
+
+def make_converted(folder: Path, source: ModelSource) -> None:
+    """A GGUF parent as a safetensors checkpoint, in float32: exactly the values that the file stands for."""
+    save_checkpoint(load_model(source), folder / CHECKPOINT, companions=None, dtype=torch.float32)
+    load_tokenizer(source).save_pretrained(folder / CHECKPOINT)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    dtype: torch.dtype = torch.bfloat16 if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
+    return dtype

@@ -1,0 +1,88 @@
+"""A parent from nothing: a byte-level BPE tokenizer and a model trained by cross-entropy alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from cascade.data.blocks import TokenBlocks
+from cascade.distillation.trainer import TrainingMetrics, distill
+from cascade.errors import UserError
+
+END_TOKEN = "<|endoftext|>"
+
+# A line break keeps its indentation with it, so that depth in code is one token; names split at underscores.
+_PIECES = r"\n[ ]*| ?_?[^\W\d_]+|\d| ?[^\s\w]+|\s+|_+"
+
+
+def train_tokenizer(texts: list[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of exactly the bytes, the end token and the commonest merges of `texts`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_TOKEN, eos_token=END_TOKEN, model_max_length=model_max_length
+    )
+
+
+def pretrained_config(values: dict[str, Any], *, vocab_size: int, end_token_id: int = 0) -> Any:
+    """The transformers config of a recipe's `pretrain.config`.
+
+    Raises:
+        UserError: no or an unknown model_type, or values that its config class refuses.
+    """
+    values = dict(values)
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise UserError("parent.pretrain.config: `model_type` is missing, such as llama")
+    special = {"bos_token_id": end_token_id, "eos_token_id": end_token_id, "pad_token_id": None}
+    try:
+        return AutoConfig.for_model(model_type, **(special | values | {"vocab_size": vocab_size}))
+    except Exception as error:  # transformers' strict dataclasses raise several unrelated classes
+        raise UserError(f"parent.pretrain.config: {error}") from error
+
+
+def pretrain(
+    config: Any,
+    blocks: TokenBlocks,
+    *,
+    num_tokens: int,
+    seed: int,
+    selection: TokenBlocks,
+    log_path: Path | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, TrainingMetrics]:
+    """A model of `config`, trained on `num_tokens` tokens; `options` are those of `distill`."""
+    torch.manual_seed(seed)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    metrics = distill(
+        model,
+        None,
+        blocks,
+        num_tokens=num_tokens,
+        seed=seed,
+        selection=selection,
+        log_path=log_path,
+        on_step=on_step,
+        **options,
+    )
+    return model, metrics

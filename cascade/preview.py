@@ -1,0 +1,127 @@
+"""`cascade plan`: everything that can be known and checked before any weight is loaded."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cascade.data.sources import read_documents
+from cascade.evaluation.harness import find_tasks
+from cascade.family import ResolvedMember, parent_seconds, resolve_family, run_folder_of
+from cascade.models.axes import probe_axes
+from cascade.models.checkpoint import load_tokenizer
+from cascade.models.dims import dims_of
+from cascade.ownership import check_ownership, pinned_seeds
+from cascade.parent import existing_parent, parent_config
+from cascade.pruning.proof import prove_cuts
+from cascade.pruning.shape import CUT_DIMS
+from cascade.recipe.schema import Recipe
+from cascade.report.plots import short_number
+from cascade.report.tables import plain_table
+from cascade.stages import text_data
+
+
+def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
+    """Members with their shapes and costs; checks paths, tasks, tokenizer, text, legality and the cut itself.
+
+    Raises:
+        UserError: whatever would stop the run.
+    """
+    folder = run_folder_of(recipe, output)
+    check_ownership(folder, recipe)
+    config = parent_config(recipe)
+    axes, dims = probe_axes(config), dims_of(config)
+    source = existing_parent(recipe)
+    if source is not None:
+        load_tokenizer(source, vocab_size=dims.vocab_size)
+    for split in ("train", "calibration", "selection"):
+        read_documents(text_data(recipe.data), split)
+    find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
+    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder))
+    proof = prove_family(config, members)
+    total = int(axes.num_parameters(dims))
+    shared = sum(parent_seconds(recipe, config).values())
+    return {
+        "name": recipe.name,
+        "run": str(folder),
+        "disk_free_bytes": shutil.disk_usage(_existing(folder)).free,
+        "seconds": shared + sum(sum(member.seconds.values()) for member in members),
+        "parent": {
+            "dims": dims.as_dict(),
+            "num_parameters": total,
+            "flops_per_token": float(axes.flops_per_token(dims, recipe.data.block_size)),
+        },
+        "proof": proof,
+        "members": [_member_record(member, total) for member in members],
+    }
+
+
+def prove_family(config: Any, members: list[ResolvedMember]) -> dict[str, float]:
+    """The proof of the cut along every axis that some member is cut along; empty if none is cut."""
+    parent = dims_of(config).as_dict()
+    cut = [name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < parent[name] for one in members)]
+    return prove_cuts(config, along=cut) if cut else {}
+
+
+def preview_text(found: dict[str, Any]) -> str:
+    """The preview as a table for a terminal."""
+    head = ["", "seed", "layers", "hidden", "MLP", "heads", "parameters", "of parent", "FLOPs/token", "tokens", "memory", "disk", "time"]
+    parent = found["parent"]
+    table = [head, ["parent", "", *_shape_cells(parent["dims"]), f"{parent['num_parameters']:,}", "100%", short_number(parent["flops_per_token"]), "", "", "", ""]]
+    for member in found["members"]:
+        table.append(
+            [
+                member["name"],
+                member["seed"] or "(given)",
+                *_shape_cells(member["dims"]),
+                f"{member['num_parameters']:,}",
+                f"{member['fraction_of_parent']:.0%}",
+                short_number(member["flops_per_token"]),
+                f"{member['num_tokens']:,}",
+                _bytes(member["peak_memory_bytes"]),
+                _bytes(member["disk_bytes"]),
+                _minutes(sum(member["seconds"].values())),
+            ]
+        )
+    lines = [plain_table(table), ""]
+    disk = sum(member["disk_bytes"] for member in found["members"])
+    lines.append(f"Run directory {found['run']}: needs {_bytes(disk)} of {_bytes(found['disk_free_bytes'])} free.")
+    lines.append(f"Time, all stages: about {_minutes(found['seconds'])} on this machine (counted operations at its measured rate).")
+    if found["proof"]:
+        worst = max(found["proof"].values())
+        lines.append(f"Cut proven on a tiny twin: pruned equals silenced to {worst:.0e} along {', '.join(found['proof'])}.")
+    return "\n".join(lines)
+
+
+def _member_record(member: ResolvedMember, total: int) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "seed": member.seed or None,
+        "dims": member.dims.as_dict(),
+        "num_parameters": member.num_parameters,
+        "num_parameters_non_embedding": member.num_parameters_non_embedding,
+        "fraction_of_parent": member.num_parameters / total,
+        "flops_per_token": member.flops_per_token,
+        "num_tokens": member.num_tokens,
+        "num_steps": member.num_steps,
+        "peak_memory_bytes": round(member.peak_memory_bytes),
+        "disk_bytes": round(member.disk_bytes),
+        "seconds": member.seconds,
+    }
+
+
+def _shape_cells(dims: dict[str, int]) -> list[str]:
+    heads = f"{dims['num_attention_heads']}/{dims['num_key_value_heads']}"
+    return [str(dims["num_hidden_layers"]), str(dims["hidden_size"]), str(dims["intermediate_size"]), heads]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.resolve()
+    return folder if folder.exists() else _existing(folder.parent)

@@ -1,0 +1,1 @@
+"""Target -> plan -> cut -> proof."""

@@ -1,0 +1,199 @@
+"""Rows of family.json from stage folders, and the published folder of each member."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.evaluation.reload import ReloadError
+from cascade.family import ResolvedMember
+from cascade.models.axes import probe_axes
+from cascade.models.checkpoint import ModelSource, fingerprint, load_config
+from cascade.models.dims import dims_of
+from cascade.ownership import resolved_recipe
+from cascade.recipe.schema import Recipe
+from cascade.report.card import member_card
+from cascade.report.logs import training_logs
+from cascade.report.records import Row, load_family
+from cascade.report.write import write_family
+from cascade.runner import read_cost
+from cascade.stages import CHECKPOINT
+from cascade.store import link_or_copy, output_digest, staged
+from cascade.yaml_reader import write_yaml
+
+_NO_SPEED = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None}
+
+
+@dataclass(frozen=True)
+class FinishedMember:
+    """The folders of a member whose stages are all committed."""
+
+    cut: Path | None
+    distilled: Path
+    evaluation: Path
+    baselines: list[Row]
+
+
+def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
+    """The parent's row."""
+    config = load_config(parent)
+    axes, dims = probe_axes(config), dims_of(config)
+    cost = read_cost(evaluation)
+    return {
+        "name": "parent",
+        "role": "teacher",
+        "status": "done",
+        "seed": None,
+        "checkpoint": None,
+        "dims": dims.as_dict(),
+        "num_parameters": int(axes.num_parameters(dims)),
+        "num_parameters_non_embedding": int(axes.num_parameters_non_embedding(dims)),
+        "bytes": weight_bytes(parent.folder),
+        "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
+        "cost": {"seconds": cost["seconds"], "flops": None, "money": None},
+        "stages": {"cut": None, "repaired": None, "recovered": None},
+        "metrics": _read(evaluation / "eval.json")["metrics"],
+        "speed": _speed(evaluation),
+    }
+
+
+def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMember, finished: FinishedMember) -> Row:
+    """A finished member's row."""
+    folders = [folder for folder in (finished.cut, finished.distilled, finished.evaluation) if folder]
+    teacher_flops = read_cost(finished.distilled)["teacher_flops_per_token"]
+    chain, seed = member.num_tokens, member.seed
+    by_name = {other.name: other for other in members}
+    while seed in by_name:
+        chain += by_name[seed].num_tokens
+        seed = by_name[seed].seed
+    return _row(member, "member", "done") | {
+        "checkpoint": f"members/{member.name}",
+        "bytes": weight_bytes(finished.distilled / CHECKPOINT),
+        "tokens": {"hop": member.num_tokens, "cumulative": chain, "teacher_labelled": member.num_tokens},
+        "cost": {
+            "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
+            "flops": member.num_tokens * (3 * member.flops_per_token + teacher_flops),
+            "money": None,
+        },
+        "stages": {
+            "cut": _read(finished.cut / "losses.json") if finished.cut else None,
+            "repaired": None,
+            "recovered": _read(finished.distilled / "losses.json"),
+        },
+        "metrics": _read(finished.evaluation / "eval.json")["metrics"],
+        "speed": _speed(finished.evaluation),
+    }
+
+
+def baseline_row(member: ResolvedMember, kind: str, folder: Path) -> Row:
+    """A row to compare a member with; its weights stay inside the run."""
+    tokens = member.num_tokens if kind == "ce" else 0
+    return _row(member, "baseline", "cut only" if kind == "cut" else "cross-entropy") | {
+        "name": f"{member.name}-{kind}",
+        "tokens": {"hop": tokens, "cumulative": tokens, "teacher_labelled": 0},
+        "cost": {
+            "seconds": read_cost(folder)["seconds"],
+            "flops": tokens * 3 * member.flops_per_token,
+            "money": None,
+        },
+        "metrics": _read(folder / "eval.json")["metrics"],
+    }
+
+
+def publish_member(
+    run_folder: Path,
+    recipe: Recipe,
+    members: list[ResolvedMember],
+    member: ResolvedMember,
+    finished: FinishedMember,
+    teacher: Row,
+    parent: ModelSource,
+) -> None:
+    """members/NAME: the checkpoint with its card, lineage and results, replaced in one step."""
+    row = member_row(recipe, members, member, finished)
+    checkpoint = finished.distilled / CHECKPOINT
+    lineage = {
+        "name": member.name,
+        "parent": parent.reference,
+        "parent_sha256": fingerprint(parent),
+        "teacher": parent.reference,
+        "seed": member.seed or None,
+        "tokens": row["tokens"],
+        "stages": {
+            name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
+            for name, folder in vars(finished).items()
+            if isinstance(folder, Path)
+        },
+        "plan": f"stages/{finished.cut.name}/plan.json" if finished.cut else None,
+    }
+    final = run_folder / "members" / member.name
+    with staged(final, {"stage": "publish", "member": member.name}) as staging:
+        for file in sorted(checkpoint.iterdir()):
+            link_or_copy(file, staging / file.name)
+        for name in ("eval.json", "lm_eval.json"):
+            link_or_copy(finished.evaluation / name, staging / name)
+        (staging / "cascade.json").write_text(json.dumps(lineage, indent=1) + "\n")
+        recipe_yaml = write_yaml(resolved_recipe(recipe, members))
+        (staging / "README.md").write_text(member_card(row, teacher, lineage, recipe_yaml))
+    if not (final / "config.json").is_file():
+        raise ReloadError(f"{final}: published without a config.json")
+
+
+def write_report(
+    run_folder: Path, recipe: Recipe, members: list[ResolvedMember], teacher: Row, finished: dict[str, FinishedMember]
+) -> None:
+    """family.json and the reports: rows made now, and those of members that an earlier run finished."""
+    rows: dict[str, list[Row]] = _earlier_rows(run_folder, {member.name for member in members})
+    for member in members:
+        if member.name in finished:
+            done = finished[member.name]
+            rows[member.name] = [member_row(recipe, members, member, done), *done.baselines]
+    order = [rows[member.name] for member in members if member.name in rows]
+    ordered = [row[0] for row in order] + [baseline for row in order for baseline in row[1:]]
+    write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _row(member: ResolvedMember, role: str, status: str) -> Row:
+    return {
+        "name": member.name,
+        "role": role,
+        "status": status,
+        "seed": member.seed or None,
+        "checkpoint": None,
+        "dims": member.dims.as_dict(),
+        "num_parameters": member.num_parameters,
+        "num_parameters_non_embedding": member.num_parameters_non_embedding,
+        "bytes": None,
+        "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
+        "cost": {"seconds": None, "flops": None, "money": None},
+        "stages": {"cut": None, "repaired": None, "recovered": None},
+        "metrics": [],
+        "speed": _NO_SPEED,
+    }
+
+
+def _earlier_rows(run_folder: Path, names: set[str]) -> dict[str, list[Row]]:
+    """Rows of an earlier family.json, members first in each list."""
+    if not (run_folder / "family.json").exists():
+        return {}
+    rows: dict[str, list[Row]] = {}
+    for row in load_family(run_folder)["rows"]:
+        if row["role"] == "member" and row["name"] in names:
+            rows[row["name"]] = [row]
+        elif row["role"] == "baseline" and row["name"].rpartition("-")[0] in rows:
+            rows[row["name"].rpartition("-")[0]].append(row)
+    return rows
+
+
+def _speed(evaluation: Path) -> dict[str, Any]:
+    measured = read_cost(evaluation).get("speed", {})
+    return {name: measured.get(name) for name in _NO_SPEED}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,1 @@
+"""The recipe: what a user writes, strictly read. Imports no torch."""

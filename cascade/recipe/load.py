@@ -1,0 +1,134 @@
+"""A recipe file -> a validated recipe, or every problem at once with its file:line:column."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from cascade.errors import RecipeError
+from cascade.recipe.schema import Recipe
+from cascade.yaml_reader import YamlDocument, parse_yaml, read_yaml
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, with `KEY=VALUE` overrides (dotted keys, list items by number) applied before checking.
+
+    Paths in it become absolute; relative ones count from the recipe's folder.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    path = Path(path)
+    document = read_yaml(path)
+    if not isinstance(document.data, dict):
+        raise RecipeError(str(path), [f"{path}:1:1: a recipe is a mapping of keys, starting with `name:`"])
+    overridden = [_override(document, text) for text in overrides]
+    try:
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        problems = [_describe(document, problem, overridden) for problem in error.errors()]
+        raise RecipeError(str(path), list(dict.fromkeys(problems))) from error
+    return _with_absolute_paths(recipe, path.resolve().parent)
+
+
+def _override(document: YamlDocument, text: str) -> tuple[str, ...]:
+    """Apply one override to the document's data; returns its path of keys."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {text}", ["is not of the form KEY=VALUE, such as distill.tokens=100_000"])
+    parts = tuple(key.split("."))
+    target: Any = document.data
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        if isinstance(target, list):
+            if not part.isdigit() or int(part) >= len(target):
+                place = ".".join(parts[:number])
+                raise RecipeError(f"--set {text}", [f"{place} has {len(target)} items, numbered from 0; no '{part}'"])
+            index: Any = int(part)
+        elif isinstance(target, dict):
+            index = part
+        else:
+            raise RecipeError(f"--set {text}", [f"{'.'.join(parts[:number])} is a value, not a section"])
+        if last:
+            target[index] = parse_yaml(value, source=f"--set {text}").data
+        else:
+            target = target.setdefault(index, {}) if isinstance(target, dict) else target[index]
+    return parts
+
+
+def _describe(document: YamlDocument, problem: Any, overridden: list[tuple[str, ...]]) -> str:
+    place = tuple(part for part in problem["loc"] if not _is_branch(part))
+    name = ".".join(str(part) for part in place)
+    texts = tuple(str(part) for part in place)
+    given = any(texts[: len(parts)] == parts for parts in overridden)
+    where = f"--set {name}" if given else document.where(place)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: {_unknown_key(place)}"
+    if problem["type"] == "missing":
+        return f"{where}: key '{name}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) or value is None else ""
+    return f"{where}: {name + ': ' if name else ''}{message}{shown if shown not in message else ''}"
+
+
+def _unknown_key(place: tuple[Any, ...]) -> str:
+    known = _known_keys(place[:-1])
+    close = difflib.get_close_matches(str(place[-1]), known, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"unknown key '{place[-1]}'; {hint}known here: {', '.join(known)}"
+
+
+def _known_keys(place: tuple[Any, ...]) -> list[str]:
+    """The keys of the section at a path of keys."""
+    model: Any = Recipe
+    for part in place:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section_of(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_of(part))), None)
+
+
+def _is_branch(part: Any) -> bool:
+    # pydantic puts the name of a validator into the path, such as 'function-before[_as_list(), ...]'.
+    return isinstance(part, str) and "[" in part
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    data = recipe.data
+    if data.source == "files":
+        names = ("train", "calibration", "selection", "heldout")
+        data = data.model_copy(update={name: [_absolute(value, folder) for value in getattr(data, name)] for name in names})
+    folders = [_absolute(value, folder) for value in recipe.evaluate.task_folders]
+    parent = recipe.parent.model_copy(update={"model": _model_path(recipe.parent.model, folder)})
+    members = [
+        member.model_copy(update={"student": _model_path(member.student, folder)}) for member in recipe.members
+    ]
+    return recipe.model_copy(
+        update={
+            "data": data,
+            "parent": parent,
+            "members": members,
+            "evaluate": recipe.evaluate.model_copy(update={"task_folders": folders}),
+        }
+    )
+
+
+def _model_path(reference: str, folder: Path) -> str:
+    """A local path made absolute; builtin and hub names as they are."""
+    if not reference or reference.startswith("builtin:"):
+        return reference
+    path = Path(_absolute(reference, folder))
+    return str(path) if path.exists() or reference.startswith((".", "/", "~")) else reference
+
+
+def _absolute(value: str, folder: Path) -> str:
+    path = Path(value).expanduser()
+    return str(path if path.is_absolute() else (folder / path).resolve())

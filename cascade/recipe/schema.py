@@ -1,0 +1,274 @@
+"""Every key of a recipe, with its unit and default.
+
+Hugging Face names are used verbatim. There are no keys that do nothing: what is not built yet is refused.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class Tokenizer(_Section):
+    """A byte-level BPE tokenizer to train on the recipe's training text."""
+
+    vocab_size: Annotated[int, Field(ge=300)]
+    """Tokens, the 256 bytes and the end token included."""
+
+
+class Pretrain(_Section):
+    """A parent trained from nothing with cross-entropy, instead of one that exists."""
+
+    config: dict[str, object]
+    """The transformers config: model_type and the architecture's own keys; vocab_size comes from the tokenizer."""
+    tokenizer: Tokenizer
+    tokens: PositiveInt
+    """Training tokens."""
+    block_size: PositiveInt = 512
+    """Tokens per block."""
+    batch_size: PositiveInt = 8
+    """Blocks per optimizer step."""
+    microbatch_size: PositiveInt = 8
+    """Blocks per forward pass."""
+    learning_rate: PositiveFloat = 4e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    warmup_fraction: Fraction = 0.03
+    final_learning_rate_fraction: Fraction = 0.02
+    selection_every: PositiveInt = 100
+    """Optimizer steps between two looks at the selection loss."""
+
+
+class Parent(_Section):
+    """The first model of the family, and the teacher of every member."""
+
+    model: str = ""
+    """builtin:NAME, a folder, a GGUF file, or a hub id."""
+    revision: str | None = None
+    """A commit of the hub; required for hub ids."""
+    pretrain: Pretrain | None = None
+    """Train the parent instead."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Parent":
+        if bool(self.model) == (self.pretrain is not None):
+            raise ValueError("give either `model` or `pretrain`")
+        return self
+
+
+def _parent(value: object) -> object:
+    return {"model": value} if isinstance(value, str) else value
+
+
+class Data(_Section):
+    """The text."""
+
+    source: Literal["stdlib", "files", "hub"]
+    """stdlib: the Python standard library's source; files: local JSONL(.gz), Parquet, text; hub: a hub dataset."""
+    train: Paths = []
+    """source files: paths, relative to the recipe's folder; source hub: the dataset's split name"""
+    calibration: Paths = []
+    """What statistics are taken on; cut from train where empty."""
+    selection: Paths = []
+    """What choices are made on; cut from train where empty."""
+    heldout: Paths = []
+    """What results are reported on; cut from train where empty."""
+    text_field: str = "text"
+    dataset: str = ""
+    """source hub: the dataset's id"""
+    revision: str = ""
+    """source hub: a commit"""
+    dataset_config: str = ""
+    """source hub: the dataset's configuration name"""
+    block_size: Annotated[int, Field(ge=8)] = 256
+    """Tokens per block; documents are packed with an end token between them."""
+    max_tokens: PositiveInt = 20_000_000
+    """Training tokens to prepare at most; training past the end starts over in another order."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Data":
+        splits = {"train": self.train, "calibration": self.calibration, "selection": self.selection, "heldout": self.heldout}
+        if self.source == "stdlib" and any(splits.values()):
+            raise ValueError("source stdlib has splits of its own; remove train, calibration, selection and heldout")
+        if self.source != "stdlib" and not self.train:
+            raise ValueError(f"source {self.source} needs `train`")
+        if self.source == "hub" and not (self.dataset and self.revision):
+            raise ValueError("source hub needs `dataset` and a pinned `revision`")
+        if self.source == "hub" and any(len(names) > 1 for names in splits.values()):
+            raise ValueError("source hub takes one split name for each of train, calibration, selection and heldout")
+        return self
+
+
+class TargetSize(_Section):
+    """The size of a member: a parameter count, explicit dims, or both."""
+
+    params: float | None = None
+    """Parameters: a fraction of the parent's (at most 1) or a number."""
+    dims: dict[str, PositiveInt] = {}
+    """num_hidden_layers, hidden_size, intermediate_size, num_attention_heads."""
+
+    @field_validator("params")
+    @classmethod
+    def _positive(cls, value: float | None) -> float | None:
+        if value is not None and not (0 < value <= 1 or value >= 1000):
+            raise ValueError(f"{value:g} is neither a fraction of the parent (above 0, at most 1) nor a number of parameters")
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> "TargetSize":
+        if self.params is None and not self.dims:
+            raise ValueError("give `params`, `dims` or both")
+        return self
+
+
+class Member(_Section):
+    """One size of the family."""
+
+    name: str
+    target: TargetSize | None = None
+    """What to cut to."""
+    student: str = ""
+    """Instead of a target: an existing checkpoint of any shape with the teacher's vocabulary; no cut."""
+    seed: str = "previous"
+    """What it is cut from: previous (the next larger member), parent, or a member's name."""
+    tokens: PositiveInt | None = None
+    """Training tokens, where they differ from distill.tokens."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        if not NAME.fullmatch(value) or value in ("previous", "parent"):
+            raise ValueError(f"'{value}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Member":
+        if (self.target is None) == (not self.student):
+            raise ValueError("give either `target` or `student`")
+        return self
+
+
+class Calibration(_Section):
+    """What statistics are taken on."""
+
+    num_blocks: PositiveInt = 64
+    """Blocks of the calibration split, spread over it."""
+    batch_size: PositiveInt = 8
+    """Blocks per forward pass."""
+
+
+class Distill(_Section):
+    """Recovery: the student learns from the original parent."""
+
+    tokens: PositiveInt
+    """Training tokens of each member."""
+    batch_size: PositiveInt = 8
+    """Blocks per optimizer step."""
+    microbatch_size: PositiveInt = 8
+    """Blocks per forward pass; changes memory and speed, not the result."""
+    learning_rate: PositiveFloat = 3e-3
+    """The schedule's peak."""
+    warmup_fraction: Fraction = 0.05
+    """Share of the steps with a linear warm-up."""
+    final_learning_rate_fraction: Fraction = 0.05
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    loss: Literal["forward_kl"] = "forward_kl"
+    """KL(teacher ‖ student)."""
+    temperature: PositiveFloat = 1.0
+    """Divides both models' logits; the loss is multiplied by its square."""
+    cross_entropy_weight: Fraction = 0.0
+    """Share of cross-entropy with the text in the loss."""
+    selection_every: PositiveInt = 25
+    """Optimizer steps between two looks at the selection loss."""
+    selection_blocks: PositiveInt = 16
+
+
+class Evaluate(_Section):
+    """What is measured on each finished row."""
+
+    tasks: Paths = []
+    """lm-eval tasks: the package's own, those of task_folders, and lm-eval's."""
+    task_folders: Paths = []
+    """Folders of lm-eval task files, relative to the recipe's folder."""
+    limit: PositiveInt | None = None
+    """Items per task; all where not given."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """The task's own where not given."""
+    batch_size: PositiveInt = 16
+    heldout_blocks: PositiveInt = 128
+    """Blocks of the held-out split, spread over it."""
+
+
+class Save(_Section):
+    """How members are written."""
+
+    dtype: Literal["parent", "float32", "bfloat16", "float16"] = "parent"
+
+
+class Recipe(_Section):
+    """A whole family."""
+
+    name: str
+    parent: Annotated[Parent, BeforeValidator(_parent)]
+    data: Data
+    members: list[Member] = []
+    distill: Distill | None = None
+    calibration: Calibration = Calibration()
+    evaluate: Evaluate = Evaluate()
+    baselines: list[Literal["cut", "ce"]] = []
+    """Rows to compare each member with. cut: the same cut model without recovery; ce: recovered by cross-entropy
+    alone, from the same cut, on the same tokens. Measured on held-out text, not on the tasks."""
+    save: Save = Save()
+    seed: int = 0
+    """Every random draw comes from this number."""
+    output: str = ""
+    """The run directory; runs/NAME where not given."""
+    finish: list[object] = []
+    """Reserved for stages that run on a copy of a finished member."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(f"'{value}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
+        return value
+
+    @field_validator("finish")
+    @classmethod
+    def _not_yet(cls, value: list[object]) -> list[object]:
+        if value:
+            raise ValueError("no finishing stage exists yet; remove `finish`")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        names = [member.name for member in self.members]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"members: the name {', '.join(twice)} stands twice")
+        for member in self.members:
+            if member.seed not in ("previous", "parent", *names) or member.seed == member.name:
+                raise ValueError(
+                    f"members: {member.name}: unknown seed '{member.seed}'; use previous, parent or another member's name"
+                )
+        if self.members and self.distill is None:
+            raise ValueError("`distill` is missing; members need at least distill.tokens")
+        return self

@@ -1,0 +1,1 @@
+"""Family records, tables, curves, HTML, member cards. Imports no torch."""

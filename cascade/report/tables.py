@@ -1,0 +1,116 @@
+"""The family's tables, once as text cells; Markdown and HTML only dress them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cascade.report.plots import short_number
+from cascade.report.records import Row, find_metric, metric_names
+
+Table = list[list[str]]
+"""Rows of cells; the first is the head."""
+
+
+def size_table(rows: Sequence[Row]) -> Table:
+    """Shape, size and speed of each row."""
+    teacher = next((row for row in rows if row["role"] == "teacher"), None)
+    head = ["", "parameters", "of parent", "layers", "hidden", "MLP", "heads", "MB", "prefill tok/s", "decode tok/s", "peak MB"]
+    table = [head]
+    for row in rows:
+        if row["role"] == "baseline":
+            continue
+        dims, speed = row["dims"], row["speed"]
+        share = row["num_parameters"] / teacher["num_parameters"] if teacher else None
+        heads = f"{dims['num_attention_heads']}/{dims['num_key_value_heads']}"
+        table.append(
+            [
+                row["name"],
+                f"{row['num_parameters']:,}",
+                "" if share is None else f"{share:.0%}",
+                str(dims["num_hidden_layers"]),
+                str(dims["hidden_size"]),
+                str(dims["intermediate_size"]),
+                heads,
+                _number(row["bytes"], 1e6),
+                _number(speed["prefill_tokens_per_s"]),
+                _number(speed["decode_tokens_per_s"]),
+                _number(speed["peak_memory_bytes"], 1e6),
+            ]
+        )
+    return table
+
+
+def quality_table(rows: Sequence[Row]) -> Table:
+    """Every metric of every row as value ± standard error, with the retention where it is defined."""
+    names = metric_names(list(rows))
+    table = [["", *names]]
+    for row in rows:
+        table.append([row["name"], *(_metric_cell(find_metric(row, name)) for name in names)])
+    return table
+
+
+def stage_table(rows: Sequence[Row]) -> Table:
+    """Loss and KL on selection text after the cut and after recovery, beside each other; tokens and cost."""
+    head = ["", "seed", "loss: cut", "recovered", "KL: cut", "recovered", "tokens", "cumulative", "seconds", "FLOPs"]
+    table = [head]
+    for row in rows:
+        if row["role"] != "member":
+            continue
+        cut, recovered = row["stages"]["cut"] or {}, row["stages"]["recovered"] or {}
+        table.append(
+            [
+                row["name"],
+                row["seed"] or "",
+                _loss(cut.get("loss")),
+                _loss(recovered.get("loss")),
+                _loss(cut.get("kl_to_teacher")),
+                _loss(recovered.get("kl_to_teacher")),
+                f"{row['tokens']['hop'] or 0:,}",
+                f"{row['tokens']['cumulative'] or 0:,}",
+                _number(row["cost"]["seconds"]),
+                "" if row["cost"]["flops"] is None else short_number(row["cost"]["flops"]),
+            ]
+        )
+    return table
+
+
+def markdown_table(table: Table) -> str:
+    """The table in Markdown, cells escaped."""
+    lines = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
+    return "\n".join(lines)
+
+
+def plain_table(table: Table) -> str:
+    """The table for a terminal, in columns of even width."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _metric_cell(metric: dict[str, Any] | None) -> str:
+    if metric is None or metric["value"] is None:
+        return ""
+    text = f"{metric['value']:.4g}"
+    if metric["stderr"]:
+        text += f" ± {metric['stderr']:.2g}"
+    if metric["retention"] is not None:
+        text += f" ({metric['retention']:.0%}"
+        interval = metric["retention_interval"]
+        text += f", {interval[0]:.0%} to {interval[1]:.0%})" if interval else ")"
+    return text
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _number(value: float | None, unit: float = 1.0) -> str:
+    return "" if value is None else f"{value / unit:,.1f}" if value / unit < 100 else f"{value / unit:,.0f}"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,81 @@
+"""family.json, family.csv, report.md and a self-contained report.html of one family."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from cascade.report.plots import size_quality_curve, training_curves
+from cascade.report.records import Row, family_csv, family_json, metric_names
+from cascade.report.tables import Table, markdown_table, quality_table, size_table, stage_table
+from cascade.store import write_atomically
+
+_NOTES = (
+    "Values are followed by their standard error, and by the retention (member - chance) / (parent - chance) with its "
+    "95% interval (paired bootstrap over items) where the parent is at least 5 standard errors above chance. "
+    "Held-out losses and KL are nats per token; stages are measured on selection text, results on held-out text. "
+    "Speeds are of a batch of one on this machine's CPU, each in a process of its own."
+)
+
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;margin:1rem 0}"
+    "td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right;white-space:nowrap}"
+    "td:first-child,th:first-child{text-align:left}"
+    "figure{margin:1rem 0;display:inline-block;width:640px;max-width:100%}h2{margin-top:2rem}"
+)
+
+
+def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> None:
+    """Write all four files, each replaced in one step."""
+    write_atomically(run_folder / "family.json", family_json(name, rows))
+    write_atomically(run_folder / "family.csv", family_csv(rows))
+    write_atomically(run_folder / "report.md", report_markdown(name, rows))
+    write_atomically(run_folder / "report.html", report_html(name, rows, curves))
+
+
+def report_markdown(name: str, rows: list[Row]) -> str:
+    """The tables as Markdown."""
+    parts = [f"# Family {_plain(name)}", _NOTES]
+    for title, table in _tables(rows):
+        parts += [f"## {title}", markdown_table(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def report_html(name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> str:
+    """One HTML file with tables and curves; nothing is loaded from anywhere."""
+    family = {"name": name, "rows": rows}
+    body = [f"<h1>Family {escape(name)}</h1>", f"<p>{escape(_NOTES)}</p>", "<h2>Size against quality</h2>"]
+    body += [f"<figure>{chart}</figure>" for chart in _charts(family)]
+    for title, table in _tables(rows):
+        body += [f"<h2>{escape(title)}</h2>", _html_table(table)]
+    chart = training_curves(curves)
+    if chart:
+        body += ["<h2>Training</h2>", f"<figure>{chart}</figure>"]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(name)}</title><style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _tables(rows: list[Row]) -> list[tuple[str, Table]]:
+    return [("Sizes", size_table(rows)), ("Cut and recovery", stage_table(rows)), ("Quality", quality_table(rows))]
+
+
+def _charts(family: dict[str, Any]) -> list[str]:
+    """One chart per metric, the most telling first; loss and bits per byte have the same shape."""
+    names = [name for name in metric_names(family["rows"]) if name != "heldout/loss"]
+    first = [name for name in ("heldout/kl_to_teacher", "heldout/bits_per_byte") if name in names]
+    ordered = first + [name for name in names if name not in first]
+    return [chart for name in ordered if (chart := size_quality_curve([family], name))]
+
+
+def _html_table(table: Table) -> str:
+    head, *rows = table
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>" + "".join(lines) + "</tbody></table>"
+
+
+def _plain(text: str) -> str:
+    return text.replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,91 @@
+"""Runs a stage, or finds that it was already run: the same stage, settings and inputs are the same output."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from cascade import __version__
+from cascade.progress import OnStep, RunProgress
+from cascade.store import COST_FILE, append_event, is_committed, stage_key, staged
+
+STAGES = ("statistics", "prune", "distill", "evaluate", "report")
+"""A member's stages in order, as --from takes them."""
+
+STAGE_FORMATS = {
+    "pretrain": 1,
+    "convert": 1,
+    "data": 1,
+    "statistics": 1,
+    "prune": 1,
+    "distill": 1,
+    "evaluate": 1,
+    "baseline-cut": 1,
+    "baseline-ce": 1,
+}
+"""Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
+
+_MADE_WITH = {"baseline-cut": "prune", "baseline-ce": "distill"}
+
+
+@dataclass(frozen=True)
+class StageRunner:
+    """Where stages are committed, and which are to be made again."""
+
+    folder: Path
+    progress: RunProgress
+    from_stage: str | None
+    members: frozenset[str]
+    """Members that `from_stage` is meant for."""
+
+    def run(
+        self, member: str, stage: str, settings: Any, inputs: dict[str, str], make: Callable[[Path, OnStep], None]
+    ) -> Path:
+        """The committed folder of a stage: as an earlier run left it, or made now by `make(folder, on_step)`."""
+        key = stage_key(stage, STAGE_FORMATS[stage], settings, inputs)
+        final = self.folder / "stages" / f"{member}.{stage}-{key[:16]}"
+        if is_committed(final) and not self._is_forced(member, stage):
+            self.progress.skip(member, stage, "already done with the same inputs and settings")
+            append_event(self.folder, "skipped", member=member, stage=stage, key=key)
+            return final
+        provenance = {"stage": stage, "key": key, "settings": settings, "inputs": inputs, "made_with": _versions()}
+        with self.progress.stage(member, stage) as on_step, staged(final, provenance) as staging:
+            started = time.perf_counter()
+            make(staging, on_step)
+            cost = read_cost(staging) | {"seconds": time.perf_counter() - started}
+            (staging / COST_FILE).write_text(json.dumps(cost))
+        append_event(self.folder, "finished", member=member, stage=stage, key=key, seconds=round(cost["seconds"], 3))
+        return final
+
+    def _is_forced(self, member: str, stage: str) -> bool:
+        if self.from_stage is None or member not in self.members:
+            return False
+        stage = _MADE_WITH.get(stage, stage)
+        return stage in STAGES and STAGES.index(stage) >= STAGES.index(self.from_stage)
+
+
+def read_cost(folder: Path) -> dict[str, Any]:
+    """A stage's cost.json; empty where it has none."""
+    path = folder / COST_FILE
+    cost: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return cost
+
+
+def _versions() -> dict[str, Any]:
+    """What the bits may depend on, for the record: not part of any key."""
+    return {
+        "cascade": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "process": os.getpid(),
+    }

@@ -1,0 +1,116 @@
+"""One stage on its own, from the command line's plain arguments: models by reference, text by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.data.blocks import TokenBlocks, pack_documents
+from cascade.data.sources import TextData, read_documents
+from cascade.distillation.trainer import distill
+from cascade.evaluation.evaluate import default_device, evaluate
+from cascade.evaluation.heldout import heldout_blocks
+from cascade.importance.scores import score_importance
+from cascade.importance.statistics import collect_statistics
+from cascade.models.axes import probe_axes
+from cascade.models.checkpoint import (
+    ModelSource,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    save_checkpoint,
+    stored_dtype,
+)
+from cascade.models.dims import dims_of
+from cascade.pruning.cut import prune
+from cascade.pruning.plan import plan_pruning, save_plan
+from cascade.pruning.proof import prove_cuts
+from cascade.pruning.shape import CUT_DIMS, Target, solve_shape
+from cascade.store import staged
+
+
+def prune_model(
+    reference: str, params: float | None, dims: dict[str, int], output: Path, num_blocks: int, data: str, block_size: int
+) -> dict[str, Any]:
+    """Statistics -> scores -> plan -> cut; writes the checkpoint and plan.json."""
+    source = resolve_model(reference)
+    config = load_config(source)
+    axes, before = probe_axes(config), dims_of(config)
+    target = Target(params=params, dims=dims)
+    wanted = solve_shape(config, target, parent_parameters=int(axes.num_parameters(before)))
+    prove_cuts(config, along=[name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]])
+    model = load_model(source).to(default_device())
+    blocks = _blocks(data, "calibration", source, block_size).take(num_blocks)
+    statistics = collect_statistics(model, blocks)
+    plan = plan_pruning(score_importance(statistics), model.config, wanted, statistics=statistics)
+    with staged(output, {"stage": "prune", "source": source.reference}) as folder:
+        _save(prune(model, plan), folder, source)
+        save_plan(plan, folder / "plan.json")
+    return {"output": str(output), "num_parameters": int(axes.num_parameters(wanted)), **wanted.as_dict()}
+
+
+def distill_model(
+    student: str, teacher: str, output: Path, data: str, block_size: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl."""
+    source, teacher_source = resolve_model(student), resolve_model(teacher)
+    learner, expert = load_model(source), load_model(teacher_source)
+    with staged(output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}) as folder:
+        metrics = distill(
+            learner.to(default_device()),
+            expert.to(default_device()).requires_grad_(False),
+            _blocks(data, "train", teacher_source, block_size),
+            selection=_blocks(data, "selection", teacher_source, block_size).take(16),
+            log_path=folder / "log.jsonl",
+            **options,
+        )
+        _save(learner, folder, source)
+    return {
+        "output": str(output),
+        "num_steps": metrics.num_steps,
+        "num_tokens": metrics.num_tokens,
+        "seconds": round(metrics.seconds, 1),
+        "selection_loss": metrics.selection_loss,
+        "selection_kl": metrics.selection_kl,
+    }
+
+
+def evaluate_model(
+    checkpoint: str,
+    tasks: Sequence[str],
+    task_folders: Sequence[Path],
+    teacher: str | None,
+    limit: int | None,
+    num_blocks: int,
+    data: str,
+    block_size: int,
+) -> dict[str, Any]:
+    """Every number about one checkpoint."""
+    source = resolve_model(checkpoint)
+    heldout = heldout_blocks(_text(data), load_tokenizer(source), block_size=block_size, max_blocks=num_blocks)
+    expert = None if teacher is None else load_model(resolve_model(teacher)).to(default_device())
+    result = evaluate(source, tasks=tasks, teacher=expert, heldout=heldout, task_folders=task_folders, limit=limit)
+    lines = {
+        f"{metric['task']}/{metric['metric']}": f"{metric['value']:.4f} ± {metric['stderr'] or 0:.4f}"
+        for metric in result.metrics
+        if metric["value"] is not None
+    }
+    return {"checkpoint": source.reference, **lines, **result.speed}
+
+
+def _blocks(data: str, split: str, source: ModelSource, block_size: int) -> TokenBlocks:
+    texts = read_documents(_text(data), split)
+    return pack_documents(texts, load_tokenizer(source), block_size=block_size, max_blocks=50_000, name=f"--data ({split})")
+
+
+def _text(data: str) -> TextData:
+    return TextData("stdlib", {}) if data == "stdlib" else TextData("files", {"train": (data,)})
+
+
+def _save(model: Any, folder: Path, source: ModelSource) -> None:
+    dtype: torch.dtype = stored_dtype(source)
+    save_checkpoint(model, folder, companions=None if source.gguf_file else source.folder, dtype=dtype)
+    if source.gguf_file:
+        load_tokenizer(source).save_pretrained(folder)

@@ -1,0 +1,253 @@
+"""What each stage of a run does: read its inputs' folders, write its own. No stage knows about another's keys."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cascade.data.blocks import load_blocks, pack_documents, save_blocks
+from cascade.data.sources import TextData, read_documents
+from cascade.distillation.trainer import distill, selection_losses
+from cascade.evaluation.evaluate import default_device, evaluate
+from cascade.evaluation.harness import find_tasks
+from cascade.evaluation.heldout import heldout_blocks, heldout_metrics
+from cascade.evaluation.reload import write_reference
+from cascade.evaluation.retention import with_retention
+from cascade.family import ResolvedMember
+from cascade.importance.scores import score_importance
+from cascade.importance.statistics import collect_statistics, load_statistics, save_statistics
+from cascade.models.axes import probe_axes
+from cascade.models.checkpoint import (
+    ModelSource,
+    file_sha256,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_checkpoint,
+    stored_dtype,
+)
+from cascade.models.dims import dims_of
+from cascade.progress import OnStep
+from cascade.pruning.cut import prune
+from cascade.pruning.plan import plan_pruning, save_plan
+from cascade.recipe.schema import Data, Distill, Recipe
+from cascade.store import COST_FILE
+
+CHECKPOINT = "checkpoint"
+
+
+def text_data(data: Data) -> TextData:
+    """The recipe's data section as the data package takes it."""
+    splits = {"train": data.train, "calibration": data.calibration, "selection": data.selection, "heldout": data.heldout}
+    given = {name: tuple(values) for name, values in splits.items() if values}
+    return TextData(
+        source=data.source,
+        files=given if data.source == "files" else {},
+        text_field=data.text_field,
+        dataset=data.dataset,
+        revision=data.revision,
+        dataset_config=data.dataset_config,
+        hub_splits={name: values[0] for name, values in given.items()} if data.source == "hub" else None,
+    )
+
+
+def data_fingerprint(data: Data) -> str:
+    """sha256 of the source's content: of local files and the standard library; a hub dataset's revision."""
+    digest = hashlib.sha256()
+    if data.source == "stdlib":
+        for split in ("train", "calibration", "selection", "heldout"):
+            for text in read_documents(text_data(data), split):
+                digest.update(hashlib.sha256(text.encode()).digest())
+    for names in text_data(data).files.values():
+        for name in names:
+            digest.update(file_sha256(Path(name)).encode() if Path(name).is_file() else b"missing")
+    digest.update(f"{data.dataset}@{data.revision}".encode())
+    return digest.hexdigest()
+
+
+def task_fingerprint(recipe: Recipe) -> str:
+    """sha256 of the tasks' definitions and data files; an lm-eval task of its own by name."""
+    digest = hashlib.sha256()
+    folders = [Path(folder) for folder in recipe.evaluate.task_folders]
+    for task in find_tasks(recipe.evaluate.tasks, folders):
+        if isinstance(task, str):
+            digest.update(task.encode())
+            continue
+        files = task["dataset_kwargs"].get("data_files", {})
+        for file in files.values() if isinstance(files, dict) else [files]:
+            digest.update(file_sha256(Path(file)).encode())
+        portable = {key: value for key, value in task.items() if key != "dataset_kwargs"}
+        digest.update(json.dumps(portable, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def make_data(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
+    """train, calibration and selection blocks. Held-out text is not touched here."""
+    data = recipe.data
+    limits = {
+        "train": max(1, data.max_tokens // data.block_size),
+        "calibration": None,
+        "selection": None,
+    }
+    for split, limit in limits.items():
+        texts = read_documents(text_data(data), split)
+        blocks = pack_documents(texts, tokenizer, block_size=data.block_size, max_blocks=limit, name=f"data.{split}")
+        save_blocks(blocks, folder / f"{split}.safetensors")
+
+
+def make_statistics(folder: Path, recipe: Recipe, seed: ModelSource, data: Path, on_step: OnStep) -> None:
+    """Statistics of the seed on calibration blocks."""
+    model = load_model(seed).to(default_device())
+    blocks = load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks)
+    statistics = collect_statistics(model, blocks, batch_size=recipe.calibration.batch_size, on_batch=on_step)
+    save_statistics(statistics, folder / "statistics.safetensors")
+
+
+def make_cut(
+    folder: Path, recipe: Recipe, member: ResolvedMember, seed: ModelSource, statistics: Path, data: Path, teacher: nn.Module
+) -> None:
+    """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
+    found = load_statistics(statistics / "statistics.safetensors")
+    model = load_model(seed)
+    plan = plan_pruning(score_importance(found), model.config, member.dims, statistics=found)
+    save_plan(plan, folder / "plan.json")
+    pruned = prune(model, plan).to(default_device())
+    save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)
+    _write_json(folder / "losses.json", _selection(pruned, teacher, recipe, data))
+
+
+def make_recovered(
+    folder: Path,
+    recipe: Recipe,
+    member: ResolvedMember,
+    start: ModelSource,
+    parent: ModelSource,
+    data: Path,
+    teacher: nn.Module | None,
+    on_step: OnStep,
+) -> None:
+    """The recovered member as a stock checkpoint, its training log, and logits for the reload gate.
+
+    Without a teacher it is the cross-entropy baseline.
+    """
+    settings = recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
+    student = load_model(start).to(default_device())
+    blocks = load_blocks(data / "train.safetensors")
+    selection = load_blocks(data / "selection.safetensors").take(settings.selection_blocks)
+    metrics = distill(
+        student,
+        teacher,
+        blocks,
+        num_tokens=member.num_tokens,
+        seed=recipe.seed,
+        first_position=member.first_position,
+        selection=selection,
+        log_path=folder / "log.jsonl",
+        on_step=on_step,
+        **training_options(settings),
+    )
+    _write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
+    dtype = stored_dtype(parent) if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
+    rounded = save_checkpoint(student, folder / CHECKPOINT, companions=_companions(parent), dtype=dtype)
+    if parent.gguf_file:
+        load_tokenizer(parent).save_pretrained(folder / CHECKPOINT)
+    write_reference(rounded, folder / "reference.safetensors")
+    config = load_config(parent)
+    per_token = probe_axes(config).flops_per_token(dims_of(config), recipe.data.block_size) if teacher is not None else 0.0
+    _write_json(folder / COST_FILE, {"teacher_flops_per_token": float(per_token)})
+
+
+def training_options(settings: Distill) -> dict[str, Any]:
+    """The recipe's distill section as keyword arguments of `distill`."""
+    own = {"tokens", "selection_blocks"}
+    return {name: value for name, value in settings.model_dump().items() if name not in own}
+
+
+def make_evaluation(
+    folder: Path,
+    recipe: Recipe,
+    checkpoint: ModelSource,
+    *,
+    teacher: nn.Module | None,
+    parent_evaluation: Path | None,
+    reference: Path | None,
+) -> None:
+    """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), cost.json with the speed."""
+    settings = recipe.evaluate
+    tokenizer = load_tokenizer(checkpoint)
+    result = evaluate(
+        checkpoint,
+        tasks=settings.tasks,
+        teacher=teacher,
+        heldout=_heldout(recipe, tokenizer),
+        task_folders=[Path(task_folder) for task_folder in settings.task_folders],
+        limit=settings.limit,
+        num_fewshot=settings.num_fewshot,
+        batch_size=settings.batch_size,
+        reference=reference,
+        seed=recipe.seed,
+    )
+    if parent_evaluation is None:
+        parent = {"metrics": result.metrics, "items": result.items}
+    else:
+        parent = json.loads((parent_evaluation / "eval.json").read_text())
+    metrics = with_retention(result.metrics, parent["metrics"], result.items, parent["items"], seed=recipe.seed)
+    _write_json(folder / "eval.json", {"metrics": metrics, "items": result.items})
+    _write_json(folder / "lm_eval.json", result.raw)
+    _write_json(folder / COST_FILE, {"speed": result.speed})
+
+
+def make_baseline(folder: Path, recipe: Recipe, checkpoint: ModelSource, parent: ModelSource, teacher: nn.Module) -> None:
+    """Held-out metrics of a model that is only there to be compared with."""
+    model = load_model(checkpoint).to(default_device())
+    metrics = heldout_metrics(model, teacher, _heldout(recipe, load_tokenizer(parent)))
+    _write_json(folder / "eval.json", {"metrics": metrics, "items": {}})
+
+
+def _heldout(recipe: Recipe, tokenizer: Any) -> Any:
+    return heldout_blocks(
+        text_data(recipe.data),
+        tokenizer,
+        block_size=recipe.data.block_size,
+        max_blocks=recipe.evaluate.heldout_blocks,
+    )
+
+
+def _selection(model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path) -> dict[str, float | None]:
+    settings = recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
+    blocks = load_blocks(data / "selection.safetensors").take(settings.selection_blocks)
+    losses = selection_losses(model, teacher, blocks, settings.microbatch_size)
+    model.eval()
+    return {"loss": losses["selection_loss"], "kl_to_teacher": losses.get("selection_kl")}
+
+
+def _companions(parent: ModelSource) -> Path | None:
+    return None if parent.gguf_file else parent.folder
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: lm-eval's results also hold arrays, functions, dataclasses and NaN (null here)."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str | int | bool) or value is None:
+        return value
+    return _plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else str(value)
