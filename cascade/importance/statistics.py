@@ -130,7 +130,7 @@ class _Sums:
             elif kind in per_layer:
                 per_layer[kind].append(self.squares[name].sqrt())
         heads = torch.stack(per_layer["num_attention_heads"])
-        for name, values in [*zip(names, energies, strict=True), *self.squares.items()]:
+        for name, values in [*self.squares.items(), *zip(names, energies, strict=True)]:  # in the order they were met
             if not torch.isfinite(values).all():
                 raise ValueError(f"activations at '{name}' are not finite; the model or its calibration text is broken")
         return Statistics(

@@ -1,0 +1,137 @@
+"""Shared fixtures: tiny random models with the built-in tokenizer, small texts, the shared folder where it is."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from cascade.data.blocks import TokenBlocks
+from cascade.models.checkpoint import BUILTIN_FOLDER, copy_companions
+from cascade.pruning.proof import twin_of
+
+settings.register_profile("cascade", deadline=None, max_examples=15, derandomize=True)
+settings.load_profile("cascade")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+ARCHITECTURES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside this checkout")
+
+
+def make_config(architecture, *, tied=False, **changes):
+    dims = {
+        "vocab_size": 64,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    return ARCHITECTURES[architecture](**(dims | changes), tie_word_embeddings=tied)
+
+
+def make_model(architecture="llama", *, tied=False, seed=0, **changes):
+    config = make_config(architecture, tied=tied, **changes)
+    from cascade.models.dims import dims_of
+
+    return twin_of(config, seed=seed, dims=dims_of(config))
+
+
+def make_blocks(count=8, size=16, vocabulary=64, seed=0):
+    ids = torch.randint(0, vocabulary, (count, size), generator=torch.Generator().manual_seed(seed))
+    return TokenBlocks(ids, ids, 3.0)
+
+
+def write_texts(path, count, *, seed=0):
+    """Sentences of a small made-up language, different in every document."""
+    import random
+
+    draw = random.Random(seed)
+    words = "the def class return self value index of in for import list name open file data print is not and".split()
+    with gzip.open(path, "wt") as file:
+        for _ in range(count):
+            text = " ".join(draw.choice(words) + str(draw.randrange(9)) for _ in range(120))
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+@pytest.fixture(scope="session")
+def tiny_parent(tmp_path_factory):
+    """A random Llama of 2 layers in bfloat16 with the built-in model's tokenizer, saved as users save models."""
+    folder = tmp_path_factory.mktemp("tiny-parent")
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    copy_companions(BUILTIN_FOLDER / "pico-python", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe_folder(tmp_path_factory, tiny_parent):
+    """A recipe for a family of two that takes seconds, its text beside it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    write_texts(folder / "train.jsonl.gz", 60, seed=1)
+    write_texts(folder / "heldout.jsonl.gz", 12, seed=2)
+    (folder / "tiny.yaml").write_text(
+        f"""\
+name: tiny
+parent: {tiny_parent}
+data:
+  source: files
+  train: train.jsonl.gz
+  calibration: heldout.jsonl.gz
+  selection: heldout.jsonl.gz
+  heldout: heldout.jsonl.gz
+  block_size: 32
+members:
+  - name: big
+    target: {{params: 0.8}}
+  - name: small
+    target: {{params: 0.5}}
+calibration: {{num_blocks: 8}}
+distill: {{tokens: 512, batch_size: 4, microbatch_size: 4, selection_blocks: 4}}
+evaluate: {{tasks: [python_minimal_pairs], limit: 6, heldout_blocks: 8}}
+baselines: [cut, ce]
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(recipe_folder):
+    from cascade.recipe.load import load_recipe
+
+    return load_recipe(recipe_folder / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_recipe, tmp_path_factory):
+    """A finished run of the tiny recipe."""
+    from cascade.run import run_recipe
+
+    return run_recipe(tiny_recipe, output=tmp_path_factory.mktemp("runs") / "tiny")

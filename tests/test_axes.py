@@ -1,0 +1,118 @@
+"""Axes found by size-probing: counts, names, and torch-pruning as a second opinion."""
+
+import pytest
+import torch
+import torch_pruning
+from conftest import ARCHITECTURES, make_config, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascade.errors import UserError
+from cascade.models.axes import probe_axes
+from cascade.models.dims import dims_of
+
+ALL = sorted(ARCHITECTURES)
+
+
+@given(
+    architecture=st.sampled_from(ALL),
+    tied=st.booleans(),
+    layers=st.integers(1, 4),
+    groups=st.sampled_from([1, 2, 4]),
+    per_group=st.sampled_from([1, 2, 3]),
+    head_dim=st.sampled_from([4, 8, 12]),
+    neurons=st.integers(5, 70),
+    multiple=st.integers(1, 4),
+)
+def test_counted_parameters_equal_the_models_own(architecture, tied, layers, groups, per_group, head_dim, neurons, multiple):
+    config = make_config(
+        architecture,
+        tied=tied,
+        num_hidden_layers=layers,
+        num_attention_heads=groups * per_group,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        intermediate_size=neurons,
+        hidden_size=12 * multiple * groups * per_group,
+    )
+    model = make_model_of(config)
+    axes, dims = probe_axes(config), dims_of(config)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    vocabulary = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    assert axes.num_parameters(dims) == counted
+    assert axes.num_parameters_non_embedding(dims) == counted - sum(weight.numel() for weight in vocabulary)
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_every_axis_of_every_parameter_has_the_probed_length(architecture):
+    model = make_model(architecture)
+    axes, dims = probe_axes(model.config), dims_of(model.config)
+    for name, parameter in model.named_parameters():
+        assert tuple(axis.length(dims) for axis in axes.of(name)) == tuple(parameter.shape), name
+
+
+def test_flops_per_token_count_each_matrix_product_twice():
+    model = make_model("llama")
+    axes, dims = probe_axes(model.config), dims_of(model.config)
+    ids = torch.zeros(1, 16, dtype=torch.int64)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(input_ids=ids, use_cache=False)
+    linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    attention = 2 * 16 * dims.num_attention_heads * dims.head_dim * dims.num_hidden_layers
+    assert axes.flops_per_token(dims, 16) == linear + attention
+    # torch counts the whole square of attention scores; half of it lies above the causal diagonal.
+    assert counter.get_total_flops() / 16 == linear + 2 * attention
+
+
+@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize(
+    ("dim", "module", "pruner"),
+    [
+        ("intermediate_size", "mlp.up_proj", torch_pruning.prune_linear_out_channels),
+        ("hidden_size", "mlp.down_proj", torch_pruning.prune_linear_out_channels),
+    ],
+)
+def test_torch_pruning_couples_the_weights_that_share_the_probed_axis(architecture, dim, module, pruner):
+    # One layer and no cache: torch-pruning never returns when the traced model builds a key/value cache.
+    model = make_model(architecture, num_hidden_layers=1, hidden_size=56, intermediate_size=40)
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        model,
+        example_inputs=torch.zeros(1, 4, dtype=torch.int64),
+        forward_fn=lambda m, ids: m(input_ids=ids, use_cache=False).logits.sum(),
+        unwrapped_parameters=unwrapped(model),
+    )
+    layer = model.get_submodule(f"model.layers.0.{module}")
+    group = graph.get_pruning_group(layer, pruner, idxs=[0])
+    coupled = set()
+    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+    for dependency, _ in group:
+        target = dependency.target.module
+        weight = target if isinstance(target, torch.nn.Parameter) else getattr(target, "weight", None)
+        if weight is not None:  # element-wise operations have none
+            coupled.add(parameters[id(weight)])
+    axes = probe_axes(model.config)
+    probed = {
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith("weight") and any(axis.dim == dim for axis in axes.of(name))
+    }
+    assert coupled == probed
+
+
+def test_a_fused_weight_is_refused_with_its_name():
+    from transformers import Phi3Config
+
+    with pytest.raises(UserError, match=r"qkv_proj|gate_up_proj"):
+        probe_axes(Phi3Config(pad_token_id=0))
+
+
+def unwrapped(model):
+    return [(parameter, 0) for name, parameter in model.named_parameters() if "norm" in name]
+
+
+def make_model_of(config):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config)

@@ -1,0 +1,171 @@
+"""The loss and the loop: exact where it can be, the same however a step is split."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_blocks, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.data.order import blocks_at
+from cascade.distillation.losses import forward_kl
+from cascade.distillation.schedule import cosine_schedule
+from cascade.distillation.trainer import distill, selection_losses
+from cascade.errors import TrainingError
+
+
+@given(
+    tokens=st.integers(1, 6),
+    vocabulary=st.integers(2, 40),
+    temperature=st.sampled_from([0.5, 1.0, 2.0, 7.0]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 999),
+)
+def test_forward_kl_and_its_gradient_equal_the_float64_reference(tokens, vocabulary, temperature, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student = (scale * torch.randn(tokens, vocabulary, generator=generator)).requires_grad_()
+    teacher = scale * torch.randn(tokens, vocabulary, generator=generator)
+    loss = forward_kl(student, teacher, temperature=temperature)
+    loss.sum().backward()
+    exact = student.detach().double().requires_grad_()
+    log_q = torch.log_softmax(exact / temperature, -1)
+    log_p = torch.log_softmax(teacher.double() / temperature, -1)
+    expected = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+    expected.sum().backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=2e-6 * temperature**2)
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-5, atol=1e-6 * temperature)
+
+
+def test_extreme_logits_give_finite_loss_and_gradient():
+    student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[-1e4, 1e4, 0.0]])
+    loss = forward_kl(student, teacher)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(2e4) and torch.isfinite(student.grad).all()
+
+
+@given(seed=st.integers(0, 999), temperature=st.sampled_from([1.0, 3.0]))
+def test_loss_and_gradient_are_zero_when_the_student_is_the_teacher(seed, temperature):
+    model = make_model(seed=seed)
+    blocks = make_blocks(seed=seed)
+    logits = model(input_ids=blocks.input_ids, use_cache=False).logits.flatten(0, 1)
+    loss = forward_kl(logits, logits.detach().clone(), temperature=temperature)
+    loss.sum().backward()
+    assert torch.count_nonzero(loss) == 0
+    assert all(torch.count_nonzero(parameter.grad) == 0 for parameter in model.parameters())
+
+
+def train(student, teacher, blocks, **options):
+    settings = {"num_tokens": 8 * 16 * 3, "batch_size": 8, "microbatch_size": 8, "learning_rate": 1e-2}
+    return distill(student, teacher, blocks, **(settings | options))
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 2, 4])
+def test_accumulated_microbatches_train_as_one_batch(microbatch_size):
+    blocks = make_blocks(count=24)
+    # Uneven numbers of counted tokens per block, where a mean of means would differ.
+    labels = blocks.labels.clone()
+    for row in range(24):
+        labels[row, : row % 11] = IGNORE_INDEX
+    blocks = TokenBlocks(blocks.input_ids, labels, 3.0)
+    teacher, start = make_model(seed=1), make_model(seed=2)
+    whole, split = copy.deepcopy(start), copy.deepcopy(start)
+    first = train(whole, teacher, blocks, microbatch_size=8)
+    second = train(split, teacher, blocks, microbatch_size=microbatch_size)
+    assert [entry["loss"] for entry in first.curve] == pytest.approx([entry["loss"] for entry in second.curve], rel=1e-5)
+    assert [e["grad_norm"] for e in first.curve] == pytest.approx([e["grad_norm"] for e in second.curve], rel=1e-4)
+
+
+def test_padding_changes_nothing():
+    blocks = make_blocks(count=8, size=16)
+    ids = torch.cat([blocks.input_ids, torch.zeros(8, 5, dtype=torch.int64)], dim=1)
+    labels = torch.cat([blocks.labels, torch.full((8, 5), IGNORE_INDEX)], dim=1)
+    padded = TokenBlocks(ids, labels, 3.0)
+    teacher, start = make_model(seed=1), make_model(seed=2)
+    plain_student, padded_student = copy.deepcopy(start), copy.deepcopy(start)
+    plain = train(plain_student, teacher, blocks, num_tokens=8 * 16 * 2)
+    after = train(padded_student, teacher, padded, num_tokens=8 * 21 * 2)
+    assert [e["loss"] for e in plain.curve] == pytest.approx([e["loss"] for e in after.curve], rel=1e-5)
+    assert selection_losses(start, teacher, padded, 3) == pytest.approx(selection_losses(start, teacher, blocks, 8), rel=1e-5)
+
+
+def test_training_towards_the_teacher_lowers_the_divergence():
+    blocks, teacher, student = make_blocks(count=16), make_model(seed=1), make_model(seed=2)
+    before = selection_losses(student, teacher, blocks, 8)["selection_kl"]
+    metrics = train(student, teacher, blocks, num_tokens=8 * 16 * 40, selection=blocks, selection_every=10)
+    assert metrics.selection_kl < 0.5 * before
+    assert metrics.num_steps == 40 and metrics.num_tokens == 8 * 16 * 40
+
+
+def test_the_same_training_twice_gives_the_same_bits():
+    blocks, teacher = make_blocks(count=16), make_model(seed=1)
+    students = [make_model(seed=2), make_model(seed=2)]
+    for student in students:
+        train(student, teacher, blocks)
+    first, second = (student.state_dict() for student in students)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_teacher_is_not_changed_and_gets_no_gradient():
+    teacher = make_model(seed=1)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    train(make_model(seed=2), teacher, make_blocks())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_non_finite_loss_stops_before_the_optimizer_step_and_names_the_blocks():
+    teacher, student = make_model(seed=1), make_model(seed=2)
+    with torch.no_grad():
+        teacher.model.norm.weight[0] = float("nan")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"step 0.*Blocks of this batch: \["):
+        train(student, teacher, make_blocks())
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+def test_a_batch_without_a_counted_token_is_refused():
+    blocks = make_blocks()
+    nothing = TokenBlocks(blocks.input_ids, torch.full_like(blocks.labels, IGNORE_INDEX), 3.0)
+    with pytest.raises(TrainingError, match="no token"):
+        train(make_model(seed=2), make_model(seed=1), nothing)
+
+
+def test_the_log_has_one_line_per_step(tmp_path):
+    blocks = make_blocks()
+    train(make_model(seed=2), make_model(seed=1), blocks, selection=blocks, selection_every=2, log_path=tmp_path / "log.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert ["selection_kl" in line for line in lines] == [False, True, True]
+
+
+def test_the_schedule_warms_up_from_zero_and_ends_at_its_final_fraction():
+    rates = [cosine_schedule(step, num_steps=100, warmup_steps=10, final_fraction=0.1) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10]) and 0 < rates[0] < 0.1
+    assert rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@given(start=st.integers(0, 200), count=st.integers(1, 30), num_blocks=st.integers(1, 40), seed=st.integers(0, 9))
+def test_any_position_of_the_order_can_be_reached_directly(start, count, num_blocks, seed):
+    from_zero = blocks_at(0, start + count, num_blocks=num_blocks, seed=seed)
+    assert torch.equal(blocks_at(start, count, num_blocks=num_blocks, seed=seed), from_zero[start:])
+
+
+@given(num_blocks=st.integers(1, 40), seed=st.integers(0, 9), epoch=st.integers(0, 3))
+def test_every_epoch_reads_every_block_once_in_an_order_of_its_own(num_blocks, seed, epoch):
+    order = blocks_at(epoch * num_blocks, num_blocks, num_blocks=num_blocks, seed=seed)
+    assert order.sort().values.tolist() == list(range(num_blocks))
+    if num_blocks > 20:
+        assert not torch.equal(order, blocks_at((epoch + 1) * num_blocks, num_blocks, num_blocks=num_blocks, seed=seed))
+
+
+def test_perplexity_of_a_uniform_model_is_the_vocabulary():
+    model, blocks = make_model(), make_blocks()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert selection_losses(model, None, blocks, 8)["selection_loss"] == pytest.approx(math.log(64), rel=1e-6)
