@@ -13,7 +13,8 @@ from cascade.errors import UserError
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_config, resolve_model
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
-from cascade.pruning.shape import Target, solve_shape
+from cascade.pruning.proof import prove_cuts
+from cascade.pruning.shape import CUT_DIMS, Target, solve_shape
 from cascade.recipe.schema import Distill, Member, Recipe
 
 BASE_PROCESS_BYTES = 600_000_000
@@ -72,6 +73,20 @@ def resolve_family(recipe: Recipe, parent_config: Any, *, pinned_seeds: dict[str
             before = resolved[seed].first_position + resolved[seed].num_steps * recipe.distill.batch_size
         resolved[member.name] = _resolve(recipe, recipe.distill, member, seed, config, parent_config, before)
     return list(resolved.values())
+
+
+def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMember]) -> dict[str, float]:
+    """The proof of the cut, along every axis that some member is cut along, on a tiny twin; empty if none is cut.
+
+    Raises:
+        UserError: the cut is not exact for this architecture, or the blocks are longer than the parent's context.
+    """
+    context = getattr(parent_config, "max_position_embeddings", None)
+    if context and recipe.data.block_size > context:
+        raise UserError(f"data.block_size: {recipe.data.block_size} is longer than the parent's context of {context} tokens")
+    before = dims_of(parent_config).as_dict()
+    cut = [name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < before[name] for one in members)]
+    return prove_cuts(parent_config, along=cut) if cut else {}
 
 
 def _wanted(member: Member, parent_config: Any, total: int) -> float:

@@ -72,7 +72,7 @@ def pretrain(
 ) -> tuple[nn.Module, TrainingMetrics]:
     """A model of `config`, trained on `num_tokens` tokens; `options` are those of `distill`."""
     torch.manual_seed(seed)
-    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = distill(
         model,

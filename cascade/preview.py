@@ -4,16 +4,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cascade.data.blocks import pack_documents
 from cascade.data.sources import read_documents
 from cascade.evaluation.harness import find_tasks
-from cascade.family import ResolvedMember, parent_seconds, resolve_family, run_folder_of
+from cascade.family import ResolvedMember, check_family, parent_seconds, resolve_family, run_folder_of
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
 from cascade.models.dims import dims_of
 from cascade.ownership import check_ownership, pinned_seeds
 from cascade.parent import existing_parent, parent_config
-from cascade.pruning.proof import prove_cuts
-from cascade.pruning.shape import CUT_DIMS
 from cascade.recipe.schema import Recipe
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
@@ -32,12 +31,14 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     axes, dims = probe_axes(config), dims_of(config)
     source = existing_parent(recipe)
     if source is not None:
-        load_tokenizer(source, vocab_size=dims.vocab_size)
+        tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
     for split in ("train", "calibration", "selection"):
-        read_documents(text_data(recipe.data), split)
+        texts = read_documents(text_data(recipe.data), split)
+        if source is not None:
+            pack_documents(texts, tokenizer, block_size=recipe.data.block_size, max_blocks=1, name=f"data.{split}")
     find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder))
-    proof = prove_family(config, members)
+    proof = check_family(recipe, config, members)
     total = int(axes.num_parameters(dims))
     shared = sum(parent_seconds(recipe, config).values())
     return {
@@ -53,13 +54,6 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "proof": proof,
         "members": [_member_record(member, total) for member in members],
     }
-
-
-def prove_family(config: Any, members: list[ResolvedMember]) -> dict[str, float]:
-    """The proof of the cut along every axis that some member is cut along; empty if none is cut."""
-    parent = dims_of(config).as_dict()
-    cut = [name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < parent[name] for one in members)]
-    return prove_cuts(config, along=cut) if cut else {}
 
 
 def preview_text(found: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
-from cascade.family import ResolvedMember, parent_seconds, resolve_family, run_folder_of
+from cascade.family import ResolvedMember, check_family, parent_seconds, resolve_family, run_folder_of
 from cascade.models.checkpoint import ModelSource, fingerprint, load_config, load_model, load_tokenizer, resolve_model
 from cascade.models.dims import dims_of
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
@@ -57,6 +57,7 @@ def run_recipe(
     check_ownership(folder, recipe)
     config = parent_config(recipe)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder))
+    check_family(recipe, config, members)
     wanted = _with_seeds(members, only)
     with locked(folder):
         write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))

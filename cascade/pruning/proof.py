@@ -71,7 +71,7 @@ def silenced_difference(model: nn.Module, plan: PruningPlan, *, seed: int = 0) -
 def silence(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """A copy of the model, of the same size, in which the units that the plan removes write nothing."""
     axes = probe_axes(model.config)
-    copy: Any = AutoModelForCausalLM.from_config(model.config)
+    copy: Any = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
         for name, weight in copy.named_parameters():
@@ -85,7 +85,7 @@ def twin_of(config: Any, *, seed: int = 0, dims: ModelDims = _TWIN) -> nn.Module
     values = config_with_dims(config, dims).to_dict() | {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(type(config)(**values))
+        model: Any = AutoModelForCausalLM.from_config(type(config)(**values), dtype=torch.float32)
     generator = _generator(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,106 @@
+"""The package's own rules: which part may import which, what stays free of torch, who reads held-out text."""
+
+import ast
+import subprocess
+import sys
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "cascade"
+
+ORDER = [
+    "errors",
+    "yaml_reader",
+    "store",
+    "models",
+    "data",
+    "importance",
+    "pruning",
+    "teacher",
+    "distillation",
+    "evaluation",
+    "report",
+    "recipe",
+    "family",
+    "progress",
+    "pretraining",
+    "stages",
+    "parent",
+    "ownership",
+    "runner",
+    "publish",
+    "run",
+    "preview",
+    "single",
+    "cli",
+]
+
+
+def imports(path):
+    """Names of the package's parts that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cascade."):
+            yield node.module.split(".")[1]
+
+
+def outside(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        part = part_of(path)
+        if part in ("__init__", "__main__"):
+            continue
+        for imported in imports(path):
+            assert imported == part or ORDER.index(imported) < ORDER.index(part), f"{path}: imports {imported}"
+
+
+def test_some_libraries_are_imported_in_one_place_only():
+    allowed = {"lm_eval": {"evaluation/harness.py"}, "yaml": {"yaml_reader.py"}, "torch_pruning": set()}
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        for library in set(outside(path)) & allowed.keys():
+            assert name in allowed[library], f"{name} imports {library}"
+
+
+def test_report_recipe_and_help_need_no_torch():
+    code = (
+        "import sys, cascade, cascade.cli, cascade.recipe.load, cascade.report.write, cascade.report.card;"
+        "assert not {'torch', 'transformers', 'datasets', 'lm_eval'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_held_out_text_is_asked_for_by_evaluation_alone():
+    for path in PACKAGE.rglob("*.py"):
+        if part_of(path) in ("evaluation",):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "read_documents":
+                split = node.args[1]
+                constant = split.value if isinstance(split, ast.Constant) else ""
+                assert constant != "heldout", path
+
+
+def test_no_pickle_is_read_or_written():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert not {"pickle", "joblib", "dill", "shelve"} & set(outside(path)), path
+        assert "torch.load(" not in text and "torch.save(" not in text, path
+
+
+def test_files_and_functions_stay_short():
+    for path in PACKAGE.rglob("*.py"):
+        assert path.read_text().count("\n") <= 300, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 90, f"{path}: {node.name}"

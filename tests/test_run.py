@@ -1,0 +1,317 @@
+"""The whole line on a tiny family: what it leaves behind, what it resumes, what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import write_texts
+from jsonschema import Draft202012Validator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cascade.cli import main
+from cascade.errors import UserError
+from cascade.recipe.load import load_recipe
+from cascade.report.records import load_family
+from cascade.run import run_recipe
+from cascade.runner import StageRunner
+from cascade.store import verify_folder
+
+VOLATILE = ("speed", "cost")
+
+
+def settled(folder):
+    """family.json without what differs from run to run."""
+    family = load_family(folder)
+    for row in family["rows"]:
+        for key in VOLATILE:
+            row.pop(key)
+    return family
+
+
+def skipped(folder):
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    last = max(index for index, event in enumerate(events) if event["event"] == "started")
+    return {(e["member"], e["stage"]) for e in events[last:] if e["event"] == "skipped"}, {
+        (e["member"], e["stage"]) for e in events[last:] if e["event"] == "finished"
+    }
+
+
+def test_family_json_follows_its_schema(tiny_family):
+    from importlib.resources import files
+
+    schema = json.loads(files("cascade.report").joinpath("family.schema.json").read_text())
+    Draft202012Validator(schema).validate(load_family(tiny_family))
+
+
+def test_the_family_has_teacher_members_and_baselines_with_their_losses(tiny_family):
+    rows = {row["name"]: row for row in load_family(tiny_family)["rows"]}
+    assert list(rows) == ["parent", "big", "small", "big-cut", "big-ce", "small-cut", "small-ce"]
+    assert rows["big"]["seed"] == "parent" and rows["small"]["seed"] == "big"
+    total = rows["parent"]["num_parameters"]
+    assert 0.77 <= rows["big"]["num_parameters"] / total <= 0.8
+    assert 0.48 <= rows["small"]["num_parameters"] / total <= 0.5
+    assert rows["small"]["tokens"] == {"hop": 512, "cumulative": 1024, "teacher_labelled": 512}
+    for name in ("big", "small"):
+        assert rows[name]["stages"]["cut"]["loss"] > 0 and rows[name]["stages"]["recovered"]["kl_to_teacher"] >= 0
+        assert rows[name]["speed"]["decode_tokens_per_s"] > 0
+        tasks = {(metric["task"], metric["metric"]) for metric in rows[name]["metrics"]}
+        assert {("heldout", "loss"), ("heldout", "kl_to_teacher"), ("python_minimal_pairs", "acc")} <= tasks
+
+
+def test_members_are_stock_checkpoints_in_the_parents_dtype_that_generate(tiny_family, tiny_parent):
+    for name in ("big", "small"):
+        folder = tiny_family / "members" / name
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert model.dtype == torch.bfloat16 and type(model).__name__ == "LlamaForCausalLM"
+        output = model.generate(**tokenizer("import os\n", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+        assert output.shape[1] > 4
+        assert (folder / "tokenizer.json").read_bytes() == (tiny_parent / "tokenizer.json").read_bytes()
+        contract = {"config.json", "model.safetensors", "README.md", "cascade.json", "eval.json", "lm_eval.json"}
+        assert contract <= {file.name for file in folder.iterdir()}
+
+
+def test_saving_a_reloaded_member_again_gives_the_same_weights(tiny_family, tmp_path):
+    folder = tiny_family / "members" / "small"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_committed_file_has_the_content_of_its_manifest(tiny_family):
+    folders = [path.parent for path in tiny_family.glob("**/MANIFEST.json")]
+    assert len(folders) > 10
+    assert all(verify_folder(folder) == [] for folder in folders)
+    assert not list(tiny_family.glob("**/.staging-*"))
+
+
+def test_the_card_tells_the_lineage(tiny_family):
+    card = (tiny_family / "members" / "small" / "README.md").read_text()
+    lineage = json.loads((tiny_family / "members" / "small" / "cascade.json").read_text())
+    assert lineage["seed"] == "big" and len(lineage["parent_sha256"]) == 64
+    assert card.startswith("---\nlibrary_name:") and "cut from `big`" in card and "distill:" in card
+
+
+def test_a_second_run_repeats_nothing_and_changes_nothing(tiny_family, tiny_recipe):
+    before = settled(tiny_family)
+    run_recipe(tiny_recipe, output=tiny_family)
+    done, made = skipped(tiny_family)
+    assert made == set() and ("small", "distill") in done
+    assert settled(tiny_family) == before
+
+
+class Killed(BaseException):
+    """Stands for a death that no handler sees."""
+
+
+def test_killed_after_every_stage_and_started_again_the_family_is_the_same(tiny_family, tiny_recipe, tmp_path, monkeypatch):
+    folder, original, deaths = tmp_path / "run", StageRunner.run, 0
+
+    def dies_after_one_new_stage(self, member, stage, *rest):
+        before = set(self.folder.glob("stages/*"))
+        result = original(self, member, stage, *rest)
+        if set(self.folder.glob("stages/*")) != before:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(StageRunner, "run", dies_after_one_new_stage)
+    while True:
+        try:
+            run_recipe(tiny_recipe, output=folder)
+            break
+        except Killed:
+            deaths += 1
+            assert deaths < 40
+    assert deaths == 14  # two stages of the parent, six of each member
+    assert settled(folder) == settled(tiny_family)
+    weights = "members/small/model.safetensors"
+    assert (folder / weights).read_bytes() == (tiny_family / weights).read_bytes()
+
+
+def test_killed_inside_a_stage_leaves_nothing_half_done(tiny_recipe, tiny_family, tmp_path, monkeypatch):
+    from cascade import run
+
+    def dies(folder, *rest, **named):
+        (folder / "checkpoint").mkdir()
+        (folder / "checkpoint" / "config.json").write_text("{}")
+        raise Killed
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "make_recovered", dies)
+        with pytest.raises(Killed):
+            run_recipe(tiny_recipe, output=folder)
+    assert not list(folder.glob("stages/*distill*")) and not (folder / "members").exists()
+    run_recipe(tiny_recipe, output=folder, only=["big"])
+    rows = {row["name"]: row for row in settled(folder)["rows"]}
+    assert rows["big"] == {row["name"]: row for row in settled(tiny_family)["rows"]}["big"]
+    assert "small" not in rows
+
+
+def test_a_size_added_to_a_finished_family_leaves_the_others_alone(tiny_family, recipe_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_family, folder)
+    text = (recipe_folder / "tiny.yaml").read_text()
+    added = text.replace("  - name: small", "  - name: middle\n    target: {params: 0.65}\n  - name: small")
+    (recipe_folder / "added.yaml").write_text(added)
+    run_recipe(load_recipe(recipe_folder / "added.yaml"), output=folder)
+    done, made = skipped(folder)
+    assert {member for member, _ in made} <= {"middle", "big"} and ("big", "distill") in done
+    assert {("small", "distill"), ("small", "evaluate")} <= done
+    rows = {row["name"]: row for row in load_family(folder)["rows"]}
+    assert rows["middle"]["seed"] == "big" and rows["small"]["seed"] == "big"
+
+
+def test_from_a_stage_on_everything_is_made_again(tiny_family, tiny_recipe):
+    before = settled(tiny_family)
+    run_recipe(tiny_recipe, output=tiny_family, only=["small"], from_stage="distill")
+    done, made = skipped(tiny_family)
+    assert made == {("small", "distill"), ("small", "baseline-ce"), ("small", "evaluate")}
+    assert ("small", "prune") in done and ("big", "distill") in done
+    assert settled(tiny_family) == before
+
+
+def test_a_directory_of_another_recipe_is_refused_with_the_keys_that_differ(tiny_family, recipe_folder):
+    recipe = load_recipe(recipe_folder / "tiny.yaml", ["distill.tokens=1024", "seed=1"])
+    with pytest.raises(UserError, match=r"distill.tokens: 512 there, 1024 now\n  seed: 0 there, 1 now"):
+        run_recipe(recipe, output=tiny_family)
+
+
+def test_a_directory_that_is_no_run_is_refused(tiny_recipe, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="holds something that is not a run"):
+        run_recipe(tiny_recipe, output=tmp_path)
+
+
+def test_an_existing_student_is_recovered_without_a_cut(recipe_folder, tiny_family, tmp_path):
+    student = tiny_family / "members" / "small"
+    text = (recipe_folder / "tiny.yaml").read_text()
+    start, end = text.index("  - name: big"), text.index("calibration: {num")
+    (recipe_folder / "student.yaml").write_text(text[:start] + f"  - name: given\n    student: {student}\n" + text[end:])
+    folder = run_recipe(load_recipe(recipe_folder / "student.yaml"), output=tmp_path / "run")
+    rows = {row["name"]: row for row in load_family(folder)["rows"]}
+    assert list(rows) == ["parent", "given", "given-ce"]
+    assert rows["given"]["seed"] is None and rows["given"]["stages"]["cut"] is None
+
+
+def test_seed_parent_cuts_from_the_parent(recipe_folder, tmp_path):
+    recipe = load_recipe(recipe_folder / "tiny.yaml", ["members.1.seed=parent", "baselines=[]", "evaluate.tasks=[]"])
+    folder = run_recipe(recipe, output=tmp_path / "run")
+    rows = {row["name"]: row for row in load_family(folder)["rows"]}
+    assert rows["small"]["seed"] == "parent" and rows["small"]["tokens"]["cumulative"] == 512
+
+
+def test_a_parent_can_be_trained_by_the_recipe(recipe_folder, tmp_path):
+    text = (recipe_folder / "tiny.yaml").read_text()
+    parent, end = text.index("parent:"), text.index("data:")
+    pretrain = """parent:
+  pretrain:
+    config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4,
+      num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64, tie_word_embeddings: true}
+    tokenizer: {vocab_size: 300}
+    tokens: 1024
+    block_size: 32
+"""
+    members, rest = text.index("members:"), text.index("calibration: {num")
+    (recipe_folder / "scratch.yaml").write_text(
+        text[:parent] + pretrain + text[end:members] + "evaluate: {heldout_blocks: 8}\n" + "#" + text[rest:].split("\n")[0] + "\n"
+    )
+    folder = run_recipe(load_recipe(recipe_folder / "scratch.yaml"), output=tmp_path / "run")
+    (checkpoint,) = folder.glob("stages/parent.pretrain-*/checkpoint")
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).dtype == torch.bfloat16
+    assert len(AutoTokenizer.from_pretrained(checkpoint)) == 300
+    assert [row["role"] for row in load_family(folder)["rows"]] == ["teacher"]
+
+
+def cascade(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "cascade", *map(str, arguments)], capture_output=True, text=True, check=False, **options
+    )
+
+
+def run_cli(*arguments):
+    finished = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert finished.exit_code == 0, finished.output
+    return finished.stdout
+
+
+def test_the_command_ends_with_2_and_a_message_on_a_users_mistake(recipe_folder, tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: x\nkd_weigth: 1\n")
+    (recipe_folder / "short.jsonl").write_text('{"text": "too short"}\n')
+    cases = [
+        (["run", tmp_path / "bad.yaml"], "unknown key 'kd_weigth'"),
+        (["run", tmp_path / "missing.yaml"], "cannot be read: No such file"),
+        (["run", recipe_folder / "tiny.yaml", "--only", "nobody", "--output", tmp_path / "o"], "no such member; the recipe has: big, small"),
+        (["run", recipe_folder / "tiny.yaml", "--from", "nowhere", "--output", tmp_path / "o"], "no such stage; known: statistics"),
+        (["plan", recipe_folder / "tiny.yaml", "--set", "evaluate.tasks=[python_minimal_pair]"], "unknown task 'python_minimal_pair'. Did you mean python_minimal_pairs"),
+        (["plan", recipe_folder / "tiny.yaml", "--set", "members.0.target.params=5000000"], "larger than the seed"),
+        (["plan", recipe_folder / "tiny.yaml", "--set", "parent=/nowhere"], "no such folder"),
+        (["plan", recipe_folder / "tiny.yaml", "--set", "data.block_size=100000"], "longer than the parent's context of 512"),
+        (["plan", recipe_folder / "tiny.yaml", "--set", "data.selection=short.jsonl", "--set", "data.block_size=512"], "do not fill one block"),
+        (["evaluate", "builtin:nothing"], "no such built-in model; known: pico-python"),
+        (["nonsense"], "No such command"),
+    ]
+    for arguments, message in cases:
+        finished = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert finished.exit_code == 2, (arguments, finished.output)
+        assert message in finished.stderr and "Traceback" not in finished.stderr, finished.stderr
+    finished = cascade("run", tmp_path / "bad.yaml")
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr and "kd_weigth" in finished.stderr
+
+
+def test_plan_prints_every_member_and_json_without_loading_weights(recipe_folder, tmp_path):
+    found = json.loads(run_cli("plan", recipe_folder / "tiny.yaml", "--json", "--output", tmp_path / "o"))
+    assert [member["name"] for member in found["members"]] == ["big", "small"]
+    assert found["members"][1]["seed"] == "big" and max(found["proof"].values()) < 1e-4
+    assert not (tmp_path / "o").exists()
+    text = run_cli("plan", recipe_folder / "tiny.yaml", "--output", tmp_path / "o")
+    assert "FLOPs/token" in text and "small" in text
+
+
+def test_single_stages_work_on_checkpoints_from_the_command_line(tiny_parent, tmp_path):
+    write_texts(tmp_path / "text.jsonl.gz", 300)
+    common = ["--data", tmp_path / "text.jsonl.gz", "--block-size", "32", "--json"]
+    cut = json.loads(run_cli("prune", tiny_parent, "--params", "0.7", "--output", tmp_path / "cut", *common))
+    assert cut["num_parameters"] > 0 and (tmp_path / "cut" / "plan.json").is_file()
+    arguments = ["distill", tmp_path / "cut", "--teacher", tiny_parent, "--tokens", "1024", "--output", tmp_path / "kd"]
+    trained = json.loads(run_cli(*arguments, *common))
+    assert trained["num_tokens"] == 1024 and trained["selection_kl"] >= 0
+    found = json.loads(run_cli("evaluate", tmp_path / "kd", "--teacher", tiny_parent, "--heldout-blocks", "4", *common))
+    assert "heldout/kl_to_teacher" in found and found["decode_tokens_per_s"] > 0
+
+
+def test_report_writes_the_same_files_again(tiny_family):
+    before = {name: (tiny_family / name).read_text() for name in ("family.csv", "report.md", "report.html")}
+    for name in before:
+        (tiny_family / name).unlink()
+    assert cascade("report", tiny_family).returncode == 0
+    assert {name: (tiny_family / name).read_text() for name in before} == before
+
+
+def test_two_runs_on_one_directory_are_refused(tiny_family, tiny_recipe):
+    from cascade.store import locked
+
+    with locked(tiny_family), pytest.raises(UserError, match="another run is writing here"):
+        run_recipe(tiny_recipe, output=tiny_family)
+
+
+def test_broken_parents_are_refused(recipe_folder, tiny_parent, tmp_path):
+    import shutil
+
+    from cascade.models.checkpoint import load_tokenizer, resolve_model
+
+    shutil.copytree(tiny_parent, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no safetensors weights.*pytorch_model.bin"):
+        resolve_model(str(tmp_path / "pickled"))
+    with pytest.raises(UserError, match="no config.json"):
+        resolve_model(str(tmp_path))
+    with pytest.raises(UserError, match="pin it"):
+        resolve_model("nobody/nothing")
+    with pytest.raises(UserError, match="2048 tokens but the model's vocabulary is 100"):
+        load_tokenizer(resolve_model(str(tiny_parent)), vocab_size=100)
