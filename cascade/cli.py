@@ -13,10 +13,25 @@ from cascade import __version__
 from cascade.errors import TrainingError, UserError
 
 _RECIPE = click.argument("recipe", type=click.Path(dir_okay=False))
-_SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, such as distill.tokens=100_000.")
-_OUTPUT = click.option("--output", type=click.Path(file_okay=False), help="Run directory (default: the recipe's, else runs/NAME).")
+_SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key, such as distill.tokens=100_000.",
+)
+_OUTPUT = click.option(
+    "--output",
+    type=click.Path(file_okay=False),
+    help="Run directory (default: the recipe's, else runs/NAME).",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-_DATA = click.option("--data", default="stdlib", show_default=True, help="Text: 'stdlib', or a JSONL(.gz), Parquet or text file.")
+_DATA = click.option(
+    "--data",
+    default="stdlib",
+    show_default=True,
+    help="Text: 'stdlib', or a JSONL(.gz), Parquet or text file.",
+)
 _BLOCK = click.option("--block-size", default=256, show_default=True, help="Tokens per block.")
 
 
@@ -50,9 +65,21 @@ def main() -> None:
 @_OUTPUT
 @_SET
 @click.option("--only", multiple=True, metavar="MEMBER", help="Make only this member (and what it is cut from).")
-@click.option("--from", "from_stage", metavar="STAGE", help="Make the stages again from here: statistics, prune, distill, evaluate, report.")
+@click.option(
+    "--from",
+    "from_stage",
+    metavar="STAGE",
+    help="Make the stages again from here: statistics, prune, distill, evaluate, report.",
+)
 @_JSON
-def run(recipe: str, output: str | None, overrides: tuple[str, ...], only: tuple[str, ...], from_stage: str | None, as_json: bool) -> None:
+def run(
+    recipe: str,
+    output: str | None,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    from_stage: str | None,
+    as_json: bool,
+) -> None:
     """Make the whole family of RECIPE, or go on where an earlier run stopped."""
     from cascade.recipe.load import load_recipe
 
@@ -97,12 +124,26 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 @click.argument("model")
 @click.option("--params", type=float, help="Parameters to keep: a fraction (at most 1) or a number.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=N", help="An explicit dim, such as num_hidden_layers=4.")
-@click.option("--output", required=True, type=click.Path(file_okay=False), help="Folder for the cut checkpoint and its plan.json.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False),
+    help="Folder for the cut checkpoint and its plan.json.",
+)
 @click.option("--calibration-blocks", default=64, show_default=True)
 @_DATA
 @_BLOCK
 @_JSON
-def prune(model: str, params: float | None, dims: tuple[str, ...], output: str, calibration_blocks: int, data: str, block_size: int, as_json: bool) -> None:
+def prune(
+    model: str,
+    params: float | None,
+    dims: tuple[str, ...],
+    output: str,
+    calibration_blocks: int,
+    data: str,
+    block_size: int,
+    as_json: bool,
+) -> None:
     """Score MODEL on calibration text and cut it to a size, without training."""
     _quiet_libraries()
     from cascade.single import prune_model
@@ -114,7 +155,12 @@ def prune(model: str, params: float | None, dims: tuple[str, ...], output: str, 
 @click.argument("student")
 @click.option("--teacher", required=True, help="The model to learn from.")
 @click.option("--tokens", required=True, type=int, help="Training tokens.")
-@click.option("--output", required=True, type=click.Path(file_okay=False), help="Folder for the trained checkpoint and its log.jsonl.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False),
+    help="Folder for the trained checkpoint and its log.jsonl.",
+)
 @click.option("--learning-rate", default=3e-3, show_default=True)
 @click.option("--batch-size", default=8, show_default=True, help="Blocks per optimizer step.")
 @click.option("--temperature", default=1.0, show_default=True)
@@ -122,26 +168,60 @@ def prune(model: str, params: float | None, dims: tuple[str, ...], output: str, 
 @_DATA
 @_BLOCK
 @_JSON
-def distill(student: str, teacher: str, tokens: int, output: str, learning_rate: float, batch_size: int, temperature: float, seed: int, data: str, block_size: int, as_json: bool) -> None:
+def distill(
+    student: str,
+    teacher: str,
+    tokens: int,
+    output: str,
+    learning_rate: float,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    data: str,
+    block_size: int,
+    as_json: bool,
+) -> None:
     """Train STUDENT to predict what a teacher predicts."""
     _quiet_libraries()
     from cascade.single import distill_model
 
-    options = {"num_tokens": tokens, "learning_rate": learning_rate, "batch_size": batch_size, "temperature": temperature, "seed": seed}
+    options = {
+        "num_tokens": tokens,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "seed": seed,
+    }
     _finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)
 
 
 @main.command()
 @click.argument("checkpoint")
 @click.option("--task", "tasks", multiple=True, help="An lm-eval task; repeatable.")
-@click.option("--task-folder", "task_folders", multiple=True, type=click.Path(file_okay=False), help="A folder of task files.")
+@click.option(
+    "--task-folder",
+    "task_folders",
+    multiple=True,
+    type=click.Path(file_okay=False),
+    help="A folder of task files.",
+)
 @click.option("--teacher", help="Also measure KL to this model on the held-out text.")
 @click.option("--limit", type=int, help="Items per task.")
 @click.option("--heldout-blocks", default=128, show_default=True)
 @_DATA
 @_BLOCK
 @_JSON
-def evaluate(checkpoint: str, tasks: tuple[str, ...], task_folders: tuple[str, ...], teacher: str | None, limit: int | None, heldout_blocks: int, data: str, block_size: int, as_json: bool) -> None:
+def evaluate(
+    checkpoint: str,
+    tasks: tuple[str, ...],
+    task_folders: tuple[str, ...],
+    teacher: str | None,
+    limit: int | None,
+    heldout_blocks: int,
+    data: str,
+    block_size: int,
+    as_json: bool,
+) -> None:
     """Measure CHECKPOINT: held-out loss, tasks, speed and memory."""
     _quiet_libraries()
     from cascade.single import evaluate_model

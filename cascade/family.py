@@ -51,7 +51,9 @@ class ResolvedMember:
         return self.member.name
 
 
-def resolve_family(recipe: Recipe, parent_config: Any, *, pinned_seeds: dict[str, str] | None = None) -> list[ResolvedMember]:
+def resolve_family(
+    recipe: Recipe, parent_config: Any, *, pinned_seeds: dict[str, str] | None = None
+) -> list[ResolvedMember]:
     """Members, largest first, a seed always before what is cut from it.
 
     `pinned_seeds` (member -> seed) holds for members that already exist: adding a size between two others must not
@@ -83,7 +85,9 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     """
     context = getattr(parent_config, "max_position_embeddings", None)
     if context and recipe.data.block_size > context:
-        raise UserError(f"data.block_size: {recipe.data.block_size} is longer than the parent's context of {context} tokens")
+        raise UserError(
+            f"data.block_size: {recipe.data.block_size} is longer than the parent's context of {context} tokens"
+        )
     before = dims_of(parent_config).as_dict()
     cut = [name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < before[name] for one in members)]
     return prove_cuts(parent_config, along=cut) if cut else {}
@@ -160,14 +164,18 @@ def _resolve(
 
 
 def _peak_memory(recipe: Recipe, distill: Distill, dims: ModelDims, count: int, parent_count: int) -> float:
-    """Estimate while training: weights, gradients and AdamW's two moments of the student, the teacher's weights,
-    what the backward pass keeps of each layer, and four copies of the logits of a microbatch.
+    """Estimated bytes while training.
+
+    Weights, gradients and AdamW's two moments of the student, the teacher's weights, what the backward pass keeps of
+    each layer, and four copies of the logits of a microbatch.
     """
     tokens = distill.microbatch_size * recipe.data.block_size
     kept_per_token = dims.num_hidden_layers * (
         12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
     )
-    return BASE_PROCESS_BYTES + 16.0 * count + 4.0 * parent_count + 4.0 * tokens * (kept_per_token + 4 * dims.vocab_size)
+    return (
+        BASE_PROCESS_BYTES + 16.0 * count + 4.0 * parent_count + 4.0 * tokens * (kept_per_token + 4 * dims.vocab_size)
+    )
 
 
 def stage_seconds(recipe: Recipe, flops: float, parent_flops: float, tokens: int, *, cut: bool) -> dict[str, float]:

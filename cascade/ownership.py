@@ -18,13 +18,16 @@ def resolved_recipe(recipe: Recipe, members: list[ResolvedMember]) -> dict[str, 
     seeds = {member.name: member.seed for member in members}
     for member in record["members"]:
         member["seed"] = seeds[member["name"]] or "previous"
-    return _without_nulls(record)
+    resolved: dict[str, Any] = _without_nulls(record)
+    return resolved
 
 
 def pinned_seeds(folder: Path) -> dict[str, str]:
     """Member -> seed, of the members that a run directory already knows."""
     return {
-        member["name"]: member["seed"] for member in _recorded(folder).get("members", []) if member["seed"] != "previous"
+        member["name"]: member["seed"]
+        for member in _recorded(folder).get("members", [])
+        if member["seed"] != "previous"
     }
 
 

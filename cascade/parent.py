@@ -7,7 +7,14 @@ import torch
 
 from cascade.data.blocks import pack_documents
 from cascade.data.sources import read_documents
-from cascade.models.checkpoint import ModelSource, load_config, load_model, load_tokenizer, resolve_model, save_checkpoint
+from cascade.models.checkpoint import (
+    ModelSource,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    save_checkpoint,
+)
 from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe

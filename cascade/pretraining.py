@@ -38,7 +38,10 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, model_max_length: int)
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_TOKEN, eos_token=END_TOKEN, model_max_length=model_max_length
+        tokenizer_object=tokenizer,
+        bos_token=END_TOKEN,
+        eos_token=END_TOKEN,
+        model_max_length=model_max_length,
     )
 
 

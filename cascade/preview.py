@@ -58,9 +58,37 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
 
 def preview_text(found: dict[str, Any]) -> str:
     """The preview as a table for a terminal."""
-    head = ["", "seed", "layers", "hidden", "MLP", "heads", "parameters", "of parent", "FLOPs/token", "tokens", "memory", "disk", "time"]
+    head = [
+        "",
+        "seed",
+        "layers",
+        "hidden",
+        "MLP",
+        "heads",
+        "parameters",
+        "of parent",
+        "FLOPs/token",
+        "tokens",
+        "memory",
+        "disk",
+        "time",
+    ]
     parent = found["parent"]
-    table = [head, ["parent", "", *_shape_cells(parent["dims"]), f"{parent['num_parameters']:,}", "100%", short_number(parent["flops_per_token"]), "", "", "", ""]]
+    table = [
+        head,
+        [
+            "parent",
+            "",
+            *_shape_cells(parent["dims"]),
+            f"{parent['num_parameters']:,}",
+            "100%",
+            short_number(parent["flops_per_token"]),
+            "",
+            "",
+            "",
+            "",
+        ],
+    ]
     for member in found["members"]:
         table.append(
             [
@@ -79,10 +107,14 @@ def preview_text(found: dict[str, Any]) -> str:
     lines = [plain_table(table), ""]
     disk = sum(member["disk_bytes"] for member in found["members"])
     lines.append(f"Run directory {found['run']}: needs {_bytes(disk)} of {_bytes(found['disk_free_bytes'])} free.")
-    lines.append(f"Time, all stages: about {_minutes(found['seconds'])} on this machine (counted operations at its measured rate).")
+    lines.append(
+        f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
+    )
     if found["proof"]:
         worst = max(found["proof"].values())
-        lines.append(f"Cut proven on a tiny twin: pruned equals silenced to {worst:.0e} along {', '.join(found['proof'])}.")
+        lines.append(
+            f"Cut proven on a tiny twin: pruned equals silenced to {worst:.0e} along {', '.join(found['proof'])}."
+        )
     return "\n".join(lines)
 
 
@@ -113,7 +145,13 @@ def _bytes(count: float) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.1f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _existing(folder: Path) -> Path:

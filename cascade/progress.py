@@ -72,7 +72,10 @@ class RunProgress:
         running = fraction * self.estimates[current] if current and current not in self.done else 0.0
         left = _duration(self._seconds_left(current, fraction))
         self.bars.update(
-            self.tasks["family"], description=self.title, completed=(finished + running) / whole, note=f"{left} left"
+            self.tasks["family"],
+            description=self.title,
+            completed=(finished + running) / whole,
+            note=f"{left} left",
         )
         if current is not None:
             mine = {key: value for key, value in self.estimates.items() if key[0] == current[0]}

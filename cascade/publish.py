@@ -140,7 +140,11 @@ def publish_member(
 
 
 def write_report(
-    run_folder: Path, recipe: Recipe, members: list[ResolvedMember], teacher: Row, finished: dict[str, FinishedMember]
+    run_folder: Path,
+    recipe: Recipe,
+    members: list[ResolvedMember],
+    teacher: Row,
+    finished: dict[str, FinishedMember],
 ) -> None:
     """family.json and the reports: rows made now, and those of members that an earlier run finished."""
     rows: dict[str, list[Row]] = _earlier_rows(run_folder, {member.name for member in members})

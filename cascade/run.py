@@ -11,7 +11,14 @@ from torch import nn
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember, check_family, parent_seconds, resolve_family, run_folder_of
-from cascade.models.checkpoint import ModelSource, fingerprint, load_config, load_model, load_tokenizer, resolve_model
+from cascade.models.checkpoint import (
+    ModelSource,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from cascade.models.dims import dims_of
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import existing_parent, make_converted, make_pretrained, parent_config
@@ -149,7 +156,11 @@ def _make_parent(runner: StageRunner, recipe: Recipe, source_digest: str) -> Mod
     if not found.gguf_file:
         return found
     folder = runner.run(
-        "parent", "convert", {}, {"gguf": fingerprint(found)}, lambda folder, on_step: make_converted(folder, found)
+        "parent",
+        "convert",
+        {},
+        {"gguf": fingerprint(found)},
+        lambda folder, on_step: make_converted(folder, found),
     )
     return ModelSource(folder / CHECKPOINT, found.reference)
 
@@ -171,7 +182,11 @@ def _make_member(
         make_recovered(folder, recipe, member, start, shared.parent, shared.data, teacher, on_step)
 
     distilled = runner.run(
-        member.name, "distill", settings, inputs, lambda folder, on_step: recover(folder, on_step, shared.teacher())
+        member.name,
+        "distill",
+        settings,
+        inputs,
+        lambda folder, on_step: recover(folder, on_step, shared.teacher()),
     )
     rows = []
     for kind in recipe.baselines:
@@ -185,15 +200,14 @@ def _make_member(
             make_baseline(folder, recipe, checkpoint, shared.parent, shared.teacher())
 
         own = _evaluation_settings(recipe, heldout_only=True) | (settings if kind == "ce" else {})
-        made = runner.run(
-            member.name, f"baseline-{kind}", own, inputs | {"source": shared.digests["source"]}, baseline
-        )
+        made = runner.run(member.name, f"baseline-{kind}", own, inputs | {"source": shared.digests["source"]}, baseline)
         rows.append(baseline_row(member, kind, made))
     evaluation = runner.run(
         member.name,
         "evaluate",
         _evaluation_settings(recipe),
-        shared.digests | {"checkpoint": output_digest(distilled), "parent_evaluation": output_digest(shared.evaluation)},
+        shared.digests
+        | {"checkpoint": output_digest(distilled), "parent_evaluation": output_digest(shared.evaluation)},
         lambda folder, on_step: make_evaluation(
             folder,
             recipe,
@@ -206,9 +220,7 @@ def _make_member(
     return FinishedMember(cut, distilled, evaluation, rows)
 
 
-def _make_cut(
-    runner: StageRunner, recipe: Recipe, shared: _Shared, member: ResolvedMember, seed: Path | None
-) -> Path:
+def _make_cut(runner: StageRunner, recipe: Recipe, shared: _Shared, member: ResolvedMember, seed: Path | None) -> Path:
     source = shared.parent if seed is None else ModelSource(seed / CHECKPOINT, member.seed)
     digest = shared.digests["parent"] if seed is None else output_digest(seed)
     statistics = runner.run(
@@ -221,7 +233,10 @@ def _make_cut(
     return runner.run(
         member.name,
         "prune",
-        {"dims": member.dims.as_dict(), "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0},
+        {
+            "dims": member.dims.as_dict(),
+            "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
+        },
         {"statistics": output_digest(statistics), "seed": digest, "teacher": shared.digests["parent"]},
         lambda folder, on_step: make_cut(folder, recipe, member, source, statistics, shared.data, shared.teacher()),
     )

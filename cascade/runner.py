@@ -46,7 +46,12 @@ class StageRunner:
     """Members that `from_stage` is meant for."""
 
     def run(
-        self, member: str, stage: str, settings: Any, inputs: dict[str, str], make: Callable[[Path, OnStep], None]
+        self,
+        member: str,
+        stage: str,
+        settings: Any,
+        inputs: dict[str, str],
+        make: Callable[[Path, OnStep], None],
     ) -> Path:
         """The committed folder of a stage: as an earlier run left it, or made now by `make(folder, on_step)`."""
         key = stage_key(stage, STAGE_FORMATS[stage], settings, inputs)
@@ -55,7 +60,13 @@ class StageRunner:
             self.progress.skip(member, stage, "already done with the same inputs and settings")
             append_event(self.folder, "skipped", member=member, stage=stage, key=key)
             return final
-        provenance = {"stage": stage, "key": key, "settings": settings, "inputs": inputs, "made_with": _versions()}
+        provenance = {
+            "stage": stage,
+            "key": key,
+            "settings": settings,
+            "inputs": inputs,
+            "made_with": _versions(),
+        }
         with self.progress.stage(member, stage) as on_step, staged(final, provenance) as staging:
             started = time.perf_counter()
             make(staging, on_step)

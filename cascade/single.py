@@ -32,7 +32,13 @@ from cascade.store import staged
 
 
 def prune_model(
-    reference: str, params: float | None, dims: dict[str, int], output: Path, num_blocks: int, data: str, block_size: int
+    reference: str,
+    params: float | None,
+    dims: dict[str, int],
+    output: Path,
+    num_blocks: int,
+    data: str,
+    block_size: int,
 ) -> dict[str, Any]:
     """Statistics -> scores -> plan -> cut; writes the checkpoint and plan.json."""
     source = resolve_model(reference)
@@ -57,7 +63,9 @@ def distill_model(
     """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl."""
     source, teacher_source = resolve_model(student), resolve_model(teacher)
     learner, expert = load_model(source), load_model(teacher_source)
-    with staged(output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}) as folder:
+    with staged(
+        output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
+    ) as folder:
         metrics = distill(
             learner.to(default_device()),
             expert.to(default_device()).requires_grad_(False),
@@ -102,7 +110,9 @@ def evaluate_model(
 
 def _blocks(data: str, split: str, source: ModelSource, block_size: int) -> TokenBlocks:
     texts = read_documents(_text(data), split)
-    return pack_documents(texts, load_tokenizer(source), block_size=block_size, max_blocks=50_000, name=f"--data ({split})")
+    return pack_documents(
+        texts, load_tokenizer(source), block_size=block_size, max_blocks=50_000, name=f"--data ({split})"
+    )
 
 
 def _text(data: str) -> TextData:

@@ -43,7 +43,12 @@ CHECKPOINT = "checkpoint"
 
 def text_data(data: Data) -> TextData:
     """The recipe's data section as the data package takes it."""
-    splits = {"train": data.train, "calibration": data.calibration, "selection": data.selection, "heldout": data.heldout}
+    splits = {
+        "train": data.train,
+        "calibration": data.calibration,
+        "selection": data.selection,
+        "heldout": data.heldout,
+    }
     given = {name: tuple(values) for name, values in splits.items() if values}
     return TextData(
         source=data.source,
@@ -109,7 +114,13 @@ def make_statistics(folder: Path, recipe: Recipe, seed: ModelSource, data: Path,
 
 
 def make_cut(
-    folder: Path, recipe: Recipe, member: ResolvedMember, seed: ModelSource, statistics: Path, data: Path, teacher: nn.Module
+    folder: Path,
+    recipe: Recipe,
+    member: ResolvedMember,
+    seed: ModelSource,
+    statistics: Path,
+    data: Path,
+    teacher: nn.Module,
 ) -> None:
     """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
     found = load_statistics(statistics / "statistics.safetensors")
@@ -160,7 +171,9 @@ def make_recovered(
         load_tokenizer(parent).save_pretrained(folder / CHECKPOINT)
     write_reference(rounded, folder / "reference.safetensors")
     config = load_config(parent)
-    per_token = probe_axes(config).flops_per_token(dims_of(config), recipe.data.block_size) if teacher is not None else 0.0
+    per_token = (
+        probe_axes(config).flops_per_token(dims_of(config), recipe.data.block_size) if teacher is not None else 0.0
+    )
     _write_json(folder / COST_FILE, {"teacher_flops_per_token": float(per_token)})
 
 
@@ -179,7 +192,7 @@ def make_evaluation(
     parent_evaluation: Path | None,
     reference: Path | None,
 ) -> None:
-    """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), cost.json with the speed."""
+    """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json."""
     settings = recipe.evaluate
     tokenizer = load_tokenizer(checkpoint)
     result = evaluate(
@@ -195,7 +208,7 @@ def make_evaluation(
         seed=recipe.seed,
     )
     if parent_evaluation is None:
-        parent = {"metrics": result.metrics, "items": result.items}
+        parent: dict[str, Any] = {"metrics": result.metrics, "items": result.items}
     else:
         parent = json.loads((parent_evaluation / "eval.json").read_text())
     metrics = with_retention(result.metrics, parent["metrics"], result.items, parent["items"], seed=recipe.seed)
@@ -204,7 +217,9 @@ def make_evaluation(
     _write_json(folder / COST_FILE, {"speed": result.speed})
 
 
-def make_baseline(folder: Path, recipe: Recipe, checkpoint: ModelSource, parent: ModelSource, teacher: nn.Module) -> None:
+def make_baseline(
+    folder: Path, recipe: Recipe, checkpoint: ModelSource, parent: ModelSource, teacher: nn.Module
+) -> None:
     """Held-out metrics of a model that is only there to be compared with."""
     model = load_model(checkpoint).to(default_device())
     metrics = heldout_metrics(model, teacher, _heldout(recipe, load_tokenizer(parent)))

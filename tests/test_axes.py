@@ -24,7 +24,9 @@ ALL = sorted(ARCHITECTURES)
     neurons=st.integers(5, 70),
     multiple=st.integers(1, 4),
 )
-def test_counted_parameters_equal_the_models_own(architecture, tied, layers, groups, per_group, head_dim, neurons, multiple):
+def test_counted_parameters_equal_the_models_own(
+    architecture, tied, layers, groups, per_group, head_dim, neurons, multiple
+):
     config = make_config(
         architecture,
         tied=tied,
@@ -57,7 +59,10 @@ def test_flops_per_token_count_each_matrix_product_twice():
     ids = torch.zeros(1, 16, dtype=torch.int64)
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         model(input_ids=ids, use_cache=False)
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     attention = 2 * 16 * dims.num_attention_heads * dims.head_dim * dims.num_hidden_layers

@@ -76,7 +76,9 @@ def test_accumulated_microbatches_train_as_one_batch(microbatch_size):
     whole, split = copy.deepcopy(start), copy.deepcopy(start)
     first = train(whole, teacher, blocks, microbatch_size=8)
     second = train(split, teacher, blocks, microbatch_size=microbatch_size)
-    assert [entry["loss"] for entry in first.curve] == pytest.approx([entry["loss"] for entry in second.curve], rel=1e-5)
+    assert [entry["loss"] for entry in first.curve] == pytest.approx(
+        [entry["loss"] for entry in second.curve], rel=1e-5
+    )
     assert [e["grad_norm"] for e in first.curve] == pytest.approx([e["grad_norm"] for e in second.curve], rel=1e-4)
 
 
@@ -90,7 +92,9 @@ def test_padding_changes_nothing():
     plain = train(plain_student, teacher, blocks, num_tokens=8 * 16 * 2)
     after = train(padded_student, teacher, padded, num_tokens=8 * 21 * 2)
     assert [e["loss"] for e in plain.curve] == pytest.approx([e["loss"] for e in after.curve], rel=1e-5)
-    assert selection_losses(start, teacher, padded, 3) == pytest.approx(selection_losses(start, teacher, blocks, 8), rel=1e-5)
+    assert selection_losses(start, teacher, padded, 3) == pytest.approx(
+        selection_losses(start, teacher, blocks, 8), rel=1e-5
+    )
 
 
 def test_training_towards_the_teacher_lowers_the_divergence():
@@ -137,7 +141,14 @@ def test_a_batch_without_a_counted_token_is_refused():
 
 def test_the_log_has_one_line_per_step(tmp_path):
     blocks = make_blocks()
-    train(make_model(seed=2), make_model(seed=1), blocks, selection=blocks, selection_every=2, log_path=tmp_path / "log.jsonl")
+    train(
+        make_model(seed=2),
+        make_model(seed=1),
+        blocks,
+        selection=blocks,
+        selection_every=2,
+        log_path=tmp_path / "log.jsonl",
+    )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert ["selection_kl" in line for line in lines] == [False, True, True]

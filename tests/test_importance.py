@@ -16,7 +16,9 @@ def record(model, ids):
     for name, module in model.named_modules():
         handles.append(
             module.register_forward_hook(
-                lambda module, args, kwargs, output, name=name: seen.__setitem__(name, (args or tuple(kwargs.values()), output)),
+                lambda module, args, kwargs, output, name=name: seen.__setitem__(
+                    name, (args or tuple(kwargs.values()), output)
+                ),
                 with_kwargs=True,
             )
         )
@@ -55,7 +57,10 @@ def test_statistics_equal_the_formulas_over_recorded_activations(architecture):
 
 def test_statistics_do_not_depend_on_the_batch_size():
     model, blocks = make_model(), make_blocks(count=9)
-    one, all_at_once = collect_statistics(model, blocks, batch_size=1), collect_statistics(model, blocks, batch_size=9)
+    one, all_at_once = (
+        collect_statistics(model, blocks, batch_size=1),
+        collect_statistics(model, blocks, batch_size=9),
+    )
     for name in ("block_influence", "head_norms", "neuron_norms", "hidden_norms", "norm_energies"):
         torch.testing.assert_close(getattr(one, name), getattr(all_at_once, name), rtol=2e-5, atol=1e-6)
 

@@ -39,7 +39,9 @@ def test_a_plan_that_keeps_everything_gives_bitwise_equal_weights(architecture, 
     neurons=st.integers(1, 40),
     seed=st.integers(0, 999),
 )
-def test_pruned_layers_heads_and_neurons_equal_silenced_ones(architecture, tied, layers, groups, kept_share, neurons, seed):
+def test_pruned_layers_heads_and_neurons_equal_silenced_ones(
+    architecture, tied, layers, groups, kept_share, neurons, seed
+):
     model = make_model(architecture, tied=tied, num_key_value_heads=groups, seed=seed)
     whole_heads = groups == 8
     per_group = max(1, round(kept_share * 8 / groups))
@@ -54,10 +56,17 @@ def test_pruned_layers_heads_and_neurons_equal_silenced_ones(architecture, tied,
     assert silenced_difference(model, plan, seed=seed) < 1e-6
 
 
-@given(architecture=st.sampled_from(["llama", "mistral", "qwen2"]), tied=st.booleans(), hidden=st.sampled_from([8, 16, 24, 40]), seed=st.integers(0, 999))
+@given(
+    architecture=st.sampled_from(["llama", "mistral", "qwen2"]),
+    tied=st.booleans(),
+    hidden=st.sampled_from([8, 16, 24, 40]),
+    seed=st.integers(0, 999),
+)
 def test_a_hidden_cut_is_exact_when_the_removed_channels_carry_nothing(architecture, tied, hidden, seed):
     model = make_model(architecture, tied=tied, seed=seed)
-    plan = plan_pruning(random_scores(model, seed=seed), model.config, dims_of(model.config).replace(hidden_size=hidden))
+    plan = plan_pruning(
+        random_scores(model, seed=seed), model.config, dims_of(model.config).replace(hidden_size=hidden)
+    )
     assert silenced_difference(model, plan, seed=seed) < 5e-6
 
 
@@ -92,7 +101,9 @@ def test_pruning_leaves_its_argument_untouched():
 
 def test_tied_embeddings_stay_one_parameter():
     model = make_model("llama", tied=True)
-    pruned = prune(model, plan_pruning(random_scores(model), model.config, dims_of(model.config).replace(hidden_size=24)))
+    pruned = prune(
+        model, plan_pruning(random_scores(model), model.config, dims_of(model.config).replace(hidden_size=24))
+    )
     assert pruned.get_input_embeddings().weight is pruned.get_output_embeddings().weight
 
 
@@ -137,7 +148,9 @@ def test_the_proof_refuses_an_architecture_whose_norms_it_cannot_correct():
 
 @given(share=st.floats(0.1, 1.0), groups=st.sampled_from([2, 8]))
 def test_a_solved_shape_is_legal_and_within_the_tolerance(share, groups):
-    config = make_config("llama", hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_key_value_heads=groups)
+    config = make_config(
+        "llama", hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_key_value_heads=groups
+    )
     total = probe_axes(config).num_parameters(dims_of(config))
     dims = solve_shape(config, Target(params=share), parent_parameters=total)
     size = probe_axes(config).num_parameters(dims)
@@ -171,4 +184,6 @@ def test_illegal_targets_are_refused_with_what_is_legal():
 
 def test_legal_heads_are_multiples_of_the_groups_or_any_number_of_whole_heads():
     assert legal_values(dims_of(make_config("llama", num_key_value_heads=4)))["num_attention_heads"] == [8, 4]
-    assert legal_values(dims_of(make_config("llama", num_key_value_heads=8)))["num_attention_heads"] == list(range(8, 0, -1))
+    assert legal_values(dims_of(make_config("llama", num_key_value_heads=8)))["num_attention_heads"] == list(
+        range(8, 0, -1)
+    )

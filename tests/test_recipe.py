@@ -40,7 +40,11 @@ def test_exponents_and_underscored_numbers_are_numbers(tmp_path):
 
 
 def test_all_problems_are_told_at_once_each_with_its_place(tmp_path):
-    text = GOOD.replace("  tokens:", "  tokns:").replace("params: 0.5", "params: 3").replace("source: stdlib", "source: web")
+    text = (
+        GOOD.replace("  tokens:", "  tokns:")
+        .replace("params: 0.5", "params: 3")
+        .replace("source: stdlib", "source: web")
+    )
     message = problems(tmp_path, text + "bogus: 1\n")
     assert "r.yaml:8:3: unknown key 'tokns'; did you mean 'tokens'?" in message
     assert "r.yaml:6:14: members.0.target.params: 3 is neither a fraction" in message
@@ -52,21 +56,37 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("name: family\n", "name: family\nname: other\n", "r.yaml:2:1: key 'name' stands twice; first in line 1"),
-        ("name: family", "name: !!python/object:os.system x", "r.yaml:1:7: tag tag:yaml.org,2002:python/object"),
+        (
+            "name: family\n",
+            "name: family\nname: other\n",
+            "r.yaml:2:1: key 'name' stands twice; first in line 1",
+        ),
+        (
+            "name: family",
+            "name: !!python/object:os.system x",
+            "r.yaml:1:7: tag tag:yaml.org,2002:python/object",
+        ),
         ("name: family", "name: ../escape", "cannot be a folder's name"),
         ("name: family", "name: [", "not valid YAML"),
         ("  tokens: 10_000", "  tokens: 010", "has a leading zero"),
         ("  tokens: 10_000", "  tokens: 0", "greater than 0 (got 0)"),
         ("  tokens: 10_000", "  tokens: many", "valid integer (got 'many')"),
         ("  tokens: 10_000", "  tokens: 1.5", "valid integer"),
-        ("{params: 0.5}", "{params: 0.5}\n  - name: half\n    target: {params: 0.4}", "the name half stands twice"),
+        (
+            "{params: 0.5}",
+            "{params: 0.5}\n  - name: half\n    target: {params: 0.4}",
+            "the name half stands twice",
+        ),
         ("{params: 0.5}", "{params: 0.5}\n    seed: nobody", "unknown seed 'nobody'"),
         ("{params: 0.5}", "{}", "give `params`, `dims` or both"),
         ("    target: {params: 0.5}\n", "", "give either `target` or `student`"),
         ("{source: stdlib}", "{source: files}", "source files needs `train`"),
         ("{source: stdlib}", "{source: hub, dataset: a/b, train: train}", "pinned `revision`"),
-        ("distill:\n  tokens: 10_000\n  learning_rate: 1e-3\n", "finish: [instruct]\n", "no finishing stage exists yet"),
+        (
+            "distill:\n  tokens: 10_000\n  learning_rate: 1e-3\n",
+            "finish: [instruct]\n",
+            "no finishing stage exists yet",
+        ),
         ("learning_rate: 1e-3", "learning_rate: .nan", "learning_rate"),
         ("learning_rate: 1e-3", "learning_rate: 1e400", "learning_rate"),
     ],
@@ -77,7 +97,12 @@ def test_a_bad_value_is_named_with_what_is_accepted(tmp_path, old, new, message)
 
 
 def test_no_is_a_word_and_not_false(tmp_path):
-    assert parse_yaml("a: no\nb: 012x\nc: 12:30\nd: true", source="x").data == {"a": "no", "b": "012x", "c": "12:30", "d": True}
+    assert parse_yaml("a: no\nb: 012x\nc: 12:30\nd: true", source="x").data == {
+        "a": "no",
+        "b": "012x",
+        "c": "12:30",
+        "d": True,
+    }
 
 
 def test_an_alias_bomb_is_refused_quickly(tmp_path):
@@ -102,8 +127,14 @@ def test_no_text_makes_the_reader_fail_otherwise_than_with_its_own_error(text):
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e6, 1e6) | st.text("abc:#-'\" \n01e", max_size=8),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcxyz", min_size=1, max_size=4), inner, max_size=3),
+        st.none()
+        | st.booleans()
+        | st.integers(-(10**9), 10**9)
+        | st.floats(-1e6, 1e6)
+        | st.text("abc:#-'\" \n01e", max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text("abcxyz", min_size=1, max_size=4), inner, max_size=3)
+        ),
         max_leaves=8,
     )
 )

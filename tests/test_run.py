@@ -70,7 +70,14 @@ def test_members_are_stock_checkpoints_in_the_parents_dtype_that_generate(tiny_f
         output = model.generate(**tokenizer("import os\n", return_tensors="pt"), max_new_tokens=4, do_sample=False)
         assert output.shape[1] > 4
         assert (folder / "tokenizer.json").read_bytes() == (tiny_parent / "tokenizer.json").read_bytes()
-        contract = {"config.json", "model.safetensors", "README.md", "cascade.json", "eval.json", "lm_eval.json"}
+        contract = {
+            "config.json",
+            "model.safetensors",
+            "README.md",
+            "cascade.json",
+            "eval.json",
+            "lm_eval.json",
+        }
         assert contract <= {file.name for file in folder.iterdir()}
 
 
@@ -107,7 +114,9 @@ class Killed(BaseException):
     """Stands for a death that no handler sees."""
 
 
-def test_killed_after_every_stage_and_started_again_the_family_is_the_same(tiny_family, tiny_recipe, tmp_path, monkeypatch):
+def test_killed_after_every_stage_and_started_again_the_family_is_the_same(
+    tiny_family, tiny_recipe, tmp_path, monkeypatch
+):
     folder, original, deaths = tmp_path / "run", StageRunner.run, 0
 
     def dies_after_one_new_stage(self, member, stage, *rest):
@@ -192,7 +201,9 @@ def test_an_existing_student_is_recovered_without_a_cut(recipe_folder, tiny_fami
     student = tiny_family / "members" / "small"
     text = (recipe_folder / "tiny.yaml").read_text()
     start, end = text.index("  - name: big"), text.index("calibration: {num")
-    (recipe_folder / "student.yaml").write_text(text[:start] + f"  - name: given\n    student: {student}\n" + text[end:])
+    (recipe_folder / "student.yaml").write_text(
+        text[:start] + f"  - name: given\n    student: {student}\n" + text[end:]
+    )
     folder = run_recipe(load_recipe(recipe_folder / "student.yaml"), output=tmp_path / "run")
     rows = {row["name"]: row for row in load_family(folder)["rows"]}
     assert list(rows) == ["parent", "given", "given-ce"]
@@ -219,7 +230,13 @@ def test_a_parent_can_be_trained_by_the_recipe(recipe_folder, tmp_path):
 """
     members, rest = text.index("members:"), text.index("calibration: {num")
     (recipe_folder / "scratch.yaml").write_text(
-        text[:parent] + pretrain + text[end:members] + "evaluate: {heldout_blocks: 8}\n" + "#" + text[rest:].split("\n")[0] + "\n"
+        text[:parent]
+        + pretrain
+        + text[end:members]
+        + "evaluate: {heldout_blocks: 8}\n"
+        + "#"
+        + text[rest:].split("\n")[0]
+        + "\n"
     )
     folder = run_recipe(load_recipe(recipe_folder / "scratch.yaml"), output=tmp_path / "run")
     (checkpoint,) = folder.glob("stages/parent.pretrain-*/checkpoint")
@@ -230,7 +247,11 @@ def test_a_parent_can_be_trained_by_the_recipe(recipe_folder, tmp_path):
 
 def cascade(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "cascade", *map(str, arguments)], capture_output=True, text=True, check=False, **options
+        [sys.executable, "-m", "cascade", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
     )
 
 
@@ -246,13 +267,38 @@ def test_the_command_ends_with_2_and_a_message_on_a_users_mistake(recipe_folder,
     cases = [
         (["run", tmp_path / "bad.yaml"], "unknown key 'kd_weigth'"),
         (["run", tmp_path / "missing.yaml"], "cannot be read: No such file"),
-        (["run", recipe_folder / "tiny.yaml", "--only", "nobody", "--output", tmp_path / "o"], "no such member; the recipe has: big, small"),
-        (["run", recipe_folder / "tiny.yaml", "--from", "nowhere", "--output", tmp_path / "o"], "no such stage; known: statistics"),
-        (["plan", recipe_folder / "tiny.yaml", "--set", "evaluate.tasks=[python_minimal_pair]"], "unknown task 'python_minimal_pair'. Did you mean python_minimal_pairs"),
-        (["plan", recipe_folder / "tiny.yaml", "--set", "members.0.target.params=5000000"], "larger than the seed"),
+        (
+            ["run", recipe_folder / "tiny.yaml", "--only", "nobody", "--output", tmp_path / "o"],
+            "no such member; the recipe has: big, small",
+        ),
+        (
+            ["run", recipe_folder / "tiny.yaml", "--from", "nowhere", "--output", tmp_path / "o"],
+            "no such stage; known: statistics",
+        ),
+        (
+            ["plan", recipe_folder / "tiny.yaml", "--set", "evaluate.tasks=[python_minimal_pair]"],
+            "unknown task 'python_minimal_pair'. Did you mean python_minimal_pairs",
+        ),
+        (
+            ["plan", recipe_folder / "tiny.yaml", "--set", "members.0.target.params=5000000"],
+            "larger than the seed",
+        ),
         (["plan", recipe_folder / "tiny.yaml", "--set", "parent=/nowhere"], "no such folder"),
-        (["plan", recipe_folder / "tiny.yaml", "--set", "data.block_size=100000"], "longer than the parent's context of 512"),
-        (["plan", recipe_folder / "tiny.yaml", "--set", "data.selection=short.jsonl", "--set", "data.block_size=512"], "do not fill one block"),
+        (
+            ["plan", recipe_folder / "tiny.yaml", "--set", "data.block_size=1024"],
+            "longer than the parent's context of 512",
+        ),
+        (
+            [
+                "plan",
+                recipe_folder / "tiny.yaml",
+                "--set",
+                "data.selection=short.jsonl",
+                "--set",
+                "data.block_size=512",
+            ],
+            "do not fill one block",
+        ),
         (["evaluate", "builtin:nothing"], "no such built-in model; known: pico-python"),
         (["nonsense"], "No such command"),
     ]
@@ -278,7 +324,16 @@ def test_single_stages_work_on_checkpoints_from_the_command_line(tiny_parent, tm
     common = ["--data", tmp_path / "text.jsonl.gz", "--block-size", "32", "--json"]
     cut = json.loads(run_cli("prune", tiny_parent, "--params", "0.7", "--output", tmp_path / "cut", *common))
     assert cut["num_parameters"] > 0 and (tmp_path / "cut" / "plan.json").is_file()
-    arguments = ["distill", tmp_path / "cut", "--teacher", tiny_parent, "--tokens", "1024", "--output", tmp_path / "kd"]
+    arguments = [
+        "distill",
+        tmp_path / "cut",
+        "--teacher",
+        tiny_parent,
+        "--tokens",
+        "1024",
+        "--output",
+        tmp_path / "kd",
+    ]
     trained = json.loads(run_cli(*arguments, *common))
     assert trained["num_tokens"] == 1024 and trained["selection_kl"] >= 0
     found = json.loads(run_cli("evaluate", tmp_path / "kd", "--teacher", tiny_parent, "--heldout-blocks", "4", *common))

@@ -47,13 +47,16 @@ class TokenBlocks:
 
     def batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """(input_ids, labels) [B, S] pairs in stored order; the last may be smaller."""
-        return list(
-            zip(self.input_ids.split(batch_size), self.labels.split(batch_size), strict=True)
-        )
+        return list(zip(torch.split(self.input_ids, batch_size), torch.split(self.labels, batch_size), strict=True))
 
 
 def pack_documents(
-    texts: Sequence[str], tokenizer: Any, *, block_size: int, max_blocks: int | None = None, name: str = "text"
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    block_size: int,
+    max_blocks: int | None = None,
+    name: str = "text",
 ) -> TokenBlocks:
     """Blocks of exactly `block_size` tokens; the end token stands after each document, the remainder is dropped.
 
@@ -78,8 +81,8 @@ def pack_documents(
             "give more text or a smaller data.block_size"
         )
     count = count if max_blocks is None else min(count, max_blocks)
-    ids = torch.tensor(stream[: count * block_size], dtype=torch.int64).view(count, block_size)
-    return TokenBlocks(ids, ids, num_bytes / len(stream))
+    packed = torch.tensor(stream[: count * block_size], dtype=torch.int64).view(count, block_size)
+    return TokenBlocks(packed, packed, num_bytes / len(stream))
 
 
 def save_blocks(blocks: TokenBlocks, path: Path) -> None:
@@ -101,5 +104,8 @@ def load_blocks(path: Path) -> TokenBlocks:
 def _encode(texts: Sequence[str], tokenizer: Any, batch: int = 256) -> Iterable[list[int]]:
     for start in range(0, len(texts), batch):
         yield from tokenizer(
-            list(texts[start : start + batch]), add_special_tokens=False, return_attention_mask=False, verbose=False
+            list(texts[start : start + batch]),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]

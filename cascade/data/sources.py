@@ -9,7 +9,14 @@ from cascade.data.splits import SPLITS, drop_near_copies, split_of_text
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
 from cascade.errors import UserError
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text", ".py": "text"}
+_READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+}
 
 SPLIT_SHARE = 0.03
 """Fraction of the training documents that goes to each other split that has no files of its own."""

@@ -38,12 +38,12 @@ class _ForwardKL(torch.autograd.Function):
         log_q = F.log_softmax(student.float() / temperature, dim=-1)
         log_p = F.log_softmax(teacher.float() / temperature, dim=-1)
         p = log_p.exp()
-        divergence = torch.linalg.vecdot(p, log_p - log_q)
+        divergence: Tensor = torch.linalg.vecdot(p, log_p - log_q)
         ctx.save_for_backward(log_q.exp_().sub_(p).mul_(temperature))
         ctx.dtype = student.dtype
         return divergence * temperature**2
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (difference,) = ctx.saved_tensors
         return (difference * grad[:, None]).to(ctx.dtype), None, None

@@ -83,7 +83,9 @@ def distill(
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        value, grad_norm = _accumulate(student, teacher, blocks, rows, objective, microbatch_size, device, max_grad_norm)
+        value, grad_norm = _accumulate(
+            student, teacher, blocks, rows, objective, microbatch_size, device, max_grad_norm
+        )
         if not (math.isfinite(value) and math.isfinite(grad_norm)):
             raise TrainingError(
                 f"step {step}: loss {value}, gradient norm {grad_norm}; stopped before the optimizer step. "
@@ -149,7 +151,7 @@ def _accumulate(
     if total_valid == 0:
         raise TrainingError(f"no token of blocks {rows.tolist()} counts for the loss (all labels are {IGNORE_INDEX})")
     value = 0.0
-    for part in rows.split(microbatch_size):
+    for part in torch.split(rows, microbatch_size):
         ids, labels = blocks.input_ids[part].to(device), blocks.labels[part].to(device)
         with _autocast(device):
             student_NV, teacher_NV, targets_N = _valid_logits(student, teacher, ids, labels)

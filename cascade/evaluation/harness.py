@@ -74,9 +74,7 @@ def run_tasks(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        adapter = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_context_length(model)
-        )
+        adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_context_length(model))
         raw: Any = simple_evaluate(
             model=adapter,
             tasks=configs,
@@ -104,7 +102,13 @@ def run_tasks(
 
 
 def _record(
-    raw: dict[str, Any], task: str, metric: str, filter_name: str, scores: list[float], samples: list[Any], limit: Any
+    raw: dict[str, Any],
+    task: str,
+    metric: str,
+    filter_name: str,
+    scores: list[float],
+    samples: list[Any],
+    limit: Any,
 ) -> dict[str, Any]:
     values = raw["results"][task]
     higher = raw.get("higher_is_better", {}).get(task, {}).get(metric)

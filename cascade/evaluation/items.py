@@ -23,7 +23,15 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 ITEMS_PER_TASK = 400
 _CONTEXT_CHARACTERS = 260
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z_0-9]{2,}")
-_OPERATORS = {"==": "=", "!=": "=!", " is not ": " not is ", " and ": " , ", " in ": " of ", "+=": "=+", " = ": " == "}
+_OPERATORS = {
+    "==": "=",
+    "!=": "=!",
+    " is not ": " not is ",
+    " and ": " , ",
+    " in ": " of ",
+    "+=": "=+",
+    " = ": " == ",
+}
 
 
 def main(seed: int = 0) -> None:

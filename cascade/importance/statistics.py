@@ -22,8 +22,10 @@ from cascade.models.dims import dims_of
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over the calibration tokens, float32. (L2, mean) is the square root over batch rows of squared
-    means over the sequence, the best aggregation of Minitron's nine (https://arxiv.org/abs/2407.14679, table 11).
+    """What the calibration tokens showed, float32.
+
+    (L2, mean) is the square root of the sum over batch rows of squared means over the sequence, the best of
+    Minitron's nine aggregations (https://arxiv.org/abs/2407.14679, table 11).
     """
 
     block_influence: Tensor
@@ -71,9 +73,7 @@ def collect_statistics(
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """One safetensors file."""
-    tensors = {
-        field.name: getattr(statistics, field.name) for field in fields(statistics) if field.type is Tensor
-    }
+    tensors = {field.name: getattr(statistics, field.name) for field in fields(statistics) if field.type is Tensor}
     metadata = {"norm_names": "\n".join(statistics.norm_names), "num_tokens": str(statistics.num_tokens)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
 
@@ -84,7 +84,9 @@ def load_statistics(path: Path) -> Statistics:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     return Statistics(
-        **tensors, norm_names=tuple(metadata["norm_names"].split("\n")), num_tokens=int(metadata["num_tokens"])
+        **tensors,
+        norm_names=tuple(metadata["norm_names"].split("\n")),
+        num_tokens=int(metadata["num_tokens"]),
     )
 
 
@@ -130,12 +132,15 @@ class _Sums:
             elif kind in per_layer:
                 per_layer[kind].append(self.squares[name].sqrt())
         heads = torch.stack(per_layer["num_attention_heads"])
-        for name, values in [*self.squares.items(), *zip(names, energies, strict=True)]:  # in the order they were met
+        for name, values in [
+            *self.squares.items(),
+            *zip(names, energies, strict=True),
+        ]:  # in the order they were met
             if not torch.isfinite(values).all():
                 raise ValueError(f"activations at '{name}' are not finite; the model or its calibration text is broken")
         return Statistics(
             block_influence=(1 - torch.stack(self.cosines) / num_tokens).float(),
-            head_norms=torch.linalg.vector_norm(heads.unflatten(1, (-1, head_dim)), dim=2).float(),
+            head_norms=torch.linalg.vector_norm(heads.view(*heads.shape[:1], -1, head_dim), dim=2).float(),
             neuron_norms=torch.stack(per_layer["intermediate_size"]).float(),
             hidden_norms=torch.stack(hidden).float(),
             norm_energies=torch.stack(energies).float(),

@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM
 from cascade.errors import UserError
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 
-PROBED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+PROBED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 # Legal in every architecture tried, all different, so that no two axes have one length by accident.
 _BASE = ModelDims(
@@ -99,9 +106,9 @@ class ModelAxes:
         Two per weight of each matrix product (the head included, the embedding look-up not), and
         4 x (context / 2) x heads x head_dim per layer for attention scores and values.
         """
-        layers_and_head = sum(
-            self._count(name, dims) for name, axes in self.weights.items() if len(axes) >= 2
-        ) - (0 if self.tied else self._count(self._embedding(), dims))
+        layers_and_head = sum(self._count(name, dims) for name, axes in self.weights.items() if len(axes) >= 2) - (
+            0 if self.tied else self._count(self._embedding(), dims)
+        )
         attention = 2 * context * dims.num_attention_heads * dims.head_dim * dims.num_hidden_layers
         return 2.0 * layers_and_head + attention
 
@@ -176,7 +183,9 @@ def _shapes(config: Any, dims: ModelDims) -> tuple[dict[str, tuple[int, ...]], t
     try:
         model = build_on_meta(config_with_dims(config, dims))
     except Exception as error:  # any architecture's constructor: whatever it raises means the same to the user
-        raise UserError(f"model type '{config.model_type}' cannot be built at other sizes, so not cut: {error}") from error
+        raise UserError(
+            f"model type '{config.model_type}' cannot be built at other sizes, so not cut: {error}"
+        ) from error
     parameters = dict(model.named_parameters())
     tied = tuple(name for name in model.state_dict() if name not in parameters and name.endswith(".weight"))
     return {name: tuple(parameter.shape) for name, parameter in parameters.items()}, tied

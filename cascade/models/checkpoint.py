@@ -83,7 +83,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
             f"{source.reference}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {vocab_size}: "
-            "they do not belong together. Copy the tokenizer files that the model was trained with into its folder."
+            "they  do not belong together. Copy the tokenizer files that the model was trained with into its folder."
         )
     return tokenizer
 
@@ -105,7 +105,9 @@ def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, 
 
     `companions` is a folder whose tokenizer, chat template, generation config and licence are copied unchanged.
     """
-    rounded: Any = copy.deepcopy(model).to(dtype)
+    rounded: Any = copy.deepcopy(model)
+    for parameter in rounded.parameters():  # not .to(dtype): that would round the rotary frequencies, too
+        parameter.data = parameter.data.to(dtype)
     rounded.config.dtype = dtype
     rounded.save_pretrained(folder, max_shard_size="4GB")
     if companions is not None:
@@ -181,7 +183,16 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "merges.txt", "vocab*", "*.jinja", "LICENSE*", "NOTICE*"]
+    patterns = [
+        "*.json",
+        "*.safetensors",
+        "*.model",
+        "merges.txt",
+        "vocab*",
+        "*.jinja",
+        "LICENSE*",
+        "NOTICE*",
+    ]
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -195,7 +206,9 @@ def _load_gguf(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     try:
         read: Any = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=dtype)
     except ImportError as error:
-        raise UserError(f"{source.reference}: reading GGUF files needs `pip install 'cascade-distill[gguf]'`") from error
+        raise UserError(
+            f"{source.reference}: reading GGUF files needs `pip install 'cascade-distill[gguf]'`"
+        ) from error
     values = read.config.to_dict()
     values.pop("quantization_config", None)
     config = type(read.config)(**values)

@@ -51,7 +51,9 @@ def dims_of(config: Any) -> ModelDims:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     missing = [name for name in DIM_NAMES[:4] + DIM_NAMES[6:] if getattr(text, name, None) is None]
     if missing:
-        raise UserError(f"model type '{config.model_type}' has no {', '.join(missing)} in its config; not supported yet")
+        raise UserError(
+            f"model type '{config.model_type}' has no {', '.join(missing)} in its config; not supported yet"
+        )
     heads = text.num_attention_heads
     return ModelDims(
         hidden_size=text.hidden_size,

@@ -80,7 +80,7 @@ def plan_pruning(
 
 def save_plan(plan: PruningPlan, path: Path) -> None:
     """JSON with the summary first and one line per list of indices."""
-    record = {"format": PLAN_FORMAT} | {
+    record: dict[str, Any] = {"format": PLAN_FORMAT} | {
         name: value.as_dict() if isinstance(value, ModelDims) else value for name, value in vars(plan).items()
     }
     lines = []
@@ -136,7 +136,9 @@ def _norm_scales(config: Any, hidden: list[int], statistics: Statistics | None) 
         energies = statistics.norm_energies[:, hidden].double().mean(1)
         return {name: float(e.sqrt()) for name, e in zip(statistics.norm_names, energies, strict=True)}
     ratio = (source.hidden_size / len(hidden)) ** 0.5
-    names = [name for name, axes in probe_axes(config).weights.items() if len(axes) == 1 and axes[0].dim == "hidden_size"]
+    names = [
+        name for name, axes in probe_axes(config).weights.items() if len(axes) == 1 and axes[0].dim == "hidden_size"
+    ]
     return {
         name.replace("*", str(layer)): ratio
         for name in names

@@ -58,7 +58,7 @@ def prove_cuts(config: Any, *, along: Sequence[str] = tuple(_CUTS), seed: int = 
 
 
 def silenced_difference(model: nn.Module, plan: PruningPlan, *, seed: int = 0) -> float:
-    """max |pruned - silenced| / max |silenced| over the logits of random ids."""
+    """Max |pruned - silenced| / max |silenced| over the logits of random ids."""
     silenced = silence(model, plan)
     ids = torch.randint(0, dims_of(model.config).vocab_size, (2, 12), generator=_generator(seed))
     with torch.inference_mode():
@@ -82,7 +82,11 @@ def silence(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def twin_of(config: Any, *, seed: int = 0, dims: ModelDims = _TWIN) -> nn.Module:
     """A small random model of the same architecture, norm weights and biases included in the randomness."""
-    values = config_with_dims(config, dims).to_dict() | {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+    values = config_with_dims(config, dims).to_dict() | {
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: Any = AutoModelForCausalLM.from_config(type(config)(**values), dtype=torch.float32)
@@ -127,9 +131,15 @@ def _silence_weight(name: str, weight: Tensor, axes: ModelAxes, plan: PruningPla
         weight.zero_()
         return
     place = plan.layers.index(layer)
-    kept = {"intermediate_size": plan.neurons[place], "num_attention_heads": plan.heads[place]}.get(weight_axes[1].dim or "")
+    kept = {"intermediate_size": plan.neurons[place], "num_attention_heads": plan.heads[place]}.get(
+        weight_axes[1].dim or ""
+    )
     if kept is not None:
-        rows = plan.source_dims.head_dim if weight_axes[1].rows_per_unit == "head_dim" else int(weight_axes[1].rows_per_unit)
+        rows = (
+            plan.source_dims.head_dim
+            if weight_axes[1].rows_per_unit == "head_dim"
+            else int(weight_axes[1].rows_per_unit)
+        )
         mask = torch.ones(weight.shape[1] // rows, dtype=torch.bool)
         mask[kept] = False
         weight[:, mask.repeat_interleave(rows)] = 0

@@ -16,7 +16,12 @@ CUT_DIMS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attent
 
 # How much cutting an axis by a given ratio is assumed to hurt: squared log-ratios are weighted by these. Depth
 # first hurts most (Minitron's practice 4: width over depth below 15B parameters).
-_AXIS_COST = {"num_hidden_layers": 3.0, "hidden_size": 1.5, "intermediate_size": 1.0, "num_attention_heads": 1.5}
+_AXIS_COST = {
+    "num_hidden_layers": 3.0,
+    "hidden_size": 1.5,
+    "intermediate_size": 1.0,
+    "num_attention_heads": 1.5,
+}
 
 TOLERANCE = 0.03
 """A solved shape has between (1 - TOLERANCE) and 1 times the parameters asked for."""
@@ -96,9 +101,7 @@ def _nearest_shape(config: Any, axes: ModelAxes, seed: ModelDims, fixed: dict[st
     if seed.num_key_value_heads == seed.num_attention_heads:
         columns["num_key_value_heads"] = columns["num_attention_heads"]
     sizes = axes.num_parameters(seed.replace(**columns))
-    cost = sum(
-        weight * np.log(columns[name] / getattr(seed, name)) ** 2 for name, weight in _AXIS_COST.items()
-    )
+    cost = sum(weight * np.log(columns[name] / getattr(seed, name)) ** 2 for name, weight in _AXIS_COST.items())
     order = np.argsort(cost, kind="stable")
     within = order[(sizes[order] <= wanted) & (sizes[order] >= (1 - TOLERANCE) * wanted)]
     refusals = []
@@ -127,4 +130,8 @@ def _require_accepted(config: Any, dims: ModelDims) -> None:
 
 
 def _listed(values: list[int]) -> str:
-    return ", ".join(map(str, values)) if len(values) <= 12 else f"{values[-1]} to {values[0]} in steps of {values[1] - values[2]}"
+    return (
+        ", ".join(map(str, values))
+        if len(values) <= 12
+        else f"{values[-1]} to {values[0]} in steps of {values[1] - values[2]}"
+    )

@@ -105,12 +105,12 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     data = recipe.data
     if data.source == "files":
         names = ("train", "calibration", "selection", "heldout")
-        data = data.model_copy(update={name: [_absolute(value, folder) for value in getattr(data, name)] for name in names})
+        data = data.model_copy(
+            update={name: [_absolute(value, folder) for value in getattr(data, name)] for name in names}
+        )
     folders = [_absolute(value, folder) for value in recipe.evaluate.task_folders]
     parent = recipe.parent.model_copy(update={"model": _model_path(recipe.parent.model, folder)})
-    members = [
-        member.model_copy(update={"student": _model_path(member.student, folder)}) for member in recipe.members
-    ]
+    members = [member.model_copy(update={"student": _model_path(member.student, folder)}) for member in recipe.members]
     return recipe.model_copy(
         update={
             "data": data,

@@ -103,7 +103,12 @@ class Data(_Section):
 
     @model_validator(mode="after")
     def _complete(self) -> "Data":
-        splits = {"train": self.train, "calibration": self.calibration, "selection": self.selection, "heldout": self.heldout}
+        splits = {
+            "train": self.train,
+            "calibration": self.calibration,
+            "selection": self.selection,
+            "heldout": self.heldout,
+        }
         if self.source == "stdlib" and any(splits.values()):
             raise ValueError("source stdlib has splits of its own; remove train, calibration, selection and heldout")
         if self.source != "stdlib" and not self.train:
@@ -127,7 +132,9 @@ class TargetSize(_Section):
     @classmethod
     def _positive(cls, value: float | None) -> float | None:
         if value is not None and not (0 < value <= 1 or value >= 1000):
-            raise ValueError(f"{value:g} is neither a fraction of the parent (above 0, at most 1) nor a number of parameters")
+            raise ValueError(
+                f"{value:g} is neither a fraction of the parent (above 0, at most 1) nor a number of parameters"
+            )
         return value
 
     @model_validator(mode="after")
@@ -267,7 +274,7 @@ class Recipe(_Section):
         for member in self.members:
             if member.seed not in ("previous", "parent", *names) or member.seed == member.name:
                 raise ValueError(
-                    f"members: {member.name}: unknown seed '{member.seed}'; use previous, parent or another member's name"
+                    f"members: {member.name}: unknown seed '{member.seed}'; use previous, parent or another member"
                 )
         if self.members and self.distill is None:
             raise ValueError("`distill` is missing; members need at least distill.tokens")

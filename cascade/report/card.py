@@ -20,22 +20,26 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
     share = row["num_parameters"] / teacher["num_parameters"]
     origin = f"cut from `{lineage['seed']}`" if lineage["seed"] else "an existing student, not cut"
     fence = "````"
-    return "\n\n".join(
-        [
-            f"---\n{head}\n---",
-            f"# {row['name']}",
-            f"{row['num_parameters']:,} parameters ({share:.0%} of its parent), {origin} and recovered by "
-            f"distillation from `{lineage['parent']}` on {row['tokens']['hop']:,} tokens "
-            f"({row['tokens']['cumulative']:,} along its chain).",
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```',
-            "## Quality",
-            markdown_table(quality_table([teacher, row])),
-            "## Cut and recovery",
-            markdown_table(stage_table([row])),
-            "## Lineage",
-            f"```json\n{json.dumps(lineage, indent=1)}\n```",
-            "## Recipe",
-            f"{fence}yaml\n{recipe_yaml.replace(fence, '')}{fence}",
-        ]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                f"---\n{head}\n---",
+                f"# {row['name']}",
+                f"{row['num_parameters']:,} parameters ({share:.0%} of its parent), {origin} and recovered by "
+                f"distillation from `{lineage['parent']}` on {row['tokens']['hop']:,} tokens "
+                f"({row['tokens']['cumulative']:,} along its chain).",
+                "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                'model = AutoModelForCausalLM.from_pretrained(".")\n'
+                'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+                "## Quality",
+                markdown_table(quality_table([teacher, row])),
+                "## Cut and recovery",
+                markdown_table(stage_table([row])),
+                "## Lineage",
+                f"```json\n{json.dumps(lineage, indent=1)}\n```",
+                "## Recipe",
+                f"{fence}yaml\n{recipe_yaml.replace(fence, '')}{fence}",
+            ]
+        )
+        + "\n"
+    )

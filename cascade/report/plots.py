@@ -55,11 +55,16 @@ def size_quality_curve(families: Sequence[dict[str, Any]], metric: str) -> str:
 def training_curves(curves: dict[str, list[dict[str, float]]]) -> str:
     """KL to the teacher on selection text against tokens, one series per member; '' without any."""
     series = [
-        Series(name, [Point(e["num_tokens"], e["selection_kl"], None, "") for e in curve if e.get("selection_kl")])
+        Series(
+            name,
+            [Point(e["num_tokens"], e["selection_kl"], None, "") for e in curve if e.get("selection_kl")],
+        )
         for name, curve in curves.items()
     ]
     series = [one for one in series if one.points]
-    return line_chart(series, x_title="training tokens", y_title="selection KL to the teacher (nats per token)", log_x=False)
+    return line_chart(
+        series, x_title="training tokens", y_title="selection KL to the teacher (nats per token)", log_x=False
+    )
 
 
 def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: bool) -> str:
@@ -121,7 +126,8 @@ def _axes(
     parts = [
         f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}" fill="none" stroke="#444"/>',
         f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 10}" text-anchor="middle">{escape(x_title)}</text>',
-        f'<text transform="translate(14 {(_TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>',
+        f'<text transform="translate(14 {(_TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_title)}</text>",
     ]
     ticks = sorted({point.x for point in points}) if log_x else _round_ticks([point.x for point in points])
     previous = -math.inf
@@ -148,10 +154,15 @@ def _draw(series: Series, colour: str, to_x: Any, to_y: Any, log_x: bool) -> lis
     for x, y, point in places:
         if point.error:
             low, high = to_y(point.y - point.error), to_y(point.y + point.error)
-            parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8" stroke="{colour}"/>')
+            parts.append(
+                f'<path d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8" '
+                f'stroke="{colour}"/>'
+            )
         if len(places) < 40:
             title = f"{point.label} {point.y:.4g}".strip()
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{escape(title)}</title></circle>')
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{escape(title)}</title></circle>'
+            )
         if point.label and series.joined:
             parts.append(f'<text x="{x + 6:.1f}" y="{y - 7:.1f}" fill="{colour}">{escape(point.label)}</text>')
     return parts

@@ -49,7 +49,11 @@ def family_csv(rows: list[Row]) -> str:
             line |= {f"{stage}_{key}": value for key, value in (losses or {}).items()}
         for metric in row["metrics"]:
             name = metric_name(metric)
-            line |= {name: metric["value"], f"{name}_stderr": metric["stderr"], f"{name}_retention": metric["retention"]}
+            line |= {
+                name: metric["value"],
+                f"{name}_stderr": metric["stderr"],
+                f"{name}_retention": metric["retention"],
+            }
         line |= row["speed"]
         columns += [column for column in line if column not in columns]
         lines.append(line)

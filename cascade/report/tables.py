@@ -13,7 +13,19 @@ Table = list[list[str]]
 def size_table(rows: Sequence[Row]) -> Table:
     """Shape, size and speed of each row."""
     teacher = next((row for row in rows if row["role"] == "teacher"), None)
-    head = ["", "parameters", "of parent", "layers", "hidden", "MLP", "heads", "MB", "prefill tok/s", "decode tok/s", "peak MB"]
+    head = [
+        "",
+        "parameters",
+        "of parent",
+        "layers",
+        "hidden",
+        "MLP",
+        "heads",
+        "MB",
+        "prefill tok/s",
+        "decode tok/s",
+        "peak MB",
+    ]
     table = [head]
     for row in rows:
         if row["role"] == "baseline":
@@ -50,7 +62,18 @@ def quality_table(rows: Sequence[Row]) -> Table:
 
 def stage_table(rows: Sequence[Row]) -> Table:
     """Loss and KL on selection text after the cut and after recovery, beside each other; tokens and cost."""
-    head = ["", "seed", "loss: cut", "recovered", "KL: cut", "recovered", "tokens", "cumulative", "seconds", "FLOPs"]
+    head = [
+        "",
+        "seed",
+        "loss: cut",
+        "recovered",
+        "KL: cut",
+        "recovered",
+        "tokens",
+        "cumulative",
+        "seconds",
+        "FLOPs",
+    ]
     table = [head]
     for row in rows:
         if row["role"] != "member":
@@ -84,7 +107,12 @@ def plain_table(table: Table) -> str:
     """The table for a terminal, in columns of even width."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
         for row in table
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -59,7 +59,11 @@ def report_html(name: str, rows: list[Row], curves: dict[str, list[dict[str, flo
 
 
 def _tables(rows: list[Row]) -> list[tuple[str, Table]]:
-    return [("Sizes", size_table(rows)), ("Cut and recovery", stage_table(rows)), ("Quality", quality_table(rows))]
+    return [
+        ("Sizes", size_table(rows)),
+        ("Cut and recovery", stage_table(rows)),
+        ("Quality", quality_table(rows)),
+    ]
 
 
 def _charts(family: dict[str, Any]) -> list[str]:

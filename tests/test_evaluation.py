@@ -1,0 +1,160 @@
+"""Held-out metrics, lm-eval, retention and the reload gate."""
+
+import gzip
+import json
+import math
+
+import pytest
+import torch
+from conftest import SHARED, make_blocks, make_model, needs_shared
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.errors import UserError
+from cascade.evaluation.evaluate import evaluate
+from cascade.evaluation.harness import find_tasks, run_tasks
+from cascade.evaluation.heldout import heldout_metrics
+from cascade.evaluation.items import TASK_FOLDER
+from cascade.evaluation.reload import ReloadError, check_reload, write_reference
+from cascade.evaluation.retention import with_retention
+from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model, save_checkpoint
+
+PICO = "builtin:pico-python"
+
+
+def test_held_out_metrics_equal_their_definitions_in_float64():
+    model, teacher = make_model(seed=1), make_model(seed=2)
+    blocks = make_blocks(count=5)
+    labels = blocks.labels.clone()
+    labels[2, :9] = IGNORE_INDEX
+    blocks = TokenBlocks(blocks.input_ids, labels, 2.5)
+    found = {metric["metric"]: metric for metric in heldout_metrics(model, teacher, blocks, batch_size=2)}
+    with torch.no_grad():
+        log_q = model(input_ids=blocks.input_ids).logits[:, :-1].double().log_softmax(-1)
+        log_p = teacher(input_ids=blocks.input_ids).logits[:, :-1].double().log_softmax(-1)
+    valid = labels[:, 1:] != IGNORE_INDEX
+    loss = -log_q.gather(-1, blocks.input_ids[:, 1:, None]).squeeze(-1)[valid].mean().item()
+    assert found["loss"]["value"] == pytest.approx(loss, rel=1e-5)
+    assert found["bits_per_byte"]["value"] == pytest.approx(loss / math.log(2) / 2.5, rel=1e-5)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[valid].mean().item()
+    assert found["kl_to_teacher"]["value"] == pytest.approx(divergence, rel=1e-5)
+    agreement = (log_q.argmax(-1) == log_p.argmax(-1))[valid].double().mean().item()
+    assert found["top1_agreement"]["value"] == pytest.approx(agreement)
+    assert found["loss"]["n"] == int(valid.sum()) and found["loss"]["stderr"] > 0
+
+
+def test_a_model_has_no_divergence_from_itself():
+    model = make_model()
+    found = {metric["metric"]: metric["value"] for metric in heldout_metrics(model, model, make_blocks())}
+    assert found["kl_to_teacher"] == 0 and found["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize("task", ["python_next_line", "python_minimal_pairs", "python_complete_line"])
+def test_shipped_tasks_have_hundreds_of_items_with_one_right_answer(task):
+    with gzip.open(TASK_FOLDER / f"{task}.jsonl.gz", "rt") as file:
+        items = [json.loads(line) for line in file]
+    assert len(items) >= 300
+    assert len({item["context"] for item in items}) == len(items)
+    for item in items:
+        if "choices" in item:
+            assert len(set(item["choices"])) == 4 and 0 <= item["gold"] < 4
+        elif "good" in item:
+            assert item["good"] != item["bad"]
+        else:
+            assert item["target"] and "\n" not in item["target"]
+
+
+def test_the_items_are_the_ones_that_the_script_writes_from_its_seed(tmp_path, monkeypatch):
+    import sys
+
+    from cascade.evaluation import items
+
+    if sys.version_info[:2] != (3, 11):
+        pytest.skip("the frozen items were made from the standard library of Python 3.11")
+    for name in ("python_next_line", "python_minimal_pairs"):
+        (tmp_path / name).touch()
+    frozen = {path.name: path.read_bytes() for path in TASK_FOLDER.glob("*.jsonl.gz")}
+    monkeypatch.setattr(items, "TASK_FOLDER", tmp_path)
+    monkeypatch.setattr(items, "FROZEN_HELDOUT", tmp_path / "heldout.jsonl.gz")
+    items.main()
+    again = {path.name: path.read_bytes() for path in tmp_path.glob("python_*.jsonl.gz")}
+    same = [name for name in frozen if gzip.decompress(again[name]) == gzip.decompress(frozen[name])]
+    # Another 3.11 patch release may differ in a line or two, and so in its items; the format may not.
+    assert again.keys() == frozen.keys()
+    if sys.version_info[:3] == (3, 11, 7):
+        assert sorted(same) == sorted(frozen)
+
+
+def test_lm_eval_scores_the_built_in_model_and_keeps_each_items_score():
+    source = resolve_model(PICO)
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    results = run_tasks(model, tokenizer, ["python_minimal_pairs", "python_next_line"], limit=40)
+    by_name = {(metric["task"], metric["metric"]): metric for metric in results.metrics}
+    pairs = by_name["python_minimal_pairs", "acc"]
+    scores = results.items["python_minimal_pairs/acc/none"]
+    assert len(scores) == pairs["n"] == pairs["limit"] == 40
+    assert pairs["value"] == pytest.approx(sum(scores) / 40) and pairs["value"] > 0.6
+    assert pairs["chance"] == 0.5 and by_name["python_next_line", "acc"]["chance"] == 0.25
+    assert results.raw["configs"]["python_next_line"]["task"] == "python_next_line"
+
+
+def test_task_files_name_their_data_relative_to_themselves(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    text = "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\noutput_type: multiple_choice\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    (found,) = find_tasks(["mine"], [tmp_path])
+    assert found["dataset_kwargs"]["data_files"] == {"test": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "mine.yaml").write_text(text.replace("rows.jsonl", "gone.jsonl"))
+    with pytest.raises(UserError, match="data file gone.jsonl is missing"):
+        find_tasks(["mine"], [tmp_path])
+    (tmp_path / "mine.yaml").write_text(text + "process_docs: !function evil.run\n")
+    with pytest.raises(UserError, match="tag !function is not allowed"):
+        find_tasks(["mine"], [tmp_path])
+
+
+def metric(value, *, stderr=0.02, chance=0.5):
+    return {
+        "task": "t", "metric": "acc", "filter": "none", "value": value, "stderr": stderr, "chance": chance,
+        "retention": None, "retention_interval": None,
+    }  # fmt: skip
+
+
+def test_retention_is_measured_above_chance_with_a_paired_interval():
+    parent = [1.0] * 80 + [0.0] * 20
+    member = [1.0] * 70 + [0.0] * 30
+    key = "t/acc/none"
+    (found,) = with_retention([metric(0.7)], [metric(0.8)], {key: member}, {key: parent})
+    assert found["retention"] == pytest.approx(0.2 / 0.3)
+    low, high = found["retention_interval"]
+    assert low < found["retention"] < high < 1
+
+
+def test_retention_is_null_where_the_parent_is_near_chance_and_for_losses():
+    assert with_retention([metric(0.52)], [metric(0.59)], {}, {})[0]["retention"] is None
+    loss = metric(2.0, chance=None)
+    assert with_retention([loss], [metric(1.9, chance=None)], {}, {})[0]["retention"] is None
+
+
+def test_the_reload_gate_passes_what_was_saved_and_refuses_what_was_changed(tmp_path):
+    model = make_model("qwen3", tied=True)
+    rounded = save_checkpoint(model, tmp_path / "model", companions=None, dtype=torch.bfloat16)
+    write_reference(rounded, tmp_path / "reference.safetensors")
+    measured = check_reload(tmp_path / "model", tmp_path / "reference.safetensors", prompt_tokens=8, new_tokens=2)
+    assert measured["reload_difference"] == 0 and measured["prefill_tokens_per_s"] > 0
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] += 1
+    save_checkpoint(model, tmp_path / "model", companions=None, dtype=torch.bfloat16)
+    with pytest.raises(ReloadError, match="reloaded logits differ"):
+        check_reload(tmp_path / "model", tmp_path / "reference.safetensors", prompt_tokens=8, new_tokens=2)
+
+
+@needs_shared
+def test_the_real_stories_model_has_its_published_loss():
+    from cascade.data.sources import TextData
+    from cascade.evaluation.heldout import heldout_blocks
+
+    source = resolve_model(str(SHARED / "models" / "stories260K"))
+    files = {split: (str(SHARED / "text" / "tinystories" / "valid.jsonl.gz"),) for split in ("train", "heldout")}
+    blocks = heldout_blocks(TextData("files", files), load_tokenizer(source), block_size=512, max_blocks=64)
+    result = evaluate(source, heldout=blocks, measure_speed=False)
+    # 1.293 when each story starts at <s>; packed blocks start anywhere, which costs a little.
+    assert 1.2 < result.metrics[0]["value"] < 1.75

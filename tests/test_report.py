@@ -1,0 +1,105 @@
+"""Reports: nothing is fetched, nothing is executed, what is shown is what was measured."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from cascade.errors import UserError
+from cascade.report.plots import short_number, size_quality_curve
+from cascade.report.records import family_csv, family_json, load_family
+from cascade.report.write import report_html, report_markdown
+
+CHROMIUM = shutil.which("chromium")
+
+
+def test_the_html_report_is_one_file_without_requests_or_scripts(tiny_family):
+    text = (tiny_family / "report.html").read_text()
+    assert "<svg" in text and "heldout/kl_to_teacher" in text
+    assert not re.search(r"<(script|link|img|iframe)|url\(|@import", text)
+    assert set(re.findall(r"https?://[^\"'\s<]+", text)) <= {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_renders_the_report_with_its_tables_and_curves(tiny_family, tmp_path):
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+               "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000",
+               "--dump-dom", f"file://{tiny_family / 'report.html'}"]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert dom.count("<svg") >= 4 and dom.count("<table") == 3
+    for name in ("parent", "big", "small", "small-ce"):
+        assert f"<td>{name}</td>" in dom
+
+
+def test_names_from_outside_cannot_inject_markup(tiny_family):
+    family = load_family(tiny_family)
+    evil = '<script>alert(1)</script>|"'
+    for row in family["rows"]:
+        row["name"] += evil
+    html = report_html(evil, family["rows"], {evil: [{"num_tokens": 1, "selection_kl": 0.5}]})
+    assert "<script" not in html
+    assert "<script" not in report_markdown(evil, family["rows"])
+
+
+def test_the_csv_has_one_line_per_row_and_the_same_values(tiny_family):
+    import csv
+
+    rows = load_family(tiny_family)["rows"]
+    lines = list(csv.DictReader((tiny_family / "family.csv").open()))
+    assert [line["name"] for line in lines] == [row["name"] for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        assert int(line["num_parameters"]) == row["num_parameters"]
+        assert float(line["heldout/loss"]) == row["metrics"][0]["value"]
+
+
+def test_family_json_is_strict_and_refuses_nan():
+    with pytest.raises(ValueError):
+        family_json("x", [{"value": float("nan")}])
+
+
+def test_a_file_that_is_no_family_is_refused(tmp_path):
+    (tmp_path / "family.json").write_text('{"version": 99}')
+    with pytest.raises(UserError, match="version 99; this program reads version 1"):
+        load_family(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_family(tmp_path / "nowhere.json")
+
+
+def test_several_families_share_one_chart(tiny_family):
+    first = load_family(tiny_family)
+    second = json.loads(json.dumps(first)) | {"name": "second"}
+    chart = size_quality_curve([first, second], "heldout/kl_to_teacher")
+    assert "second" in chart and chart.count("<polyline") == 2
+    assert size_quality_curve([first], "no/such_metric") == ""
+
+
+def test_numbers_are_shortened_for_axes():
+    assert [short_number(value) for value in (12, 1234, 2.75e6, 7e9)] == ["12", "1.23k", "2.75M", "7B"]
+
+
+def test_rows_without_metrics_still_make_a_csv(tiny_family):
+    rows = load_family(tiny_family)["rows"]
+    rows[1]["metrics"] = []
+    assert family_csv(rows).count("\n") == len(rows) + 1
+
+
+def test_the_notebook_compares_families_without_torch(tiny_family, tmp_path):
+    import os
+
+    import nbformat
+    from nbclient import NotebookClient
+
+    quickstart = ROOT / "runs" / "quickstart" / "family.json"
+    paths = [str(quickstart if quickstart.exists() else tiny_family / "family.json")]
+    notebook = nbformat.read(ROOT / "notebooks" / "family_curves.ipynb", as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("import sys\nassert 'torch' not in sys.modules"))
+    os.environ["CASCADE_FAMILIES"] = os.pathsep.join(paths)
+    try:
+        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    finally:
+        del os.environ["CASCADE_FAMILIES"]
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/svg+xml" in output.get("data", {}) for output in shown) >= 2
