@@ -368,5 +368,5 @@ def test_broken_parents_are_refused(recipe_folder, tiny_parent, tmp_path):
         resolve_model(str(tmp_path))
     with pytest.raises(UserError, match="pin it"):
         resolve_model("nobody/nothing")
-    with pytest.raises(UserError, match="2048 tokens but the model's vocabulary is 100"):
+    with pytest.raises(UserError, match="2048 tokens, the model's vocabulary 100"):
         load_tokenizer(resolve_model(str(tiny_parent)), vocab_size=100)

@@ -82,8 +82,8 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
         raise UserError(f"{source.reference}: its tokenizer cannot be read: {error}") from error
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
-            f"{source.reference}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {vocab_size}: "
-            "they  do not belong together. Copy the tokenizer files that the model was trained with into its folder."
+            f"{source.reference}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}; "
+            "they do not belong together. Copy the tokenizer files that the model was trained with into its folder."
         )
     return tokenizer
 

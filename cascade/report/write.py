@@ -21,7 +21,7 @@ _STYLE = (
     "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;margin:1rem 0}"
     "td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right;white-space:nowrap}"
     "td:first-child,th:first-child{text-align:left}"
-    "figure{margin:1rem 0;display:inline-block;width:640px;max-width:100%}h2{margin-top:2rem}"
+    "figure{margin:.5rem 0;display:inline-block;width:48%;min-width:26rem}h2{margin-top:2rem}"
 )
 
 
