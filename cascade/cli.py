@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from cascade import __version__
-from cascade.errors import TrainingError, UserError
+from cascade.errors import RunError, UserError
 
+_POSITIVE = click.IntRange(min=1)
+_ABOVE_ZERO = click.FloatRange(min=0, min_open=True, max=1e15)
 _RECIPE = click.argument("recipe", type=click.Path(dir_okay=False))
 _SET = click.option(
     "--set",
@@ -32,7 +34,9 @@ _DATA = click.option(
     show_default=True,
     help="Text: 'stdlib', or a JSONL(.gz), Parquet or text file.",
 )
-_BLOCK = click.option("--block-size", default=256, show_default=True, help="Tokens per block.")
+_BLOCK = click.option(
+    "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
+)
 
 
 class _Group(click.Group):
@@ -44,8 +48,8 @@ class _Group(click.Group):
         except UserError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(2)
-        except TrainingError as error:
-            click.echo(f"Training stopped: {error}", err=True)
+        except RunError as error:
+            click.echo(f"Stopped: {error}\nWhat is finished is kept; the same command goes on from there.", err=True)
             sys.exit(1)
 
 
@@ -122,7 +126,7 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 
 @main.command()
 @click.argument("model")
-@click.option("--params", type=float, help="Parameters to keep: a fraction (at most 1) or a number.")
+@click.option("--params", type=_ABOVE_ZERO, help="Parameters to keep: a fraction (at most 1) or a number.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=N", help="An explicit dim, such as num_hidden_layers=4.")
 @click.option(
     "--output",
@@ -130,7 +134,7 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
     type=click.Path(file_okay=False),
     help="Folder for the cut checkpoint and its plan.json.",
 )
-@click.option("--calibration-blocks", default=64, show_default=True)
+@click.option("--calibration-blocks", default=64, type=_POSITIVE, show_default=True)
 @_DATA
 @_BLOCK
 @_JSON
@@ -154,16 +158,16 @@ def prune(
 @main.command()
 @click.argument("student")
 @click.option("--teacher", required=True, help="The model to learn from.")
-@click.option("--tokens", required=True, type=int, help="Training tokens.")
+@click.option("--tokens", required=True, type=_POSITIVE, help="Training tokens.")
 @click.option(
     "--output",
     required=True,
     type=click.Path(file_okay=False),
     help="Folder for the trained checkpoint and its log.jsonl.",
 )
-@click.option("--learning-rate", default=3e-3, show_default=True)
-@click.option("--batch-size", default=8, show_default=True, help="Blocks per optimizer step.")
-@click.option("--temperature", default=1.0, show_default=True)
+@click.option("--learning-rate", default=3e-3, type=_ABOVE_ZERO, show_default=True)
+@click.option("--batch-size", default=8, type=_POSITIVE, show_default=True, help="Blocks per optimizer step.")
+@click.option("--temperature", default=1.0, type=_ABOVE_ZERO, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @_DATA
 @_BLOCK
@@ -206,8 +210,8 @@ def distill(
     help="A folder of task files.",
 )
 @click.option("--teacher", help="Also measure KL to this model on the held-out text.")
-@click.option("--limit", type=int, help="Items per task.")
-@click.option("--heldout-blocks", default=128, show_default=True)
+@click.option("--limit", type=_POSITIVE, help="Items per task.")
+@click.option("--heldout-blocks", default=128, type=_POSITIVE, show_default=True)
 @_DATA
 @_BLOCK
 @_JSON

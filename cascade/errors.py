@@ -14,5 +14,9 @@ class RecipeError(UserError):
         super().__init__(f"{source}\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-class TrainingError(Exception):
-    """Training stopped before it could do harm (a non-finite loss or gradient); exit code 1."""
+class RunError(Exception):
+    """A stage could not be done though nothing that the user wrote is wrong: told without a traceback, exit code 1."""
+
+
+class TrainingError(RunError):
+    """Training stopped before it could do harm (a non-finite loss or gradient)."""

@@ -123,7 +123,7 @@ def _seed(
 def _shape(member: Member, seed_config: Any, total: int) -> Any:
     if member.target is None:
         return seed_config
-    target = Target(params=member.target.params, dims=dict(member.target.dims))
+    target = Target(params=member.target.params, dims={str(name): size for name, size in member.target.dims.items()})
     try:
         return config_with_dims(seed_config, solve_shape(seed_config, target, parent_parameters=total))
     except UserError as error:
@@ -192,9 +192,10 @@ def stage_seconds(recipe: Recipe, flops: float, parent_flops: float, tokens: int
         seconds["prune"] = 1.0
     seconds["distill"] = tokens * (3 * flops + parent_flops) / rate
     if "cut" in recipe.baselines:
-        seconds["baseline-cut"] = 1 + heldout * (flops + parent_flops) / rate
+        seconds["heldout-cut"] = 1 + heldout * (flops + parent_flops) / rate
     if "ce" in recipe.baselines:
-        seconds["baseline-ce"] = tokens * 3 * flops / rate + heldout * (flops + parent_flops) / rate
+        seconds["baseline-ce"] = tokens * 3 * flops / rate
+        seconds["heldout-ce"] = 1 + heldout * (flops + parent_flops) / rate
     return seconds | {"evaluate": evaluation, "report": 0.2}
 
 

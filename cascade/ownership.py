@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cascade.errors import UserError
 from cascade.family import ResolvedMember
 from cascade.recipe.schema import Recipe
 from cascade.yaml_reader import read_yaml
 
-_MAY_CHANGE = ("output", "evaluate", "baselines")
-"""Sections whose change only adds to or repeats what is measured; no finished training is lost by it."""
+_MAY_CHANGE = ("output", "evaluate", "baselines", "distill.microbatch_size", "parent.pretrain.microbatch_size")
+"""Keys whose change loses no finished training: what is measured, and how much memory a step takes."""
 
 
 def resolved_recipe(recipe: Recipe, members: list[ResolvedMember]) -> dict[str, Any]:
@@ -41,11 +43,13 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
         if folder.is_file() or (folder.is_dir() and any(path.name != ".cascade.lock" for path in folder.iterdir())):
             raise UserError(f"{folder}: holds something that is not a run of this program; give another --output")
         return
+    if not any(folder.glob("stages/*/MANIFEST.json")):
+        return  # nothing was finished: whatever stopped that run may be mended
     before, now = _flat(_recorded(folder)), _flat(_without_nulls(recipe.model_dump(mode="json")))
     new_members = {member.name for member in recipe.members} - pinned_names(folder)
     differing = []
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] in _MAY_CHANGE or before.get(key) == now.get(key):
+        if key.startswith(_MAY_CHANGE) or before.get(key) == now.get(key):
             continue
         parts = key.split(".")
         if parts[0] == "members" and (parts[1] in new_members or (parts[-1] == "seed" and now.get(key) == "previous")):
@@ -66,7 +70,14 @@ def pinned_names(folder: Path) -> set[str]:
 
 def _recorded(folder: Path) -> dict[str, Any]:
     path = folder / "recipe.yaml"
-    record: dict[str, Any] = read_yaml(path).data if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        # Through the schema, so that keys that are newer than the record have their defaults.
+        recipe = Recipe.model_validate(read_yaml(path).data)
+    except ValidationError as error:
+        raise UserError(f"{path}: was written by another version of this program; give another --output") from error
+    record: dict[str, Any] = _without_nulls(recipe.model_dump(mode="json"))
     return record
 
 

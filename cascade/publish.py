@@ -1,6 +1,7 @@
 """Rows of family.json from stage folders, and the published folder of each member."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cascade.report.records import Row, load_family
 from cascade.report.write import write_family
 from cascade.runner import read_cost
 from cascade.stages import CHECKPOINT
-from cascade.store import link_or_copy, output_digest, staged
+from cascade.store import is_committed, output_digest, staged
 from cascade.yaml_reader import write_yaml
 
 _NO_SPEED = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None}
@@ -85,18 +86,21 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
     }
 
 
-def baseline_row(member: ResolvedMember, kind: str, folder: Path) -> Row:
-    """A row to compare a member with; its weights stay inside the run."""
+def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
+    """A row to compare a member with, from its evaluation's folder and, if trained, its training's.
+
+    Its weights stay inside the run. Tokens count from the cut that the member itself starts from.
+    """
     tokens = member.num_tokens if kind == "ce" else 0
     return _row(member, "baseline", "cut only" if kind == "cut" else "cross-entropy") | {
         "name": f"{member.name}-{kind}",
         "tokens": {"hop": tokens, "cumulative": tokens, "teacher_labelled": 0},
         "cost": {
-            "seconds": read_cost(folder)["seconds"],
+            "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
             "flops": tokens * 3 * member.flops_per_token,
             "money": None,
         },
-        "metrics": _read(folder / "eval.json")["metrics"],
+        "metrics": _read(folders[0] / "eval.json")["metrics"],
     }
 
 
@@ -127,11 +131,13 @@ def publish_member(
         "plan": f"stages/{finished.cut.name}/plan.json" if finished.cut else None,
     }
     final = run_folder / "members" / member.name
+    if is_committed(final) and _read(final / "cascade.json") == lineage:
+        return  # the same as an earlier run published; what a user added stays
     with staged(final, {"stage": "publish", "member": member.name}) as staging:
         for file in sorted(checkpoint.iterdir()):
-            link_or_copy(file, staging / file.name)
+            shutil.copyfile(file, staging / file.name)
         for name in ("eval.json", "lm_eval.json"):
-            link_or_copy(finished.evaluation / name, staging / name)
+            shutil.copyfile(finished.evaluation / name, staging / name)
         (staging / "cascade.json").write_text(json.dumps(lineage, indent=1) + "\n")
         recipe_yaml = write_yaml(resolved_recipe(recipe, members))
         (staging / "README.md").write_text(member_card(row, teacher, lineage, recipe_yaml))

@@ -27,12 +27,13 @@ STAGE_FORMATS = {
     "prune": 1,
     "distill": 1,
     "evaluate": 1,
-    "baseline-cut": 1,
     "baseline-ce": 1,
+    "heldout-cut": 1,
+    "heldout-ce": 1,
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
-_MADE_WITH = {"baseline-cut": "prune", "baseline-ce": "distill"}
+_MADE_WITH = {"baseline-ce": "distill", "heldout-cut": "evaluate", "heldout-ce": "evaluate"}
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ class StageRunner:
         settings: Any,
         inputs: dict[str, str],
         make: Callable[[Path, OnStep], None],
+        *,
+        label: str = "",
     ) -> Path:
-        """The committed folder of a stage: as an earlier run left it, or made now by `make(folder, on_step)`."""
+        """The committed folder of a stage: as an earlier run left it, or made now by `make(folder, on_step)`.
+
+        `label` names the folder where it is not the member's own (statistics are the seed's).
+        """
         key = stage_key(stage, STAGE_FORMATS[stage], settings, inputs)
-        final = self.folder / "stages" / f"{member}.{stage}-{key[:16]}"
+        final = self.folder / "stages" / f"{label or member}.{stage}-{key[:16]}"
         if is_committed(final) and not self._is_forced(member, stage):
             self.progress.skip(member, stage, "already done with the same inputs and settings")
             append_event(self.folder, "skipped", member=member, stage=stage, key=key)

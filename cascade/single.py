@@ -9,6 +9,7 @@ import torch
 from cascade.data.blocks import TokenBlocks, pack_documents
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.trainer import distill
+from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.importance.scores import score_importance
@@ -19,6 +20,7 @@ from cascade.models.checkpoint import (
     load_config,
     load_model,
     load_tokenizer,
+    require_same_vocabulary,
     resolve_model,
     save_checkpoint,
     stored_dtype,
@@ -28,7 +30,7 @@ from cascade.pruning.cut import prune
 from cascade.pruning.plan import plan_pruning, save_plan
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.shape import CUT_DIMS, Target, solve_shape
-from cascade.store import staged
+from cascade.store import require_empty, staged
 
 
 def prune_model(
@@ -41,6 +43,9 @@ def prune_model(
     block_size: int,
 ) -> dict[str, Any]:
     """Statistics -> scores -> plan -> cut; writes the checkpoint and plan.json."""
+    require_empty(output)
+    if params is None and not dims:
+        raise UserError("give --params or at least one --dim")
     source = resolve_model(reference)
     config = load_config(source)
     axes, before = probe_axes(config), dims_of(config)
@@ -61,7 +66,9 @@ def distill_model(
     student: str, teacher: str, output: Path, data: str, block_size: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl."""
+    require_empty(output)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
+    require_same_vocabulary(load_tokenizer(teacher_source), load_tokenizer(source), source.reference)
     learner, expert = load_model(source), load_model(teacher_source)
     with staged(
         output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
@@ -98,14 +105,13 @@ def evaluate_model(
     """Every number about one checkpoint."""
     source = resolve_model(checkpoint)
     heldout = heldout_blocks(_text(data), load_tokenizer(source), block_size=block_size, max_blocks=num_blocks)
-    expert = None if teacher is None else load_model(resolve_model(teacher)).to(default_device())
+    tokenizer, expert = load_tokenizer(source), None
+    if teacher is not None:
+        teacher_source = resolve_model(teacher)
+        require_same_vocabulary(load_tokenizer(teacher_source), tokenizer, source.reference)
+        expert = load_model(teacher_source).to(default_device())
     result = evaluate(source, tasks=tasks, teacher=expert, heldout=heldout, task_folders=task_folders, limit=limit)
-    lines = {
-        f"{metric['task']}/{metric['metric']}": f"{metric['value']:.4f} ± {metric['stderr'] or 0:.4f}"
-        for metric in result.metrics
-        if metric["value"] is not None
-    }
-    return {"checkpoint": source.reference, **lines, **result.speed}
+    return {"checkpoint": source.reference, "metrics": result.metrics, "speed": result.speed}
 
 
 def _blocks(data: str, split: str, source: ModelSource, block_size: int) -> TokenBlocks:

@@ -12,7 +12,9 @@ from torch import nn
 
 from cascade.data.blocks import load_blocks, pack_documents, save_blocks
 from cascade.data.sources import TextData, read_documents
+from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
 from cascade.distillation.trainer import distill, selection_losses
+from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.harness import find_tasks
 from cascade.evaluation.heldout import heldout_blocks, heldout_metrics
@@ -65,29 +67,31 @@ def data_fingerprint(data: Data) -> str:
     """sha256 of the source's content: of local files and the standard library; a hub dataset's revision."""
     digest = hashlib.sha256()
     if data.source == "stdlib":
-        for split in ("train", "calibration", "selection", "heldout"):
-            for text in read_documents(text_data(data), split):
-                digest.update(hashlib.sha256(text.encode()).digest())
-    for names in text_data(data).files.values():
+        for path, text in stdlib_documents():
+            digest.update(f"{path}:{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
+        digest.update(file_sha256(FROZEN_HELDOUT).encode())
+    for split, names in text_data(data).files.items():
         for name in names:
-            digest.update(file_sha256(Path(name)).encode() if Path(name).is_file() else b"missing")
-    digest.update(f"{data.dataset}@{data.revision}".encode())
+            if not Path(name).is_file():
+                raise UserError(f"data.{split}: {name}: no such file")
+            digest.update(f"{split}:{file_sha256(Path(name))}\n".encode())
+    digest.update(json.dumps([data.dataset, data.dataset_config, data.revision, text_data(data).hub_splits]).encode())
     return digest.hexdigest()
 
 
 def task_fingerprint(recipe: Recipe) -> str:
     """sha256 of the tasks' definitions and data files; an lm-eval task of its own by name."""
     digest = hashlib.sha256()
-    folders = [Path(folder) for folder in recipe.evaluate.task_folders]
-    for task in find_tasks(recipe.evaluate.tasks, folders):
+    for task in find_tasks(recipe.evaluate.tasks, [Path(folder) for folder in recipe.evaluate.task_folders]):
         if isinstance(task, str):
             digest.update(task.encode())
             continue
-        files = task["dataset_kwargs"].get("data_files", {})
-        for file in files.values() if isinstance(files, dict) else [files]:
-            digest.update(file_sha256(Path(file)).encode())
-        portable = {key: value for key, value in task.items() if key != "dataset_kwargs"}
-        digest.update(json.dumps(portable, sort_keys=True, default=str).encode())
+        files = task["dataset_kwargs"].get("data_files") or {}
+        for part in files.values() if isinstance(files, dict) else [files]:
+            for file in part if isinstance(part, list) else [part]:
+                digest.update(file_sha256(Path(file)).encode())
+        arguments = {key: value for key, value in task["dataset_kwargs"].items() if key != "data_files"}
+        digest.update(json.dumps(task | {"dataset_kwargs": arguments}, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -166,9 +170,7 @@ def make_recovered(
     )
     _write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
     dtype = stored_dtype(parent) if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
-    rounded = save_checkpoint(student, folder / CHECKPOINT, companions=_companions(parent), dtype=dtype)
-    if parent.gguf_file:
-        load_tokenizer(parent).save_pretrained(folder / CHECKPOINT)
+    rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
     write_reference(rounded, folder / "reference.safetensors")
     config = load_config(parent)
     per_token = (
@@ -243,10 +245,6 @@ def _selection(model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path)
     losses = selection_losses(model, teacher, blocks, settings.microbatch_size)
     model.eval()
     return {"loss": losses["selection_loss"], "kl_to_teacher": losses.get("selection_kl")}
-
-
-def _companions(parent: ModelSource) -> Path | None:
-    return None if parent.gguf_file else parent.folder
 
 
 def _write_json(path: Path, value: Any) -> None:

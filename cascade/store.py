@@ -20,7 +20,9 @@ from cascade.errors import UserError
 MANIFEST = "MANIFEST.json"
 
 COST_FILE = "cost.json"
-"""Times and the like, which differ from run to run: kept out of a stage's digest."""
+
+_VOLATILE = (COST_FILE, "log.jsonl", "lm_eval.json")
+"""Files with times and dates, which differ from run to run: kept out of a stage's digest."""
 
 
 def stage_key(stage: str, stage_format: int, settings: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -49,9 +51,9 @@ def verify_folder(folder: Path) -> list[str]:
 
 
 def output_digest(folder: Path) -> str:
-    """sha256 over the committed files' contents, but for times (COST_FILE): what a later stage's key takes in."""
+    """sha256 over the committed files' contents, but for those with times in them, for a later stage's key."""
     files = json.loads((folder / MANIFEST).read_text())["files"]
-    lines = [f"{name}:{entry['sha256']}" for name, entry in sorted(files.items()) if Path(name).name != COST_FILE]
+    lines = [f"{name}:{entry['sha256']}" for name, entry in sorted(files.items()) if Path(name).name not in _VOLATILE]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -115,12 +117,14 @@ def locked(run_folder: Path) -> Iterator[None]:
         yield
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under another name: a hard link where the file system has them, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def require_empty(folder: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        UserError: the path is a file or a folder with something in it.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"--output {folder}: there is something there already; give a new folder")
 
 
 def _write_manifest(folder: Path, provenance: dict[str, Any]) -> None:

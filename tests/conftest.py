@@ -96,7 +96,8 @@ def recipe_folder(tmp_path_factory, tiny_parent):
     """A recipe for a family of two that takes seconds, its text beside it."""
     folder = tmp_path_factory.mktemp("recipe")
     write_texts(folder / "train.jsonl.gz", 60, seed=1)
-    write_texts(folder / "heldout.jsonl.gz", 12, seed=2)
+    for seed, split in enumerate(("calibration", "selection", "heldout"), start=2):
+        write_texts(folder / f"{split}.jsonl.gz", 12, seed=seed)
     (folder / "tiny.yaml").write_text(
         f"""\
 name: tiny
@@ -104,8 +105,8 @@ parent: {tiny_parent}
 data:
   source: files
   train: train.jsonl.gz
-  calibration: heldout.jsonl.gz
-  selection: heldout.jsonl.gz
+  calibration: calibration.jsonl.gz
+  selection: selection.jsonl.gz
   heldout: heldout.jsonl.gz
   block_size: 32
 members:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 
 def commands(text: str) -> str:
-    return "\n".join(block.strip() for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.S | re.M))
+    lines = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.S | re.M)).splitlines()
+    return "\n".join(line for line in lines if line.strip())
 
 
 if __name__ == "__main__":
-    print(commands(Path(sys.argv[1]).read_text()))
+    # `a && b` that fails at a does not stop a shell by itself, not even under set -e.
+    for line in commands(Path(sys.argv[1]).read_text()).splitlines():
+        print(f"{{ {line}; }} || exit 1")

@@ -81,10 +81,13 @@ def test_a_training_document_that_is_also_held_out_is_dropped(tmp_path):
     for name, part in {"train": rows, "held": rows[:5]}.items():
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps(row) + "\n" for row in part)
-    files = {"train": (str(tmp_path / "train.jsonl.gz"),)}
-    files |= {split: (str(tmp_path / "held.jsonl.gz"),) for split in SPLITS[1:]}
-    texts = read_documents(TextData("files", files), "train")
-    assert set(texts) == {row["text"] for row in rows[5:]}
+    files = {"train": (str(tmp_path / "train.jsonl.gz"),), "heldout": (str(tmp_path / "held.jsonl.gz"),)}
+    files |= {"selection": files["train"]}
+    data = TextData("files", files)
+    assert set(read_documents(data, "heldout")) == {row["text"] for row in rows[:5]}
+    assert set(read_documents(data, "selection")) == {row["text"] for row in rows[5:]}
+    with pytest.raises(UserError, match="no documents for the train split"):
+        read_documents(data, "train")
 
 
 def test_near_copies_are_dropped_and_other_documents_kept():
@@ -130,9 +133,8 @@ def test_a_python_without_library_sources_gets_a_clear_error(tmp_path):
 def test_bad_files_are_refused_by_name(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
-    files = {split: (str(tmp_path / name),) for split in SPLITS}
     with pytest.raises(UserError, match=message):
-        read_documents(TextData("files", files), "train")
+        read_documents(TextData("files", {"train": (str(tmp_path / name),)}), "train")
 
 
 def test_text_and_parquet_files_are_read(tmp_path):

@@ -111,6 +111,30 @@ def test_task_files_name_their_data_relative_to_themselves(tmp_path):
         find_tasks(["mine"], [tmp_path])
 
 
+def test_a_metric_that_is_no_mean_of_its_items_has_no_standard_error_made_up(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"a": f"x = {n}", "b": " + 1"}) + "\n" for n in range(8)))
+    (tmp_path / "t.yaml").write_text(
+        "task: words\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\noutput_type: loglikelihood\n"
+        "test_split: test\ndoc_to_text: '{{a}}'\ndoc_to_target: '{{b}}'\ntarget_delimiter: ''\n"
+        "metric_list: [{metric: acc}, {metric: perplexity}]\n"
+    )
+    source = resolve_model(PICO)
+    results = run_tasks(load_model(source), load_tokenizer(source), ["words"], task_folders=[tmp_path])
+    by_name = {found["metric"]: found for found in results.metrics}
+    assert by_name["acc"]["stderr"] is not None and by_name["acc"]["chance"] == 0
+    assert by_name["perplexity"]["stderr"] is None and by_name["perplexity"]["chance"] is None
+
+
+def test_peak_memory_is_the_reloading_processs_own(tmp_path):
+    ballast = torch.ones(400_000_000 // 4)  # in this process, not in the one that is measured
+    model = make_model("llama")
+    save_checkpoint(model, tmp_path / "model", companions=None, dtype=torch.float32)
+    small = check_reload(tmp_path / "model", prompt_tokens=8, new_tokens=2)["peak_memory_bytes"]
+    more = torch.ones(1_600_000_000 // 4)
+    again = check_reload(tmp_path / "model", prompt_tokens=8, new_tokens=2)["peak_memory_bytes"]
+    assert abs(again - small) < 2e8 and ballast.numel() + more.numel() > 0
+
+
 def metric(value, *, stderr=0.02, chance=0.5):
     return {
         "task": "t", "metric": "acc", "filter": "none", "value": value, "stderr": stderr, "chance": chance,

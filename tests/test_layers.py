@@ -29,6 +29,7 @@ ORDER = [
     "ownership",
     "runner",
     "publish",
+    "member",
     "run",
     "preview",
     "single",

@@ -187,3 +187,23 @@ def test_legal_heads_are_multiples_of_the_groups_or_any_number_of_whole_heads():
     assert legal_values(dims_of(make_config("llama", num_key_value_heads=8)))["num_attention_heads"] == list(
         range(8, 0, -1)
     )
+
+
+@pytest.mark.parametrize("hidden", [48, 64])
+def test_output_biases_are_cut_and_silenced_like_the_weights_that_they_belong_to(hidden):
+    model = make_model("llama", hidden_size=hidden, attention_bias=True, mlp_bias=True)
+    target = dims_of(model.config).replace(hidden_size=24, num_hidden_layers=2, intermediate_size=20)
+    plan = plan_pruning(random_scores(model), model.config, target)
+    assert silenced_difference(model, plan) < 5e-6
+    assert collect_statistics(model, make_blocks()).hidden_norms.shape == (7, hidden)
+
+
+def test_a_plan_can_be_asked_for_by_a_fraction():
+    model = make_model("llama", hidden_size=96, intermediate_size=256)
+    plan = plan_pruning(random_scores(model), model.config, 0.6)
+    axes = probe_axes(model.config)
+    assert 0.58 < axes.num_parameters(plan.target_dims) / axes.num_parameters(plan.source_dims) <= 0.6
+
+
+def test_whole_heads_are_proven_where_every_head_has_keys_and_values_of_its_own():
+    assert max(prove_cuts(make_config("llama", num_key_value_heads=8)).values()) < 1e-5

@@ -40,8 +40,11 @@ class TextData:
     """source hub: the dataset's own split names by ours"""
 
 
-def read_documents(data: TextData, split: str, *, base_folder: Path | None = None) -> list[str]:
-    """The texts of one split. No document, and of the standard library no near copy, is in two splits.
+def read_documents(data: TextData, split: str) -> list[str]:
+    """The texts of one split. No document is in two splits, and no near copy of a split's text is in 'train' (stdlib).
+
+    A text that stands in the files of two splits belongs to the one that needs it untouched more: heldout before
+    selection before calibration before train.
 
     Raises:
         UserError: a file is missing or malformed, the field is missing, or there is no text.
@@ -51,16 +54,18 @@ def read_documents(data: TextData, split: str, *, base_folder: Path | None = Non
     if data.source == "stdlib":
         return _stdlib(split)
     own = data.files if data.source == "files" else {name: (value,) for name, value in (data.hub_splits or {}).items()}
-    texts = _read(data, own[split], base_folder) if split in own else []
-    if "train" in own and (split == "train" or split not in own):
+    texts = _read(data, own["train" if split not in own else split])
+    if split == "train" or split not in own:
         shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
-        source = texts if split == "train" else _read(data, own["train"], base_folder)
-        texts = [text for text in source if split_of_text(text, shares=shares) == split]
-    if split == "train":
-        others = {text for name in SPLITS[1:] if name in own for text in _read(data, own[name], base_folder)}
-        texts = [text for text in texts if text not in others]
+        texts = [text for text in texts if split_of_text(text, shares=shares) == split]
+    above = SPLITS[SPLITS.index(split) + 1 :] if split in own else [name for name in SPLITS if name != "train"]
+    taken = {text for name in above if name in own for text in _read(data, own[name])}
+    texts = [text for text in texts if text not in taken]
     if not texts:
-        raise UserError(f"data: no documents for the {split} split; give more text or data.{split} files of its own")
+        raise UserError(
+            f"data: no documents for the {split} split that are not in another; give more text, or data.{split} files "
+            "of its own"
+        )
     return texts
 
 
@@ -76,7 +81,7 @@ def _stdlib(split: str) -> list[str]:
     return [by_split["train"][index] for index in drop_near_copies(by_split["train"], others)]
 
 
-def _read(data: TextData, names: Sequence[str], base_folder: Path | None) -> list[str]:
+def _read(data: TextData, names: Sequence[str]) -> list[str]:
     from datasets import load_dataset
 
     texts: list[str] = []
@@ -84,7 +89,7 @@ def _read(data: TextData, names: Sequence[str], base_folder: Path | None) -> lis
         if data.source == "hub":
             rows = _load_hub(data, name, load_dataset)
         else:
-            rows = _load_file(name, base_folder, load_dataset)
+            rows = _load_file(name, load_dataset)
         if data.text_field not in rows.column_names:
             raise UserError(
                 f"{name}: no field '{data.text_field}'; it has: {', '.join(rows.column_names)}. Set data.text_field."
@@ -93,11 +98,10 @@ def _read(data: TextData, names: Sequence[str], base_folder: Path | None) -> lis
     return texts
 
 
-def _load_file(name: str, base_folder: Path | None, load_dataset: Any) -> Any:
+def _load_file(name: str, load_dataset: Any) -> Any:
     path = Path(name).expanduser()
-    path = path if path.is_absolute() or base_folder is None else base_folder / path
     if not path.is_file():
-        raise UserError(f"data: {name}: no such file (looked at {path})")
+        raise UserError(f"data: {name}: no such file")
     suffixes = [suffix for suffix in path.suffixes if suffix in _READERS]
     if not suffixes:
         raise UserError(f"data: {name}: unknown kind of file; known: {', '.join(_READERS)} (also .gz)")

@@ -3,7 +3,9 @@
 import contextlib
 import difflib
 import logging
+import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from cascade.errors import UserError
+from cascade.errors import RunError, UserError
 from cascade.evaluation.items import TASK_FOLDER
 from cascade.yaml_reader import read_yaml
 
@@ -37,18 +39,16 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> list[str | dict
     Raises:
         UserError: nobody knows the name.
     """
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, Path] = {}
     for folder in (TASK_FOLDER, *folders):
         if not folder.is_dir():
             raise UserError(f"evaluate.task_folders: {folder}: no such folder")
         for path in sorted(folder.rglob("*.yaml")):
-            config = read_yaml(path).data
-            if isinstance(config, dict) and isinstance(config.get("task"), str):
-                known[config["task"]] = _with_absolute_paths(config, path)
-    found: list[str | dict[str, Any]] = []
-    for name in names:
-        found.append(known[name] if name in known else _own_task(name, known))
-    return found
+            named = re.search(r"^task: *['\"]?([^\s'\"#]+)", path.read_text(errors="replace"), flags=re.M)
+            if named:
+                known[named[1]] = path
+    # Only what is asked for is read: another task's missing data must not stop this run.
+    return [_local_task(known[name]) if name in known else _own_task(name, list(known)) for name in names]
 
 
 def run_tasks(
@@ -91,11 +91,13 @@ def run_tasks(
     samples = raw.pop("samples")
     metrics, items = [], {}
     for task, values in raw["results"].items():
-        for key in values:
+        for key in list(values):
             metric, _, filter_name = key.partition(",")
             if not filter_name or metric.endswith("_stderr"):
                 continue
             scores = _item_scores(samples.get(task, []), metric, filter_name)
+            if scores and not math.isclose(sum(scores) / len(scores), values[key], rel_tol=1e-6, abs_tol=1e-9):
+                scores = []  # the metric is no mean of its items' numbers (perplexity, for one)
             items[f"{task}/{metric}/{filter_name}"] = scores
             metrics.append(_record(raw, task, metric, filter_name, scores, samples.get(task, []), limit))
     return TaskResults(metrics, items, raw)
@@ -158,7 +160,8 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and value == value else None
 
 
-def _with_absolute_paths(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _local_task(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = read_yaml(path).data
     if "include" in config:
         raise UserError(f"{path}: `include` is not supported here; write the task in one file")
     arguments = dict(config.get("dataset_kwargs") or {})
@@ -179,7 +182,7 @@ def _absolute(value: Any, path: Path) -> Any:
     return str(file)
 
 
-def _own_task(name: str, known: dict[str, Any]) -> str:
+def _own_task(name: str, known: list[str]) -> str:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -224,7 +227,7 @@ def _quiet() -> Any:
         raise
     except Exception as error:
         captured.seek(0)
-        raise RuntimeError(f"lm-eval failed: {error}\n{captured.read()[-2000:]}") from error
+        raise RunError(f"lm-eval failed: {error}\n{captured.read()[-2000:]}") from error
     finally:
         os.dup2(own_stderr, 2)
         os.close(own_stderr)

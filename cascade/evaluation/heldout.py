@@ -4,7 +4,6 @@ Shapes: B = batch, S = block size, V = vocabulary.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,9 @@ from cascade.data.sources import TextData, read_documents
 from cascade.distillation.losses import forward_kl
 
 
-def heldout_blocks(
-    data: TextData, tokenizer: Any, *, block_size: int, max_blocks: int, base_folder: Path | None = None
-) -> TokenBlocks:
+def heldout_blocks(data: TextData, tokenizer: Any, *, block_size: int, max_blocks: int) -> TokenBlocks:
     """The held-out split as blocks, spread over all its documents; read by this package only."""
-    texts = read_documents(data, "heldout", base_folder=base_folder)
+    texts = read_documents(data, "heldout")
     return pack_documents(texts, tokenizer, block_size=block_size, name="heldout").take(max_blocks)
 
 

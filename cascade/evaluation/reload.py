@@ -4,7 +4,6 @@ The same process measures speed and peak memory, as only a process of its own ca
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cascade.errors import RunError
+
 RELOAD_TOLERANCE = 1e-5
 """Largest difference, relative to the largest logit, that counts as the same logits in float32."""
 
 
-class ReloadError(Exception):
+class ReloadError(RunError):
     """A saved checkpoint does not give the logits of the model in memory."""
 
 
@@ -86,8 +87,20 @@ def _measure(folder: str, request: str, answer: str) -> None:
         prompt = torch.zeros(1, prompt_tokens, dtype=torch.int64) + 1
         result["prefill_tokens_per_s"] = prompt_tokens / _median_seconds(lambda: model(input_ids=prompt))
         result["decode_tokens_per_s"] = new_tokens / _median_seconds(lambda: _decode(model, prompt, new_tokens))
-    result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak_memory_bytes"] = _peak_memory_bytes()
     Path(answer).write_text(json.dumps(result))
+
+
+def _peak_memory_bytes() -> int:
+    """This process's peak. On Linux not from getrusage, which starts a child at its parent's own peak."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _decode(model: Any, prompt: Tensor, new_tokens: int) -> None:

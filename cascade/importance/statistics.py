@@ -109,7 +109,7 @@ class _Sums:
             for name, template in self._weights():
                 module = self.model.get_submodule(name.rpartition(".")[0])
                 weight_axes = self.axes.weights[template]
-                if _is_norm(weight_axes):
+                if self.axes.is_norm(name):
                     handles.append(module.register_forward_hook(self._norm_hook(name)))
                 elif _reader_of(weight_axes) in ("intermediate_size", "num_attention_heads"):
                     handles.append(module.register_forward_pre_hook(self._input_hook(name)))
@@ -124,7 +124,7 @@ class _Sums:
         for name, template in self._weights():
             weight_axes = self.axes.weights[template]
             kind = _reader_of(weight_axes)
-            if _is_norm(weight_axes):
+            if self.axes.is_norm(name):
                 names.append(name)
                 energies.append(self.energies[name] / num_tokens)
                 inside = self.axes.layer_of(name) is not None
@@ -196,7 +196,3 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 def _reader_of(axes: tuple[Any, ...]) -> str | None:
     """The dimension that a matrix reads along its last axis, or None."""
     return axes[-1].dim if len(axes) == 2 and axes[0].dim == "hidden_size" else None
-
-
-def _is_norm(axes: tuple[Any, ...]) -> bool:
-    return len(axes) == 1 and axes[0].dim == "hidden_size"

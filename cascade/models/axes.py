@@ -83,6 +83,11 @@ class ModelAxes:
             raise UserError(f"parameter '{name}' is not explained by size-probing; this architecture cannot be cut")
         return self.weights[template]
 
+    def is_norm(self, name: str) -> bool:
+        """Whether a parameter is the weight of a norm over the residual stream (and not some matrix's bias)."""
+        axes = self.of(name)
+        return len(axes) == 1 and axes[0].dim == "hidden_size" and name.endswith(".weight")
+
     def template(self, name: str) -> str:
         """The parameter's name with the layer's number replaced by '*'."""
         return re.sub(rf"^{re.escape(self.layers_prefix)}\.\d+\.", f"{self.layers_prefix}.*.", name)

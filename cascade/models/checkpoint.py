@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cascade.errors import UserError
 
@@ -40,8 +41,8 @@ class ModelSource:
     gguf_file: str | None = None
 
 
-def resolve_model(reference: str, *, revision: str | None = None, base_folder: Path | None = None) -> ModelSource:
-    """The local folder of a model: `builtin:NAME`, a folder, a GGUF file, or a hub id at a pinned revision.
+def resolve_model(reference: str, *, revision: str | None = None) -> ModelSource:
+    """The local folder of a model: `builtin:NAME`, a folder, a GGUF file, or a hub id (also id@commit).
 
     Raises:
         UserError: there is no such model, a hub id has no revision, or the folder has no safetensors weights.
@@ -49,7 +50,8 @@ def resolve_model(reference: str, *, revision: str | None = None, base_folder: P
     if reference.startswith("builtin:"):
         return ModelSource(_builtin(reference.removeprefix("builtin:")), reference)
     path = Path(reference).expanduser()
-    path = path if path.is_absolute() or base_folder is None else base_folder / path
+    if revision is not None and path.exists():
+        raise UserError(f"{reference}: a local path has no `revision`; remove it")
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(path.parent, str(reference), gguf_file=path.name)
     if path.is_dir():
@@ -59,15 +61,16 @@ def resolve_model(reference: str, *, revision: str | None = None, base_folder: P
         raise UserError(f"{reference}: a file, but not a .gguf file; give the model's folder")
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         raise UserError(f"{reference}: no such folder or .gguf file (looked at {path})")
-    return ModelSource(_download(reference, revision), f"{reference}@{revision}")
+    repository, _, commit = reference.partition("@")
+    return ModelSource(_download(repository, revision or commit or None), f"{repository}@{revision or commit}")
 
 
 def load_config(source: ModelSource) -> Any:
     """The transformers config, without loading weights."""
     try:
         return AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file or None)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source.reference}: its config cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{source.reference}: its config cannot be read: {_cause(source, error)}") from error
 
 
 def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any:
@@ -79,7 +82,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file or None)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{source.reference}: its tokenizer cannot be read: {error}") from error
+        raise UserError(f"{source.reference}: its tokenizer cannot be read: {_cause(source, error)}") from error
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
             f"{source.reference}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}; "
@@ -94,9 +97,17 @@ def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn
     try:
         if source.gguf_file:
             return _load_gguf(source, dtype)
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source.reference}: the model cannot be loaded: {error}") from error
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(f"{source.reference}: the model cannot be loaded: {_cause(source, error)}") from error
+    wrong = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in found[kind])
+    if wrong:
+        raise UserError(
+            f"{source.reference}: its weights do not fill its architecture; missing or of another shape: "
+            f"{', '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}"
+        )
     return model.eval()
 
 
@@ -109,6 +120,8 @@ def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, 
     for parameter in rounded.parameters():  # not .to(dtype): that would round the rotary frequencies, too
         parameter.data = parameter.data.to(dtype)
     rounded.config.dtype = dtype
+    # The parent's own is copied byte for byte below; transformers refuses to write some that it reads.
+    rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
     rounded.save_pretrained(folder, max_shard_size="4GB")
     if companions is not None:
         copy_companions(companions, folder)
@@ -135,10 +148,10 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
 def fingerprint(source: ModelSource) -> str:
     """sha256 over the names and contents of config, weights and tokenizer."""
     digest = hashlib.sha256()
-    patterns = [source.gguf_file] if source.gguf_file else ["config.json", "*.safetensors", "tokenizer.json", "*.model"]
-    for pattern in patterns:
-        for file in sorted(source.folder.glob(pattern)):
-            digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+    patterns = ["config.json", "*.safetensors", "*.model", *_COMPANIONS]
+    files = {file for pattern in patterns for file in source.folder.glob(pattern) if file.is_file()}
+    for file in [source.folder / source.gguf_file] if source.gguf_file else sorted(files):
+        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -146,6 +159,32 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_same_vocabulary(teacher: Any, student: Any, name: str) -> None:
+    """Refuse a student whose tokenizer maps an id to another token than the teacher's.
+
+    Raises:
+        UserError: with the first ids that differ.
+    """
+    expected, found = (
+        {number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (teacher, student)
+    )
+    differing = [
+        number for number in sorted(expected.keys() | found.keys()) if expected.get(number) != found.get(number)
+    ]
+    if differing:
+        shown = ", ".join(f"{n}: {expected.get(n)!r} / {found.get(n)!r}" for n in differing[:3])
+        raise UserError(
+            f"{name}: its tokenizer is not the teacher's: {len(differing)} ids differ (teacher / student: {shown}). "
+            "Logits can only be compared id by id over the same vocabulary."
+        )
+
+
+def _cause(source: ModelSource, error: Exception) -> str:
+    if source.gguf_file and isinstance(error, ImportError):
+        return "reading GGUF files needs `pip install 'cascade-distill[gguf]'`"
+    return str(error)
 
 
 def _builtin(name: str) -> Path:
@@ -203,12 +242,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 def _load_gguf(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     """A GGUF file through transformers' reader, as a plain model (the reader's own counts as quantised)."""
-    try:
-        read: Any = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=dtype)
-    except ImportError as error:
-        raise UserError(
-            f"{source.reference}: reading GGUF files needs `pip install 'cascade-distill[gguf]'`"
-        ) from error
+    read: Any = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=dtype)
     values = read.config.to_dict()
     values.pop("quantization_config", None)
     config = type(read.config)(**values)

@@ -16,6 +16,7 @@ from cascade.importance.scores import Scores
 from cascade.importance.statistics import Statistics
 from cascade.models.axes import probe_axes
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
+from cascade.pruning.shape import Target, solve_shape
 
 PLAN_FORMAT = 1
 
@@ -41,15 +42,19 @@ class PruningPlan:
 
 
 def plan_pruning(
-    scores: Scores, config: Any, target: ModelDims, *, statistics: Statistics | None = None
+    scores: Scores, config: Any, target: ModelDims | Target | float, *, statistics: Statistics | None = None
 ) -> PruningPlan:
     """Keep the best-scored units of each kind, as many as `target` says.
 
     Query heads are ranked inside each key/value group and kept equally per group; with as many key/value heads as
     heads, whole heads are ranked. With `statistics` the norms are corrected by the energy that the kept channels
-    really carry; without, as if the removed channels carried nothing.
+    really carry; without, as if the removed channels carried nothing. A target that is no set of dims (a fraction or
+    number of parameters) is solved for first.
     """
     source = dims_of(config)
+    if not isinstance(target, ModelDims):
+        wanted = target if isinstance(target, Target) else Target(params=target)
+        target = solve_shape(config, wanted, parent_parameters=int(probe_axes(config).num_parameters(source)))
     layers = _best(scores.layers, target.num_hidden_layers)
     hidden = _best(scores.hidden, target.hidden_size)
     whole_heads = source.num_key_value_heads == source.num_attention_heads
@@ -136,9 +141,8 @@ def _norm_scales(config: Any, hidden: list[int], statistics: Statistics | None) 
         energies = statistics.norm_energies[:, hidden].double().mean(1)
         return {name: float(e.sqrt()) for name, e in zip(statistics.norm_names, energies, strict=True)}
     ratio = (source.hidden_size / len(hidden)) ** 0.5
-    names = [
-        name for name, axes in probe_axes(config).weights.items() if len(axes) == 1 and axes[0].dim == "hidden_size"
-    ]
+    axes = probe_axes(config)
+    names = [name for name in axes.weights if axes.is_norm(name)]
     return {
         name.replace("*", str(layer)): ratio
         for name in names

@@ -47,7 +47,10 @@ def prove_cuts(config: Any, *, along: Sequence[str] = tuple(_CUTS), seed: int = 
     differences = {}
     wanted = {dim: size for dim, size in _CUTS.items() if dim in along}
     for name, cuts in [*((dim, {dim: size}) for dim, size in wanted.items()), ("all axes", wanted)]:
-        plan = plan_pruning(random_scores(twin, seed=seed), twin.config, dims_of(twin.config).replace(**cuts))
+        target = dims_of(twin.config).replace(**cuts)
+        if dims_of(twin.config).num_key_value_heads == dims_of(twin.config).num_attention_heads:
+            target = target.replace(num_key_value_heads=target.num_attention_heads)
+        plan = plan_pruning(random_scores(twin, seed=seed), twin.config, target)
         differences[name] = silenced_difference(twin, plan, seed=seed)
         if not differences[name] <= PROOF_TOLERANCE:
             raise UserError(
@@ -82,6 +85,9 @@ def silence(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def twin_of(config: Any, *, seed: int = 0, dims: ModelDims = _TWIN) -> nn.Module:
     """A small random model of the same architecture, norm weights and biases included in the randomness."""
+    before = dims_of(config)
+    if before.num_key_value_heads == before.num_attention_heads:  # whole heads are cut there
+        dims = dims.replace(num_key_value_heads=dims.num_attention_heads)
     values = config_with_dims(config, dims).to_dict() | {
         "pad_token_id": None,
         "bos_token_id": 1,
@@ -117,8 +123,9 @@ def random_scores(model: nn.Module, *, seed: int = 0) -> Scores:
 
 def _silence_weight(name: str, weight: Tensor, axes: ModelAxes, plan: PruningPlan) -> None:
     weight_axes, layer = axes.of(name), axes.layer_of(name)
-    # The stream's writers are the weights with the hidden size along their first axis, and the embedding.
-    writes = weight_axes[0].dim == "hidden_size" and len(weight_axes) == 2
+    # The stream's writers: matrices with the hidden size along their first axis, their biases, and the embedding.
+    along_hidden = weight_axes[0].dim == "hidden_size"
+    writes = along_hidden and (len(weight_axes) == 2 or name.endswith(".bias"))
     embeds = weight_axes[0].dim == "vocab_size" and weight_axes[-1].dim == "hidden_size" and "head" not in name
     removed = sorted(set(range(plan.source_dims.hidden_size)) - set(plan.hidden))
     if writes:
@@ -129,6 +136,8 @@ def _silence_weight(name: str, weight: Tensor, axes: ModelAxes, plan: PruningPla
         return
     if layer not in plan.layers:
         weight.zero_()
+        return
+    if len(weight_axes) == 1:
         return
     place = plan.layers.index(layer)
     kept = {"intermediate_size": plan.neurons[place], "num_attention_heads": plan.heads[place]}.get(

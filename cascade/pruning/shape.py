@@ -126,7 +126,8 @@ def _require_accepted(config: Any, dims: ModelDims) -> None:
     try:
         config_with_dims(config, dims)
     except ValueError as error:
-        raise UserError(f"target.dims: {error}") from error
+        legal = " ".join(f"{name}: {_listed(values)}." for name, values in legal_values(dims_of(config)).items())
+        raise UserError(f"target.dims: {error}. Usual values: {legal}") from error
 
 
 def _listed(values: list[int]) -> str:

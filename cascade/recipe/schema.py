@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -69,6 +70,10 @@ class Parent(_Section):
     def _one_of_two(self) -> "Parent":
         if bool(self.model) == (self.pretrain is not None):
             raise ValueError("give either `model` or `pretrain`")
+        if self.revision is not None and (self.model.startswith("builtin:") or not self.model):
+            raise ValueError("only a hub model has a `revision`; remove it")
+        if self.revision is not None and not COMMIT.fullmatch(self.revision):
+            raise ValueError(f"revision '{self.revision}' can move; give the commit's 40 hexadecimal digits")
         return self
 
 
@@ -111,6 +116,10 @@ class Data(_Section):
         }
         if self.source == "stdlib" and any(splits.values()):
             raise ValueError("source stdlib has splits of its own; remove train, calibration, selection and heldout")
+        if self.source != "hub" and (self.dataset or self.revision or self.dataset_config):
+            raise ValueError(f"source {self.source} has no `dataset`, `revision` or `dataset_config`; remove them")
+        if self.revision and not COMMIT.fullmatch(self.revision):
+            raise ValueError(f"revision '{self.revision}' can move; give the commit's 40 hexadecimal digits")
         if self.source != "stdlib" and not self.train:
             raise ValueError(f"source {self.source} needs `train`")
         if self.source == "hub" and not (self.dataset and self.revision):
@@ -125,7 +134,9 @@ class TargetSize(_Section):
 
     params: float | None = None
     """Parameters: a fraction of the parent's (at most 1) or a number."""
-    dims: dict[str, PositiveInt] = {}
+    dims: dict[
+        Literal["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"], PositiveInt
+    ] = {}
     """num_hidden_layers, hidden_size, intermediate_size, num_attention_heads."""
 
     @field_validator("params")
@@ -168,6 +179,8 @@ class Member(_Section):
     def _one_of_two(self) -> "Member":
         if (self.target is None) == (not self.student):
             raise ValueError("give either `target` or `student`")
+        if self.student and self.seed != "previous":
+            raise ValueError("a `student` is not cut, so it has no `seed`; remove it")
         return self
 
 
@@ -247,7 +260,7 @@ class Recipe(_Section):
     seed: int = 0
     """Every random draw comes from this number."""
     output: str = ""
-    """The run directory; runs/NAME where not given."""
+    """The run directory, from where the command runs; runs/NAME where not given."""
     finish: list[object] = []
     """Reserved for stages that run on a copy of a finished member."""
 
@@ -276,6 +289,8 @@ class Recipe(_Section):
                 raise ValueError(
                     f"members: {member.name}: unknown seed '{member.seed}'; use previous, parent or another member"
                 )
+        if len(set(self.baselines)) < len(self.baselines):
+            raise ValueError("baselines: one of them stands twice")
         if self.members and self.distill is None:
             raise ValueError("`distill` is missing; members need at least distill.tokens")
         return self

@@ -1,0 +1,177 @@
+"""One member: its stages, and what each of them depends on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cascade.evaluation.evaluate import default_device
+from cascade.family import ResolvedMember
+from cascade.models.checkpoint import (
+    ModelSource,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    require_same_vocabulary,
+    resolve_model,
+)
+from cascade.progress import OnStep
+from cascade.publish import FinishedMember, baseline_row
+from cascade.recipe.schema import Recipe
+from cascade.report.records import Row
+from cascade.runner import StageRunner
+from cascade.stages import (
+    CHECKPOINT,
+    make_baseline,
+    make_cut,
+    make_evaluation,
+    make_recovered,
+    make_statistics,
+)
+from cascade.store import output_digest
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all members of a run read."""
+
+    parent: ModelSource
+    data: Path
+    evaluation: Path
+    """The parent's own evaluation."""
+    digests: dict[str, str]
+    """Of the text's source, the parent, the packed blocks and the tasks."""
+    teachers: list[nn.Module]
+    """The parent's model, once it has been needed."""
+
+    def teacher(self) -> nn.Module:
+        """The parent's model, loaded once and frozen."""
+        if not self.teachers:
+            self.teachers.append(load_model(self.parent).to(default_device()).requires_grad_(False))
+        return self.teachers[0]
+
+
+def make_member(
+    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
+) -> FinishedMember:
+    """All stages of one member; `seed` is the folder of its seed's distill stage, None for the parent."""
+    cut = _make_cut(runner, recipe, shared, member, seed) if member.seed else None
+    start = ModelSource(cut / CHECKPOINT, member.name) if cut else resolve_model(member.member.student)
+    if cut is None:
+        require_same_vocabulary(load_tokenizer(shared.parent), load_tokenizer(start), f"members: {member.name}")
+    inputs = {
+        "start": output_digest(cut) if cut else fingerprint(start),
+        "teacher": shared.digests["parent"],
+        "data": shared.digests["data"],
+    }
+    settings = _training_settings(recipe, member)
+
+    def recover(folder: Path, on_step: OnStep, teacher: nn.Module | None) -> None:
+        make_recovered(folder, recipe, member, start, shared.parent, shared.data, teacher, on_step)
+
+    distilled = runner.run(
+        member.name,
+        "distill",
+        settings,
+        inputs,
+        lambda folder, on_step: recover(folder, on_step, shared.teacher()),
+    )
+    rows = []
+    for kind in recipe.baselines:
+        if kind == "cut" and cut is None:
+            continue
+        checkpoint, made = start, cut
+        if kind == "ce":
+            made = runner.run(
+                member.name, "baseline-ce", settings, inputs, lambda folder, on_step: recover(folder, on_step, None)
+            )
+            checkpoint = ModelSource(made / CHECKPOINT, member.name)
+        rows.append(_make_baseline(runner, recipe, shared, member, kind, checkpoint, made))
+    evaluation = runner.run(
+        member.name,
+        "evaluate",
+        evaluation_settings(recipe),
+        shared.digests
+        | {"checkpoint": output_digest(distilled), "parent_evaluation": output_digest(shared.evaluation)},
+        lambda folder, on_step: make_evaluation(
+            folder,
+            recipe,
+            ModelSource(distilled / CHECKPOINT, member.name),
+            teacher=shared.teacher(),
+            parent_evaluation=shared.evaluation,
+            reference=distilled / "reference.safetensors",
+        ),
+    )
+    return FinishedMember(cut, distilled, evaluation, rows)
+
+
+def _make_baseline(
+    runner: StageRunner,
+    recipe: Recipe,
+    shared: Shared,
+    member: ResolvedMember,
+    kind: str,
+    checkpoint: ModelSource,
+    made: Path | None,
+) -> Row:
+    """A baseline's held-out metrics; `made` is the folder of the stage that wrote its checkpoint."""
+    folder = runner.run(
+        member.name,
+        f"heldout-{kind}",
+        evaluation_settings(recipe, heldout_only=True),
+        {
+            "checkpoint": output_digest(made) if made else fingerprint(checkpoint),
+            "source": shared.digests["source"],
+            "parent": shared.digests["parent"],
+        },
+        lambda folder, on_step: make_baseline(folder, recipe, checkpoint, shared.parent, shared.teacher()),
+    )
+    return baseline_row(member, kind, [folder, made] if kind == "ce" and made else [folder])
+
+
+def _make_cut(runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None) -> Path:
+    source = shared.parent if seed is None else ModelSource(seed / CHECKPOINT, member.seed)
+    digest = shared.digests["parent"] if seed is None else output_digest(seed)
+    statistics = runner.run(
+        member.name,
+        "statistics",
+        recipe.calibration.model_dump(),
+        {"seed": digest, "data": shared.digests["data"]},
+        lambda folder, on_step: make_statistics(folder, recipe, source, shared.data, on_step),
+        label=member.seed,
+    )
+    return runner.run(
+        member.name,
+        "prune",
+        {
+            "dims": member.dims.as_dict(),
+            "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
+        },
+        {
+            "statistics": output_digest(statistics),
+            "seed": digest,
+            "teacher": shared.digests["parent"],
+            "data": shared.digests["data"],
+        },
+        lambda folder, on_step: make_cut(folder, recipe, member, source, statistics, shared.data, shared.teacher()),
+    )
+
+
+def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]:
+    # The microbatch is left out: it changes memory and speed, and the result only by rounding.
+    settings = recipe.distill.model_dump(exclude={"tokens", "microbatch_size"}) if recipe.distill else {}
+    return settings | {
+        "num_tokens": member.num_tokens,
+        "first_position": member.first_position,
+        "seed": recipe.seed,
+        "dtype": recipe.save.dtype,
+    }
+
+
+def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[str, Any]:
+    """What an evaluation's key takes from the recipe; the tasks' contents are an input."""
+    heldout = {"heldout_blocks": recipe.evaluate.heldout_blocks, "block_size": recipe.data.block_size}
+    if heldout_only:
+        return heldout
+    return heldout | recipe.evaluate.model_dump(exclude={"task_folders"}) | {"seed": recipe.seed}
