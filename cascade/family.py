@@ -203,6 +203,9 @@ def parent_seconds(recipe: Recipe, parent_config: Any) -> dict[str, float]:
     """Estimated seconds of the stages that all members share."""
     flops = float(probe_axes(parent_config).flops_per_token(dims_of(parent_config), recipe.data.block_size))
     seconds = {"data": 5.0, "evaluate": stage_seconds(recipe, flops, 0.0, 0, cut=False)["evaluate"]}
+    if recipe.parent.model.endswith(".gguf"):
+        parameters = int(probe_axes(parent_config).num_parameters(dims_of(parent_config)))
+        seconds["convert"] = 10 + parameters / 1e7
     if recipe.parent.pretrain is not None:
         seconds["pretrain"] = 3 * flops * recipe.parent.pretrain.tokens / _flops_per_second()
     return seconds

@@ -46,7 +46,6 @@ class RunProgress:
     def stage(self, member: str, stage: str) -> Iterator[OnStep]:
         """A stage being run; yields a callback for (steps done, steps in all)."""
         began, key = time.monotonic(), (member, stage)
-        self.estimates.setdefault(key, 1.0)
         self._show(key, 0.0)
         yield lambda done, total: self._show(key, done / max(1, total))
         self.done[key] = time.monotonic() - began
@@ -58,10 +57,11 @@ class RunProgress:
         """Estimates of the stages to come, scaled by actual over estimated time of those that ran."""
         ran = {key: seconds for key, seconds in self.done.items() if seconds > 0 and key in self.estimates}
         expected = sum(self.estimates[key] for key in ran)
-        scale = sum(ran.values()) / expected if expected > 0 else 1.0
+        # The estimates count for 20 seconds of evidence, so that one odd small stage does not turn them over.
+        scale = (sum(ran.values()) + 20) / (expected + 20)
         todo = sum(seconds for key, seconds in self.estimates.items() if key not in self.done and key != current)
         if current is not None and current not in self.done:
-            todo += (1 - fraction) * self.estimates[current]
+            todo += (1 - fraction) * self.estimates.get(current, 0.0)
         return scale * todo
 
     def _show(self, current: tuple[str, str] | None, fraction: float) -> None:
@@ -69,7 +69,7 @@ class RunProgress:
             return
         whole = sum(self.estimates.values()) or 1.0
         finished = sum(self.estimates.get(key, 0.0) for key in self.done)
-        running = fraction * self.estimates[current] if current and current not in self.done else 0.0
+        running = fraction * self.estimates.get(current, 0.0) if current and current not in self.done else 0.0
         left = _duration(self._seconds_left(current, fraction))
         self.bars.update(
             self.tasks["family"],
