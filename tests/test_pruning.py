@@ -16,7 +16,7 @@ from cascade.models.dims import config_with_dims, dims_of
 from cascade.pruning.cut import prune
 from cascade.pruning.plan import load_plan, plan_pruning, save_plan
 from cascade.pruning.proof import prove_cuts, random_scores, silence, silenced_difference
-from cascade.pruning.shape import TOLERANCE, Target, legal_values, solve_shape
+from cascade.pruning.shape import TOLERANCES, Target, legal_values, solve_shape
 
 ALL = sorted(ARCHITECTURES)
 
@@ -154,9 +154,17 @@ def test_a_solved_shape_is_legal_and_within_the_tolerance(share, groups):
     total = probe_axes(config).num_parameters(dims_of(config))
     dims = solve_shape(config, Target(params=share), parent_parameters=total)
     size = probe_axes(config).num_parameters(dims)
-    assert (1 - TOLERANCE) * round(share * total) <= size <= round(share * total)
+    assert (1 - TOLERANCES[1]) * round(share * total) <= size <= round(share * total)
     config_with_dims(config, dims)
     assert dims.num_attention_heads % dims.num_key_value_heads == 0
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_where_there_is_room_a_solved_shape_is_within_the_first_tolerance(share):
+    config = make_config("llama", hidden_size=96, intermediate_size=256, num_hidden_layers=6)
+    total = probe_axes(config).num_parameters(dims_of(config))
+    dims = solve_shape(config, Target(params=share), parent_parameters=total)
+    assert probe_axes(config).num_parameters(dims) >= (1 - TOLERANCES[0]) * share * total
 
 
 def test_explicit_dims_bind_and_the_rest_is_solved_for():
@@ -174,7 +182,7 @@ def test_illegal_targets_are_refused_with_what_is_legal():
         "legal: 8, 6, 4, 2": Target(dims={"num_attention_heads": 5}),
         "not between 1 and the seed's 40": Target(dims={"intermediate_size": 41}),
         "cannot be cut; known: num_hidden_layers": Target(dims={"head_dim": 4}),
-        "smallest legal shape": Target(params=1e-3),
+        "the smallest has": Target(params=1e-3),
         "does not accept": Target(dims={"hidden_size": 47}),
     }
     for message, target in cases.items():

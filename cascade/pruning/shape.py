@@ -23,8 +23,9 @@ _AXIS_COST = {
     "num_attention_heads": 1.5,
 }
 
-TOLERANCE = 0.03
-"""A solved shape has between (1 - TOLERANCE) and 1 times the parameters asked for."""
+TOLERANCES = (0.03, 0.10)
+"""A solved shape has at most the parameters asked for, and less by at most the first of these shares; by at most the
+second where the legal values are too coarse for the first."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def _nearest_shape(config: Any, axes: ModelAxes, seed: ModelDims, fixed: dict[st
     sizes = axes.num_parameters(seed.replace(**columns))
     cost = sum(weight * np.log(columns[name] / getattr(seed, name)) ** 2 for name, weight in _AXIS_COST.items())
     order = np.argsort(cost, kind="stable")
-    within = order[(sizes[order] <= wanted) & (sizes[order] >= (1 - TOLERANCE) * wanted)]
+    near = [(sizes[order] <= wanted) & (sizes[order] >= (1 - tolerance) * wanted) for tolerance in TOLERANCES]
     refusals = []
-    for index in within:
+    for index in (*order[near[0]], *order[near[1] & ~near[0]]):
         dims = seed.replace(**{name: int(column[index]) for name, column in columns.items()})
         try:
             config_with_dims(config, dims)
@@ -115,7 +116,7 @@ def _nearest_shape(config: Any, axes: ModelAxes, seed: ModelDims, fixed: dict[st
         return dims
     smallest, nearest = int(sizes.min()), int(sizes[np.abs(sizes - wanted).argmin()])
     raise UserError(
-        f"no legal shape has {(1 - TOLERANCE) * wanted:,.0f} to {wanted:,} parameters; the smallest legal shape has "
+        f"no legal shape has {(1 - TOLERANCES[-1]) * wanted:,.0f} to {wanted:,} parameters; the smallest has "
         f"{smallest:,}, the nearest {nearest:,}."
         + "".join(f" {name}: {_listed(legal)}." for name, legal in values.items())
         + (f" {refusals[0]}" if refusals else "")
