@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascade.data.blocks import IGNORE_INDEX
+
 
 def forward_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(teacher ‖ student) per token [N], in nats, times temperature squared.
@@ -22,8 +24,8 @@ def forward_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperat
 
 
 def cross_entropy(student_logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """-log p(target) per token [N], in nats."""
-    return F.cross_entropy(student_logits_NV.float(), targets_N, reduction="none")
+    """-log p(target) per token [N], in nats; 0 where the target is IGNORE_INDEX."""
+    return F.cross_entropy(student_logits_NV.float(), targets_N, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"forward_kl": forward_kl}

@@ -1,6 +1,6 @@
 """Recovery training: data -> teacher -> student -> loss -> step, in one readable loop.
 
-Shapes: B = batch, S = block size, N = valid target tokens, V = vocabulary.
+Shapes: B = batch, S = block size, N = B x S positions, V = vocabulary.
 """
 
 import json
@@ -132,7 +132,9 @@ class _Objective:
         weight = self.cross_entropy_weight
         if teacher_NV is None:
             return cross_entropy(student_NV, targets_N)
-        per_token = LOSSES[self.loss](student_NV, teacher_NV, temperature=self.temperature)
+        per_token = LOSSES[self.loss](student_NV, teacher_NV, temperature=self.temperature) * (
+            targets_N != IGNORE_INDEX
+        )
         return per_token if weight == 0 else (1 - weight) * per_token + weight * cross_entropy(student_NV, targets_N)
 
 
@@ -154,29 +156,28 @@ def _accumulate(
     for part in torch.split(rows, microbatch_size):
         ids, labels = blocks.input_ids[part].to(device), blocks.labels[part].to(device)
         with _autocast(device):
-            student_NV, teacher_NV, targets_N = _valid_logits(student, teacher, ids, labels)
+            student_NV, teacher_NV, targets_N = _logits_and_targets(student, teacher, ids, labels)
         step_loss = objective(student_NV, teacher_NV, targets_N).sum() / total_valid
         step_loss.backward()  # type: ignore[no-untyped-call]
         value += step_loss.item()
     return value, float(nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm))
 
 
-def _valid_logits(
+def _logits_and_targets(
     student: nn.Module, teacher: nn.Module | None, ids: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Logits at the positions whose *next* token counts, [N, V] of each model, and those next tokens [N]."""
-    valid = labels[:, 1:] != IGNORE_INDEX
+    """Logits of each model at every position, [N, V], and each position's next token [N]; IGNORE_INDEX if not counted.
+
+    Nothing is selected or copied here: picking rows out of logits costs more than a loss on the few that are ignored.
+    """
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets[:, :-1] = labels[:, 1:]
     teacher_NV = None
     if teacher is not None:
         with torch.no_grad():
-            teacher_NV = next_token_logits(teacher, ids)[valid]
-    return next_token_logits(student, ids)[valid], teacher_NV, labels[:, 1:][valid]
-
-
-def next_token_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits for positions 1..S-1 given those before, [B, S-1, V]."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, :-1]
+            teacher_NV = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    student_NV = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    return student_NV, teacher_NV, targets.flatten()
 
 
 @torch.no_grad()
@@ -189,11 +190,11 @@ def selection_losses(
     sums, count = [0.0, 0.0], 0
     for ids, labels in blocks.batches(batch_size):
         with _autocast(device):
-            student_NV, teacher_NV, targets_N = _valid_logits(student, teacher, ids.to(device), labels.to(device))
+            student_NV, teacher_NV, targets_N = _logits_and_targets(student, teacher, ids.to(device), labels.to(device))
         sums[0] += cross_entropy(student_NV, targets_N).sum().item()
         if teacher_NV is not None:
-            sums[1] += LOSSES["forward_kl"](student_NV, teacher_NV).sum().item()
-        count += targets_N.numel()
+            sums[1] += (LOSSES["forward_kl"](student_NV, teacher_NV) * (targets_N != IGNORE_INDEX)).sum().item()
+        count += int((targets_N != IGNORE_INDEX).sum())
     student.train()
     losses = {"selection_loss": sums[0] / count}
     return losses if teacher is None else losses | {"selection_kl": sums[1] / count}

@@ -110,7 +110,7 @@ def _decode(model: Any, prompt: Tensor, new_tokens: int) -> None:
         cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
 
 
-def _median_seconds(action: Callable[[], Any], *, rounds: int = 5) -> float:
+def _median_seconds(action: Callable[[], Any], *, rounds: int = 3) -> float:
     action()
     times = []
     for _ in range(rounds):
