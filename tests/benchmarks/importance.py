@@ -1,6 +1,6 @@
 """All importance statistics against one forward pass of the body without the head: side by side, medians.
 
-    python tests/benchmarks/statistics.py [--json] [--rounds 9]
+    python tests/benchmarks/importance.py [--json] [--rounds 9]
 
 The claim: block influence, heads, neurons, hidden channels and norm energies together cost at most 1.15x that pass.
 """
@@ -62,7 +62,7 @@ def main() -> None:
     rows = []
     for shape in SHAPES:
         times: dict[str, list[float]] = {"body": [], "statistics": []}
-        for _ in range(3):
+        for _ in range(2):
             for contender in times:
                 command = [sys.executable, __file__, "--contender", contender, shape, "--rounds", str(options.rounds)]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
