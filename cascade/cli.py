@@ -231,7 +231,15 @@ def evaluate(
     from cascade.single import evaluate_model
 
     folders = [Path(folder) for folder in task_folders]
-    _finish(evaluate_model(checkpoint, tasks, folders, teacher, limit, heldout_blocks, data, block_size), as_json)
+    found = evaluate_model(checkpoint, tasks, folders, teacher, limit, heldout_blocks, data, block_size)
+    if not as_json:
+        lines = {
+            f"{metric['task']}/{metric['metric']}": f"{metric['value']}"
+            + (f" ± {metric['stderr']:.2g}" if metric["stderr"] else "")
+            for metric in found["metrics"]
+        }
+        found = {"checkpoint": found["checkpoint"]} | lines | found["speed"]
+    _finish(found, as_json)
 
 
 @main.command()
