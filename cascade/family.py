@@ -69,7 +69,7 @@ def resolve_family(
     resolved: dict[str, ResolvedMember] = {}
     for member in sorted(recipe.members, key=lambda member: -_wanted(member, parent_config, total)):
         seed, seed_config = _seed(member, resolved, parent_config, pinned_seeds or {})
-        config = _shape(member, seed_config, total)
+        config = _shape(member, seed_config, parent_config)
         before = 0
         if seed in resolved:
             before = resolved[seed].first_position + resolved[seed].num_steps * recipe.distill.batch_size
@@ -98,7 +98,7 @@ def _wanted(member: Member, parent_config: Any, total: int) -> float:
     if member.target is not None and member.target.params is not None:
         return member.target.params * (total if member.target.params <= 1 else 1)
     if member.target is not None:
-        dims = dims_of(parent_config).replace(**member.target.dims)
+        dims = _solved(member, parent_config, parent_config)
         return float(probe_axes(parent_config).num_parameters(dims))
     config = load_config(resolve_model(member.student))
     return float(probe_axes(config).num_parameters(dims_of(config)))
@@ -120,14 +120,30 @@ def _seed(
     return seed, resolved[seed].config
 
 
-def _shape(member: Member, seed_config: Any, total: int) -> Any:
-    if member.target is None:
-        return seed_config
-    target = Target(params=member.target.params, dims={str(name): size for name, size in member.target.dims.items()})
+def _shape(member: Member, seed_config: Any, parent_config: Any) -> Any:
+    return (
+        seed_config
+        if member.target is None
+        else config_with_dims(seed_config, _solved(member, seed_config, parent_config))
+    )
+
+
+def _solved(member: Member, seed_config: Any, parent_config: Any) -> ModelDims:
     try:
-        return config_with_dims(seed_config, solve_shape(seed_config, target, parent_parameters=total))
+        return solve_shape(seed_config, target_of(member), parent=parent_config)
     except UserError as error:
         raise UserError(f"members: {member.name}: {error}") from error
+
+
+def target_of(member: Member) -> Target:
+    """A member's target as the solver takes it.
+
+    Raises:
+        ValueError: the member is not cut.
+    """
+    if member.target is None:
+        raise ValueError(f"{member.name} is not cut")
+    return Target(**member.target.model_dump())
 
 
 def _resolve(

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation.trainer import TrainingMetrics, distill
 from cascade.errors import UserError
+from cascade.models.architecture import model_from_config
 
 END_TOKEN = "<|endoftext|>"
 
@@ -75,7 +76,7 @@ def pretrain(
 ) -> tuple[nn.Module, TrainingMetrics]:
     """A model of `config`, trained on `num_tokens` tokens; `options` are those of `distill`."""
     torch.manual_seed(seed)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: nn.Module = model_from_config(config)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = distill(
         model,

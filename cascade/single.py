@@ -50,7 +50,7 @@ def prune_model(
     config = load_config(source)
     axes, before = probe_axes(config), dims_of(config)
     target = Target(params=params, dims=dims)
-    wanted = solve_shape(config, target, parent_parameters=int(axes.num_parameters(before)))
+    wanted = solve_shape(config, target)
     prove_cuts(config, along=[name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]])
     model = load_model(source).to(default_device())
     blocks = _blocks(data, "calibration", source, block_size).take(num_blocks)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from cascade.data.blocks import TokenBlocks
 from cascade.models.checkpoint import BUILTIN_FOLDER, copy_companions
-from cascade.pruning.proof import twin_of
+from cascade.models.twin import twin_of
 
 settings.register_profile("cascade", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("cascade")

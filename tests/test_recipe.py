@@ -78,7 +78,7 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path):
             "the name half stands twice",
         ),
         ("{params: 0.5}", "{params: 0.5}\n    seed: nobody", "unknown seed 'nobody'"),
-        ("{params: 0.5}", "{}", "give `params`, `dims` or both"),
+        ("{params: 0.5}", "{}", "give `params`, another bound, or `dims`"),
         ("    target: {params: 0.5}\n", "", "give either `target` or `student`"),
         ("{source: stdlib}", "{source: files}", "source files needs `train`"),
         ("{source: stdlib}", "{source: hub, dataset: a/b, train: train}", "pinned `revision`"),

@@ -1,30 +1,22 @@
 """Which axis of which weight belongs to which dimension, found by probing sizes, not by knowing architectures.
 
 The architecture is built on the meta device (no memory) under configs that differ in one dimension. An axis whose
-length changed belongs to that dimension; by how much it changed says how many rows one unit has.
+length changed belongs to that dimension; by how much it changed says how many rows one unit has. What sizes cannot say
+comes from a look at a tiny model at work (`behaviour.py`) and, for the order inside a fused weight, from one table.
 """
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
-
 from cascade.errors import UserError
+from cascade.models.architecture import build_on_meta, require_supported
+from cascade.models.behaviour import Behaviour, observe
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
-
-PROBED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
+from cascade.models.twin import probe_values
 
 # Legal in every architecture tried, all different, so that no two axes have one length by accident.
 _BASE = ModelDims(
@@ -45,20 +37,51 @@ _STEPS = {
     "vocab_size": 448,
 }
 
+_H, _KV, _I = "num_attention_heads", "num_key_value_heads", "intermediate_size"
+
+# The order of the parts inside a fused weight, by the module's name. One part: the units themselves hold several rows.
+_FUSED_LAYOUTS = {
+    "qkv_proj": (_H, _KV, _KV),
+    "c_attn": (_H, _H, _H),
+    "query_key_value": (_H,),
+    "gate_up_proj": (_I, _I),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of consecutive units along an axis."""
+
+    dim: str | None
+    """The dimension whose units these are, or None for a fixed length."""
+    rows: int
+    """Rows of one unit (of the whole part where it is fixed), in head_dims where `of_head_dim`."""
+    of_head_dim: bool = False
+
+    def rows_per_unit(self, dims: ModelDims) -> int:
+        """Consecutive rows that one unit takes."""
+        return self.rows * dims.head_dim if self.of_head_dim else self.rows
+
+    def length(self, dims: ModelDims) -> Any:
+        """Rows of the part under `dims`."""
+        rows = self.rows_per_unit(dims)
+        return rows if self.dim is None else rows * getattr(dims, self.dim)
+
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of one weight."""
+    """One axis of one weight: one part, or several where a weight is fused."""
 
-    dim: str | None
-    """The dimension whose units lie along it: a name of PROBED, or None for a fixed length."""
-    rows_per_unit: int | str
-    """Consecutive rows that one unit takes: a number, or 'head_dim'."""
+    parts: tuple[Part, ...]
+
+    @property
+    def dim(self) -> str | None:
+        """The dimension of the first part: the query heads' where q, k and v are fused."""
+        return self.parts[0].dim
 
     def length(self, dims: ModelDims) -> Any:
-        """The axis's length under `dims`; a fixed axis has its own length in `rows_per_unit`."""
-        rows = dims.head_dim if self.rows_per_unit == "head_dim" else int(self.rows_per_unit)
-        return rows if self.dim is None else rows * getattr(dims, self.dim)
+        """The axis's length under `dims`."""
+        return sum(part.length(dims) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -69,8 +92,12 @@ class ModelAxes:
     """By parameter name; a layer's parameters once, with '*' for the layer's number."""
     layers_prefix: str
     """Name of the list of layers, 'model.layers' in most models."""
-    tied: tuple[str, ...]
-    """State-dict names that share their storage with another name (tied heads)."""
+    tied: dict[str, str]
+    """State-dict names that share their storage with a parameter (tied heads), and that parameter."""
+    behaviour: Behaviour
+    """What a tiny model at work showed: norms, readers and writers of the stream."""
+    heads_fill_hidden: bool
+    """Whether num_attention_heads x head_dim = hidden_size is wired in, so that both are cut together."""
 
     def of(self, name: str) -> tuple[Axis, ...]:
         """The axes of one parameter.
@@ -83,10 +110,33 @@ class ModelAxes:
             raise UserError(f"parameter '{name}' is not explained by size-probing; this architecture cannot be cut")
         return self.weights[template]
 
+    def output_axis(self, name: str) -> int | None:
+        """Which axis of a matrix is its output; None for what is no matrix of a linear map (embeddings, vectors)."""
+        if len(self.of(name)) != 2 or self.module_of(name) in self.behaviour.lookups:
+            return None
+        return 1 if self.module_of(name) in self.behaviour.transposed else 0
+
+    def reads(self, name: str) -> str | None:
+        """The dimension along a matrix's input axis."""
+        output = self.output_axis(name)
+        return None if output is None else self.of(name)[1 - output].dim
+
+    def writes(self, name: str) -> str | None:
+        """The dimension along a matrix's output axis."""
+        output = self.output_axis(name)
+        return None if output is None else self.of(name)[output].dim
+
     def is_norm(self, name: str) -> bool:
-        """Whether a parameter is the weight of a norm over the residual stream (and not some matrix's bias)."""
-        axes = self.of(name)
-        return len(axes) == 1 and axes[0].dim == "hidden_size" and name.endswith(".weight")
+        """Whether a parameter is the weight of a norm whose length a cut changes (not of one head's width)."""
+        return (
+            name.endswith(".weight")
+            and self.module_of(name) in self.behaviour.norms
+            and self.of(name)[0].dim is not None
+        )
+
+    def module_of(self, name: str) -> str:
+        """The module that a parameter belongs to, with '*' for the layer's number."""
+        return self.template(name).rpartition(".")[0]
 
     def template(self, name: str) -> str:
         """The parameter's name with the layer's number replaced by '*'."""
@@ -102,26 +152,26 @@ class ModelAxes:
         return sum(self._count(name, dims) for name in self.weights)
 
     def num_parameters_non_embedding(self, dims: ModelDims) -> Any:
-        """The count without every weight that has the vocabulary as an axis (embeddings, head)."""
+        """The count without every matrix that has the vocabulary as an axis (embeddings, head)."""
         return sum(self._count(name, dims) for name in self.weights if not self._has_vocabulary(name))
 
     def flops_per_token(self, dims: ModelDims, context: int) -> Any:
         """Forward FLOPs of one token, averaged over a causal context of `context` tokens.
 
-        Two per weight of each matrix product (the head included, the embedding look-up not), and
+        Two per weight of each matrix product (the head included, embedding look-ups not), and
         4 x (context / 2) x heads x head_dim per layer for attention scores and values.
         """
-        layers_and_head = sum(self._count(name, dims) for name, axes in self.weights.items() if len(axes) >= 2) - (
-            0 if self.tied else self._count(self._embedding(), dims)
-        )
+        products = sum(self._count(name, dims) for name in self.weights if self.output_axis(name) is not None)
+        products += sum(self._count(owner, dims) for owner in self.tied.values() if self.output_axis(owner) is None)
         attention = 2 * context * dims.num_attention_heads * dims.head_dim * dims.num_hidden_layers
-        return 2.0 * layers_and_head + attention
+        return 2.0 * products + attention
 
-    def _embedding(self) -> str:
-        return next(name for name in self.weights if self._has_vocabulary(name))
+    def cache_bytes_per_token(self, dims: ModelDims, bytes_per_value: int) -> Any:
+        """Bytes of keys and values that one token leaves in the cache (without sliding windows)."""
+        return 2 * dims.num_hidden_layers * dims.num_key_value_heads * dims.head_dim * bytes_per_value
 
     def _has_vocabulary(self, name: str) -> bool:
-        return any(axis.dim == "vocab_size" for axis in self.weights[name])
+        return len(self.weights[name]) == 2 and any(axis.dim == "vocab_size" for axis in self.weights[name])
 
     def _count(self, name: str, dims: ModelDims) -> Any:
         count: Any = dims.num_hidden_layers if ".*." in name else 1
@@ -134,65 +184,89 @@ def probe_axes(config: Any) -> ModelAxes:
     """The axes of every weight of the architecture of `config`.
 
     Raises:
-        UserError: the architecture cannot be built at other sizes, or an axis does not follow one dimension.
+        UserError: the architecture cannot be built at other sizes, an axis does not follow one dimension, or it has
+            units of another kind (experts, states).
     """
-    return _probe(config.__class__, config.to_json_string(use_diff=False))
-
-
-def build_on_meta(config: Any) -> nn.Module:
-    """The model of a config without memory for its weights."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
-    return model
+    require_supported(config)
+    return _probe(config.__class__, config.to_json_string(use_diff=False), tuple(config.architectures or ()))
 
 
 @lru_cache(maxsize=8)
-def _probe(config_class: Any, config_json: str) -> ModelAxes:
-    config = config_class(**_without_special_tokens(json.loads(config_json)))
+def _probe(config_class: Any, config_json: str, architectures: tuple[str, ...]) -> ModelAxes:
+    config = config_class(**probe_values(json.loads(config_json)))
+    config.architectures = list(architectures) or None
     dims_of(config)
-    base_shapes, tied = _shapes(config, _BASE)
-    prefix = _layers_prefix(config, base_shapes)
-    probes = {dim: _shapes(config, _BASE.replace(**{dim: value}))[0] for dim, value in _STEPS.items()}
+    base, tied = _shapes(config, _BASE)
+    heads_fill_hidden = _shapes(config, _BASE.replace(head_dim=_STEPS["head_dim"]))[0] == base
+    prefix = _layers_prefix(config, base)
+    behaviour = observe(config, prefix)
+    probes = {dim: _shapes(config, _BASE.replace(**{dim: size}))[0] for dim, size in _STEPS.items()}
     weights = {}
-    for name, shape in base_shapes.items():
+    for name, shape in base.items():
         template = name.replace(f"{prefix}.0.", f"{prefix}.*.", 1)
-        weights[template] = tuple(
-            _explain(name, length, {dim: probe[name][position] for dim, probe in probes.items()})
-            for position, length in enumerate(shape)
-        )
-    return ModelAxes(weights, prefix, tied)
+        module = template.rpartition(".")[0]
+        output = (1 if module in behaviour.transposed else 0) if len(shape) == 2 else 0
+        axes = []
+        for position, length in enumerate(shape):
+            moved = {dim: probe[name][position] for dim, probe in probes.items() if probe[name][position] != length}
+            is_input = len(shape) == 2 and position != output
+            if heads_fill_hidden and module in (behaviour.writers if is_input else behaviour.readers):
+                # Sizes cannot tell heads from hidden channels here; what reads the stream writes heads, and back.
+                moved = _heads_for_hidden(moved, length)
+            axes.append(_explain(name, length, moved, heads_fill_hidden))
+        weights[template] = tuple(axes)
+    return ModelAxes(weights, prefix, tied, behaviour, heads_fill_hidden)
 
 
-def _explain(name: str, base: int, changed: dict[str, int]) -> Axis:
-    """Which dimension an axis of length `base` follows, given its length when each dimension changes."""
-    moved = {dim: length for dim, length in changed.items() if length != base}
-    heads = sorted(set(moved) - {"head_dim"})
+def _heads_for_hidden(moved: dict[str, int], length: int) -> dict[str, int]:
+    if moved.keys() != {"hidden_size"}:
+        return moved
+    # As if the heads were twice as many, of the same width: what doubling the hidden size did.
+    return {"num_attention_heads": moved["hidden_size"], "head_dim": -1}
+
+
+def _explain(name: str, base: int, moved: dict[str, int], heads_fill_hidden: bool) -> Axis:
+    """What an axis of length `base` is made of, given its length under each dimension's step that changed it."""
+    dims = _BASE.replace(head_dim=_BASE.hidden_size // _BASE.num_attention_heads) if heads_fill_hidden else _BASE
+    by_head_dim = "head_dim" in moved
+    scale = dims.head_dim if by_head_dim else 1
     if not moved:
-        return Axis(None, base)
-    if moved.keys() == {"head_dim"} and base == _BASE.head_dim:
-        return Axis(None, "head_dim")
-    if len(heads) == 1:
-        dim = heads[0]
-        unit, rest = divmod(moved[dim] - base, _STEPS[dim] - getattr(_BASE, dim))
-        rows: int | str = "head_dim" if "head_dim" in moved else unit
-        axis = Axis(dim, rows)
-        if rest == 0 and axis.length(_BASE) == base:
-            return axis
+        return Axis((Part(None, base),))
+    if moved.keys() == {"head_dim"} and base % scale == 0:
+        return Axis((Part(None, base // scale, True),))
+    counts = {
+        dim: (length - base) // ((_STEPS[dim] - getattr(dims, dim)) * scale)
+        for dim, length in moved.items()
+        if dim != "head_dim"
+    }
+    if sum(count * getattr(dims, dim) * scale for dim, count in counts.items()) == base:
+        if list(counts.values()) == [1]:
+            return Axis((Part(next(iter(counts)), 1, by_head_dim),))
+        layout = _FUSED_LAYOUTS.get(name.split(".")[-2])
+        if layout is not None and len(layout) == 1 and counts.keys() == set(layout):
+            return Axis((Part(layout[0], counts[layout[0]], by_head_dim),))
+        if layout is not None and counts == Counter(layout):
+            return Axis(tuple(Part(dim, 1, by_head_dim) for dim in layout))
     raise UserError(
         f"parameter '{name}': an axis of length {base} follows {sorted(moved)} in a way that size-probing does not "
-        "explain (a fused weight?); this architecture cannot be cut yet"
+        f"explain; if it is a fused weight, its layout is missing (known: {', '.join(_FUSED_LAYOUTS)}). This "
+        "architecture cannot be cut yet"
     )
 
 
-def _shapes(config: Any, dims: ModelDims) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+def _shapes(config: Any, dims: ModelDims) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     try:
         model = build_on_meta(config_with_dims(config, dims))
+    except UserError:
+        raise
     except Exception as error:  # any architecture's constructor: whatever it raises means the same to the user
         raise UserError(
             f"model type '{config.model_type}' cannot be built at other sizes, so not cut: {error}"
         ) from error
     parameters = dict(model.named_parameters())
-    tied = tuple(name for name in model.state_dict() if name not in parameters and name.endswith(".weight"))
+    owners = {id(parameter): name for name, parameter in parameters.items()}
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    tied = {name: owners[id(parameter)] for name, parameter in everywhere.items() if name not in parameters}
     return {name: tuple(parameter.shape) for name, parameter in parameters.items()}, tied
 
 
@@ -202,8 +276,3 @@ def _layers_prefix(config: Any, one_layer: dict[str, tuple[int, ...]]) -> str:
     if len(prefixes) != 1:
         raise UserError(f"model type '{config.model_type}': expected one list of layers, found {sorted(prefixes)}")
     return prefixes.pop()
-
-
-def _without_special_tokens(values: dict[str, Any]) -> dict[str, Any]:
-    # A padding id beyond the twin's small vocabulary would stop nn.Embedding.
-    return values | {"pad_token_id": None, "quantization_config": None}

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cascade.errors import UserError
+from cascade.models.architecture import model_class_of
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
@@ -92,12 +93,12 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
 
 
 def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The causal language model, in evaluation mode, in `dtype` whatever it is stored in."""
+    """The model, of the class that its config names, in evaluation mode, in `dtype` whatever it is stored in."""
     model: nn.Module
     try:
         if source.gguf_file:
             return _load_gguf(source, dtype)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = model_class_of(load_config(source)).from_pretrained(
             source.folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:

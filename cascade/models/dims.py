@@ -1,4 +1,4 @@
-"""The seven numbers that make a decoder's size, by their Hugging Face names."""
+"""The seven numbers that make a transformer's size, by their Hugging Face names."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -46,45 +46,48 @@ def dims_of(config: Any) -> ModelDims:
     """The dims of a transformers config.
 
     Raises:
-        UserError: the config lacks one of them under its Hugging Face name.
+        UserError: the config lacks one of them.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    missing = [name for name in DIM_NAMES[:4] + DIM_NAMES[6:] if getattr(text, name, None) is None]
+    values: dict[str, Any] = {name: getattr(config, _key_of(config, name), None) for name in DIM_NAMES}
+    if values["intermediate_size"] is None and values["hidden_size"] is not None and hasattr(config, "n_inner"):
+        values["intermediate_size"] = 4 * values["hidden_size"]  # GPT-2's default
+    missing = [name for name in DIM_NAMES if values[name] is None and name not in ("num_key_value_heads", "head_dim")]
     if missing:
-        raise UserError(
-            f"model type '{config.model_type}' has no {', '.join(missing)} in its config; not supported yet"
-        )
-    heads = text.num_attention_heads
-    return ModelDims(
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_hidden_layers=text.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab_size=text.vocab_size,
-    )
+        raise UserError(f"model type '{config.model_type}' has no {', '.join(missing)} in its config; it cannot be cut")
+    heads = values["num_attention_heads"]
+    values["num_key_value_heads"] = values["num_key_value_heads"] or heads
+    values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
+    return ModelDims(**values)
 
 
 def config_with_dims(config: Any, dims: ModelDims, *, kept_layers: list[int] | None = None) -> Any:
     """A new config of the same class with these dims; per-layer lists follow `kept_layers` (default: the first ones).
 
-    `head_dim` is always written, as older configs derive it from hidden_size / num_attention_heads.
+    `head_dim` is written explicitly, as many configs derive it from hidden_size / num_attention_heads.
 
     Raises:
         ValueError: the architecture's own config class does not accept the dims.
     """
     values = config.to_dict()
-    old_depth = values["num_hidden_layers"]
+    before = dims_of(config)
     kept = list(range(dims.num_hidden_layers)) if kept_layers is None else kept_layers
-    for name, value in list(values.items()):
-        if isinstance(value, list) and len(value) == old_depth and name in _PER_LAYER_LISTS:
+    for name in _PER_LAYER_LISTS:
+        if isinstance(values.get(name), list) and len(values[name]) == before.num_hidden_layers:
             # A deeper twin than the original repeats the last entry.
-            values[name] = [value[min(layer, old_depth - 1)] for layer in kept]
+            values[name] = [values[name][min(layer, before.num_hidden_layers - 1)] for layer in kept]
     # Qwen's sliding window starts at this layer; layer_types, sliced above, already says so.
     if "max_window_layers" in values and values.get("layer_types"):
         values["max_window_layers"] = min(values["max_window_layers"], dims.num_hidden_layers)
-    values |= dims.as_dict()
+    for name in _FOLLOW_HIDDEN_SIZE:
+        if values.get(name) == before.hidden_size:
+            values[name] = dims.hidden_size
+    for name, size in dims.as_dict().items():
+        key = _key_of(config, name)
+        if name == "num_key_value_heads" and not hasattr(config, key):
+            continue
+        if name == "head_dim" and not hasattr(config, key) and size * dims.num_attention_heads == dims.hidden_size:
+            continue
+        values[key] = size
     for name in ("architectures", "transformers_version", "quantization_config"):
         values.pop(name, None)
     try:
@@ -95,4 +98,13 @@ def config_with_dims(config: Any, dims: ModelDims, *, kept_layers: list[int] | N
     return rebuilt
 
 
+def _key_of(config: Any, name: str) -> str:
+    """The config's own key for a dim: configs translate most names themselves, some have another word for the MLP."""
+    if name == "intermediate_size":
+        return next((key for key in _MLP_KEYS if hasattr(config, key)), name)
+    return str(config.attribute_map.get(name, name))
+
+
+_MLP_KEYS = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner")
+_FOLLOW_HIDDEN_SIZE = ("word_embed_proj_dim",)
 _PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")

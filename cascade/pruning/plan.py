@@ -16,9 +16,10 @@ from cascade.importance.scores import Scores
 from cascade.importance.statistics import Statistics
 from cascade.models.axes import probe_axes
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
+from cascade.pruning.corrections import corrected
 from cascade.pruning.shape import Target, solve_shape
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,29 @@ class PruningPlan:
     neurons: list[list[int]]
     """Neurons, for each kept layer."""
     norm_scales: dict[str, float]
-    """Factor on each norm's weight, by the source's parameter name: the shorter vector has another mean square."""
+    """Factor on what each norm multiplies by (1 + weight where it is zero-centred), by the source's parameter name:
+    the shorter vector has another mean square."""
+    scales: dict[str, float]
+    """Factor on other weights: an embedding whose scale follows the hidden size, and what undoes it at a tied head."""
+
+    def units(self, dim: str | None, layer: int | None) -> list[int] | None:
+        """The units that stay along a dimension (in one kept layer of the source); None where all do.
+
+        Raises:
+            ValueError: heads or neurons outside the layers.
+        """
+        if dim == "hidden_size":
+            return self.hidden
+        per_layer = {
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads,
+            "intermediate_size": self.neurons,
+        }
+        if dim not in per_layer:
+            return None
+        if layer is None:
+            raise ValueError(f"an axis along {dim} outside the layers")
+        return per_layer[dim][self.layers.index(layer)]
 
 
 def plan_pruning(
@@ -54,33 +77,29 @@ def plan_pruning(
     source = dims_of(config)
     if not isinstance(target, ModelDims):
         wanted = target if isinstance(target, Target) else Target(params=target)
-        target = solve_shape(config, wanted, parent_parameters=int(probe_axes(config).num_parameters(source)))
+        target = solve_shape(config, wanted)
+    axes = probe_axes(config)
     layers = _best(scores.layers, target.num_hidden_layers)
     hidden = _best(scores.hidden, target.hidden_size)
-    whole_heads = source.num_key_value_heads == source.num_attention_heads
-    heads = [
-        _best(scores.heads[layer], target.num_attention_heads)
-        if whole_heads
-        else _best_in_groups(scores.heads[layer], source.num_key_value_heads, target.num_attention_heads)
-        for layer in layers
-    ]
-    all_groups = list(range(source.num_key_value_heads))
-    scales = _norm_scales(config, hidden, statistics) if len(hidden) < source.hidden_size else {}
-    target_config = config_with_dims(config, target, kept_layers=layers)
-    if scales and _norms_share_no_epsilon(config):
-        # Exact where the removed channels carry nothing: the mean over fewer channels is larger by the same factor.
-        target_config.rms_norm_eps *= source.hidden_size / target.hidden_size
-    return PruningPlan(
+    heads, groups = [], []
+    for layer in layers:
+        kept = _best_heads(scores.heads[layer], source, target)
+        heads.append(kept[0])
+        groups.append(kept[1])
+    kept_config = config_with_dims(config, target, kept_layers=layers)
+    plan = PruningPlan(
         source_dims=source,
         target_dims=target,
-        target_config=_portable(target_config),
+        target_config=_portable(kept_config),
         layers=layers,
         hidden=hidden,
         heads=heads,
-        key_value_heads=heads if whole_heads else [all_groups for _ in layers],
+        key_value_heads=groups,
         neurons=[_best(scores.neurons[layer], target.intermediate_size) for layer in layers],
-        norm_scales=scales,
+        norm_scales={},
+        scales={},
     )
+    return corrected(plan, axes, statistics)
 
 
 def save_plan(plan: PruningPlan, path: Path) -> None:
@@ -128,29 +147,18 @@ def _best(scores: Tensor, count: int) -> list[int]:
     return [int(index) for index in order.sort().values]
 
 
-def _best_in_groups(scores: Tensor, num_groups: int, count: int) -> list[int]:
-    per_group = scores.numel() // num_groups
-    kept = [_best(group, count // num_groups) for group in scores.view(num_groups, per_group)]
-    return [group * per_group + head for group, heads in enumerate(kept) for head in heads]
-
-
-def _norm_scales(config: Any, hidden: list[int], statistics: Statistics | None) -> dict[str, float]:
-    """sqrt(mean energy of the kept channels), all channels' mean being 1; sqrt(D / D') if only they carry any."""
-    source = dims_of(config)
-    if statistics is not None:
-        energies = statistics.norm_energies[:, hidden].double().mean(1)
-        return {name: float(e.sqrt()) for name, e in zip(statistics.norm_names, energies, strict=True)}
-    ratio = (source.hidden_size / len(hidden)) ** 0.5
-    axes = probe_axes(config)
-    names = [name for name in axes.weights if axes.is_norm(name)]
-    return {
-        name.replace("*", str(layer)): ratio
-        for name in names
-        for layer in (range(source.num_hidden_layers) if "*" in name else [0])
-    }
-
-
-def _norms_share_no_epsilon(config: Any) -> bool:
-    """Whether every norm weight spans the hidden size, so that the config's epsilon is theirs alone."""
-    vectors = [axes[0] for name, axes in probe_axes(config).weights.items() if len(axes) == 1 and "norm" in name]
-    return hasattr(config, "rms_norm_eps") and all(axis.dim == "hidden_size" for axis in vectors)
+def _best_heads(scores: Tensor, source: ModelDims, target: ModelDims) -> tuple[list[int], list[int]]:
+    """(query heads, key/value heads) of one layer: the best groups, and in each of them the best query heads."""
+    num_groups, num_kept = source.num_key_value_heads, target.num_key_value_heads
+    if num_groups == source.num_attention_heads:
+        heads = _best(scores, target.num_attention_heads)
+        return heads, heads
+    per_group = source.num_attention_heads // num_groups
+    by_group = scores.view(num_groups, per_group)
+    groups = _best(torch.linalg.vector_norm(by_group, dim=1), num_kept)
+    heads = [
+        group * per_group + head
+        for group in groups
+        for head in _best(by_group[group], target.num_attention_heads // num_kept)
+    ]
+    return heads, groups

@@ -1,8 +1,9 @@
-"""Which shape: the legal dims that meet a target.
+"""Which shapes: the legal dims that meet a target.
 
-A target fixes some dims and, if it names a parameter count, leaves the others to be solved for.
+A target bounds one or more measures of size, fixes some dims, or both; what it leaves open is solved for.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from cascade.errors import UserError
 from cascade.models.axes import ModelAxes, probe_axes
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 
-CUT_DIMS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+CUT_DIMS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 # How much cutting an axis by a given ratio is assumed to hurt: squared log-ratios are weighted by these. Depth
 # first hurts most (Minitron's practice 4: width over depth below 15B parameters).
@@ -24,52 +25,108 @@ _AXIS_COST = {
 }
 
 TOLERANCES = (0.03, 0.10)
-"""A solved shape has at most the parameters asked for, and less by at most the first of these shares; by at most the
+"""A solved shape has at most what is asked for, and less by at most the first of these shares; by at most the
 second where the legal values are too coarse for the first."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The size wanted: a parameter count, explicit dims, or both (the dims then bind)."""
+    """The size wanted: upper bounds on measures of size (all hold), explicit dims, or both (the dims then bind).
+
+    A bound of at most 1 is a share of the parent's measure.
+    """
 
     params: float | None = None
-    """Parameters: a number above 1, or a fraction of the parent's (at most 1)."""
+    """Parameters."""
+    params_non_embedding: float | None = None
+    """Parameters without the matrices that have the vocabulary as an axis."""
+    flops_per_token: float | None = None
+    """Forward FLOPs of one token at a context of `context` tokens."""
+    memory_bytes: float | None = None
+    """Weights, and keys and values of `batch_size` sequences of `context` tokens, at `bytes_per_value`."""
+    context: int = 2048
+    batch_size: int = 1
+    bytes_per_value: int = 2
     dims: dict[str, int] | None = None
     """Explicit dims by Hugging Face name; what is not named stays as in the seed, or is solved for."""
 
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are given, by name."""
+        return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
 
-def solve_shape(config: Any, target: Target, *, parent_parameters: int) -> ModelDims:
+
+MEASURES: dict[str, Callable[[ModelAxes, ModelDims, Target], Any]] = {
+    "params": lambda axes, dims, target: axes.num_parameters(dims),
+    "params_non_embedding": lambda axes, dims, target: axes.num_parameters_non_embedding(dims),
+    "flops_per_token": lambda axes, dims, target: axes.flops_per_token(dims, target.context),
+    "memory_bytes": lambda axes, dims, target: (
+        axes.num_parameters(dims) * target.bytes_per_value
+        + axes.cache_bytes_per_token(dims, target.bytes_per_value) * target.batch_size * target.context
+    ),
+}
+"""Measures of size that a target can bound; each takes single dims or arrays of candidates."""
+
+
+def solve_shape(config: Any, target: Target, *, parent: Any = None) -> ModelDims:
     """Legal dims for a cut of the model of `config` (the seed) that meet the target.
+
+    Shares are of the measures of `parent` (a config; the seed's own by default).
 
     Raises:
         UserError: the target is larger than the seed, or no legal shape meets it; the message lists what is legal.
     """
+    return next(candidate_shapes(config, target, parent=parent))
+
+
+def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iterator[ModelDims]:
+    """All legal shapes that meet the target, the most evenly cut first.
+
+    Raises:
+        UserError: there is none.
+    """
     axes, seed = probe_axes(config), dims_of(config)
-    fixed = dict(target.dims or {})
-    _check_dims(fixed, config, seed)
-    if target.params is None:
-        dims = seed.replace(**fixed)
-        if seed.num_key_value_heads == seed.num_attention_heads:
-            dims = dims.replace(num_key_value_heads=dims.num_attention_heads)
-        _require_accepted(config, dims)
-        return dims
-    wanted = round(target.params * parent_parameters) if target.params <= 1 else round(target.params)
-    size = axes.num_parameters(seed)
-    if wanted > size:
-        raise UserError(f"target of {wanted:,} parameters is larger than the seed, which has {size:,}")
-    return _nearest_shape(config, axes, seed, fixed, wanted)
+    fixed = _completed(dict(target.dims or {}), axes, seed)
+    _check_dims(fixed, axes, seed)
+    bounds = {}
+    for name, bound in target.bounds().items():
+        whole = MEASURES[name](*_measured_on(config if parent is None else parent), target)
+        bounds[name] = bound * whole if bound <= 1 else bound
+        size = MEASURES[name](axes, seed, target)
+        if bounds[name] > size * (1 + 1e-9):
+            raise UserError(f"target of {_counted(name, bounds[name])} is larger than the seed, which has {size:,.0f}")
+    if bounds:
+        return _shapes_within(config, axes, seed, fixed, bounds, target)
+    dims = seed.replace(**fixed)
+    _require_accepted(config, dims)
+    return iter([dims])
 
 
-def legal_values(seed: ModelDims) -> dict[str, list[int]]:
-    """Values that each axis can be cut to, largest first: rounded to what kernels like, heads equal per group."""
+def legal_values(axes: ModelAxes, seed: ModelDims) -> dict[str, list[int]]:
+    """Values that each axis can be cut to, largest first: rounded to what kernels like, heads equal per group.
+
+    Where heads fill the hidden size, its values are those of whole heads. Key/value heads can be cut where they are
+    fewer than the heads, but a parameter target leaves them alone: they make the cache, not the count.
+    """
     per_group = seed.num_attention_heads // seed.num_key_value_heads
-    groups = 1 if per_group == 1 else seed.num_key_value_heads
+    whole = per_group == 1
+    heads = list(range(seed.num_attention_heads, 0, -1 if whole else -seed.num_key_value_heads))
     return {
         "num_hidden_layers": list(range(seed.num_hidden_layers, 0, -1)),
-        "hidden_size": _multiples(seed.hidden_size),
+        "hidden_size": [count * seed.head_dim for count in heads]
+        if axes.heads_fill_hidden
+        else _multiples(seed.hidden_size),
         "intermediate_size": _multiples(seed.intermediate_size),
-        "num_attention_heads": list(range(seed.num_attention_heads, 0, -groups)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if whole else list(range(seed.num_key_value_heads, 0, -1)),
     }
+
+
+def _measured_on(config: Any) -> tuple[ModelAxes, ModelDims]:
+    return probe_axes(config), dims_of(config)
+
+
+def _counted(name: str, bound: float) -> str:
+    return f"{bound:,.0f} {'parameters' if name == 'params' else name}"
 
 
 def _multiples(size: int) -> list[int]:
@@ -79,55 +136,110 @@ def _multiples(size: int) -> list[int]:
     return rounded if rounded and rounded[0] == size else [size, *rounded]
 
 
-def _check_dims(fixed: dict[str, int], config: Any, seed: ModelDims) -> None:
+def _completed(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> dict[str, int]:
+    """The explicit dims with those that follow from them."""
+    if axes.heads_fill_hidden:
+        if "hidden_size" in fixed and "num_attention_heads" not in fixed:
+            fixed["num_attention_heads"] = fixed["hidden_size"] // seed.head_dim
+        elif "num_attention_heads" in fixed and "hidden_size" not in fixed:
+            fixed["hidden_size"] = fixed["num_attention_heads"] * seed.head_dim
+    per_group = seed.num_attention_heads // seed.num_key_value_heads
+    if per_group == 1 and "num_attention_heads" in fixed:
+        fixed.setdefault("num_key_value_heads", fixed["num_attention_heads"])
+    elif "num_key_value_heads" in fixed:
+        fixed.setdefault("num_attention_heads", fixed["num_key_value_heads"] * per_group)
+    return fixed
+
+
+def _check_dims(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> None:
     unknown = sorted(set(fixed) - set(CUT_DIMS))
     if unknown:
         raise UserError(f"target.dims: {', '.join(unknown)} cannot be cut; known: {', '.join(CUT_DIMS)}")
-    legal = legal_values(seed)
+    legal = legal_values(axes, seed)
     for name, value in fixed.items():
         limit = getattr(seed, name)
         if not 0 < value <= limit:
             raise UserError(f"target.dims.{name}: {value} is not between 1 and the seed's {limit}")
-        if name == "num_attention_heads" and value not in legal[name]:
-            raise UserError(
-                f"target.dims.{name}: {value} cannot be split over {seed.num_key_value_heads} key/value heads; "
-                f"legal: {', '.join(map(str, legal[name]))}"
-            )
+    heads = fixed.get("num_attention_heads", seed.num_attention_heads)
+    groups = fixed.get("num_key_value_heads", seed.num_key_value_heads)
+    per_group = seed.num_attention_heads // seed.num_key_value_heads
+    if per_group > 1 and (heads % groups or heads // groups > per_group):
+        possible = [groups * count for count in range(per_group, 0, -1)]
+        raise UserError(
+            f"target.dims.num_attention_heads: {heads} cannot be split over {groups} key/value heads; "
+            f"legal: {', '.join(map(str, possible))}"
+        )
+    if per_group == 1 and heads != groups:
+        raise UserError(
+            f"target.dims.num_key_value_heads: {groups} is not {heads}, but every head has keys and values of its own"
+        )
+    hidden = fixed.get("hidden_size", seed.hidden_size)
+    if axes.heads_fill_hidden and hidden != heads * seed.head_dim:
+        raise UserError(
+            f"target.dims.hidden_size: {hidden} is not {heads} heads x {seed.head_dim}, as this architecture wires in; "
+            f"legal, with as many heads: {_listed(legal['hidden_size'])}"
+        )
 
 
-def _nearest_shape(config: Any, axes: ModelAxes, seed: ModelDims, fixed: dict[str, int], wanted: int) -> ModelDims:
-    values = {name: [fixed[name]] if name in fixed else legal for name, legal in legal_values(seed).items()}
-    grid = np.meshgrid(*(np.array(values[name], dtype=np.int64) for name in CUT_DIMS), indexing="ij")
-    columns: dict[str, Any] = dict(zip(CUT_DIMS, (part.ravel() for part in grid), strict=True))
+def _shapes_within(
+    config: Any,
+    axes: ModelAxes,
+    seed: ModelDims,
+    fixed: dict[str, int],
+    bounds: dict[str, float],
+    target: Target,
+) -> Iterator[ModelDims]:
+    legal = legal_values(axes, seed)
+    solved = [name for name in _AXIS_COST if not (axes.heads_fill_hidden and name == "hidden_size")]
+    values = {name: [fixed[name]] if name in fixed else legal[name] for name in solved}
+    grid = np.meshgrid(*(np.array(values[name], dtype=np.int64) for name in solved), indexing="ij")
+    columns: dict[str, Any] = dict(zip(solved, (part.ravel() for part in grid), strict=True))
+    if axes.heads_fill_hidden:
+        columns["hidden_size"] = columns["num_attention_heads"] * seed.head_dim
     if seed.num_key_value_heads == seed.num_attention_heads:
         columns["num_key_value_heads"] = columns["num_attention_heads"]
-    sizes = axes.num_parameters(seed.replace(**columns))
+    elif "num_key_value_heads" in fixed:
+        columns["num_key_value_heads"] = np.full_like(columns["num_attention_heads"], fixed["num_key_value_heads"])
+    candidates = seed.replace(**columns)
+    # The share of its bound that each measure reaches; the largest is the one that binds.
+    shares = {name: MEASURES[name](axes, candidates, target) / bound for name, bound in bounds.items()}
+    binding = np.max(np.stack([np.broadcast_to(share, columns[solved[0]].shape) for share in shares.values()]), axis=0)
     cost = sum(weight * np.log(columns[name] / getattr(seed, name)) ** 2 for name, weight in _AXIS_COST.items())
     order = np.argsort(cost, kind="stable")
-    near = [(sizes[order] <= wanted) & (sizes[order] >= (1 - tolerance) * wanted) for tolerance in TOLERANCES]
-    refusals = []
-    for index in (*order[near[0]], *order[near[1] & ~near[0]]):
-        dims = seed.replace(**{name: int(column[index]) for name, column in columns.items()})
-        try:
-            config_with_dims(config, dims)
-        except ValueError as error:
-            refusals.append(str(error))
-            continue
-        return dims
-    smallest, nearest = int(sizes.min()), int(sizes[np.abs(sizes - wanted).argmin()])
-    raise UserError(
-        f"no legal shape has {(1 - TOLERANCES[-1]) * wanted:,.0f} to {wanted:,} parameters; the smallest has "
-        f"{smallest:,}, the nearest {nearest:,}."
-        + "".join(f" {name}: {_listed(legal)}." for name, legal in values.items())
-        + (f" {refusals[0]}" if refusals else "")
-    )
+    near = [(binding[order] <= 1) & (binding[order] >= 1 - tolerance) for tolerance in TOLERANCES]
+    refusals: list[str] = []
+
+    def accepted() -> Iterator[ModelDims]:
+        for index in (*order[near[0]], *order[near[1] & ~near[0]]):
+            dims = seed.replace(**{name: int(column[index]) for name, column in columns.items()})
+            try:
+                config_with_dims(config, dims)
+            except ValueError as error:
+                refusals.append(str(error))
+                continue
+            yield dims
+
+    found = accepted()
+    first = next(found, None)
+    if first is None:
+        name, bound = next(iter(bounds.items()))
+        sizes = shares[name] * bound
+        smallest, nearest = sizes.min(), sizes[np.abs(binding - 1).argmin()]
+        raise UserError(
+            f"no legal shape has {(1 - TOLERANCES[-1]) * bound:,.0f} to {_counted(name, bound)}; the smallest has "
+            f"{smallest:,.0f}, the nearest {nearest:,.0f}."
+            + "".join(f" {name}: {_listed(part)}." for name, part in values.items())
+            + (f" {refusals[0]}" if refusals else "")
+        )
+    return (dims for source in ([first], found) for dims in source)
 
 
 def _require_accepted(config: Any, dims: ModelDims) -> None:
     try:
         config_with_dims(config, dims)
     except ValueError as error:
-        legal = " ".join(f"{name}: {_listed(values)}." for name, values in legal_values(dims_of(config)).items())
+        values = legal_values(probe_axes(config), dims_of(config))
+        legal = " ".join(f"{name}: {_listed(part)}." for name, part in values.items())
         raise UserError(f"target.dims: {error}. Usual values: {legal}") from error
 
 

@@ -6,18 +6,13 @@ Hugging Face names are used verbatim. There are no keys that do nothing: what is
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+from cascade.recipe.target import TargetSize
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveInt = Annotated[int, Field(gt=0)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _as_list(value: object) -> object:
@@ -27,14 +22,14 @@ def _as_list(value: object) -> object:
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
 
 
-class Tokenizer(_Section):
+class Tokenizer(Section):
     """A byte-level BPE tokenizer to train on the recipe's training text."""
 
     vocab_size: Annotated[int, Field(ge=300)]
     """Tokens, the 256 bytes and the end token included."""
 
 
-class Pretrain(_Section):
+class Pretrain(Section):
     """A parent trained from nothing with cross-entropy, instead of one that exists."""
 
     config: dict[str, object]
@@ -56,7 +51,7 @@ class Pretrain(_Section):
     """Optimizer steps between two looks at the selection loss."""
 
 
-class Parent(_Section):
+class Parent(Section):
     """The first model of the family, and the teacher of every member."""
 
     model: str = ""
@@ -81,7 +76,7 @@ def _parent(value: object) -> object:
     return {"model": value} if isinstance(value, str) else value
 
 
-class Data(_Section):
+class Data(Section):
     """The text."""
 
     source: Literal["stdlib", "files", "hub"]
@@ -129,33 +124,7 @@ class Data(_Section):
         return self
 
 
-class TargetSize(_Section):
-    """The size of a member: a parameter count, explicit dims, or both."""
-
-    params: float | None = None
-    """Parameters: a fraction of the parent's (at most 1) or a number."""
-    dims: dict[
-        Literal["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"], PositiveInt
-    ] = {}
-    """num_hidden_layers, hidden_size, intermediate_size, num_attention_heads."""
-
-    @field_validator("params")
-    @classmethod
-    def _positive(cls, value: float | None) -> float | None:
-        if value is not None and not (0 < value <= 1 or value >= 1000):
-            raise ValueError(
-                f"{value:g} is neither a fraction of the parent (above 0, at most 1) nor a number of parameters"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _something(self) -> "TargetSize":
-        if self.params is None and not self.dims:
-            raise ValueError("give `params`, `dims` or both")
-        return self
-
-
-class Member(_Section):
+class Member(Section):
     """One size of the family."""
 
     name: str
@@ -184,7 +153,7 @@ class Member(_Section):
         return self
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """What statistics are taken on."""
 
     num_blocks: PositiveInt = 64
@@ -193,7 +162,7 @@ class Calibration(_Section):
     """Blocks per forward pass."""
 
 
-class Distill(_Section):
+class Distill(Section):
     """Recovery: the student learns from the original parent."""
 
     tokens: PositiveInt
@@ -221,7 +190,7 @@ class Distill(_Section):
     selection_blocks: PositiveInt = 16
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """What is measured on each finished row."""
 
     tasks: Paths = []
@@ -237,13 +206,13 @@ class Evaluate(_Section):
     """Blocks of the held-out split, spread over it."""
 
 
-class Save(_Section):
+class Save(Section):
     """How members are written."""
 
     dtype: Literal["parent", "float32", "bfloat16", "float16"] = "parent"
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole family."""
 
     name: str

@@ -1,0 +1,77 @@
+"""Which model class a config belongs to, and which architectures are refused, each with what is missing."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from cascade.errors import UserError
+
+# Config keys that give a kind of unit away which nothing here can score or cut.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_STATES = ("state_size", "ssm_state_size", "mamba_d_state", "linear_num_value_heads", "lru_width", "rwkv_version")
+_STATE_LAYERS = ("linear_attention", "mamba", "recurrent", "conv")
+
+
+def model_class_of(config: Any) -> Any:
+    """The transformers class that a config's `architectures` names; the causal language model where it names none.
+
+    Raises:
+        UserError: transformers has no such class.
+    """
+    for name in getattr(config, "architectures", None) or []:
+        found: Any = getattr(transformers, name, None)
+        # The name comes from a file: only a model class made for this very kind of config will do.
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            kind: Any = found
+            if kind.config_class is type(config):
+                return kind
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    raise UserError(
+        f"model type '{config.model_type}' with architectures {getattr(config, 'architectures', None)}: "
+        "transformers has no class for it without remote code"
+    )
+
+
+def model_from_config(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A new model of the config, its weights as transformers initialises them."""
+    return model_class_of(config)._from_config(config, dtype=dtype)
+
+
+def build_on_meta(config: Any) -> nn.Module:
+    """The model of a config without memory for its weights."""
+    with torch.device("meta"):
+        model: nn.Module = model_from_config(config)
+    return model
+
+
+def require_supported(config: Any) -> None:
+    """Refuse what has units of another kind than layers, heads, neurons and hidden channels.
+
+    Raises:
+        UserError: a mixture of experts, a state-space or convolutional layer, an encoder-decoder or a multimodal model.
+    """
+    values = config.to_dict()
+    kind = f"model type '{config.model_type}'"
+    experts = next((key for key in _EXPERTS if isinstance(values.get(key), int) and values[key] > 1), None)
+    if experts is not None:
+        raise UserError(
+            f"{kind} is a mixture of experts ({experts} = {values[experts]}): scores and surgery for experts and their "
+            "router are missing; only dense models can be cut"
+        )
+    state = next((key for key in _STATES if values.get(key)), None)
+    layers = sorted({str(one) for one in values.get("layer_types") or () if str(one).startswith(_STATE_LAYERS)})
+    if state is not None or layers:
+        raise UserError(
+            f"{kind} has state-space or other layers without attention ({state or ', '.join(layers)}): scores and "
+            "surgery for their states are missing; only attention with MLPs can be cut"
+        )
+    if values.get("is_encoder_decoder"):
+        raise UserError(f"{kind} is an encoder-decoder: scores and surgery for cross-attention are missing")
+    if "text_config" in values:
+        raise UserError(
+            f"{kind} is multimodal: surgery for what joins its towers is missing; save its text model alone and cut it"
+        )

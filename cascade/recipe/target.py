@@ -1,0 +1,45 @@
+"""The `target` of a member: how large it shall be."""
+
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from cascade.recipe.section import PositiveInt, Section
+
+
+class TargetSize(Section):
+    """The size of a member: a parameter count, explicit dims, or both."""
+
+    params: float | None = None
+    """Parameters: a fraction of the parent's (at most 1) or a number. Bounds can be combined; all hold."""
+    params_non_embedding: float | None = None
+    """Parameters without embeddings and head: a fraction or a number."""
+    flops_per_token: float | None = None
+    """Forward FLOPs of one token at a context of `context` tokens: a fraction or a number."""
+    memory_bytes: float | None = None
+    """Weights, and keys and values of `batch_size` sequences of `context` tokens, 2 bytes each: a fraction or bytes."""
+    context: PositiveInt = 2048
+    """Tokens."""
+    batch_size: PositiveInt = 1
+    """Sequences."""
+    dims: dict[
+        Literal["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"],
+        PositiveInt,
+    ] = {}
+    """num_hidden_layers, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads (whole groups)."""
+
+    @field_validator("params", "params_non_embedding", "flops_per_token", "memory_bytes")
+    @classmethod
+    def _positive(cls, value: float | None) -> float | None:
+        if value is not None and not (0 < value <= 1 or value >= 1000):
+            raise ValueError(
+                f"{value:g} is neither a fraction of the parent's (above 0, at most 1) nor a number (from 1000 on)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> "TargetSize":
+        bounds = (self.params, self.params_non_embedding, self.flops_per_token, self.memory_bytes)
+        if all(bound is None for bound in bounds) and not self.dims:
+            raise ValueError("give `params`, another bound, or `dims`")
+        return self
