@@ -79,6 +79,8 @@ def plan_pruning(
         wanted = target if isinstance(target, Target) else Target(params=target)
         target = solve_shape(config, wanted)
     axes = probe_axes(config)
+    if target.num_attention_heads % target.num_key_value_heads:
+        raise ValueError(f"{target.num_attention_heads} heads cannot be split over {target.num_key_value_heads} groups")
     layers = _best(scores.layers, target.num_hidden_layers)
     hidden = _best(scores.hidden, target.hidden_size)
     heads, groups = [], []
