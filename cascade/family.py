@@ -206,9 +206,14 @@ def stage_seconds(recipe: Recipe, flops: float, parent_flops: float, tokens: int
     if cut:
         seconds["statistics"] = 0.5 + calibration * parent_flops / rate
         seconds["prune"] = 1.0
+        # Two ways of repair, each about six passes of the calibration text.
+        if recipe.prune.repair.method != "none":
+            repaired = recipe.prune.repair.num_blocks * recipe.data.block_size
+            seconds["repair"] = 1 + 10 * repaired * (flops + parent_flops) / rate
     seconds["distill"] = tokens * (3 * flops + parent_flops) / rate
-    if "cut" in recipe.baselines:
-        seconds["heldout-cut"] = 1 + heldout * (flops + parent_flops) / rate
+    for kind in ("cut", "repaired"):
+        if kind in recipe.baselines:
+            seconds[f"heldout-{kind}"] = 1 + heldout * (flops + parent_flops) / rate
     if "ce" in recipe.baselines:
         seconds["baseline-ce"] = tokens * 3 * flops / rate
         seconds["heldout-ce"] = 1 + heldout * (flops + parent_flops) / rate

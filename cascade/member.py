@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from cascade.cutting import make_cut, make_repaired, make_statistics
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
 from cascade.models.checkpoint import (
+    CHECKPOINT,
     ModelSource,
     fingerprint,
     load_model,
@@ -21,14 +23,7 @@ from cascade.publish import FinishedMember, baseline_row
 from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
 from cascade.runner import StageRunner
-from cascade.stages import (
-    CHECKPOINT,
-    make_baseline,
-    make_cut,
-    make_evaluation,
-    make_recovered,
-    make_statistics,
-)
+from cascade.stages import make_baseline, make_evaluation, make_recovered
 from cascade.store import output_digest
 
 
@@ -57,11 +52,13 @@ def make_member(
 ) -> FinishedMember:
     """All stages of one member; `seed` is the folder of its seed's distill stage, None for the parent."""
     cut = _make_cut(runner, recipe, shared, member, seed) if member.seed else None
-    start = ModelSource(cut / CHECKPOINT, member.name) if cut else resolve_model(member.member.student)
-    if cut is None:
+    repaired = _make_repaired(runner, recipe, shared, member, seed, cut) if cut else None
+    made_start = repaired or cut
+    start = ModelSource(made_start / CHECKPOINT, member.name) if made_start else resolve_model(member.member.student)
+    if made_start is None:
         require_same_vocabulary(load_tokenizer(shared.parent), load_tokenizer(start), f"members: {member.name}")
     inputs = {
-        "start": output_digest(cut) if cut else fingerprint(start),
+        "start": output_digest(made_start) if made_start else fingerprint(start),
         "teacher": shared.digests["parent"],
         "data": shared.digests["data"],
     }
@@ -79,9 +76,10 @@ def make_member(
     )
     rows = []
     for kind in recipe.baselines:
-        if kind == "cut" and cut is None:
+        made = {"cut": cut, "repaired": repaired}.get(kind)
+        if made is None and kind != "ce":
             continue
-        checkpoint, made = start, cut
+        checkpoint = start if made is None else ModelSource(made / CHECKPOINT, member.name)
         if kind == "ce":
             made = runner.run(
                 member.name, "baseline-ce", settings, inputs, lambda folder, on_step: recover(folder, on_step, None)
@@ -103,7 +101,7 @@ def make_member(
             reference=distilled / "reference.safetensors",
         ),
     )
-    return FinishedMember(cut, distilled, evaluation, rows)
+    return FinishedMember(cut, repaired, distilled, evaluation, rows)
 
 
 def _make_baseline(
@@ -155,6 +153,30 @@ def _make_cut(runner: StageRunner, recipe: Recipe, shared: Shared, member: Resol
             "data": shared.digests["data"],
         },
         lambda folder, on_step: make_cut(folder, recipe, member, source, statistics, shared.data, shared.teacher()),
+    )
+
+
+def _make_repaired(
+    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None, cut: Path
+) -> Path | None:
+    if recipe.prune.repair.method == "none":
+        return None
+    source = shared.parent if seed is None else ModelSource(seed / CHECKPOINT, member.seed)
+    return runner.run(
+        member.name,
+        "repair",
+        recipe.prune.repair.model_dump()
+        | {
+            "batch_size": recipe.calibration.batch_size,
+            "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
+        },
+        {
+            "cut": output_digest(cut),
+            "seed": shared.digests["parent"] if seed is None else output_digest(seed),
+            "teacher": shared.digests["parent"],
+            "data": shared.digests["data"],
+        },
+        lambda folder, on_step: make_repaired(folder, recipe, source, cut, shared.data, shared.teacher(), on_step),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from cascade.data.blocks import pack_documents
 from cascade.data.sources import read_documents
 from cascade.models.checkpoint import (
+    CHECKPOINT,
     ModelSource,
     load_config,
     load_model,
@@ -18,7 +19,7 @@ from cascade.models.checkpoint import (
 from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
-from cascade.stages import CHECKPOINT, text_data
+from cascade.stages import text_data
 
 
 def existing_parent(recipe: Recipe) -> ModelSource | None:

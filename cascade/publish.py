@@ -9,7 +9,7 @@ from typing import Any
 from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
 from cascade.models.axes import probe_axes
-from cascade.models.checkpoint import ModelSource, fingerprint, load_config
+from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load_config
 from cascade.models.dims import dims_of
 from cascade.ownership import resolved_recipe
 from cascade.recipe.schema import Recipe
@@ -18,9 +18,10 @@ from cascade.report.logs import training_logs
 from cascade.report.records import Row, load_family
 from cascade.report.write import write_family
 from cascade.runner import read_cost
-from cascade.stages import CHECKPOINT
 from cascade.store import is_committed, output_digest, staged
 from cascade.yaml_reader import write_yaml
+
+_BASELINES = {"cut": "cut only", "repaired": "cut and repaired", "ce": "cross-entropy"}
 
 _NO_SPEED = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None}
 
@@ -30,6 +31,7 @@ class FinishedMember:
     """The folders of a member whose stages are all committed."""
 
     cut: Path | None
+    repaired: Path | None
     distilled: Path
     evaluation: Path
     baselines: list[Row]
@@ -60,7 +62,8 @@ def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
 
 def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMember, finished: FinishedMember) -> Row:
     """A finished member's row."""
-    folders = [folder for folder in (finished.cut, finished.distilled, finished.evaluation) if folder]
+    stages = (finished.cut, finished.repaired, finished.distilled, finished.evaluation)
+    folders = [folder for folder in stages if folder]
     teacher_flops = read_cost(finished.distilled)["teacher_flops_per_token"]
     chain, seed = member.num_tokens, member.seed
     by_name = {other.name: other for other in members}
@@ -78,7 +81,7 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
         },
         "stages": {
             "cut": _read(finished.cut / "losses.json") if finished.cut else None,
-            "repaired": None,
+            "repaired": _read(finished.repaired / "losses.json") if finished.repaired else None,
             "recovered": _read(finished.distilled / "losses.json"),
         },
         "metrics": _read(finished.evaluation / "eval.json")["metrics"],
@@ -92,7 +95,7 @@ def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
     Its weights stay inside the run. Tokens count from the cut that the member itself starts from.
     """
     tokens = member.num_tokens if kind == "ce" else 0
-    return _row(member, "baseline", "cut only" if kind == "cut" else "cross-entropy") | {
+    return _row(member, "baseline", _BASELINES[kind]) | {
         "name": f"{member.name}-{kind}",
         "tokens": {"hop": tokens, "cumulative": tokens, "teacher_labelled": 0},
         "cost": {

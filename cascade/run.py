@@ -9,6 +9,7 @@ from cascade.errors import UserError
 from cascade.family import ResolvedMember, check_family, parent_seconds, resolve_family, run_folder_of
 from cascade.member import Shared, evaluation_settings, make_member
 from cascade.models.checkpoint import (
+    CHECKPOINT,
     ModelSource,
     fingerprint,
     load_config,
@@ -22,7 +23,6 @@ from cascade.publish import FinishedMember, publish_member, teacher_row, write_r
 from cascade.recipe.schema import Recipe
 from cascade.runner import STAGES, StageRunner
 from cascade.stages import (
-    CHECKPOINT,
     data_fingerprint,
     make_data,
     make_evaluation,

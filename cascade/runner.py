@@ -16,7 +16,7 @@ from cascade import __version__
 from cascade.progress import OnStep, RunProgress
 from cascade.store import COST_FILE, append_event, is_committed, stage_key, staged
 
-STAGES = ("statistics", "prune", "distill", "evaluate", "report")
+STAGES = ("statistics", "prune", "repair", "distill", "evaluate", "report")
 """A member's stages in order, as --from takes them."""
 
 STAGE_FORMATS = {
@@ -25,15 +25,22 @@ STAGE_FORMATS = {
     "data": 1,
     "statistics": 2,
     "prune": 2,
+    "repair": 1,
     "distill": 1,
     "evaluate": 1,
     "baseline-ce": 1,
     "heldout-cut": 1,
+    "heldout-repaired": 1,
     "heldout-ce": 1,
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
-_MADE_WITH = {"baseline-ce": "distill", "heldout-cut": "evaluate", "heldout-ce": "evaluate"}
+_MADE_WITH = {
+    "baseline-ce": "distill",
+    "heldout-cut": "evaluate",
+    "heldout-repaired": "evaluate",
+    "heldout-ce": "evaluate",
+}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from cascade.data.blocks import load_blocks, pack_documents, save_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
-from cascade.distillation.trainer import distill, selection_losses
+from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.harness import find_tasks
@@ -21,10 +21,9 @@ from cascade.evaluation.heldout import heldout_blocks, heldout_metrics
 from cascade.evaluation.reload import write_reference
 from cascade.evaluation.retention import with_retention
 from cascade.family import ResolvedMember
-from cascade.importance.scores import score_importance
-from cascade.importance.statistics import collect_statistics, load_statistics, save_statistics
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import (
+    CHECKPOINT,
     ModelSource,
     file_sha256,
     load_config,
@@ -35,12 +34,8 @@ from cascade.models.checkpoint import (
 )
 from cascade.models.dims import dims_of
 from cascade.progress import OnStep
-from cascade.pruning.cut import prune
-from cascade.pruning.plan import plan_pruning, save_plan
 from cascade.recipe.schema import Data, Distill, Recipe
 from cascade.store import COST_FILE
-
-CHECKPOINT = "checkpoint"
 
 
 def text_data(data: Data) -> TextData:
@@ -107,33 +102,6 @@ def make_data(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
         texts = read_documents(text_data(data), split)
         blocks = pack_documents(texts, tokenizer, block_size=data.block_size, max_blocks=limit, name=f"data.{split}")
         save_blocks(blocks, folder / f"{split}.safetensors")
-
-
-def make_statistics(folder: Path, recipe: Recipe, seed: ModelSource, data: Path, on_step: OnStep) -> None:
-    """Statistics of the seed on calibration blocks."""
-    model = load_model(seed).to(default_device())
-    blocks = load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks)
-    statistics = collect_statistics(model, blocks, batch_size=recipe.calibration.batch_size, on_batch=on_step)
-    save_statistics(statistics, folder / "statistics.safetensors")
-
-
-def make_cut(
-    folder: Path,
-    recipe: Recipe,
-    member: ResolvedMember,
-    seed: ModelSource,
-    statistics: Path,
-    data: Path,
-    teacher: nn.Module,
-) -> None:
-    """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
-    found = load_statistics(statistics / "statistics.safetensors")
-    model = load_model(seed)
-    plan = plan_pruning(score_importance(found), model.config, member.dims, statistics=found)
-    save_plan(plan, folder / "plan.json")
-    pruned = prune(model, plan).to(default_device())
-    save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)
-    _write_json(folder / "losses.json", _selection(pruned, teacher, recipe, data))
 
 
 def make_recovered(
@@ -235,16 +203,6 @@ def _heldout(recipe: Recipe, tokenizer: Any) -> Any:
         block_size=recipe.data.block_size,
         max_blocks=recipe.evaluate.heldout_blocks,
     )
-
-
-def _selection(model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path) -> dict[str, float | None]:
-    settings = recipe.distill
-    if settings is None:
-        raise ValueError("a recipe with members has a distill section")
-    blocks = load_blocks(data / "selection.safetensors").take(settings.selection_blocks)
-    losses = selection_losses(model, teacher, blocks, settings.microbatch_size)
-    model.eval()
-    return {"loss": losses["selection_loss"], "kl_to_teacher": losses.get("selection_kl")}
 
 
 def _write_json(path: Path, value: Any) -> None:

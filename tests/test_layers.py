@@ -24,6 +24,7 @@ ORDER = [
     "family",
     "progress",
     "pretraining",
+    "cutting",
     "stages",
     "parent",
     "ownership",

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.data.blocks import TokenBlocks
-from cascade.importance.sums import Sums
+from cascade.importance.sums import RotatedEnergies, Sums
 from cascade.models.axes import probe_axes
 from cascade.models.behaviour import run_body
 from cascade.models.dims import ModelDims, dims_of
@@ -48,9 +48,11 @@ class Statistics:
     norm_energies: dict[str, Tensor]
     """By norm weight, [its length]: mean over tokens of x_d^2 / mean(x^2), x = the norm's input (less its mean where
     the norm takes it off). Each adds up to its length."""
-    stream_covariance: Tensor
-    """[D, D] float64: mean over tokens and norm inputs inside the layers of x x^T / mean(x^2); empty unless asked
-    for."""
+    rotation: Tensor
+    """[D, D] float64: the principal axes of what the norms inside the layers see, as columns, largest variance first;
+    every token counts equally. Empty unless asked for."""
+    rotated_energies: dict[str, Tensor]
+    """As norm_energies, with x in the rotated stream; empty unless asked for."""
     num_tokens: int
     """Calibration tokens seen."""
 
@@ -66,7 +68,8 @@ def collect_statistics(
 ) -> Statistics:
     """All statistics from one forward pass of the model's body (without its head).
 
-    The stream's covariance, which costs a matrix product per norm, is taken on the first `covariance_blocks` blocks.
+    The stream's covariance, which costs a matrix product per norm, is taken on `covariance_blocks` blocks; the energies
+    along its principal axes then take a second pass over those.
 
     Raises:
         UserError: the architecture's axes cannot be explained.
@@ -84,16 +87,26 @@ def collect_statistics(
             seen += len(ids)
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
-    return _finished(sums, dims_of(model.config), blocks.input_ids.numel(), len(blocks))
+    rotation = torch.zeros(0, 0, dtype=torch.float64)
+    rotated: dict[str, Tensor] = {}
+    if covariance_blocks:
+        rotation = sums.principal_axes()
+        turned = RotatedEnergies(model, sums.norms, rotation)
+        with torch.inference_mode(), turned.hooked():
+            for ids, _ in batches[: -(-covariance_blocks // batch_size)]:
+                run_body(model, ids.to(device))
+        rotated = turned.finish()
+    return _finished(sums, rotation, rotated, dims_of(model.config), blocks.input_ids.numel(), len(blocks))
 
 
-_ENERGIES = "norm_energies."
+_BY_NORM = ("norm_energies", "rotated_energies")
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """One safetensors file."""
     tensors = {field.name: getattr(statistics, field.name) for field in fields(statistics) if field.type is Tensor}
-    tensors |= {_ENERGIES + name: tensor for name, tensor in statistics.norm_energies.items()}
+    for kind in _BY_NORM:
+        tensors |= {f"{kind}.{name}": tensor for name, tensor in getattr(statistics, kind).items()}
     metadata = {"num_tokens": str(statistics.num_tokens)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
 
@@ -103,15 +116,18 @@ def load_statistics(path: Path) -> Statistics:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         num_tokens = int(file.metadata()["num_tokens"])
-    energies = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_ENERGIES)}
-    return Statistics(
-        **tensors,
-        norm_energies={name.removeprefix(_ENERGIES): energy for name, energy in energies.items()},
-        num_tokens=num_tokens,
-    )
+    by_norm: dict[str, dict[str, Tensor]] = {kind: {} for kind in _BY_NORM}
+    for name in list(tensors):
+        kind, _, norm = name.partition(".")
+        if kind in by_norm:
+            by_norm[kind][norm] = tensors.pop(name)
+    energies, rotated = (by_norm[kind] for kind in _BY_NORM)
+    return Statistics(**tensors, norm_energies=energies, rotated_energies=rotated, num_tokens=num_tokens)
 
 
-def _finished(found: Sums, dims: ModelDims, num_tokens: int, num_blocks: int) -> Statistics:
+def _finished(
+    found: Sums, rotation: Tensor, rotated: dict[str, Tensor], dims: ModelDims, num_tokens: int, num_blocks: int
+) -> Statistics:
     sums, depth = found.sums, dims.num_hidden_layers
     # The first that is not finite, in the order they were met, is where the trouble starts.
     for name, values in sums.items():
@@ -121,7 +137,6 @@ def _finished(found: Sums, dims: ModelDims, num_tokens: int, num_blocks: int) ->
     neurons, heads = found.writers["intermediate_size"], found.writers["num_attention_heads"]
     head_norms = torch.stack([sums[f"norm:{name}"].sqrt() for name in heads]).view(depth, -1, dims.head_dim)
     contributions = [sums[f"contribution:{name}"] / num_tokens for name in heads if found.head_contributions]
-    covariance = sums.get("covariance:the stream", torch.zeros(0, 0, dtype=torch.float64))
     return Statistics(
         block_influence=1 - found.per_layer("cosine") / num_tokens,
         norm_ratios=found.per_layer("ratio") / num_tokens,
@@ -134,6 +149,7 @@ def _finished(found: Sums, dims: ModelDims, num_tokens: int, num_blocks: int) ->
             [sums[f"norm:{name}"].sqrt() for name in found.read_norms + found.bare_readers]
         ).float(),
         norm_energies={name: (sums[f"energy:{name}"] / num_tokens).float() for name in found.norms},
-        stream_covariance=covariance / max(1, found.covariance_count),
+        rotation=rotation,
+        rotated_energies=rotated,
         num_tokens=num_tokens,
     )

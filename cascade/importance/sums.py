@@ -171,6 +171,12 @@ class Sums:
         means = torch.linalg.vector_norm(activations.float(), ord=1, dim=1) / activations.shape[1]
         self._add(f"norm:{name}", means.square_().sum(0))
 
+    def principal_axes(self) -> Tensor:
+        """[D, D] float64: eigenvectors of the stream's covariance as columns, largest eigenvalue first."""
+        vectors: Tensor = torch.linalg.eigh(self.sums["covariance:the stream"] / self.covariance_count).eigenvectors
+        axes: Tensor = vectors.flip(1).contiguous()
+        return axes
+
     def _add_covariance(self, stream: Tensor) -> None:
         # Every token counts equally: the first ones of a text are often a hundred times as long as the others.
         tokens = stream.flatten(0, -2).double()
@@ -183,3 +189,39 @@ class Sums:
             self.sums[name] += value.cpu()
         else:
             self.sums[name] = value.cpu()
+
+
+class RotatedEnergies:
+    """Hooks on norms over the stream that sum up their input's energy along other axes."""
+
+    def __init__(self, model: nn.Module, norms: list[str], rotation: Tensor):
+        device = next(model.parameters()).device
+        self.model, self.rotation = model, rotation.float().to(device)
+        self.names = [name for name in norms if model.get_parameter(name).numel() == len(rotation)]
+        self.sums = {name: torch.zeros(len(rotation), dtype=torch.float64) for name in self.names}
+        self.count = 0
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """The sums grow while this holds."""
+        handles = [
+            self.model.get_submodule(name.rpartition(".")[0]).register_forward_hook(self._hook(name))
+            for name in self.names
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def finish(self) -> dict[str, Tensor]:
+        """By norm weight, [D]: mean over tokens of (x Q)_d^2 / mean(x^2)."""
+        return {name: (total * len(self.names) / self.count).float() for name, total in self.sums.items()}
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            squares = (args[0].float().flatten(0, -2) @ self.rotation).square()
+            self.sums[name] += (squares.mean(-1).clamp_min(1e-30).reciprocal() @ squares).double().cpu()
+            self.count += len(squares)
+
+        return hook

@@ -53,6 +53,8 @@ class Behaviour:
     """Linear maps whose weight is [input, output] (GPT-2's Conv1D)."""
     readers: frozenset[str]
     """Linear maps inside a layer that read the stream, directly or through a norm: q, k, v, gate, up."""
+    reads_through: dict[str, str]
+    """The norm whose output a reader reads, where one stands between it and the stream."""
     writers: dict[str, float | None]
     """Linear maps inside a layer that do not read it (the outputs of attention and MLP), and the factor on their way
     into the stream; None where a norm stands between."""
@@ -115,6 +117,7 @@ def _observe(model: nn.Module, prefix: str, embedding_exponent: float) -> Behavi
             name for name, module in (outside | inside).items() if isinstance(module, Conv1D) and name
         ),
         readers=readers,
+        reads_through=look.norms_before({name: linear[name] for name in readers}, norms),
         writers={name: look.gain(linear[name]) for name in writers},
         parallel=parallel,
         embedding_exponent=embedding_exponent,
@@ -149,6 +152,19 @@ class _Look:
             handle.remove()
         return {name: bool(tensor.abs().max() > 0) for name, tensor in inputs.items()}
 
+    def norms_before(self, linear: dict[str, nn.Module], norms: dict[str, nn.Module]) -> dict[str, str]:
+        """For each linear map whose input is a norm's output, that norm."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        handles = [module.register_forward_pre_hook(_keeper(inputs, name)) for name, module in linear.items()]
+        handles += [module.register_forward_hook(_output_keeper(outputs, name)) for name, module in norms.items()]
+        with torch.no_grad():
+            run_body(self.model, self.ids)
+        for handle in handles:
+            handle.remove()
+        places = {tensor.data_ptr(): name for name, tensor in outputs.items()}
+        return {name: places[tensor.data_ptr()] for name, tensor in inputs.items() if tensor.data_ptr() in places}
+
     def reaches(self, source: nn.Module, targets: list[nn.Module]) -> bool:
         """Whether a change of one module's output changes the input of another."""
         before = [self.run(target, at_input=True) for target in targets]
@@ -176,6 +192,13 @@ class _Look:
 def _keeper(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[name] = args[0]
+
+    return hook
+
+
+def _output_keeper(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs[name] = output
 
     return hook
 

@@ -18,6 +18,9 @@ from cascade.models.architecture import model_class_of
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
+CHECKPOINT = "checkpoint"
+"""The folder inside a stage's that holds a model."""
+
 # What travels with the weights, byte for byte.
 _COMPANIONS = (
     "tokenizer*",

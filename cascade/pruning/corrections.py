@@ -65,8 +65,10 @@ def _norm_scale(name: str, plan: "PruningPlan", axes: ModelAxes, statistics: Sta
     units, total = plan.units(part.dim, axes.layer_of(name)), getattr(plan.source_dims, part.dim or "")
     if units is None or len(units) == total:
         return 1.0
-    if statistics is not None and name in statistics.norm_energies:
-        energies = statistics.norm_energies[name].view(total, -1)
+    rotated = plan.rotation is not None and part.dim == "hidden_size"
+    measured = {} if statistics is None else statistics.rotated_energies if rotated else statistics.norm_energies
+    if name in measured:
+        energies = measured[name].view(total, -1)
         return float(energies[torch.tensor(units)].double().mean().sqrt())
     norm = axes.behaviour.norms[axes.module_of(name)]
     if norm.centres and stream_is_centred_by_norms(axes):

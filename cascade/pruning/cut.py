@@ -1,5 +1,7 @@
 """The cut: new config -> empty model -> each weight sliced along its axes -> strict load. Nothing is patched."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
@@ -8,6 +10,7 @@ from cascade.models.architecture import model_from_config
 from cascade.models.axes import Axis, ModelAxes, probe_axes
 from cascade.models.dims import dims_of
 from cascade.pruning.plan import PruningPlan, config_of
+from cascade.pruning.rotation import rotated_weight
 
 
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -27,10 +30,14 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     for name, weight in weights.items():
         new_name = renumbered(name, axes, plan)
         if new_name is not None:
-            tensors[new_name] = cut_weight(name, weight.detach(), axes, plan)
+            tensors[new_name] = cut_weight(name, weight.detach(), axes, plan, model.get_parameter)
     for name, value in model.state_dict().items():
         new_name = renumbered(name, axes, plan)
-        if name not in weights and new_name is not None:
+        if name in weights or new_name is None:
+            continue
+        if name in axes.tied and plan.rotation is not None and name.endswith(".weight"):
+            tensors[new_name] = cut_weight(name, value.detach(), axes, plan, model.get_parameter)
+        else:
             tensors[new_name] = tensors[axes.tied[name]] if name in axes.tied else value
     pruned.load_state_dict(tensors, strict=True)
     pruned.tie_weights()
@@ -39,9 +46,16 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     return result
 
 
-def cut_weight(name: str, weight: Tensor, axes: ModelAxes, plan: PruningPlan) -> Tensor:
-    """The kept rows of one weight along every axis, times its correction where it has one."""
-    for position, axis in enumerate(axes.of(name)):
+def cut_weight(
+    name: str, weight: Tensor, axes: ModelAxes, plan: PruningPlan, weight_of: Callable[[str], Tensor]
+) -> Tensor:
+    """The kept rows of one weight along every axis, rotated before and corrected after where the plan says so.
+
+    `weight_of` gives other weights of the same model by name: a rotation folds norms into what reads them.
+    """
+    if plan.rotation is not None:
+        weight = rotated_weight(name, weight, axes, plan.rotation, weight_of)
+    for position, axis in enumerate(axes.of(axes.tied.get(name, name))):
         rows = kept_rows(axis, axes.layer_of(name), plan)
         if rows is not None:
             weight = weight.index_select(position, rows.to(weight.device))

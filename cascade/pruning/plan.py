@@ -4,11 +4,12 @@ Shapes: L = layers, H = query heads, I = neurons, D = hidden channels.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -17,6 +18,7 @@ from cascade.importance.statistics import Statistics
 from cascade.models.axes import probe_axes
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.pruning.corrections import corrected
+from cascade.pruning.rotation import require_rotatable, untied
 from cascade.pruning.shape import Target, solve_shape
 
 PLAN_FORMAT = 2
@@ -43,6 +45,8 @@ class PruningPlan:
     the shorter vector has another mean square."""
     scales: dict[str, float]
     """Factor on other weights: an embedding whose scale follows the hidden size, and what undoes it at a tied head."""
+    rotation: Tensor | None = field(default=None, compare=False)
+    """[D, D] float64: the stream is rotated by this before `hidden` counts."""
 
     def units(self, dim: str | None, layer: int | None) -> list[int] | None:
         """The units that stay along a dimension (in one kept layer of the source); None where all do.
@@ -77,7 +81,7 @@ def plan_pruning(
     source = dims_of(config)
     if not isinstance(target, ModelDims):
         wanted = target if isinstance(target, Target) else Target(params=target)
-        target = solve_shape(config, wanted)
+        target = solve_shape(untied(config) if scores.rotation is not None else config, wanted)
     axes = probe_axes(config)
     if target.num_attention_heads % target.num_key_value_heads:
         raise ValueError(f"{target.num_attention_heads} heads cannot be split over {target.num_key_value_heads} groups")
@@ -89,6 +93,9 @@ def plan_pruning(
         heads.append(kept[0])
         groups.append(kept[1])
     kept_config = config_with_dims(config, target, kept_layers=layers)
+    if scores.rotation is not None:
+        require_rotatable(config, axes)
+        kept_config = untied(kept_config)
     plan = PruningPlan(
         source_dims=source,
         target_dims=target,
@@ -100,15 +107,20 @@ def plan_pruning(
         neurons=[_best(scores.neurons[layer], target.intermediate_size) for layer in layers],
         norm_scales={},
         scales={},
+        rotation=scores.rotation,
     )
     return corrected(plan, axes, statistics)
 
 
 def save_plan(plan: PruningPlan, path: Path) -> None:
-    """JSON with the summary first and one line per list of indices."""
+    """JSON with the summary first and one line per list of indices; a rotation in safetensors beside it."""
     record: dict[str, Any] = {"format": PLAN_FORMAT} | {
-        name: value.as_dict() if isinstance(value, ModelDims) else value for name, value in vars(plan).items()
+        name: value.as_dict() if isinstance(value, ModelDims) else value
+        for name, value in vars(plan).items()
+        if name != "rotation"
     }
+    if plan.rotation is not None:
+        save_file({"rotation": plan.rotation.contiguous()}, path.with_suffix(".safetensors"))
     lines = []
     for name, value in record.items():
         if name in ("heads", "key_value_heads", "neurons"):
@@ -128,7 +140,8 @@ def load_plan(path: Path) -> PruningPlan:
         raise ValueError(f"{path}: written in another plan format; make the plan again")
     for name in ("source_dims", "target_dims"):
         record[name] = ModelDims(**record[name])
-    return PruningPlan(**record)
+    rotation = path.with_suffix(".safetensors")
+    return PruningPlan(**record, rotation=load_file(rotation)["rotation"] if rotation.exists() else None)
 
 
 def config_of(plan: PruningPlan) -> Any:

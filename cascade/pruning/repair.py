@@ -72,12 +72,10 @@ def repair(
         (_Stream.of(model, ids.to(device)), _Stream.of(student, ids.to(device)))
         for ids, _ in blocks.batches(batch_size)
     ]
-    for origin in range(plan.source_dims.num_hidden_layers):
-        if origin in plan.layers:
-            refit.layer(origin, plan.layers.index(origin), pairs)
-        else:
-            for parent, _ in pairs:
-                parent.hidden = parent.through(refit.parent_layers[origin], origin)
+    for parent, _ in pairs:
+        refit.go_on(parent, range(plan.layers[0]))
+    for place, origin in enumerate(plan.layers):
+        refit.layer(origin, place, pairs)
     return report
 
 
@@ -86,6 +84,7 @@ class _Stream:
 
     def __init__(self, hidden: Tensor, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]):
         self.hidden, self.calls = hidden, calls
+        self.after = hidden  # past the layer that is being refitted, and those that are dropped behind it
 
     @classmethod
     def of(cls, model: nn.Module, ids: Tensor) -> "_Stream":
@@ -108,10 +107,10 @@ class _Stream:
                 handle.remove()
         return cls(first[0], calls)
 
-    def through(self, layer: nn.Module, number: int) -> Tensor:
+    def through(self, layer: nn.Module, number: int, hidden: Tensor | None = None) -> Tensor:
         """The layer's output, without going on."""
         args, kwargs = self.calls[number]
-        return first_tensor(layer(self.hidden, *args, **kwargs))
+        return first_tensor(layer(self.hidden if hidden is None else hidden, *args, **kwargs))
 
     def watched(self, layer: nn.Module, number: int, modules: dict[str, nn.Module]) -> "_Watched":
         """What some modules see and give while the stream goes through their layer."""
@@ -154,6 +153,7 @@ class _Refit:
         self.parent_layers: Any = model.get_submodule(self.axes.layers_prefix)
         self.student_layers: Any = student.get_submodule(self.axes.layers_prefix)
         self.kept = torch.tensor(plan.hidden)
+        self.turn = None if plan.rotation is None else plan.rotation[:, plan.hidden].to(next(model.parameters()).dtype)
 
     def layer(self, origin: int, place: int, pairs: list[tuple[_Stream, _Stream]]) -> None:
         """Refit one kept layer, then take both streams through it."""
@@ -161,6 +161,10 @@ class _Refit:
         readers = [self._readers(place, dims) for dims in (_HEADS, _NEURONS)]
         originals = {name: self._origin(name, origin) for name in [*readers[0], *readers[1], *writers]}
         parents = [parent.watched(self.parent_layers[origin], origin, originals) for parent, _ in pairs]
+        follows = [*self.plan.layers, self.plan.source_dims.num_hidden_layers][place + 1]
+        for (parent, _), watched in zip(pairs, parents, strict=True):
+            parent.after = watched.after
+            self.go_on(parent, range(origin + 1, follows))
         if self.axes.behaviour.parallel:
             self._refit_readers(readers[0] + readers[1], origin, place, parents, pairs)
             self._refit_writers(writers, [], origin, place, parents, pairs)
@@ -169,10 +173,17 @@ class _Refit:
                 self._refit_readers(reading, origin, place, parents, pairs)
                 earlier = writers[: writers.index(writer)]
                 self._refit_writers([writer], earlier, origin, place, parents, pairs)
-        for (parent, cut), watched in zip(pairs, parents, strict=True):
-            parent.hidden = watched.after
+        for parent, cut in pairs:
+            parent.hidden = parent.after
             if self.how.sequential:
                 cut.hidden = cut.through(self.student_layers[place], place)
+
+    def go_on(self, parent: _Stream, layers: range) -> None:
+        """Take the parent's stream through layers that the student has not."""
+        for number in layers:
+            parent.after = parent.through(self.parent_layers[number], number, parent.after)
+        if layers.start == 0:
+            parent.hidden = parent.after
 
     def _readers(self, place: int, dims: tuple[str, ...]) -> list[str]:
         if not (self.how.sequential and self.how.readers):
@@ -217,21 +228,26 @@ class _Refit:
         """Writers that share one target: the parent's output, and what the stream has lost so far."""
         gains = {name: self.axes.behaviour.writers[self.axes.module_of(name)] for name in group + earlier}
         compensates = self.how.sequential and self.how.compensation > 0 and None not in gains.values()
+        is_last = self.axes.behaviour.parallel or bool(earlier)
+        dropped_behind = is_last and origin + 1 not in (*self.plan.layers, self.plan.source_dims.num_hidden_layers)
         halves = Moments(), Moments()
         modules = {name: self._module(name) for name in group + earlier}
         for number, (theirs, (parent, cut)) in enumerate(zip(parents, pairs, strict=True)):
             outputs = [theirs.outputs[name].view_as(parent.hidden) for name in group]
-            target = torch.stack(outputs).sum(0)[..., self.kept]
+            target = self._kept_channels(torch.stack(outputs).sum(0))
             if self.how.sequential:
                 ours = cut.watched(self.student_layers[place], place, modules)
                 inputs = [ours.inputs[name] for name in group]
             else:
                 inputs = [self._kept(name, origin, theirs.inputs[name], output=False) for name in group]
             if compensates:
-                lost = parent.hidden[..., self.kept] - cut.hidden
+                lost = self._kept_channels(parent.hidden) - cut.hidden
                 for name in earlier:
-                    before = theirs.outputs[name].view_as(parent.hidden)[..., self.kept]
+                    before = self._kept_channels(theirs.outputs[name].view_as(parent.hidden))
                     lost = lost + (gains[name] or 0) * (before - ours.outputs[name].view_as(lost))
+                if dropped_behind:
+                    # Nobody else will write what the dropped layers wrote.
+                    lost = lost + self._kept_channels(parent.after - theirs.after)
                 target = target + self.how.compensation / (gains[group[0]] or 1) * lost
             features = torch.cat([part.flatten(0, -2) for part in inputs], 1)
             halves[_aside(number)].add(features, target.flatten(0, -2), self._bias(group) is not None)
@@ -271,6 +287,10 @@ class _Refit:
 
     def _origin(self, name: str, origin: int) -> nn.Module:
         return self.model.get_submodule(self.axes.module_of(name).replace("*", str(origin)))
+
+    def _kept_channels(self, stream: Tensor) -> Tensor:
+        """The parent's stream in the student's channels."""
+        return stream[..., self.kept] if self.turn is None else stream @ self.turn
 
     def _kept(self, name: str, origin: int, values: Tensor, *, output: bool) -> Tensor:
         """The kept ones of a parent's outputs (or inputs) at a weight."""

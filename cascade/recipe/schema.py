@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from cascade.recipe.prune import Prune
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
 
@@ -221,10 +222,12 @@ class Recipe(Section):
     members: list[Member] = []
     distill: Distill | None = None
     calibration: Calibration = Calibration()
+    prune: Prune = Prune()
     evaluate: Evaluate = Evaluate()
-    baselines: list[Literal["cut", "ce"]] = []
-    """Rows to compare each member with. cut: the same cut model without recovery; ce: recovered by cross-entropy
-    alone, from the same cut, on the same tokens. Measured on held-out text, not on the tasks."""
+    baselines: list[Literal["cut", "repaired", "ce"]] = []
+    """Rows to compare each member with. cut: the same cut model as it was sliced; repaired: after the repair in closed
+    form, before any training; ce: recovered by cross-entropy alone, from the same start, on the same tokens. Measured
+    on held-out text, not on the tasks."""
     save: Save = Save()
     seed: int = 0
     """Every random draw comes from this number."""

@@ -61,13 +61,15 @@ def quality_table(rows: Sequence[Row]) -> Table:
 
 
 def stage_table(rows: Sequence[Row]) -> Table:
-    """Loss and KL on selection text after the cut and after recovery, beside each other; tokens and cost."""
+    """Loss and KL on selection text after cut, repair and recovery, beside each other; tokens and cost."""
     head = [
         "",
         "seed",
         "loss: cut",
+        "repaired",
         "recovered",
         "KL: cut",
+        "repaired",
         "recovered",
         "tokens",
         "cumulative",
@@ -78,14 +80,16 @@ def stage_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         if row["role"] != "member":
             continue
-        cut, recovered = row["stages"]["cut"] or {}, row["stages"]["recovered"] or {}
+        cut, repaired, recovered = (row["stages"][name] or {} for name in ("cut", "repaired", "recovered"))
         table.append(
             [
                 row["name"],
                 row["seed"] or "",
                 _loss(cut.get("loss")),
+                _loss(repaired.get("loss")),
                 _loss(recovered.get("loss")),
                 _loss(cut.get("kl_to_teacher")),
+                _loss(repaired.get("kl_to_teacher")),
                 _loss(recovered.get("kl_to_teacher")),
                 f"{row['tokens']['hop'] or 0:,}",
                 f"{row['tokens']['cumulative'] or 0:,}",

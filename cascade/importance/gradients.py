@@ -1,0 +1,118 @@
+"""Scores of neurons from the loss's gradients, by torch-pruning's group-aware criteria.
+
+torch-pruning's own graph is not traced (minutes on a large model): the groups come from the probed axes.
+
+Shapes: L = layers, I = neurons.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.models.axes import ModelAxes, probe_axes
+
+
+def taylor(model: nn.Module, blocks: TokenBlocks, batch_size: int = 8) -> Tensor:
+    """[L, I]: sum over a neuron's weights of |weight x gradient of the loss|; Molchanov et al., CVPR 2019."""
+    return _scored(model, blocks, batch_size, squared=False)
+
+
+def hessian(model: nn.Module, blocks: TokenBlocks, batch_size: int = 1) -> Tensor:
+    """[L, I]: sum over a neuron's weights of weight^2 x mean squared gradient; optimal brain damage, LeCun et al. 1989.
+
+    The mean is over batches, by default of one block each. torch-pruning's own accumulator keeps the last sample only
+    (1.6.1), so the sums are taken here.
+    """
+    return _scored(model, blocks, batch_size, squared=True)
+
+
+def _scored(model: nn.Module, blocks: TokenBlocks, batch_size: int, *, squared: bool) -> Tensor:
+    axes = probe_axes(model.config)
+    touched = {name: weight for name, weight in model.named_parameters() if _neuron_axes(name, axes)}
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    try:
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in touched)
+        sums = _summed_gradients(model, touched, blocks, batch_size, squared)
+        for name, weight in touched.items():
+            weight.grad = sums[name].to(weight.dtype)
+        criterion = (
+            torch_pruning.importance.GroupHessianImportance
+            if squared
+            else torch_pruning.importance.GroupTaylorImportance
+        )
+        # Not divided by each layer's mean: neurons are compared inside a layer only, and raw values can be read.
+        score = criterion(group_reduction="sum", normalizer=None)
+        depth = len(list(model.get_submodule(axes.layers_prefix).children()))
+        return torch.stack([score(_group(model, axes, layer)).float().cpu() for layer in range(depth)])
+    finally:
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(before[name])
+            weight.grad = None
+
+
+def _summed_gradients(
+    model: Any, weights: dict[str, nn.Parameter], blocks: TokenBlocks, batch_size: int, squared: bool
+) -> dict[str, Tensor]:
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    batches = blocks.batches(batch_size)
+    device = next(model.parameters()).device
+    for ids, labels in batches:
+        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, labels[:, 1:].to(device).flatten(), ignore_index=IGNORE_INDEX)
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total += gradient.float().square() if squared else gradient.float()
+    return {name: total / len(batches) for name, total in sums.items()}
+
+
+def _neuron_axes(name: str, axes: ModelAxes) -> list[tuple[int, int]]:
+    """(axis, first row) of each run of neurons along a matrix's axes."""
+    if axes.output_axis(name) is None:
+        return []
+    found = []
+    for position, axis in enumerate(axes.of(name)):
+        for number, part in enumerate(axis.parts):
+            if part.dim == "intermediate_size":
+                found.append((position, number))
+    return found
+
+
+class _Items(list[Any]):
+    """What torch-pruning's criteria read of a group: (dependency, indices) pairs that know their root's indices."""
+
+
+class _Item(tuple[Any, list[int]]):
+    root_idxs: list[int]
+
+
+def _group(model: nn.Module, axes: ModelAxes, layer: int) -> _Items:
+    group = _Items()
+    for name, weight in model.named_parameters():
+        if axes.layer_of(name) != layer:
+            continue
+        for position, number in _neuron_axes(name, axes):
+            parts = len(axes.of(name)[position].parts)
+            count = weight.shape[position] // parts
+            # A view of the weight as nn.Linear keeps it: [output, input].
+            module = nn.Linear(1, 1, bias=False)
+            straight = weight if axes.output_axis(name) == 0 else weight.T
+            module.weight = nn.Parameter(straight.detach(), requires_grad=True)
+            if weight.grad is None:
+                raise ValueError(f"{name} has no gradient")
+            module.weight.grad = weight.grad if axes.output_axis(name) == 0 else weight.grad.T
+            is_output = position == axes.output_axis(name)
+            handler = torch_pruning.prune_linear_out_channels if is_output else torch_pruning.prune_linear_in_channels
+            item = _Item(
+                (
+                    SimpleNamespace(target=SimpleNamespace(module=module), handler=handler),
+                    list(range(number * count, (number + 1) * count)),
+                )
+            )
+            item.root_idxs = list(range(count))
+            group.append(item)
+    return group
