@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 from cascade.data.blocks import load_blocks
-from cascade.distillation.trainer import selection_losses
+from cascade.distillation.trainer import distill, selection_losses
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics, load_statistics, save_statistics
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_model, save_checkpoint
+from cascade.models.dims import ModelDims, dims_of
 from cascade.progress import OnStep
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import load_plan, plan_pruning, save_plan
+from cascade.pruning.plan import PruningPlan, load_plan, plan_pruning, save_plan
 from cascade.pruning.repair import Repair, repair
-from cascade.recipe.schema import Recipe
+from cascade.recipe.schema import Distill, Recipe
 
 REPAIRS = {
     "sequential": Repair(),
@@ -28,12 +29,30 @@ REPAIRS = {
 """What the recipe's prune.repair.method names."""
 
 
+def training_options(settings: Distill) -> dict[str, Any]:
+    """The recipe's distill section as keyword arguments of `distill`."""
+    own = {"tokens", "selection_blocks"}
+    return {name: value for name, value in settings.model_dump().items() if name not in own}
+
+
 def make_statistics(folder: Path, recipe: Recipe, seed: ModelSource, data: Path, on_step: OnStep) -> None:
     """Statistics of the seed on calibration blocks."""
     model = load_model(seed).to(default_device())
     blocks = load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks)
-    statistics = collect_statistics(model, blocks, batch_size=recipe.calibration.batch_size, on_batch=on_step)
+    statistics = collect_statistics(
+        model, blocks, batch_size=recipe.calibration.batch_size, on_batch=on_step, **statistics_options(recipe)
+    )
     save_statistics(statistics, folder / "statistics.safetensors")
+
+
+def statistics_options(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe's scores need beyond the usual statistics; second moments are taken on a quarter of the text."""
+    options: dict[str, Any] = {}
+    if recipe.prune.heads == "contribution":
+        options["head_contributions"] = True
+    if recipe.prune.hidden == "pca":
+        options["covariance_blocks"] = -(-recipe.calibration.num_blocks // 4)
+    return options
 
 
 def make_cut(
@@ -46,9 +65,8 @@ def make_cut(
     teacher: nn.Module,
 ) -> None:
     """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
-    found = load_statistics(statistics / "statistics.safetensors")
-    model = load_model(seed)
-    plan = plan_pruning(score_importance(found), model.config, member.dims, statistics=found)
+    model = load_model(seed).to(default_device())
+    plan = _plan(recipe, model, member.dims, statistics, data)
     save_plan(plan, folder / "plan.json")
     pruned = prune(model, plan).to(default_device())
     save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)
@@ -79,6 +97,59 @@ def make_repaired(
     save_checkpoint(best, folder / CHECKPOINT, companions=None, dtype=torch.float32)
     _write(folder / "losses.json", losses)
     _write(folder / "repair.json", {"chosen": chosen, "tried": tried})
+
+
+def make_candidate(
+    folder: Path,
+    recipe: Recipe,
+    dims: ModelDims,
+    seed: ModelSource,
+    statistics: Path,
+    data: Path,
+    teacher: nn.Module,
+    *,
+    num_tokens: int,
+    on_step: OnStep,
+) -> None:
+    """losses.json of one shape on selection blocks: cut and repaired, then recovered on `num_tokens` tokens (or 0)."""
+    device = default_device()
+    model = load_model(seed).to(device)
+    plan = _plan(recipe, model, dims, statistics, data)
+    student = prune(model, plan).to(device)
+    settings = recipe.prune.repair
+    if settings.method != "none":
+        blocks = load_blocks(data / "calibration.safetensors").take(settings.num_blocks)
+        how = REPAIRS["independent" if settings.method == "independent" else "sequential"]
+        repair(student, model, plan, blocks, how, batch_size=recipe.calibration.batch_size)
+    losses: dict[str, Any] = {"repaired": _selection(student, teacher, recipe, data), "recovered": None}
+    if num_tokens and recipe.distill is not None:
+        distill(
+            student,
+            teacher,
+            load_blocks(data / "train.safetensors"),
+            num_tokens=num_tokens,
+            seed=recipe.seed,
+            on_step=on_step,
+            **training_options(recipe.distill),
+        )
+        losses["recovered"] = _selection(student, teacher, recipe, data)
+    _write(folder / "losses.json", losses)
+
+
+def _plan(recipe: Recipe, model: nn.Module, dims: ModelDims, statistics: Path, data: Path) -> PruningPlan:
+    found = load_statistics(statistics / "statistics.safetensors")
+    wanted = recipe.prune
+    scores = score_importance(
+        found,
+        layers=wanted.layers,
+        heads=wanted.heads,
+        neurons=wanted.neurons,
+        hidden=wanted.hidden,
+        model=model,
+        blocks=load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks),
+        num_removed=dims_of(model.config).num_hidden_layers - dims.num_hidden_layers,
+    )
+    return plan_pruning(scores, model.config, dims, statistics=found, merge_heads=wanted.merge_heads)
 
 
 def _selection(model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path) -> dict[str, Any]:

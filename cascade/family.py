@@ -14,6 +14,7 @@ from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_config, resolve_model
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.pruning.proof import prove_cuts
+from cascade.pruning.rotation import require_rotatable, untied
 from cascade.pruning.shape import CUT_DIMS, Target, solve_shape
 from cascade.recipe.schema import Distill, Member, Recipe
 
@@ -30,6 +31,7 @@ class ResolvedMember:
     """'parent', a member's name, or '' for a student that already exists"""
     config: Any
     """The member's config, of the shape solved for (per-layer lists are settled by the plan)."""
+    parent_config: Any
     dims: ModelDims
     num_parameters: int
     num_parameters_non_embedding: int
@@ -52,12 +54,16 @@ class ResolvedMember:
 
 
 def resolve_family(
-    recipe: Recipe, parent_config: Any, *, pinned_seeds: dict[str, str] | None = None
+    recipe: Recipe,
+    parent_config: Any,
+    *,
+    pinned_seeds: dict[str, str] | None = None,
+    found_shapes: dict[str, ModelDims] | None = None,
 ) -> list[ResolvedMember]:
     """Members, largest first, a seed always before what is cut from it.
 
     `pinned_seeds` (member -> seed) holds for members that already exist: adding a size between two others must not
-    give the smaller one another seed.
+    give the smaller one another seed. `found_shapes` are those that a search has chosen by now.
 
     Raises:
         UserError: a target that cannot be met, or a student with another vocabulary.
@@ -69,7 +75,7 @@ def resolve_family(
     resolved: dict[str, ResolvedMember] = {}
     for member in sorted(recipe.members, key=lambda member: -_wanted(member, parent_config, total)):
         seed, seed_config = _seed(member, resolved, parent_config, pinned_seeds or {})
-        config = _shape(member, seed_config, parent_config)
+        config = _shape(recipe, member, seed_config, parent_config, (found_shapes or {}).get(member.name))
         before = 0
         if seed in resolved:
             before = resolved[seed].first_position + resolved[seed].num_steps * recipe.distill.batch_size
@@ -88,6 +94,8 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
         raise UserError(
             f"data.block_size: {recipe.data.block_size} is longer than the parent's context of {context} tokens"
         )
+    if recipe.prune.hidden == "pca":
+        require_rotatable(parent_config, probe_axes(parent_config))
     before = dims_of(parent_config).as_dict()
     cut = [name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < before[name] for one in members)]
     return prove_cuts(parent_config, along=cut) if cut else {}
@@ -120,12 +128,16 @@ def _seed(
     return seed, resolved[seed].config
 
 
-def _shape(member: Member, seed_config: Any, parent_config: Any) -> Any:
-    return (
-        seed_config
-        if member.target is None
-        else config_with_dims(seed_config, _solved(member, seed_config, parent_config))
-    )
+def _shape(recipe: Recipe, member: Member, seed_config: Any, parent_config: Any, found: ModelDims | None) -> Any:
+    if member.target is None:
+        return seed_config
+    config = shape_config(recipe, seed_config)
+    return config_with_dims(config, found or _solved(member, config, parent_config))
+
+
+def shape_config(recipe: Recipe, seed_config: Any) -> Any:
+    """The seed's config as its members will have it: with a head of its own where the stream is rotated."""
+    return untied(seed_config) if recipe.prune.hidden == "pca" else seed_config
 
 
 def _solved(member: Member, seed_config: Any, parent_config: Any) -> ModelDims:
@@ -166,6 +178,7 @@ def _resolve(
         member=member,
         seed=seed,
         config=config,
+        parent_config=parent_config,
         dims=dims,
         num_parameters=count,
         num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from cascade.cutting import make_cut, make_repaired, make_statistics
+from cascade.cutting import make_candidate, make_cut, make_repaired, make_statistics, statistics_options
 from cascade.evaluation.evaluate import default_device
-from cascade.family import ResolvedMember
+from cascade.family import ResolvedMember, target_of
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -18,11 +18,13 @@ from cascade.models.checkpoint import (
     require_same_vocabulary,
     resolve_model,
 )
+from cascade.models.dims import ModelDims
 from cascade.progress import OnStep
 from cascade.publish import FinishedMember, baseline_row
 from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
 from cascade.runner import StageRunner
+from cascade.search import Candidate, search_shape
 from cascade.stages import make_baseline, make_evaluation, make_recovered
 from cascade.store import output_digest
 
@@ -128,30 +130,73 @@ def _make_baseline(
     return baseline_row(member, kind, [folder, made] if kind == "ce" and made else [folder])
 
 
-def _make_cut(runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None) -> Path:
-    source = shared.parent if seed is None else ModelSource(seed / CHECKPOINT, member.seed)
-    digest = shared.digests["parent"] if seed is None else output_digest(seed)
-    statistics = runner.run(
+def find_shape(
+    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
+) -> list[Candidate]:
+    """The shapes that a search tried for a member, the chosen one first; empty where none is searched."""
+    target = member.member.target
+    if recipe.prune.search is None or target is None or not target_of(member.member).bounds():
+        return []
+    source, statistics = _source(shared, member, seed), _make_statistics(runner, recipe, shared, member, seed)
+
+    def make(dims: ModelDims, num_tokens: int) -> Any:
+        return lambda folder, on_step: make_candidate(
+            folder,
+            recipe,
+            dims,
+            source,
+            statistics,
+            shared.data,
+            shared.teacher(),
+            num_tokens=num_tokens,
+            on_step=on_step,
+        )
+
+    return search_shape(runner, recipe, member, source, _cut_inputs(shared, seed, statistics), make)
+
+
+def _source(shared: Shared, member: ResolvedMember, seed: Path | None) -> ModelSource:
+    return shared.parent if seed is None else ModelSource(seed / CHECKPOINT, member.seed)
+
+
+def _seed_digest(shared: Shared, seed: Path | None) -> str:
+    return shared.digests["parent"] if seed is None else output_digest(seed)
+
+
+def _cut_inputs(shared: Shared, seed: Path | None, statistics: Path) -> dict[str, str]:
+    return {
+        "statistics": output_digest(statistics),
+        "seed": _seed_digest(shared, seed),
+        "teacher": shared.digests["parent"],
+        "data": shared.digests["data"],
+    }
+
+
+def _make_statistics(
+    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
+) -> Path:
+    source = _source(shared, member, seed)
+    return runner.run(
         member.name,
         "statistics",
-        recipe.calibration.model_dump(),
-        {"seed": digest, "data": shared.digests["data"]},
+        recipe.calibration.model_dump() | statistics_options(recipe),
+        {"seed": _seed_digest(shared, seed), "data": shared.digests["data"]},
         lambda folder, on_step: make_statistics(folder, recipe, source, shared.data, on_step),
         label=member.seed,
     )
+
+
+def _make_cut(runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None) -> Path:
+    source, statistics = _source(shared, member, seed), _make_statistics(runner, recipe, shared, member, seed)
     return runner.run(
         member.name,
         "prune",
-        {
+        recipe.prune.model_dump(exclude={"repair", "search"})
+        | {
             "dims": member.dims.as_dict(),
             "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
         },
-        {
-            "statistics": output_digest(statistics),
-            "seed": digest,
-            "teacher": shared.digests["parent"],
-            "data": shared.digests["data"],
-        },
+        _cut_inputs(shared, seed, statistics),
         lambda folder, on_step: make_cut(folder, recipe, member, source, statistics, shared.data, shared.teacher()),
     )
 
@@ -161,7 +206,7 @@ def _make_repaired(
 ) -> Path | None:
     if recipe.prune.repair.method == "none":
         return None
-    source = shared.parent if seed is None else ModelSource(seed / CHECKPOINT, member.seed)
+    source = _source(shared, member, seed)
     return runner.run(
         member.name,
         "repair",
@@ -172,7 +217,7 @@ def _make_repaired(
         },
         {
             "cut": output_digest(cut),
-            "seed": shared.digests["parent"] if seed is None else output_digest(seed),
+            "seed": _seed_digest(shared, seed),
             "teacher": shared.digests["parent"],
             "data": shared.digests["data"],
         },

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class FinishedMember:
     distilled: Path
     evaluation: Path
     baselines: list[Row]
+    candidates: list[Row] = field(default_factory=list)
+    """Shapes that a search tried."""
 
 
 def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
@@ -160,7 +162,7 @@ def write_report(
     for member in members:
         if member.name in finished:
             done = finished[member.name]
-            rows[member.name] = [member_row(recipe, members, member, done), *done.baselines]
+            rows[member.name] = [member_row(recipe, members, member, done), *done.baselines, *done.candidates]
     order = [rows[member.name] for member in members if member.name in rows]
     ordered = [row[0] for row in order] + [baseline for row in order for baseline in row[1:]]
     write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
@@ -198,7 +200,7 @@ def _earlier_rows(run_folder: Path, names: set[str]) -> dict[str, list[Row]]:
     for row in load_family(run_folder)["rows"]:
         if row["role"] == "member" and row["name"] in names:
             rows[row["name"]] = [row]
-        elif row["role"] == "baseline" and row["name"].rpartition("-")[0] in rows:
+        elif row["role"] in ("baseline", "candidate") and row["name"].rpartition("-")[0] in rows:
             rows[row["name"].rpartition("-")[0]].append(row)
     return rows
 

@@ -1,13 +1,14 @@
 """The loop over members: knows the stages and what each depends on, and no mathematics."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from cascade.errors import UserError
 from cascade.family import ResolvedMember, check_family, parent_seconds, resolve_family, run_folder_of
-from cascade.member import Shared, evaluation_settings, make_member
+from cascade.member import Shared, evaluation_settings, find_shape, make_member
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -15,13 +16,14 @@ from cascade.models.checkpoint import (
     load_config,
     load_tokenizer,
 )
-from cascade.models.dims import dims_of
+from cascade.models.dims import ModelDims, dims_of
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import existing_parent, make_converted, make_pretrained, parent_config
 from cascade.progress import RunProgress
 from cascade.publish import FinishedMember, publish_member, teacher_row, write_report
 from cascade.recipe.schema import Recipe
 from cascade.runner import STAGES, StageRunner
+from cascade.search import candidate_rows
 from cascade.stages import (
     data_fingerprint,
     make_data,
@@ -76,10 +78,24 @@ def _make_family(
     shared = _prepare(runner, recipe)
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
     finished: dict[str, FinishedMember] = {}
+    shapes: dict[str, ModelDims] = {}
     write_report(runner.folder, recipe, members, teacher, finished)
-    for member in wanted:
+    for name in [member.name for member in wanted]:
+        member = next(member for member in members if member.name == name)
         seed = finished[member.seed].distilled if member.seed in finished else None
-        finished[member.name] = make_member(runner, recipe, shared, member, seed)
+        tried = find_shape(runner, recipe, shared, member, seed)
+        if tried:
+            # From here on the member, and what is cut from it, has the shape that was found.
+            shapes[name] = tried[0].dims
+            members = resolve_family(
+                recipe,
+                member.parent_config,
+                pinned_seeds={member.name: member.seed for member in members},
+                found_shapes=shapes,
+            )
+            member = next(member for member in members if member.name == name)
+        made = make_member(runner, recipe, shared, member, seed)
+        finished[name] = replace(made, candidates=candidate_rows(member, tried))
         with runner.progress.stage(member.name, "report"):
             publish_member(runner.folder, recipe, members, member, finished[member.name], teacher, shared.parent)
             write_report(runner.folder, recipe, members, teacher, finished)

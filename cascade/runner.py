@@ -24,6 +24,8 @@ STAGE_FORMATS = {
     "convert": 1,
     "data": 1,
     "statistics": 2,
+    "candidate": 1,
+    "finalist": 1,
     "prune": 2,
     "repair": 1,
     "distill": 1,
@@ -36,6 +38,8 @@ STAGE_FORMATS = {
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
 _MADE_WITH = {
+    "candidate": "prune",
+    "finalist": "prune",
     "baseline-ce": "distill",
     "heldout-cut": "evaluate",
     "heldout-repaired": "evaluate",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cascade.cutting import training_options
 from cascade.data.blocks import load_blocks, pack_documents, save_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
@@ -34,7 +35,7 @@ from cascade.models.checkpoint import (
 )
 from cascade.models.dims import dims_of
 from cascade.progress import OnStep
-from cascade.recipe.schema import Data, Distill, Recipe
+from cascade.recipe.schema import Data, Recipe
 from cascade.store import COST_FILE
 
 
@@ -145,12 +146,6 @@ def make_recovered(
         probe_axes(config).flops_per_token(dims_of(config), recipe.data.block_size) if teacher is not None else 0.0
     )
     _write_json(folder / COST_FILE, {"teacher_flops_per_token": float(per_token)})
-
-
-def training_options(settings: Distill) -> dict[str, Any]:
-    """The recipe's distill section as keyword arguments of `distill`."""
-    own = {"tokens", "selection_blocks"}
-    return {name: value for name, value in settings.model_dump().items() if name not in own}
 
 
 def make_evaluation(

@@ -29,6 +29,7 @@ ORDER = [
     "parent",
     "ownership",
     "runner",
+    "search",
     "publish",
     "member",
     "run",

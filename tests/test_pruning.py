@@ -219,3 +219,26 @@ def test_a_plan_can_be_asked_for_by_a_fraction():
 
 def test_whole_heads_are_proven_where_every_head_has_keys_and_values_of_its_own():
     assert max(prove_cuts(make_config("llama", num_key_value_heads=8)).values()) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_merged_heads_are_twice_the_kept_less_the_removed(groups):
+    model = make_model("llama", num_key_value_heads=groups)
+    scores = random_scores(model)
+    heads = dims_of(model.config).replace(num_attention_heads=6, num_key_value_heads=2 if groups == 2 else 6)
+    plain, merged = (plan_pruning(scores, model.config, heads, merge_heads=merge) for merge in (False, True))
+    assert plain.heads == merged.heads and not plain.merged_heads
+    q, k = (getattr(model.model.layers[0].self_attn, name).weight.view(-1, 8, 48) for name in ("q_proj", "k_proj"))
+    after = prune(model, merged).model.layers[0].self_attn
+    pairs = {one: other for one, other in merged.merged_heads[0]}
+    assert len(pairs) == 2  # as many as were removed, by the same group's heads
+    for place, head in enumerate(merged.heads[0]):
+        expected = 2 * q[head] - q[pairs[head]] if head in pairs else q[head]
+        assert torch.equal(after.q_proj.weight.view(-1, 8, 48)[place], expected)
+        if groups == 2:
+            assert head not in pairs or head // 4 == pairs[head] // 4
+        else:
+            expected = 2 * k[head] - k[pairs[head]] if head in pairs else k[head]
+            assert torch.equal(after.k_proj.weight.view(-1, 8, 48)[place], expected)
+    weakest = min(merged.heads[0], key=lambda head: (head >= 4 and groups == 2, float(scores.heads[0, head])))
+    assert weakest in pairs

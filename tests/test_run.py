@@ -432,3 +432,62 @@ def test_broken_parents_are_refused(recipe_folder, tiny_parent, tmp_path):
         resolve_model("nobody/nothing")
     with pytest.raises(UserError, match="2048 tokens, the model's vocabulary 100"):
         load_tokenizer(resolve_model(str(tiny_parent)), vocab_size=100)
+
+
+def test_a_searched_shape_is_the_best_of_those_recovered_and_nothing_is_tried_twice(
+    recipe_folder, tmp_path, monkeypatch
+):
+    text = (recipe_folder / "tiny.yaml").read_text().replace("baselines: [cut, repaired, ce]", "baselines: []")
+    path = recipe_folder / "search.yaml"
+    path.write_text(text + "prune: {search: {candidates: 4, finalists: 2, tokens: 256}, repair: {num_blocks: 4}}\n")
+    recipe, folder, original = load_recipe(path), tmp_path / "run", StageRunner.run
+    stages = []
+
+    def dies_after_a_finalist(self, member, stage, *rest, **named):
+        result = original(self, member, stage, *rest, **named)
+        stages.append(stage)
+        if stages.count("finalist") == 1:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StageRunner, "run", dies_after_a_finalist)
+        run_recipe(recipe, output=folder)
+    run_recipe(recipe, output=folder)
+    done, _ = skipped(folder)
+    assert ("big", "candidate") in done and ("big", "finalist") in done
+    rows = load_family(folder)["rows"]
+    for name in ("big", "small"):
+        shapes = [row for row in rows if row["name"].startswith(f"{name}-shape")]
+        assert len({json.dumps(row["dims"]) for row in shapes}) == len(shapes) == 4
+        finalists = [row for row in shapes if row["stages"]["recovered"]]
+        assert len(finalists) == 2
+        chosen = min(finalists, key=lambda row: row["stages"]["recovered"]["kl_to_teacher"])
+        assert chosen["status"] == "chosen"
+        others = [row["stages"]["repaired"]["kl_to_teacher"] for row in shapes if not row["stages"]["recovered"]]
+        assert max(row["stages"]["repaired"]["kl_to_teacher"] for row in finalists) <= min(others)
+        member = next(row for row in rows if row["name"] == name)
+        assert member["dims"] == chosen["dims"]
+        config = json.loads((folder / "members" / name / "config.json").read_text())
+        assert config["hidden_size"] == chosen["dims"]["hidden_size"]
+    assert "Shapes tried" in (folder / "report.md").read_text()
+    before = (folder / "family.json").read_text()
+    run_recipe(recipe, output=folder)
+    assert (folder / "family.json").read_text() == before
+
+
+def test_a_recipe_with_every_other_score_runs_to_the_end(recipe_folder, tmp_path):
+    text = (recipe_folder / "tiny.yaml").read_text().replace("baselines: [cut, repaired, ce]", "baselines: [repaired]")
+    path = recipe_folder / "scores.yaml"
+    path.write_text(
+        text
+        + "prune: {layers: removal_loss, heads: contribution, neurons: taylor, hidden: pca, merge_heads: true, "
+        + "repair: {num_blocks: 4}}\n"
+    )
+    folder = run_recipe(load_recipe(path), output=tmp_path / "run", only=["big"])
+    config = json.loads((folder / "members" / "big" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False  # a rotation unties: the target counts the head, too
+    row = next(row for row in load_family(folder)["rows"] if row["name"] == "big")
+    tensors = load_file(folder / "members" / "big" / "model.safetensors")
+    assert row["num_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert row["stages"]["repaired"]["kl_to_teacher"] < row["stages"]["cut"]["kl_to_teacher"]

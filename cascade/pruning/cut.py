@@ -55,6 +55,7 @@ def cut_weight(
     """
     if plan.rotation is not None:
         weight = rotated_weight(name, weight, axes, plan.rotation, weight_of)
+    weight = _with_merged_heads(name, weight, axes, plan)
     for position, axis in enumerate(axes.of(axes.tied.get(name, name))):
         rows = kept_rows(axis, axes.layer_of(name), plan)
         if rows is not None:
@@ -67,6 +68,29 @@ def cut_weight(
     if name in plan.scales:
         weight = (weight.float() * plan.scales[name]).to(dtype)
     return weight
+
+
+def _with_merged_heads(name: str, weight: Tensor, axes: ModelAxes, plan: PruningPlan) -> Tensor:
+    """2 x kept - removed in a head's rows (queries only where groups share keys and values).
+
+    Minitron, https://arxiv.org/abs/2407.14679, section 2.3.
+    """
+    layer = axes.layer_of(name)
+    if not plan.merged_heads or layer not in plan.layers or axes.module_of(name) not in axes.behaviour.readers:
+        return weight
+    position, source = axes.output_axis(name) or 0, plan.source_dims
+    merging = {"num_attention_heads"}
+    if source.num_key_value_heads == source.num_attention_heads:
+        merging.add("num_key_value_heads")
+    merged, offset = weight.clone(), 0
+    for part in axes.of(name)[position].parts:
+        rows = part.rows_per_unit(source)
+        if part.dim in merging:
+            for one, other in plan.merged_heads[plan.layers.index(layer)]:
+                ours, theirs = (weight.narrow(position, offset + head * rows, rows) for head in (one, other))
+                merged.narrow(position, offset + one * rows, rows).copy_(2 * ours - theirs)
+        offset += int(part.length(source))
+    return merged
 
 
 def kept_rows(axis: Axis, layer: int | None, plan: PruningPlan) -> Tensor | None:

@@ -45,6 +45,8 @@ class PruningPlan:
     the shorter vector has another mean square."""
     scales: dict[str, float]
     """Factor on other weights: an embedding whose scale follows the hidden size, and what undoes it at a tied head."""
+    merged_heads: list[list[list[int]]] = field(default_factory=list)
+    """For each kept layer, [kept, removed] pairs of query heads: the kept one becomes 2 x kept - removed (Minitron)."""
     rotation: Tensor | None = field(default=None, compare=False)
     """[D, D] float64: the stream is rotated by this before `hidden` counts."""
 
@@ -69,7 +71,12 @@ class PruningPlan:
 
 
 def plan_pruning(
-    scores: Scores, config: Any, target: ModelDims | Target | float, *, statistics: Statistics | None = None
+    scores: Scores,
+    config: Any,
+    target: ModelDims | Target | float,
+    *,
+    statistics: Statistics | None = None,
+    merge_heads: bool = False,
 ) -> PruningPlan:
     """Keep the best-scored units of each kind, as many as `target` says.
 
@@ -107,6 +114,9 @@ def plan_pruning(
         neurons=[_best(scores.neurons[layer], target.intermediate_size) for layer in layers],
         norm_scales={},
         scales={},
+        merged_heads=[_merges(scores.heads[layer], kept, source) for layer, kept in zip(layers, heads, strict=True)]
+        if merge_heads
+        else [],
         rotation=scores.rotation,
     )
     return corrected(plan, axes, statistics)
@@ -160,6 +170,19 @@ def _best(scores: Tensor, count: int) -> list[int]:
     # A stable sort, so that equal scores (an untouched model) keep the first units, the same on every machine.
     order = torch.sort(scores, descending=True, stable=True).indices[:count]
     return [int(index) for index in order.sort().values]
+
+
+def _merges(scores: Tensor, kept: list[int], source: ModelDims) -> list[list[int]]:
+    """Minitron's residual merge: of each group the weakest kept head with the strongest removed one, and so on."""
+    per_group = source.num_attention_heads // source.num_key_value_heads
+    per_group = source.num_attention_heads if per_group == 1 else per_group
+    pairs = []
+    for first in range(0, source.num_attention_heads, per_group):
+        ranked = torch.sort(scores[first : first + per_group], descending=True, stable=True).indices + first
+        staying = [int(head) for head in ranked if int(head) in kept]
+        going = [int(head) for head in ranked if int(head) not in kept]
+        pairs += [[one, other] for one, other in zip(reversed(staying), going, strict=False)]
+    return pairs
 
 
 def _best_heads(scores: Tensor, source: ModelDims, target: ModelDims) -> tuple[list[int], list[int]]:

@@ -101,6 +101,23 @@ def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iter
     return iter([dims])
 
 
+def diverse_shapes(config: Any, target: Target, *, parent: Any = None, count: int) -> list[ModelDims]:
+    """At most `count` legal shapes that meet the target and differ in what they give up.
+
+    For each depth and hidden size the most evenly cut shape stands; of those the first are taken in order of evenness,
+    the very first being what `solve_shape` gives.
+
+    Raises:
+        UserError: no legal shape meets the target.
+    """
+    found: dict[tuple[int, int], ModelDims] = {}
+    for dims in candidate_shapes(config, target, parent=parent):
+        found.setdefault((dims.num_hidden_layers, dims.hidden_size), dims)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
 def legal_values(axes: ModelAxes, seed: ModelDims) -> dict[str, list[int]]:
     """Values that each axis can be cut to, largest first: rounded to what kernels like, heads equal per group.
 

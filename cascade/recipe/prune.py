@@ -1,6 +1,8 @@
-"""The `prune` section: what units are scored by, and what is done to the weights that stay."""
+"""The `prune` section: what units are scored by, which shape is cut, and what is done to the weights that stay."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from cascade.recipe.section import PositiveInt, Section
 
@@ -15,7 +17,32 @@ class Repair(Section):
     """Calibration blocks, spread over the split."""
 
 
+class Search(Section):
+    """Choosing a member's shape by trying several that meet its target."""
+
+    candidates: Annotated[int, Field(ge=2)] = 8
+    """Shapes that are cut and repaired; ranked by KL to the teacher on selection blocks."""
+    finalists: PositiveInt = 3
+    """The best of them, which are also recovered for a short while, as rankings flip with training."""
+    tokens: PositiveInt = 20_000
+    """Training tokens of each finalist."""
+
+
 class Prune(Section):
     """How a member is cut from its seed."""
 
+    layers: Literal[
+        "block_influence", "norm_ratio", "removal_loss", "removal_logits", "contiguous_angle", "contiguous_loss"
+    ] = "block_influence"
+    """The score of layers. Those by removal cost forward passes for every cut."""
+    heads: Literal["activation_norm", "contribution"] = "activation_norm"
+    """The score of heads, inside each key/value group."""
+    neurons: Literal["activation_norm", "contribution", "taylor", "hessian"] = "activation_norm"
+    """The score of neurons, inside each layer. taylor and hessian need gradients."""
+    hidden: Literal["activation_norm", "pca"] = "activation_norm"
+    """The score of hidden channels; pca rotates the stream to its principal axes first (and unties the embeddings)."""
+    merge_heads: bool = False
+    """Add to the weakest kept query heads what they differ by from the strongest removed ones (Minitron)."""
     repair: Repair = Repair()
+    search: Search | None = None
+    """Search the shape of members whose target is a bound; without it the most evenly cut shape is taken."""

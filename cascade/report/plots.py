@@ -41,15 +41,38 @@ def size_quality_curve(families: Sequence[dict[str, Any]], metric: str) -> str:
     series = []
     for family in families:
         prefix = f"{family['name']} " if len(families) > 1 else ""
-        groups: dict[str, list[Row]] = {"": [], "without recovery": [], "cross-entropy": [], "other": []}
+        groups: dict[str, list[Row]] = {}
         for row in family["rows"]:
-            groups[_group(row)].append(row)
+            groups.setdefault(_group(row), []).append(row)
         for group, rows in groups.items():
             points = [point for row in rows if (point := _point(row, metric)) is not None]
             if points:
                 name = prefix + (group or ("members" if not prefix else ""))
                 series.append(Series(name.strip(), sorted(points, key=lambda point: point.x), joined=not group))
     return line_chart(series, x_title="parameters", y_title=metric, log_x=True)
+
+
+def candidate_chart(rows: Sequence[Row]) -> str:
+    """KL to the teacher of each shape that a search tried, against parameters outside embeddings; '' if none was."""
+    series = []
+    for name, stage in (("cut and repaired", "repaired"), ("recovered shortly", "recovered")):
+        points = [
+            Point(row["num_parameters_non_embedding"], losses["kl_to_teacher"], None, _shape_label(row))
+            for row in rows
+            if row["role"] == "candidate" and (losses := row["stages"][stage])
+        ]
+        series.append(Series(name, sorted(points, key=lambda point: point.x), joined=False))
+    return line_chart(
+        series,
+        x_title="parameters outside embeddings",
+        y_title="selection KL to the teacher (nats per token)",
+        log_x=True,
+    )
+
+
+def _shape_label(row: Row) -> str:
+    dims, mark = row["dims"], "*" if row["status"] == "chosen" else ""
+    return f"{dims['num_hidden_layers']}x{dims['hidden_size']}x{dims['intermediate_size']}{mark}"
 
 
 def training_curves(curves: dict[str, list[dict[str, float]]]) -> str:
@@ -93,7 +116,7 @@ def _group(row: Row) -> str:
     if row["role"] in ("teacher", "member"):
         return ""
     if row["role"] == "baseline":
-        return "without recovery" if row["status"] == "cut only" else "cross-entropy"
+        return {"cut only": "without recovery", "cut and repaired": "repaired only"}.get(row["status"], "cross-entropy")
     return "other"
 
 

@@ -28,7 +28,7 @@ def size_table(rows: Sequence[Row]) -> Table:
     ]
     table = [head]
     for row in rows:
-        if row["role"] == "baseline":
+        if row["role"] in ("baseline", "candidate"):
             continue
         dims, speed = row["dims"], row["speed"]
         share = row["num_parameters"] / teacher["num_parameters"] if teacher else None
@@ -53,6 +53,7 @@ def size_table(rows: Sequence[Row]) -> Table:
 
 def quality_table(rows: Sequence[Row]) -> Table:
     """Every metric of every row as value ± standard error, with the retention where it is defined."""
+    rows = [row for row in rows if row["role"] != "candidate"]
     names = metric_names(list(rows))
     table = [["", *names]]
     for row in rows:
@@ -95,6 +96,30 @@ def stage_table(rows: Sequence[Row]) -> Table:
                 f"{row['tokens']['cumulative'] or 0:,}",
                 _number(row["cost"]["seconds"]),
                 "" if row["cost"]["flops"] is None else short_number(row["cost"]["flops"]),
+            ]
+        )
+    return table
+
+
+def shape_table(rows: Sequence[Row]) -> Table:
+    """The shapes that a search tried, the chosen one first for each member; only the head where none was searched."""
+    table = [["", "", "layers", "hidden", "MLP", "heads", "parameters", "KL: repaired", "recovered shortly", "seconds"]]
+    for row in rows:
+        if row["role"] != "candidate":
+            continue
+        dims, recovered = row["dims"], row["stages"]["recovered"] or {}
+        table.append(
+            [
+                row["name"],
+                row["status"],
+                str(dims["num_hidden_layers"]),
+                str(dims["hidden_size"]),
+                str(dims["intermediate_size"]),
+                f"{dims['num_attention_heads']}/{dims['num_key_value_heads']}",
+                f"{row['num_parameters']:,}",
+                _loss(row["stages"]["repaired"]["kl_to_teacher"]),
+                _loss(recovered.get("kl_to_teacher")),
+                _number(row["cost"]["seconds"]),
             ]
         )
     return table

@@ -4,9 +4,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cascade.report.plots import size_quality_curve, training_curves
+from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
 from cascade.report.records import Row, family_csv, family_json, metric_names
-from cascade.report.tables import Table, markdown_table, quality_table, size_table, stage_table
+from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
 from cascade.store import write_atomically
 
 _NOTES = (
@@ -48,6 +48,9 @@ def report_html(name: str, rows: list[Row], curves: dict[str, list[dict[str, flo
     body += [f"<figure>{chart}</figure>" for chart in _charts(family)]
     for title, table in _tables(rows):
         body += [f"<h2>{escape(title)}</h2>", _html_table(table)]
+    chart = candidate_chart(rows)
+    if chart:
+        body.append(f"<figure>{chart}</figure>")
     chart = training_curves(curves)
     if chart:
         body += ["<h2>Training</h2>", f"<figure>{chart}</figure>"]
@@ -59,11 +62,13 @@ def report_html(name: str, rows: list[Row], curves: dict[str, list[dict[str, flo
 
 
 def _tables(rows: list[Row]) -> list[tuple[str, Table]]:
-    return [
+    tables = [
         ("Sizes", size_table(rows)),
         ("Cut and recovery", stage_table(rows)),
         ("Quality", quality_table(rows)),
     ]
+    shapes = shape_table(rows)
+    return [*tables, ("Shapes tried", shapes)] if len(shapes) > 1 else tables
 
 
 def _charts(family: dict[str, Any]) -> list[str]:

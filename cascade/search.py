@@ -1,0 +1,113 @@
+"""Which shape a member gets: several that meet its target are cut and repaired, the best also recovered for a while.
+
+A shape that looks best right after the cut is often not the best after some training (Minitron, table 13), so the last
+word is that of a short recovery. Each candidate is a stage of its own: found again by a rerun, and never tried twice.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.family import ResolvedMember, shape_config, target_of
+from cascade.models.axes import probe_axes
+from cascade.models.checkpoint import ModelSource, load_config
+from cascade.models.dims import ModelDims
+from cascade.progress import OnStep
+from cascade.pruning.shape import diverse_shapes
+from cascade.recipe.schema import Recipe
+from cascade.report.records import Row
+from cascade.runner import StageRunner, read_cost
+
+Make = Callable[[Path, OnStep], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One shape that was tried."""
+
+    dims: ModelDims
+    folders: list[Path]
+    """Its stages: cut and repaired, and for a finalist also the short recovery."""
+
+    def losses(self) -> dict[str, Any]:
+        """What the last of its stages found on selection blocks."""
+        found: dict[str, Any] = json.loads((self.folders[-1] / "losses.json").read_text())
+        return found
+
+    def score(self) -> float:
+        """KL to the teacher at the last stage it went through."""
+        losses = self.losses()
+        value: float = (losses["recovered"] or losses["repaired"])["kl_to_teacher"]
+        return value
+
+
+def search_shape(
+    runner: StageRunner,
+    recipe: Recipe,
+    member: ResolvedMember,
+    seed: ModelSource,
+    inputs: dict[str, str],
+    make: Callable[..., Make],
+) -> list[Candidate]:
+    """All candidates, the chosen one first.
+
+    `inputs` are the digests that a cut depends on; `make(dims, num_tokens)` gives the stage that tries a shape.
+    """
+    search = recipe.prune.search
+    if search is None or member.member.target is None:
+        raise ValueError(f"{member.name}: no search is asked for")
+    config = shape_config(recipe, load_config(seed))
+    shapes = diverse_shapes(config, target_of(member.member), parent=member.parent_config, count=search.candidates)
+    settings = candidate_settings(recipe)
+
+    def stage(name: str, dims: ModelDims, num_tokens: int) -> Path:
+        return runner.run(
+            member.name, name, settings | {"dims": dims.as_dict(), "tokens": num_tokens}, inputs, make(dims, num_tokens)
+        )
+
+    tried = [Candidate(dims, [stage("candidate", dims, 0)]) for dims in shapes]
+    tried.sort(key=Candidate.score)
+    finalists = [
+        Candidate(one.dims, [*one.folders, stage("finalist", one.dims, search.tokens)])
+        for one in tried[: search.finalists]
+    ]
+    return sorted(finalists, key=Candidate.score) + tried[search.finalists :]
+
+
+def candidate_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a candidate's result depends on besides its shape."""
+    distill = recipe.distill.model_dump(exclude={"tokens", "microbatch_size"}) if recipe.distill else {}
+    return recipe.prune.model_dump(exclude={"search"}) | {"distill": distill, "seed": recipe.seed}
+
+
+def candidate_rows(member: ResolvedMember, candidates: list[Candidate]) -> list[Row]:
+    """Rows of family.json, the chosen shape first."""
+    axes = probe_axes(member.config)
+    rows: list[Row] = []
+    for number, one in enumerate(candidates):
+        losses = one.losses()
+        rows.append(
+            {
+                "name": f"{member.name}-shape{number + 1}",
+                "role": "candidate",
+                "status": "chosen" if number == 0 else "finalist" if losses["recovered"] else "candidate",
+                "seed": member.seed or None,
+                "checkpoint": None,
+                "dims": one.dims.as_dict(),
+                "num_parameters": int(axes.num_parameters(one.dims)),
+                "num_parameters_non_embedding": int(axes.num_parameters_non_embedding(one.dims)),
+                "bytes": None,
+                "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
+                "cost": {
+                    "seconds": sum(read_cost(folder)["seconds"] for folder in one.folders),
+                    "flops": None,
+                    "money": None,
+                },
+                "stages": {"cut": None, "repaired": losses["repaired"], "recovered": losses["recovered"]},
+                "metrics": [],
+                "speed": {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None},
+            }
+        )
+    return rows
