@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.models.axes import ModelAxes, probe_axes
+from cascade.models.dims import dims_of
+
+_NEURONS = "intermediate_size"
 
 
 def taylor(model: nn.Module, blocks: TokenBlocks, batch_size: int = 8) -> Tensor:
@@ -32,7 +35,7 @@ def hessian(model: nn.Module, blocks: TokenBlocks, batch_size: int = 1) -> Tenso
 
 def _scored(model: nn.Module, blocks: TokenBlocks, batch_size: int, *, squared: bool) -> Tensor:
     axes = probe_axes(model.config)
-    touched = {name: weight for name, weight in model.named_parameters() if _neuron_axes(name, axes)}
+    touched = {name: weight for name, weight in model.named_parameters() if _places(name, axes, _NEURONS)}
     before = {name: weight.requires_grad for name, weight in model.named_parameters()}
     try:
         for name, weight in model.named_parameters():
@@ -48,7 +51,7 @@ def _scored(model: nn.Module, blocks: TokenBlocks, batch_size: int, *, squared: 
         # Not divided by each layer's mean: neurons are compared inside a layer only, and raw values can be read.
         score = criterion(group_reduction="sum", normalizer=None)
         depth = len(list(model.get_submodule(axes.layers_prefix).children()))
-        return torch.stack([score(_group(model, axes, layer)).float().cpu() for layer in range(depth)])
+        return torch.stack([score(group_of(model, axes, _NEURONS, layer)).float().cpu() for layer in range(depth)])
     finally:
         for name, weight in model.named_parameters():
             weight.requires_grad_(before[name])
@@ -70,49 +73,47 @@ def _summed_gradients(
     return {name: total / len(batches) for name, total in sums.items()}
 
 
-def _neuron_axes(name: str, axes: ModelAxes) -> list[tuple[int, int]]:
-    """(axis, first row) of each run of neurons along a matrix's axes."""
+def _places(name: str, axes: ModelAxes, dim: str) -> list[tuple[int, int]]:
+    """(axis, part) of each run of a dimension's units along a matrix's axes."""
     if axes.output_axis(name) is None:
         return []
-    found = []
-    for position, axis in enumerate(axes.of(name)):
-        for number, part in enumerate(axis.parts):
-            if part.dim == "intermediate_size":
-                found.append((position, number))
-    return found
-
-
-class _Items(list[Any]):
-    """What torch-pruning's criteria read of a group: (dependency, indices) pairs that know their root's indices."""
+    return [
+        (position, number)
+        for position, axis in enumerate(axes.of(name))
+        for number, part in enumerate(axis.parts)
+        if part.dim == dim
+    ]
 
 
 class _Item(tuple[Any, list[int]]):
+    """What torch-pruning's criteria read of a group's entry: (dependency, indices), and the root's indices."""
+
     root_idxs: list[int]
 
 
-def _group(model: nn.Module, axes: ModelAxes, layer: int) -> _Items:
-    group = _Items()
+def group_of(model: nn.Module, axes: ModelAxes, dim: str, layer: int | None) -> list[Any]:
+    """The matrices that share the units of a dimension (of one layer), as torch-pruning's criteria take a group."""
+    group: list[Any] = []
+    dims = dims_of(model.config)
     for name, weight in model.named_parameters():
-        if axes.layer_of(name) != layer:
+        if layer is not None and axes.layer_of(name) != layer:
             continue
-        for position, number in _neuron_axes(name, axes):
-            parts = len(axes.of(name)[position].parts)
-            count = weight.shape[position] // parts
+        for position, number in _places(name, axes, dim):
+            parts = axes.of(name)[position].parts
+            start = sum(int(part.length(dims)) for part in parts[:number])
+            count = int(parts[number].length(dims))
             # A view of the weight as nn.Linear keeps it: [output, input].
             module = nn.Linear(1, 1, bias=False)
-            straight = weight if axes.output_axis(name) == 0 else weight.T
-            module.weight = nn.Parameter(straight.detach(), requires_grad=True)
-            if weight.grad is None:
-                raise ValueError(f"{name} has no gradient")
-            module.weight.grad = weight.grad if axes.output_axis(name) == 0 else weight.grad.T
+            straight = axes.output_axis(name) == 0
+            module.weight = nn.Parameter((weight if straight else weight.T).detach(), requires_grad=True)
+            if weight.grad is not None:
+                module.weight.grad = weight.grad if straight else weight.grad.T
             is_output = position == axes.output_axis(name)
             handler = torch_pruning.prune_linear_out_channels if is_output else torch_pruning.prune_linear_in_channels
-            item = _Item(
-                (
-                    SimpleNamespace(target=SimpleNamespace(module=module), handler=handler),
-                    list(range(number * count, (number + 1) * count)),
-                )
-            )
+            node = SimpleNamespace(module=module)
+            # torch-pruning has two names for each of these.
+            dependency = SimpleNamespace(target=node, layer=module, handler=handler, pruning_fn=handler)
+            item = _Item((dependency, list(range(start, start + count))))
             item.root_idxs = list(range(count))
             group.append(item)
     return group
