@@ -7,7 +7,6 @@ Shapes: N = tokens, K = kept inputs of a writer (neurons, or heads x head_dim), 
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.models.axes import ModelAxes, probe_axes
-from cascade.models.behaviour import first_tensor, run_body
 from cascade.pruning.cut import kept_rows
+from cascade.pruning.layerwise import Stream, Watched
 from cascade.pruning.plan import PruningPlan
 from cascade.pruning.ridge import Moments
 
@@ -69,78 +68,13 @@ def repair(
     refit = _Refit(student, model, plan, how, report)
     device = next(model.parameters()).device
     pairs = [
-        (_Stream.of(model, ids.to(device)), _Stream.of(student, ids.to(device)))
-        for ids, _ in blocks.batches(batch_size)
+        (Stream.of(model, ids.to(device)), Stream.of(student, ids.to(device))) for ids, _ in blocks.batches(batch_size)
     ]
     for parent, _ in pairs:
         refit.go_on(parent, range(plan.layers[0]))
     for place, origin in enumerate(plan.layers):
         refit.layer(origin, place, pairs)
     return report
-
-
-class _Stream:
-    """A batch on its way through a model's layers: the stream, and what each layer is called with besides."""
-
-    def __init__(self, hidden: Tensor, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]):
-        self.hidden, self.calls = hidden, calls
-        self.after = hidden  # past the layer that is being refitted, and those that are dropped behind it
-
-    @classmethod
-    def of(cls, model: nn.Module, ids: Tensor) -> "_Stream":
-        """At the first layer's input."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        first: list[Tensor] = []
-
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if not first:
-                first.append(hidden)
-            calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
-
-        layers: Any = model.get_submodule(probe_axes(model.config).layers_prefix)
-        handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
-        try:
-            run_body(model, ids)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return cls(first[0], calls)
-
-    def through(self, layer: nn.Module, number: int, hidden: Tensor | None = None) -> Tensor:
-        """The layer's output, without going on."""
-        args, kwargs = self.calls[number]
-        return first_tensor(layer(self.hidden if hidden is None else hidden, *args, **kwargs))
-
-    def watched(self, layer: nn.Module, number: int, modules: dict[str, nn.Module]) -> "_Watched":
-        """What some modules see and give while the stream goes through their layer."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-
-        def keeper(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                inputs[name], outputs[name] = args[0], output
-
-            return hook
-
-        handles = [module.register_forward_hook(keeper(name)) for name, module in modules.items()]
-        try:
-            after = self.through(layer, number)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return _Watched(inputs, outputs, after)
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """One pass of a layer."""
-
-    inputs: dict[str, Tensor]
-    """By weight name."""
-    outputs: dict[str, Tensor]
-    after: Tensor
-    """The layer's output."""
 
 
 class _Refit:
@@ -155,7 +89,7 @@ class _Refit:
         self.kept = torch.tensor(plan.hidden)
         self.turn = None if plan.rotation is None else plan.rotation[:, plan.hidden].to(next(model.parameters()).dtype)
 
-    def layer(self, origin: int, place: int, pairs: list[tuple[_Stream, _Stream]]) -> None:
+    def layer(self, origin: int, place: int, pairs: list[tuple[Stream, Stream]]) -> None:
         """Refit one kept layer, then take both streams through it."""
         writers = writers_of(self.axes, self.student, place)
         readers = [self._readers(place, dims) for dims in (_HEADS, _NEURONS)]
@@ -178,7 +112,7 @@ class _Refit:
             if self.how.sequential:
                 cut.hidden = cut.through(self.student_layers[place], place)
 
-    def go_on(self, parent: _Stream, layers: range) -> None:
+    def go_on(self, parent: Stream, layers: range) -> None:
         """Take the parent's stream through layers that the student has not."""
         for number in layers:
             parent.after = parent.through(self.parent_layers[number], number, parent.after)
@@ -200,8 +134,8 @@ class _Refit:
         names: list[str],
         origin: int,
         place: int,
-        parents: list["_Watched"],
-        pairs: list[tuple[_Stream, _Stream]],
+        parents: list[Watched],
+        pairs: list[tuple[Stream, Stream]],
     ) -> None:
         """Each reader of the stream towards what the parent's reads at the same place."""
         halves = {name: (Moments(), Moments()) for name in names}
@@ -222,8 +156,8 @@ class _Refit:
         earlier: list[str],
         origin: int,
         place: int,
-        parents: list["_Watched"],
-        pairs: list[tuple[_Stream, _Stream]],
+        parents: list[Watched],
+        pairs: list[tuple[Stream, Stream]],
     ) -> None:
         """Writers that share one target: the parent's output, and what the stream has lost so far."""
         gains = {name: self.axes.behaviour.writers[self.axes.module_of(name)] for name in group + earlier}

@@ -61,17 +61,31 @@ def rotated_weight(
         return weight
     if norm is not None:
         return torch.full_like(weight, 0.0 if norm.zero_centred else 1.0)
-    turn, exact = rotation.double().to(weight.device), weight.double()
+    turn = rotation.double().to(weight.device)
     is_head = template in axes.tied
     if len(dims) == 1 or (module in axes.behaviour.lookups and not is_head):
-        return (exact @ turn).to(weight.dtype)
+        return _by_slabs(weight, lambda rows: rows @ turn)
     output = 0 if is_head else axes.output_axis(name)
-    exact = exact if output == 0 else exact.T
+    straight = weight if output == 0 else weight.T
     if (dims[1] if output == 0 else dims[0]) == "hidden_size":
-        exact = (exact * _gain(name, axes, weight_of)) @ turn
+        gain = _gain(name, axes, weight_of)
+        turned = _by_slabs(straight, lambda rows: (rows * gain) @ turn)
     else:
-        exact = turn.T @ exact
-    return (exact if output == 0 else exact.T).to(weight.dtype)
+        turned = _by_slabs(straight.T, lambda rows: rows @ turn).T
+    return turned if output == 0 else turned.T
+
+
+def _by_slabs(weight: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of a few rows at a time, in float64, so that no second copy of a large weight is ever needed."""
+    if weight.ndim == 1:
+        return change(weight.double()).to(weight.dtype)
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for start in range(0, len(weight), _SLAB):
+        result[start : start + _SLAB] = change(weight[start : start + _SLAB].double()).to(weight.dtype)
+    return result
+
+
+_SLAB = 1024
 
 
 def _gain(name: str, axes: ModelAxes, weight_of: Callable[[str], Tensor]) -> Tensor:
