@@ -10,33 +10,20 @@ from typing import Any
 import click
 
 from cascade import __version__
+from cascade.cli_options import (
+    ABOVE_ZERO,
+    BLOCK,
+    DATA,
+    JSON,
+    OUTPUT,
+    POSITIVE,
+    RECIPE,
+    SET,
+    dims_of_texts,
+    finish,
+    quiet_libraries,
+)
 from cascade.errors import RunError, UserError
-
-_POSITIVE = click.IntRange(min=1)
-_ABOVE_ZERO = click.FloatRange(min=0, min_open=True, max=1e15)
-_RECIPE = click.argument("recipe", type=click.Path(dir_okay=False))
-_SET = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key, such as distill.tokens=100_000.",
-)
-_OUTPUT = click.option(
-    "--output",
-    type=click.Path(file_okay=False),
-    help="Run directory (default: the recipe's, else runs/NAME).",
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-_DATA = click.option(
-    "--data",
-    default="stdlib",
-    show_default=True,
-    help="Text: 'stdlib', or a JSONL(.gz), Parquet or text file.",
-)
-_BLOCK = click.option(
-    "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
-)
 
 
 class _Group(click.Group):
@@ -65,9 +52,9 @@ def main() -> None:
 
 
 @main.command()
-@_RECIPE
-@_OUTPUT
-@_SET
+@RECIPE
+@OUTPUT
+@SET
 @click.option("--only", multiple=True, metavar="MEMBER", help="Make only this member (and what it is cut from).")
 @click.option(
     "--from",
@@ -75,7 +62,7 @@ def main() -> None:
     metavar="STAGE",
     help="Make the stages again from here: statistics, prune, distill, evaluate, report.",
 )
-@_JSON
+@JSON
 def run(
     recipe: str,
     output: str | None,
@@ -88,7 +75,7 @@ def run(
     from cascade.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from cascade.report.records import load_family
     from cascade.report.tables import plain_table, quality_table, size_table
     from cascade.run import run_recipe
@@ -108,16 +95,16 @@ def run(
 
 
 @main.command()
-@_RECIPE
-@_OUTPUT
-@_SET
-@_JSON
+@RECIPE
+@OUTPUT
+@SET
+@JSON
 def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check RECIPE and say what would be made, how large and how long. Loads no weights."""
     from cascade.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from cascade.preview import preview, preview_text
 
     found = preview(loaded, output)
@@ -126,7 +113,7 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 
 @main.command()
 @click.argument("model")
-@click.option("--params", type=_ABOVE_ZERO, help="Parameters to keep: a fraction (at most 1) or a number.")
+@click.option("--params", type=ABOVE_ZERO, help="Parameters to keep: a fraction (at most 1) or a number.")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=N", help="An explicit dim, such as num_hidden_layers=4.")
 @click.option(
     "--output",
@@ -134,10 +121,19 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
     type=click.Path(file_okay=False),
     help="Folder for the cut checkpoint and its plan.json.",
 )
-@click.option("--calibration-blocks", default=64, type=_POSITIVE, show_default=True)
-@_DATA
-@_BLOCK
-@_JSON
+@click.option("--calibration-blocks", default=64, type=POSITIVE, show_default=True)
+@click.option(
+    "--hidden",
+    default="activation_norm",
+    type=click.Choice(["activation_norm", "pca"]),
+    show_default=True,
+    help="What hidden channels are chosen by; pca rotates the stream first.",
+)
+@click.option("--repair/--no-repair", default=True, show_default=True, help="Refit the weights that stay.")
+@click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan.json to carry out on disk.")
+@DATA
+@BLOCK
+@JSON
 def prune(
     model: str,
     params: float | None,
@@ -146,32 +142,47 @@ def prune(
     calibration_blocks: int,
     data: str,
     block_size: int,
+    hidden: str,
+    repair: bool,
+    plan: str | None,
     as_json: bool,
 ) -> None:
-    """Score MODEL on calibration text and cut it to a size, without training."""
-    _quiet_libraries()
-    from cascade.single import prune_model
+    """Score MODEL on calibration text, cut it to a size and repair it in closed form, without training.
 
-    _finish(prune_model(model, params, _dims(dims), Path(output), calibration_blocks, data, block_size), as_json)
+    With --plan, only the cut: from disk to disk, one tensor at a time.
+    """
+    quiet_libraries()
+    from cascade.single import prune_model, prune_model_on_disk
+
+    if plan is not None:
+        if params is not None or dims:
+            raise UserError("--plan already says the shape; leave --params and --dim out")
+        finish(prune_model_on_disk(model, Path(plan), Path(output)), as_json)
+        return
+    wanted, folder = dims_of_texts(dims), Path(output)
+    found = prune_model(
+        model, params, wanted, folder, calibration_blocks, data, block_size, hidden=hidden, repaired=repair
+    )
+    finish(found, as_json)
 
 
 @main.command()
 @click.argument("student")
 @click.option("--teacher", required=True, help="The model to learn from.")
-@click.option("--tokens", required=True, type=_POSITIVE, help="Training tokens.")
+@click.option("--tokens", required=True, type=POSITIVE, help="Training tokens.")
 @click.option(
     "--output",
     required=True,
     type=click.Path(file_okay=False),
     help="Folder for the trained checkpoint and its log.jsonl.",
 )
-@click.option("--learning-rate", default=3e-3, type=_ABOVE_ZERO, show_default=True)
-@click.option("--batch-size", default=8, type=_POSITIVE, show_default=True, help="Blocks per optimizer step.")
-@click.option("--temperature", default=1.0, type=_ABOVE_ZERO, show_default=True)
+@click.option("--learning-rate", default=3e-3, type=ABOVE_ZERO, show_default=True)
+@click.option("--batch-size", default=8, type=POSITIVE, show_default=True, help="Blocks per optimizer step.")
+@click.option("--temperature", default=1.0, type=ABOVE_ZERO, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@_DATA
-@_BLOCK
-@_JSON
+@DATA
+@BLOCK
+@JSON
 def distill(
     student: str,
     teacher: str,
@@ -186,7 +197,7 @@ def distill(
     as_json: bool,
 ) -> None:
     """Train STUDENT to predict what a teacher predicts."""
-    _quiet_libraries()
+    quiet_libraries()
     from cascade.single import distill_model
 
     options = {
@@ -196,7 +207,7 @@ def distill(
         "temperature": temperature,
         "seed": seed,
     }
-    _finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)
+    finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)
 
 
 @main.command()
@@ -210,11 +221,11 @@ def distill(
     help="A folder of task files.",
 )
 @click.option("--teacher", help="Also measure KL to this model on the held-out text.")
-@click.option("--limit", type=_POSITIVE, help="Items per task.")
-@click.option("--heldout-blocks", default=128, type=_POSITIVE, show_default=True)
-@_DATA
-@_BLOCK
-@_JSON
+@click.option("--limit", type=POSITIVE, help="Items per task.")
+@click.option("--heldout-blocks", default=128, type=POSITIVE, show_default=True)
+@DATA
+@BLOCK
+@JSON
 def evaluate(
     checkpoint: str,
     tasks: tuple[str, ...],
@@ -227,7 +238,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure CHECKPOINT: held-out loss, tasks, speed and memory."""
-    _quiet_libraries()
+    quiet_libraries()
     from cascade.single import evaluate_model
 
     folders = [Path(folder) for folder in task_folders]
@@ -239,12 +250,12 @@ def evaluate(
             for metric in found["metrics"]
         }
         found = {"checkpoint": found["checkpoint"]} | lines | found["speed"]
-    _finish(found, as_json)
+    finish(found, as_json)
 
 
 @main.command()
 @click.argument("run_folder", type=click.Path(file_okay=False))
-@_JSON
+@JSON
 def report(run_folder: str, as_json: bool) -> None:
     """Write family.csv, report.md and report.html of a run again from its family.json."""
     from cascade.report.logs import training_logs
@@ -253,32 +264,4 @@ def report(run_folder: str, as_json: bool) -> None:
 
     family = load_family(run_folder)
     write_family(Path(run_folder), family["name"], family["rows"], training_logs(Path(run_folder)))
-    _finish({name: str(Path(run_folder) / name) for name in ("family.csv", "report.md", "report.html")}, as_json)
-
-
-def _dims(texts: tuple[str, ...]) -> dict[str, int]:
-    dims = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        if not value.isdigit():
-            raise UserError(f"--dim {text}: not of the form NAME=N, such as num_hidden_layers=4")
-        dims[name] = int(value)
-    return dims
-
-
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    for key, value in result.items():
-        click.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
-
-
-def _quiet_libraries() -> None:
-    """Our own progress and errors only; transformers' warnings about optional packages say nothing to our user."""
-    from datasets import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    disable_progress_bars()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    finish({name: str(Path(run_folder) / name) for name in ("family.csv", "report.md", "report.html")}, as_json)

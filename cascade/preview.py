@@ -13,6 +13,7 @@ from cascade.models.checkpoint import load_tokenizer
 from cascade.models.dims import dims_of
 from cascade.ownership import check_ownership, pinned_seeds
 from cascade.parent import existing_parent, parent_config
+from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
@@ -52,6 +53,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             "flops_per_token": float(axes.flops_per_token(dims, recipe.data.block_size)),
         },
         "proof": proof,
+        "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()},
+        "search": recipe.prune.search is not None,
         "members": [_member_record(member, total) for member in members],
     }
 
@@ -110,6 +113,11 @@ def preview_text(found: dict[str, Any]) -> str:
     lines.append(
         f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
     )
+    lines.append("Each axis can be cut to: " + "; ".join(f"{k}: {v}" for k, v in found["legal_values"].items()) + ".")
+    if found["search"]:
+        lines.append(
+            "Shapes are searched: those above are where the search starts; smaller members follow what it finds."
+        )
     if found["proof"]:
         worst = max(found["proof"].values())
         lines.append(

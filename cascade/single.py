@@ -27,9 +27,12 @@ from cascade.models.checkpoint import (
 )
 from cascade.models.dims import dims_of
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import plan_pruning, save_plan
+from cascade.pruning.plan import config_of, load_plan, plan_pruning, save_plan
 from cascade.pruning.proof import prove_cuts
+from cascade.pruning.repair import repair
+from cascade.pruning.rotation import require_rotatable, untied
 from cascade.pruning.shape import CUT_DIMS, Target, solve_shape
+from cascade.pruning.stream import prune_on_disk
 from cascade.store import require_empty, staged
 
 
@@ -41,25 +44,55 @@ def prune_model(
     num_blocks: int,
     data: str,
     block_size: int,
+    *,
+    hidden: str = "activation_norm",
+    repaired: bool = True,
 ) -> dict[str, Any]:
-    """Statistics -> scores -> plan -> cut; writes the checkpoint and plan.json."""
+    """Statistics -> scores -> plan -> cut -> repair; writes the checkpoint and plan.json."""
     require_empty(output)
     if params is None and not dims:
         raise UserError("give --params or at least one --dim")
     source = resolve_model(reference)
     config = load_config(source)
     axes, before = probe_axes(config), dims_of(config)
+    if hidden == "pca":
+        require_rotatable(config, axes)
+    shaped = untied(config) if hidden == "pca" else config
     target = Target(params=params, dims=dims)
-    wanted = solve_shape(config, target)
+    wanted = solve_shape(shaped, target, parent=config)
     prove_cuts(config, along=[name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]])
     model = load_model(source).to(default_device())
     blocks = _blocks(data, "calibration", source, block_size).take(num_blocks)
-    statistics = collect_statistics(model, blocks)
-    plan = plan_pruning(score_importance(statistics), model.config, wanted, statistics=statistics)
+    statistics = collect_statistics(model, blocks, covariance_blocks=-(-num_blocks // 4) if hidden == "pca" else 0)
+    plan = plan_pruning(score_importance(statistics, hidden=hidden), model.config, wanted, statistics=statistics)
     with staged(output, {"stage": "prune", "source": source.reference}) as folder:
-        _save(prune(model, plan), folder, source)
+        student = prune(model, plan)
+        if repaired:
+            repair(student, model, plan, blocks)
+        _save(student, folder, source)
         save_plan(plan, folder / "plan.json")
-    return {"output": str(output), "num_parameters": int(axes.num_parameters(wanted)), **wanted.as_dict()}
+    return {
+        "output": str(output),
+        "num_parameters": int(probe_axes(shaped).num_parameters(wanted)),
+        **wanted.as_dict(),
+    }
+
+
+def prune_model_on_disk(reference: str, plan_path: Path, output: Path) -> dict[str, Any]:
+    """Carries out a plan from safetensors to safetensors; writes the checkpoint and plan.json."""
+    require_empty(output)
+    source = resolve_model(reference)
+    plan = load_plan(plan_path)
+    found = dims_of(load_config(source))
+    if found != plan.source_dims:
+        raise UserError(
+            f"{plan_path}: made for a model of {plan.source_dims.as_dict()}, {reference} has {found.as_dict()}"
+        )
+    with staged(output, {"stage": "prune", "source": source.reference}) as folder:
+        prune_on_disk(source, plan, folder)
+        save_plan(plan, folder / "plan.json")
+    count = int(probe_axes(config_of(plan)).num_parameters(plan.target_dims))
+    return {"output": str(output), "num_parameters": count, **plan.target_dims.as_dict()}
 
 
 def distill_model(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_blocks, make_model
 
+from cascade.errors import UserError
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics, load_statistics, save_statistics
 
@@ -100,5 +101,5 @@ def test_activations_that_are_not_finite_name_the_module():
     model = make_model()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj"):
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj"):
         collect_statistics(model, make_blocks())

@@ -35,6 +35,7 @@ ORDER = [
     "run",
     "preview",
     "single",
+    "cli_options",
     "cli",
 ]
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.data.blocks import TokenBlocks
+from cascade.errors import UserError
 from cascade.importance.sums import RotatedEnergies, Sums
 from cascade.models.axes import probe_axes
 from cascade.models.behaviour import run_body
@@ -73,7 +74,7 @@ def collect_statistics(
 
     Raises:
         UserError: the architecture's axes cannot be explained.
-        ValueError: an activation is not finite; the message names the layer.
+        UserError: an activation is not finite; the message names the layer.
     """
     axes = probe_axes(model.config)
     sums = Sums(model, axes, head_contributions)
@@ -133,7 +134,7 @@ def _finished(
     for name, values in sums.items():
         if not torch.isfinite(values).all():
             where = name.partition(":")[2]
-            raise ValueError(f"activations at '{where}' are not finite; the model or its calibration text is broken")
+            raise UserError(f"activations at '{where}' are not finite; the model or its calibration text is broken")
     neurons, heads = found.writers["intermediate_size"], found.writers["num_attention_heads"]
     head_norms = torch.stack([sums[f"norm:{name}"].sqrt() for name in heads]).view(depth, -1, dims.head_dim)
     contributions = [sums[f"contribution:{name}"] / num_tokens for name in heads if found.head_contributions]

@@ -197,10 +197,10 @@ def _probe(config_class: Any, config_json: str, architectures: tuple[str, ...]) 
     config.architectures = list(architectures) or None
     dims_of(config)
     base, tied = _shapes(config, _BASE)
-    heads_fill_hidden = _shapes(config, _BASE.replace(head_dim=_STEPS["head_dim"]))[0] == base
+    probes = {dim: _shapes(config, _BASE.replace(**{dim: size}))[0] for dim, size in _STEPS.items()}
+    heads_fill_hidden = probes["head_dim"] == base
     prefix = _layers_prefix(config, base)
     behaviour = observe(config, prefix)
-    probes = {dim: _shapes(config, _BASE.replace(**{dim: size}))[0] for dim, size in _STEPS.items()}
     weights = {}
     for name, shape in base.items():
         template = name.replace(f"{prefix}.0.", f"{prefix}.*.", 1)

@@ -74,7 +74,7 @@ def observe(config: Any, layers_prefix: str) -> Behaviour:
     plain.architectures = config.architectures
     try:
         model = twin_of(plain, dims=_DIMS)
-        return _observe(model, layers_prefix, _embedding_exponent(plain))
+        return _observe(model, layers_prefix, _embedding_exponent(plain, model))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"model type '{config.model_type}': a tiny model of it cannot be run: {error}") from error
 
@@ -249,14 +249,13 @@ def _norm_facts(module: nn.Module, writes_stream: bool) -> Norm:
     return Norm(centres, zero_centred, writes_stream)
 
 
-def _embedding_exponent(config: Any) -> float:
-    scales = []
-    for factor in (1, 2, 4):
+def _embedding_exponent(config: Any, model: nn.Module) -> float:
+    scales = [_embedding_scale(model)]
+    if scales[0] == 1.0:
+        return 0.0
+    for factor in (2, 4):
         dims = _DIMS.replace(hidden_size=64 * factor, head_dim=16 * factor)
-        embedding: Any = twin_of(config, dims=dims).get_input_embeddings()  # type: ignore[operator]
-        with torch.no_grad():
-            ids = torch.arange(3, 8)
-            scales.append(float(embedding(ids).norm() / embedding.weight[ids].norm()))
+        scales.append(_embedding_scale(twin_of(config, dims=dims)))
     exponent = math.log2(scales[1] / scales[0])
     if not math.isclose(scales[2], scales[0] * 4**exponent, rel_tol=1e-4):
         raise UserError(
@@ -264,3 +263,9 @@ def _embedding_exponent(config: Any) -> float:
             "the hidden size in a way that is not explained; this architecture cannot be cut yet"
         )
     return 0.0 if abs(exponent) < 1e-6 else exponent
+
+
+def _embedding_scale(model: Any) -> float:
+    embedding, ids = model.get_input_embeddings(), torch.arange(3, 8)
+    with torch.no_grad():
+        return float(embedding(ids).norm() / embedding.weight[ids].norm())

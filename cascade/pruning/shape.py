@@ -194,7 +194,7 @@ def _check_dims(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> None
     if axes.heads_fill_hidden and hidden != heads * seed.head_dim:
         raise UserError(
             f"target.dims.hidden_size: {hidden} is not {heads} heads x {seed.head_dim}, as this architecture wires in; "
-            f"legal, with as many heads: {_listed(legal['hidden_size'])}"
+            f"legal, with as many heads: {listed(legal['hidden_size'])}"
         )
 
 
@@ -245,7 +245,7 @@ def _shapes_within(
         raise UserError(
             f"no legal shape has {(1 - TOLERANCES[-1]) * bound:,.0f} to {_counted(name, bound)}; the smallest has "
             f"{smallest:,.0f}, the nearest {nearest:,.0f}."
-            + "".join(f" {name}: {_listed(part)}." for name, part in values.items())
+            + "".join(f" {name}: {listed(part)}." for name, part in values.items())
             + (f" {refusals[0]}" if refusals else "")
         )
     return (dims for source in ([first], found) for dims in source)
@@ -256,11 +256,12 @@ def _require_accepted(config: Any, dims: ModelDims) -> None:
         config_with_dims(config, dims)
     except ValueError as error:
         values = legal_values(probe_axes(config), dims_of(config))
-        legal = " ".join(f"{name}: {_listed(part)}." for name, part in values.items())
+        legal = " ".join(f"{name}: {listed(part)}." for name, part in values.items())
         raise UserError(f"target.dims: {error}. Usual values: {legal}") from error
 
 
-def _listed(values: list[int]) -> str:
+def listed(values: list[int]) -> str:
+    """The values in words: one by one, or as a range with its step."""
     return (
         ", ".join(map(str, values))
         if len(values) <= 12

@@ -1,0 +1,64 @@
+"""What the commands share: options, and how a result is printed."""
+
+import json
+from typing import Any
+
+import click
+
+from cascade.errors import UserError
+
+POSITIVE = click.IntRange(min=1)
+ABOVE_ZERO = click.FloatRange(min=0, min_open=True, max=1e15)
+RECIPE = click.argument("recipe", type=click.Path(dir_okay=False))
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key, such as distill.tokens=100_000.",
+)
+OUTPUT = click.option(
+    "--output",
+    type=click.Path(file_okay=False),
+    help="Run directory (default: the recipe's, else runs/NAME).",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+DATA = click.option(
+    "--data",
+    default="stdlib",
+    show_default=True,
+    help="Text: 'stdlib', or a JSONL(.gz), Parquet or text file.",
+)
+BLOCK = click.option(
+    "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
+)
+
+
+def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:
+    """NAME=N texts as dims."""
+    dims = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not value.isdigit():
+            raise UserError(f"--dim {text}: not of the form NAME=N, such as num_hidden_layers=4")
+        dims[name] = int(value)
+    return dims
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result."""
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        click.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+
+
+def quiet_libraries() -> None:
+    """Our own progress and errors only; transformers' warnings about optional packages say nothing to our user."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
