@@ -35,22 +35,24 @@ def training_options(settings: Distill) -> dict[str, Any]:
     return {name: value for name, value in settings.model_dump().items() if name not in own}
 
 
-def make_statistics(folder: Path, recipe: Recipe, seed: ModelSource, data: Path, on_step: OnStep) -> None:
+def make_statistics(
+    folder: Path, recipe: Recipe, seed: ModelSource, data: Path, on_step: OnStep, *, hidden: str
+) -> None:
     """Statistics of the seed on calibration blocks."""
     model = load_model(seed).to(default_device())
     blocks = load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks)
     statistics = collect_statistics(
-        model, blocks, batch_size=recipe.calibration.batch_size, on_batch=on_step, **statistics_options(recipe)
+        model, blocks, batch_size=recipe.calibration.batch_size, on_batch=on_step, **statistics_options(recipe, hidden)
     )
     save_statistics(statistics, folder / "statistics.safetensors")
 
 
-def statistics_options(recipe: Recipe) -> dict[str, Any]:
+def statistics_options(recipe: Recipe, hidden: str) -> dict[str, Any]:
     """What the recipe's scores need beyond the usual statistics; second moments are taken on a quarter of the text."""
     options: dict[str, Any] = {}
     if recipe.prune.heads == "contribution":
         options["head_contributions"] = True
-    if recipe.prune.hidden == "pca":
+    if hidden == "pca":
         options["covariance_blocks"] = -(-recipe.calibration.num_blocks // 4)
     return options
 
@@ -66,7 +68,7 @@ def make_cut(
 ) -> None:
     """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
     model = load_model(seed).to(default_device())
-    plan = _plan(recipe, model, member.dims, statistics, data)
+    plan = _plan(recipe, model, member.dims, statistics, data, member.hidden)
     save_plan(plan, folder / "plan.json")
     pruned = prune(model, plan).to(default_device())
     save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)
@@ -108,13 +110,14 @@ def make_candidate(
     data: Path,
     teacher: nn.Module,
     *,
+    hidden: str,
     num_tokens: int,
     on_step: OnStep,
 ) -> None:
     """losses.json of one shape on selection blocks: cut and repaired, then recovered on `num_tokens` tokens (or 0)."""
     device = default_device()
     model = load_model(seed).to(device)
-    plan = _plan(recipe, model, dims, statistics, data)
+    plan = _plan(recipe, model, dims, statistics, data, hidden)
     student = prune(model, plan).to(device)
     settings = recipe.prune.repair
     if settings.method != "none":
@@ -136,7 +139,7 @@ def make_candidate(
     _write(folder / "losses.json", losses)
 
 
-def _plan(recipe: Recipe, model: nn.Module, dims: ModelDims, statistics: Path, data: Path) -> PruningPlan:
+def _plan(recipe: Recipe, model: nn.Module, dims: ModelDims, statistics: Path, data: Path, hidden: str) -> PruningPlan:
     found = load_statistics(statistics / "statistics.safetensors")
     wanted = recipe.prune
     scores = score_importance(
@@ -144,7 +147,7 @@ def _plan(recipe: Recipe, model: nn.Module, dims: ModelDims, statistics: Path, d
         layers=wanted.layers,
         heads=wanted.heads,
         neurons=wanted.neurons,
-        hidden=wanted.hidden,
+        hidden=hidden,
         model=model,
         blocks=load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks),
         num_removed=dims_of(model.config).num_hidden_layers - dims.num_hidden_layers,

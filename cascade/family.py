@@ -32,6 +32,8 @@ class ResolvedMember:
     config: Any
     """The member's config, of the shape solved for (per-layer lists are settled by the plan)."""
     parent_config: Any
+    hidden: str
+    """The score of hidden channels: activation_norm or pca."""
     dims: ModelDims
     num_parameters: int
     num_parameters_non_embedding: int
@@ -131,13 +133,35 @@ def _seed(
 def _shape(recipe: Recipe, member: Member, seed_config: Any, parent_config: Any, found: ModelDims | None) -> Any:
     if member.target is None:
         return seed_config
-    config = shape_config(recipe, seed_config)
+    config = shape_config(seed_config, hidden_score(recipe, parent_config))
     return config_with_dims(config, found or _solved(member, config, parent_config))
 
 
-def shape_config(recipe: Recipe, seed_config: Any) -> Any:
+def hidden_score(recipe: Recipe, parent_config: Any) -> str:
+    """The score of hidden channels that a recipe asks for; `auto` is decided by the parent's config alone.
+
+    A rotation gave the better cut wherever it was legal and tried, but it unties the embeddings, and those of a small
+    model with a large vocabulary would cost it more than the rotation gives back.
+    """
+    if recipe.prune.hidden != "auto":
+        return recipe.prune.hidden
+    axes, dims = probe_axes(parent_config), dims_of(parent_config)
+    try:
+        require_rotatable(parent_config, axes)
+    except UserError:
+        return "activation_norm"
+    total = axes.num_parameters(dims)
+    embeddings = total - axes.num_parameters_non_embedding(dims)
+    return "pca" if not axes.tied or embeddings <= LARGEST_UNTIED_SHARE * total else "activation_norm"
+
+
+LARGEST_UNTIED_SHARE = 0.15
+"""Of the parent's parameters: tied embeddings up to this share are untied by `prune.hidden: auto`."""
+
+
+def shape_config(seed_config: Any, hidden: str) -> Any:
     """The seed's config as its members will have it: with a head of its own where the stream is rotated."""
-    return untied(seed_config) if recipe.prune.hidden == "pca" else seed_config
+    return untied(seed_config) if hidden == "pca" else seed_config
 
 
 def _solved(member: Member, seed_config: Any, parent_config: Any) -> ModelDims:
@@ -179,6 +203,7 @@ def _resolve(
         seed=seed,
         config=config,
         parent_config=parent_config,
+        hidden=hidden_score(recipe, parent_config),
         dims=dims,
         num_parameters=count,
         num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),

@@ -148,6 +148,7 @@ def find_shape(
             statistics,
             shared.data,
             shared.teacher(),
+            hidden=member.hidden,
             num_tokens=num_tokens,
             on_step=on_step,
         )
@@ -179,9 +180,9 @@ def _make_statistics(
     return runner.run(
         member.name,
         "statistics",
-        recipe.calibration.model_dump() | statistics_options(recipe),
+        recipe.calibration.model_dump() | statistics_options(recipe, member.hidden),
         {"seed": _seed_digest(shared, seed), "data": shared.digests["data"]},
-        lambda folder, on_step: make_statistics(folder, recipe, source, shared.data, on_step),
+        lambda folder, on_step: make_statistics(folder, recipe, source, shared.data, on_step, hidden=member.hidden),
         label=member.seed,
     )
 
@@ -193,6 +194,7 @@ def _make_cut(runner: StageRunner, recipe: Recipe, shared: Shared, member: Resol
         "prune",
         recipe.prune.model_dump(exclude={"repair", "search"})
         | {
+            "hidden": member.hidden,
             "dims": member.dims.as_dict(),
             "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
         },

@@ -58,9 +58,9 @@ def search_shape(
     search = recipe.prune.search
     if search is None or member.member.target is None:
         raise ValueError(f"{member.name}: no search is asked for")
-    config = shape_config(recipe, load_config(seed))
+    config = shape_config(load_config(seed), member.hidden)
     shapes = diverse_shapes(config, target_of(member.member), parent=member.parent_config, count=search.candidates)
-    settings = candidate_settings(recipe)
+    settings = candidate_settings(recipe) | {"hidden": member.hidden}
 
     def stage(name: str, dims: ModelDims, num_tokens: int) -> Path:
         return runner.run(

@@ -39,8 +39,9 @@ class Prune(Section):
     """The score of heads, inside each key/value group."""
     neurons: Literal["activation_norm", "contribution", "taylor", "hessian"] = "activation_norm"
     """The score of neurons, inside each layer. taylor and hessian need gradients."""
-    hidden: Literal["activation_norm", "pca"] = "activation_norm"
-    """The score of hidden channels; pca rotates the stream to its principal axes first (and unties the embeddings)."""
+    hidden: Literal["auto", "activation_norm", "pca"] = "auto"
+    """The score of hidden channels. pca rotates the stream to its principal axes first, and unties the embeddings;
+    auto: pca where the parent's norms allow it and its embeddings are small or untied already."""
     merge_heads: bool = False
     """Add to the weakest kept query heads what they differ by from the strongest removed ones (Minitron)."""
     repair: Repair = Repair()
