@@ -144,21 +144,23 @@ def test_a_cut_by_measured_statistics_saves_reloads_and_generates(architecture, 
 
 
 def test_a_pruned_checkpoint_needs_nothing_of_this_package(tmp_path):
+    expected = []
     for architecture in ("gemma3", "gpt_neox", "DistilBertForSequenceClassification"):
-        folder = tmp_path / architecture
         _, pruned = cut_twin(twin(architecture))
-        save_checkpoint(pruned, folder, companions=None, dtype=torch.float32)
-        code = (
-            "import sys, torch, transformers; from transformers import AutoConfig;"
-            f"config = AutoConfig.from_pretrained({str(folder)!r});"
-            f"model = getattr(transformers, config.architectures[0]).from_pretrained({str(folder)!r});"
-            "print(model(input_ids=torch.arange(3, 15)[None])[0].double().abs().sum().item());"
-            "assert 'cascade' not in sys.modules"
-        )
-        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        save_checkpoint(pruned, tmp_path / architecture, companions=None, dtype=torch.float32)
         with torch.inference_mode():
-            expected = float(pruned(input_ids=torch.arange(3, 15)[None])[0].double().abs().sum())
-        assert float(output.split()[-1]) == pytest.approx(expected, rel=1e-5)
+            expected.append(float(pruned(input_ids=torch.arange(3, 15)[None])[0].double().abs().sum()))
+    code = (
+        "import sys, torch, transformers\n"
+        f"for architecture in ('gemma3', 'gpt_neox', 'DistilBertForSequenceClassification'):\n"
+        f"    folder = {str(tmp_path)!r} + '/' + architecture\n"
+        "    name = transformers.AutoConfig.from_pretrained(folder).architectures[0]\n"
+        "    model = getattr(transformers, name).from_pretrained(folder)\n"
+        "    print(model(input_ids=torch.arange(3, 15)[None])[0].double().abs().sum().item())\n"
+        "assert 'cascade' not in sys.modules"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert [float(line) for line in output.split()] == pytest.approx(expected, rel=1e-5)
 
 
 # torch-pruning's dependency graph is a second opinion on which weights are coupled; its known gaps, with the reason.

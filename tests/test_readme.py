@@ -28,8 +28,8 @@ def test_the_python_example_runs_as_printed():
 def test_the_recipe_example_is_valid(tmp_path):
     from cascade.recipe.load import load_recipe
 
-    (example,) = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
-    (tmp_path / "mine.yaml").write_text(example)
+    example, section = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
+    (tmp_path / "mine.yaml").write_text(example + section)
     assert [member.name for member in load_recipe(tmp_path / "mine.yaml").members] == [
         "mine-60",
         "mine-30",

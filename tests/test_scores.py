@@ -132,7 +132,7 @@ def test_head_contributions_are_lengths_of_what_each_head_writes(model, blocks):
     for head in range(8):
         columns = slice(8 * head, 8 * head + 8)
         written = seen["a"][..., columns].double() @ projection.weight[:, columns].T.double()
-        expected = float(written.norm(dim=-1).mean())
+        expected = float(written.detach().norm(dim=-1).mean())
         assert float(head_contributions(statistics)[1, head]) == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="head_contributions=True"):
         head_contributions(collect_statistics(model, blocks))

@@ -191,7 +191,7 @@ def probe_axes(config: Any) -> ModelAxes:
     return _probe(config.__class__, config.to_json_string(use_diff=False), tuple(config.architectures or ()))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _probe(config_class: Any, config_json: str, architectures: tuple[str, ...]) -> ModelAxes:
     config = config_class(**probe_values(json.loads(config_json)))
     config.architectures = list(architectures) or None
