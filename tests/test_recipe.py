@@ -164,3 +164,26 @@ def test_every_shipped_recipe_is_valid_and_says_how_to_run_it(path):
     recipe = load_recipe(path)
     assert f"cascade run recipes/{path.name}" in path.read_text().splitlines()[0]
     assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+def test_a_rotation_is_automatic_where_it_is_legal_and_its_own_head_is_cheap():
+    import transformers
+
+    from cascade.family import hidden_score
+
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
+    small = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+    cases = {
+        "pca": [
+            transformers.LlamaConfig(**small, vocab_size=9000, tie_word_embeddings=False),
+            transformers.LlamaConfig(**small, vocab_size=500, tie_word_embeddings=True),
+        ],
+        "activation_norm": [
+            transformers.LlamaConfig(**small, vocab_size=9000, tie_word_embeddings=True),  # embeddings too large
+            transformers.Gemma2Config(),  # a norm between branch and stream
+            transformers.GPT2Config(),  # norms that subtract the mean
+        ],
+    }
+    for expected, configs in cases.items():
+        for config in configs:
+            assert hidden_score(recipe, config) == expected, config.model_type

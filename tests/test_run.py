@@ -347,6 +347,13 @@ def test_single_stages_work_on_checkpoints_from_the_command_line(tiny_parent, tm
     common = ["--data", tmp_path / "text.jsonl.gz", "--block-size", "32", "--json"]
     cut = json.loads(run_cli("prune", tiny_parent, "--params", "0.7", "--output", tmp_path / "cut", *common))
     assert cut["num_parameters"] > 0 and (tmp_path / "cut" / "plan.json").is_file()
+    plain = ["--no-repair", "--hidden", "pca", "--dim", "hidden_size=32", "--output", tmp_path / "turned"]
+    turned = json.loads(run_cli("prune", tiny_parent, *plain, *common))
+    plan = tmp_path / "turned" / "plan.json"
+    on_disk = json.loads(run_cli("prune", tiny_parent, "--plan", plan, "--output", tmp_path / "disk", "--json"))
+    assert on_disk["num_parameters"] == turned["num_parameters"] > 0
+    stored = load_file(tmp_path / "disk" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == on_disk["num_parameters"]
     arguments = [
         "distill",
         tmp_path / "cut",
