@@ -124,10 +124,10 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 @click.option("--calibration-blocks", default=64, type=POSITIVE, show_default=True)
 @click.option(
     "--hidden",
-    default="activation_norm",
-    type=click.Choice(["activation_norm", "pca"]),
+    default="auto",
+    type=click.Choice(["auto", "activation_norm", "pca"]),
     show_default=True,
-    help="What hidden channels are chosen by; pca rotates the stream first.",
+    help="What hidden channels are chosen by; pca rotates the stream first; auto: where that is legal and cheap.",
 )
 @click.option("--repair/--no-repair", default=True, show_default=True, help="Refit the weights that stay.")
 @click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan.json to carry out on disk.")

@@ -133,18 +133,18 @@ def _seed(
 def _shape(recipe: Recipe, member: Member, seed_config: Any, parent_config: Any, found: ModelDims | None) -> Any:
     if member.target is None:
         return seed_config
-    config = shape_config(seed_config, hidden_score(recipe, parent_config))
+    config = shape_config(seed_config, hidden_score(recipe.prune.hidden, parent_config))
     return config_with_dims(config, found or _solved(member, config, parent_config))
 
 
-def hidden_score(recipe: Recipe, parent_config: Any) -> str:
-    """The score of hidden channels that a recipe asks for; `auto` is decided by the parent's config alone.
+def hidden_score(wanted: str, parent_config: Any) -> str:
+    """The score of hidden channels that `prune.hidden` asks for; `auto` is decided by the parent's config alone.
 
     A rotation gave the better cut wherever it was legal and tried, but it unties the embeddings, and those of a small
     model with a large vocabulary would cost it more than the rotation gives back.
     """
-    if recipe.prune.hidden != "auto":
-        return recipe.prune.hidden
+    if wanted != "auto":
+        return wanted
     axes, dims = probe_axes(parent_config), dims_of(parent_config)
     try:
         require_rotatable(parent_config, axes)
@@ -203,7 +203,7 @@ def _resolve(
         seed=seed,
         config=config,
         parent_config=parent_config,
-        hidden=hidden_score(recipe, parent_config),
+        hidden=hidden_score(recipe.prune.hidden, parent_config),
         dims=dims,
         num_parameters=count,
         num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),

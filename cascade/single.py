@@ -12,6 +12,7 @@ from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import heldout_blocks
+from cascade.family import hidden_score
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
 from cascade.models.axes import probe_axes
@@ -45,7 +46,7 @@ def prune_model(
     data: str,
     block_size: int,
     *,
-    hidden: str = "activation_norm",
+    hidden: str = "auto",
     repaired: bool = True,
 ) -> dict[str, Any]:
     """Statistics -> scores -> plan -> cut -> repair; writes the checkpoint and plan.json."""
@@ -55,6 +56,7 @@ def prune_model(
     source = resolve_model(reference)
     config = load_config(source)
     axes, before = probe_axes(config), dims_of(config)
+    hidden = hidden_score(hidden, config)
     if hidden == "pca":
         require_rotatable(config, axes)
     shaped = untied(config) if hidden == "pca" else config

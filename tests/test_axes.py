@@ -1,8 +1,6 @@
 """Axes found by size-probing: counts, names, and torch-pruning as a second opinion."""
 
-import pytest
 import torch
-import torch_pruning
 from conftest import ARCHITECTURES, make_config, make_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,14 +42,6 @@ def test_counted_parameters_equal_the_models_own(
     assert axes.num_parameters_non_embedding(dims) == counted - sum(weight.numel() for weight in vocabulary)
 
 
-@pytest.mark.parametrize("architecture", ALL)
-def test_every_axis_of_every_parameter_has_the_probed_length(architecture):
-    model = make_model(architecture)
-    axes, dims = probe_axes(model.config), dims_of(model.config)
-    for name, parameter in model.named_parameters():
-        assert tuple(axis.length(dims) for axis in axes.of(name)) == tuple(parameter.shape), name
-
-
 def test_flops_per_token_count_each_matrix_product_twice():
     model = make_model("llama")
     axes, dims = probe_axes(model.config), dims_of(model.config)
@@ -68,45 +58,6 @@ def test_flops_per_token_count_each_matrix_product_twice():
     assert axes.flops_per_token(dims, 16) == linear + attention
     # torch counts the whole square of attention scores; half of it lies above the causal diagonal.
     assert counter.get_total_flops() / 16 == linear + 2 * attention
-
-
-@pytest.mark.parametrize("architecture", ALL)
-@pytest.mark.parametrize(
-    ("dim", "module", "pruner"),
-    [
-        ("intermediate_size", "mlp.up_proj", torch_pruning.prune_linear_out_channels),
-        ("hidden_size", "mlp.down_proj", torch_pruning.prune_linear_out_channels),
-    ],
-)
-def test_torch_pruning_couples_the_weights_that_share_the_probed_axis(architecture, dim, module, pruner):
-    # One layer and no cache: torch-pruning never returns when the traced model builds a key/value cache.
-    model = make_model(architecture, num_hidden_layers=1, hidden_size=56, intermediate_size=40)
-    graph = torch_pruning.DependencyGraph().build_dependency(
-        model,
-        example_inputs=torch.zeros(1, 4, dtype=torch.int64),
-        forward_fn=lambda m, ids: m(input_ids=ids, use_cache=False).logits.sum(),
-        unwrapped_parameters=unwrapped(model),
-    )
-    layer = model.get_submodule(f"model.layers.0.{module}")
-    group = graph.get_pruning_group(layer, pruner, idxs=[0])
-    coupled = set()
-    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    for dependency, _ in group:
-        target = dependency.target.module
-        weight = target if isinstance(target, torch.nn.Parameter) else getattr(target, "weight", None)
-        if weight is not None:  # element-wise operations have none
-            coupled.add(parameters[id(weight)])
-    axes = probe_axes(model.config)
-    probed = {
-        name
-        for name, _ in model.named_parameters()
-        if name.endswith("weight") and any(axis.dim == dim for axis in axes.of(name))
-    }
-    assert coupled == probed
-
-
-def unwrapped(model):
-    return [(parameter, 0) for name, parameter in model.named_parameters() if "norm" in name]
 
 
 def make_model_of(config):

@@ -156,3 +156,13 @@ def test_the_shared_stories_are_read_with_their_own_splits():
     data = TextData("files", files)
     assert len(read_documents(data, "heldout")) == 400
     assert len(read_documents(data, "train")) > 3300
+
+
+def test_an_encoders_texts_end_with_its_separator():
+    class Encoder:
+        eos_token_id, sep_token_id = None, 7
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [[1, 2, 3] for _ in texts]}
+
+    assert pack_documents(["a", "b"], Encoder(), block_size=8).input_ids.tolist() == [[1, 2, 3, 7, 1, 2, 3, 7]]

@@ -171,7 +171,6 @@ def test_a_rotation_is_automatic_where_it_is_legal_and_its_own_head_is_cheap():
 
     from cascade.family import hidden_score
 
-    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
     small = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
     cases = {
         "pca": [
@@ -186,4 +185,4 @@ def test_a_rotation_is_automatic_where_it_is_legal_and_its_own_head_is_cheap():
     }
     for expected, configs in cases.items():
         for config in configs:
-            assert hidden_score(recipe, config) == expected, config.model_type
+            assert hidden_score("auto", config) == expected, config.model_type

@@ -65,6 +65,8 @@ def pack_documents(
     """
     end = tokenizer.eos_token_id
     if end is None:
+        end = tokenizer.sep_token_id  # what encoders end a text with
+    if end is None:
         raise UserError(f"{name}: the tokenizer has no end-of-text token, so documents cannot be kept apart")
     stream: list[int] = []
     num_bytes = 0

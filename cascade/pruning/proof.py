@@ -9,13 +9,15 @@ itself writes the stream, the removed channels are left out of its mean and vari
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade.errors import UserError
+from cascade.importance.layers import skipped
 from cascade.importance.scores import Scores
 from cascade.models.axes import ModelAxes, probe_axes
 from cascade.models.dims import dims_of
@@ -78,7 +80,8 @@ def silenced_difference(model: nn.Module, plan: PruningPlan, *, seed: int = 0) -
     ids = torch.randint(3, dims_of(model.config).vocab_size, (1, 12), generator=_generator(seed))
     # Cut the silenced model, not the original: where removed channels carry nothing the cut is exact.
     pruned = prune(silenced, plan)
-    with torch.inference_mode(), _SilentLayers(silenced, plan):
+    dropped = set(range(plan.source_dims.num_hidden_layers)) - set(plan.layers)
+    with torch.inference_mode(), skipped(silenced, dropped), _norms_over_kept_channels(silenced, plan):
         expected, actual = _outputs(silenced, ids), _outputs(pruned, ids)
     if expected.shape[-1] != actual.shape[-1]:  # a body without a head gives the stream itself
         expected = expected[..., torch.tensor(plan.hidden)]
@@ -155,41 +158,28 @@ def _centre(weight: Tensor, position: int, axis: Any, axes: ModelAxes, plan: Pru
     weight.index_copy_(position, kept, part - part.mean(position, keepdim=True))
 
 
-class _SilentLayers:
-    """Hooks on a silenced model: dropped layers return their input, some norms see the kept channels only."""
+@contextmanager
+def _norms_over_kept_channels(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+    """Where norms that take the mean off write the stream themselves, they see the kept channels only."""
+    axes, kept = probe_axes(model.config), torch.tensor(plan.hidden)
 
-    def __init__(self, model: nn.Module, plan: PruningPlan):
-        self.model, self.plan = model, plan
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        axes = probe_axes(self.model.config)
-        layers: Any = self.model.get_submodule(axes.layers_prefix)
-        for number, layer in enumerate(layers):
-            if number not in self.plan.layers:
-                self.handles.append(layer.register_forward_hook(_pass_through, with_kwargs=True))
-        if stream_is_centred_by_norms(axes):
-            for name, module in self.model.named_modules():
-                facts = axes.behaviour.norms.get(axes.template(name))
-                if facts is not None and facts.centres:
-                    self.handles.append(module.register_forward_hook(self._over_kept_channels))
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _over_kept_channels(self, module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
-        kept = torch.tensor(self.plan.hidden)
+    def hook(module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
         inputs = args[0][..., kept]
         normal = nn.functional.layer_norm(inputs, inputs.shape[-1:], eps=module.eps)
         result = torch.zeros_like(output)
         result[..., kept] = normal * module.weight[kept] + (0 if module.bias is None else module.bias[kept])
         return result
 
-
-def _pass_through(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    inputs = args[0] if args else kwargs["hidden_states"]
-    return (inputs, *output[1:]) if isinstance(output, tuple) else inputs
+    handles = []
+    for name, module in model.named_modules():
+        norm = axes.behaviour.norms.get(axes.template(name))
+        if stream_is_centred_by_norms(axes) and norm is not None and norm.centres:
+            handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _outputs(model: nn.Module, ids: Tensor) -> Tensor:
