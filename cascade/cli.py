@@ -130,6 +130,9 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
     help="What hidden channels are chosen by; pca rotates the stream first; auto: where that is legal and cheap.",
 )
 @click.option("--repair/--no-repair", default=True, show_default=True, help="Refit the weights that stay.")
+@click.option(
+    "--offload", is_flag=True, help="Read MODEL layer by layer and cut it on disk: for one larger than memory."
+)
 @click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan.json to carry out on disk.")
 @DATA
 @BLOCK
@@ -144,12 +147,13 @@ def prune(
     block_size: int,
     hidden: str,
     repair: bool,
+    offload: bool,
     plan: str | None,
     as_json: bool,
 ) -> None:
     """Score MODEL on calibration text, cut it to a size and repair it in closed form, without training.
 
-    With --plan, only the cut: from disk to disk, one tensor at a time.
+    With --plan, only the cut: from disk to disk, one tensor at a time. With --offload, the scores too, without repair.
     """
     quiet_libraries()
     from cascade.single import prune_model, prune_model_on_disk
@@ -159,9 +163,11 @@ def prune(
             raise UserError("--plan already says the shape; leave --params and --dim out")
         finish(prune_model_on_disk(model, Path(plan), Path(output)), as_json)
         return
-    wanted, folder = dims_of_texts(dims), Path(output)
+    if offload and repair:
+        raise UserError("--offload cannot repair: that needs the cut model in memory; add --no-repair")
+    options: dict[str, Any] = {"hidden": hidden, "repaired": repair, "offload": offload}
     found = prune_model(
-        model, params, wanted, folder, calibration_blocks, data, block_size, hidden=hidden, repaired=repair
+        model, params, dims_of_texts(dims), Path(output), calibration_blocks, data, block_size, **options
     )
     finish(found, as_json)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from cascade.cutting import make_candidate, make_cut, make_repaired, make_statistics, statistics_options
 from cascade.evaluation.evaluate import default_device
-from cascade.family import ResolvedMember, target_of
+from cascade.family import ResolvedMember
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -134,8 +134,7 @@ def find_shape(
     runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
 ) -> list[Candidate]:
     """The shapes that a search tried for a member, the chosen one first; empty where none is searched."""
-    target = member.member.target
-    if recipe.prune.search is None or target is None or not target_of(member.member).bounds():
+    if recipe.prune.search is None or member.target is None or not member.target.bounds():
         return []
     source, statistics = _source(shared, member, seed), _make_statistics(runner, recipe, shared, member, seed)
 

@@ -6,8 +6,10 @@ from typing import Any
 
 from cascade.data.blocks import pack_documents
 from cascade.data.sources import read_documents
+from cascade.estimates import parent_seconds
 from cascade.evaluation.harness import find_tasks
-from cascade.family import ResolvedMember, check_family, parent_seconds, resolve_family, run_folder_of
+from cascade.family import ResolvedMember, check_family, resolve_family, run_folder_of
+from cascade.latencies import find_latencies
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
 from cascade.models.dims import dims_of
@@ -38,7 +40,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         if source is not None:
             pack_documents(texts, tokenizer, block_size=recipe.data.block_size, max_blocks=1, name=f"data.{split}")
     find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
-    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder))
+    latencies = find_latencies(recipe, config, folder)
+    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     proof = check_family(recipe, config, members)
     total = int(axes.num_parameters(dims))
     shared = sum(parent_seconds(recipe, config).values())
@@ -56,6 +59,11 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()},
         "search": recipe.prune.search is not None,
         "members": [_member_record(member, total) for member in members],
+        "decode_ms": {
+            member.name: float(latencies[member.name].milliseconds(probe_axes(member.config), member.dims))
+            for member in members
+            if member.name in latencies
+        },
     }
 
 
@@ -118,6 +126,8 @@ def preview_text(found: dict[str, Any]) -> str:
         lines.append(
             "Shapes are searched: those above are where the search starts; smaller members follow what it finds."
         )
+    for name, milliseconds in found["decode_ms"].items():
+        lines.append(f"{name} decodes in about {milliseconds:.2f} ms a step, as measured and fitted here.")
     if found["proof"]:
         worst = max(found["proof"].values())
         lines.append(

@@ -7,7 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from cascade.errors import UserError
-from cascade.family import ResolvedMember, check_family, parent_seconds, resolve_family, run_folder_of
+from cascade.estimates import parent_seconds
+from cascade.family import ResolvedMember, check_family, resolve_family, run_folder_of
+from cascade.latencies import find_latencies, keep_latencies
 from cascade.member import Shared, evaluation_settings, find_shape, make_member
 from cascade.models.checkpoint import (
     CHECKPOINT,
@@ -20,6 +22,7 @@ from cascade.models.dims import ModelDims, dims_of
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import existing_parent, make_converted, make_pretrained, parent_config
 from cascade.progress import RunProgress
+from cascade.pruning.latency import DecodeLatency
 from cascade.publish import FinishedMember, publish_member, teacher_row, write_report
 from cascade.recipe.schema import Recipe
 from cascade.runner import STAGES, StageRunner
@@ -56,24 +59,30 @@ def run_recipe(
     folder = run_folder_of(recipe, output)
     check_ownership(folder, recipe)
     config = parent_config(recipe)
-    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder))
+    latencies = find_latencies(recipe, config, folder)
+    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
     wanted = _with_seeds(members, only)
     with locked(folder):
         write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
+        keep_latencies(recipe, config, folder, latencies)
         append_event(folder, "started", members=[member.name for member in wanted])
         estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}
         for member in wanted:
             estimates |= {(member.name, stage): seconds for stage, seconds in member.seconds.items()}
         with RunProgress(console or Console(stderr=True), recipe.name, estimates) as progress:
             chosen = frozenset(only or [member.name for member in members])
-            _make_family(StageRunner(folder, progress, from_stage, chosen), recipe, members, wanted)
+            _make_family(StageRunner(folder, progress, from_stage, chosen), recipe, members, wanted, latencies)
         append_event(folder, "done", members=[member.name for member in wanted])
     return folder
 
 
 def _make_family(
-    runner: StageRunner, recipe: Recipe, members: list[ResolvedMember], wanted: list[ResolvedMember]
+    runner: StageRunner,
+    recipe: Recipe,
+    members: list[ResolvedMember],
+    wanted: list[ResolvedMember],
+    latencies: dict[str, DecodeLatency],
 ) -> None:
     shared = _prepare(runner, recipe)
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
@@ -92,6 +101,7 @@ def _make_family(
                 member.parent_config,
                 pinned_seeds={member.name: member.seed for member in members},
                 found_shapes=shapes,
+                latencies=latencies,
             )
             member = next(member for member in members if member.name == name)
         made = make_member(runner, recipe, shared, member, seed)

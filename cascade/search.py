@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.family import ResolvedMember, shape_config, target_of
+from cascade.family import ResolvedMember, shape_config
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, load_config
 from cascade.models.dims import ModelDims
@@ -56,10 +56,10 @@ def search_shape(
     `inputs` are the digests that a cut depends on; `make(dims, num_tokens)` gives the stage that tries a shape.
     """
     search = recipe.prune.search
-    if search is None or member.member.target is None:
+    if search is None or member.target is None:
         raise ValueError(f"{member.name}: no search is asked for")
     config = shape_config(load_config(seed), member.hidden)
-    shapes = diverse_shapes(config, target_of(member.member), parent=member.parent_config, count=search.candidates)
+    shapes = diverse_shapes(config, member.target, parent=member.parent_config, count=search.candidates)
     settings = candidate_settings(recipe) | {"hidden": member.hidden}
 
     def stage(name: str, dims: ModelDims, num_tokens: int) -> Path:

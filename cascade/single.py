@@ -13,6 +13,7 @@ from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.family import hidden_score
+from cascade.importance.offload import blocks_at_once, offloaded
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
 from cascade.models.axes import probe_axes
@@ -48,8 +49,12 @@ def prune_model(
     *,
     hidden: str = "auto",
     repaired: bool = True,
+    offload: bool = False,
 ) -> dict[str, Any]:
-    """Statistics -> scores -> plan -> cut -> repair; writes the checkpoint and plan.json."""
+    """Statistics -> scores -> plan -> cut -> repair; writes the checkpoint and plan.json.
+
+    With `offload` the model is never in memory as a whole, and nothing is repaired.
+    """
     require_empty(output)
     if params is None and not dims:
         raise UserError("give --params or at least one --dim")
@@ -63,16 +68,25 @@ def prune_model(
     target = Target(params=params, dims=dims)
     wanted = solve_shape(shaped, target, parent=config)
     prove_cuts(config, along=[name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]])
-    model = load_model(source).to(default_device())
     blocks = _blocks(data, "calibration", source, block_size).take(num_blocks)
-    statistics = collect_statistics(model, blocks, covariance_blocks=-(-num_blocks // 4) if hidden == "pca" else 0)
-    plan = plan_pruning(score_importance(statistics, hidden=hidden), model.config, wanted, statistics=statistics)
+    options: dict[str, Any] = {"covariance_blocks": -(-num_blocks // 4) if hidden == "pca" else 0}
     with staged(output, {"stage": "prune", "source": source.reference}) as folder:
-        student = prune(model, plan)
-        if repaired:
-            repair(student, model, plan, blocks)
-        _save(student, folder, source)
+        if offload:
+            with offloaded(source, default_device()) as absent:
+                at_once = blocks_at_once(config, block_size)
+                statistics = collect_statistics(absent, blocks, batch_size=at_once, device=default_device(), **options)
+        else:
+            model = load_model(source).to(default_device())
+            statistics = collect_statistics(model, blocks, **options)
+        plan = plan_pruning(score_importance(statistics, hidden=hidden), config, wanted, statistics=statistics)
         save_plan(plan, folder / "plan.json")
+        if offload:
+            prune_on_disk(source, plan, folder)
+        else:
+            student = prune(model, plan)
+            if repaired:
+                repair(student, model, plan, blocks)
+            _save(student, folder, source)
     return {
         "output": str(output),
         "num_parameters": int(probe_axes(shaped).num_parameters(wanted)),

@@ -503,3 +503,37 @@ def test_a_recipe_with_every_other_score_runs_to_the_end(recipe_folder, tmp_path
     tensors = load_file(folder / "members" / "big" / "model.safetensors")
     assert row["num_parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert row["stages"]["repaired"]["kl_to_teacher"] < row["stages"]["cut"]["kl_to_teacher"]
+
+
+def test_a_target_in_decode_time_is_measured_once_and_kept_by_the_run(tiny_parent, tmp_path, monkeypatch):
+    from test_latency import costing
+
+    import cascade.pruning.latency as latency_of
+    from cascade.family import resolve_family
+    from cascade.latencies import find_latencies, keep_latencies
+    from cascade.parent import parent_config
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"name: fast\nparent: {tiny_parent}\ndata: {{source: stdlib}}\ndistill: {{tokens: 512}}\n"
+        "members:\n- name: quick\n  target: {decode_ms: 0.85, context: 16}\n"
+    )
+    recipe = load_recipe(str(path))
+    config = parent_config(recipe)
+    monkeypatch.setattr(latency_of, "measure_decode_ms", costing((0.1, 0.2, 0.5, 0.4)))
+    first = find_latencies(recipe, config, tmp_path / "run")
+    keep_latencies(recipe, config, tmp_path / "run", first)
+    monkeypatch.setattr(latency_of, "measure_decode_ms", lambda *args, **options: pytest.fail("measured again"))
+    again = find_latencies(recipe, config, tmp_path / "run")
+    assert again == first
+    shapes = [resolve_family(recipe, config, latencies=found)[0] for found in (first, again)]
+    assert shapes[0].dims == shapes[1].dims
+    whole = first["quick"].milliseconds(*_axes_and_dims(config))
+    assert first["quick"].milliseconds(*_axes_and_dims(shapes[0].config)) <= 0.85 * whole
+
+
+def _axes_and_dims(config):
+    from cascade.models.axes import probe_axes
+    from cascade.models.dims import dims_of
+
+    return probe_axes(config), dims_of(config)

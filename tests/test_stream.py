@@ -16,12 +16,12 @@ from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
 from cascade.models.checkpoint import ModelSource, load_model, save_checkpoint
 from cascade.models.dims import dims_of
+from cascade.models.tensor_file import checkpoint_entries
 from cascade.models.twin import twin_of
 from cascade.pruning.cut import prune
 from cascade.pruning.plan import plan_pruning, save_plan
 from cascade.pruning.proof import proof_cuts, random_scores
 from cascade.pruning.stream import prune_on_disk
-from cascade.pruning.tensor_file import checkpoint_entries
 
 
 def weights(folder):
@@ -124,7 +124,7 @@ print(json.dumps(peak - start))
 def cut_in_a_process_of_its_own(config, folder):
     """(largest tensor, peak of anonymous memory above the bare import) in bytes; the checkpoint is random."""
     from cascade.models.architecture import build_on_meta
-    from cascade.pruning.tensor_file import write_checkpoint
+    from cascade.models.tensor_file import write_checkpoint
 
     parent = folder / "parent"
     parent.mkdir()

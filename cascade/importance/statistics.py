@@ -65,12 +65,14 @@ def collect_statistics(
     batch_size: int = 8,
     head_contributions: bool = False,
     covariance_blocks: int = 0,
+    device: torch.device | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Statistics:
     """All statistics from one forward pass of the model's body (without its head).
 
     The stream's covariance, which costs a matrix product per norm, is taken on `covariance_blocks` blocks; the energies
-    along its principal axes then take a second pass over those.
+    along its principal axes then take a second pass over those. `device` is where the model computes, if not where its
+    weights are (`offloaded`).
 
     Raises:
         UserError: the architecture's axes cannot be explained.
@@ -78,7 +80,7 @@ def collect_statistics(
     """
     axes = probe_axes(model.config)
     sums = Sums(model, axes, head_contributions)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     batches = blocks.batches(batch_size)
     seen = 0
     with torch.inference_mode(), sums.hooked():
@@ -145,7 +147,7 @@ def _finished(
         head_norms=torch.linalg.vector_norm(head_norms, dim=2).float(),
         head_contributions=torch.stack(contributions).float() if contributions else torch.zeros(0),
         neuron_norms=torch.stack([sums[f"norm:{name}"].sqrt() for name in neurons]).float(),
-        neuron_weights=torch.stack([found.written_lengths(name) for name in neurons]),
+        neuron_weights=torch.stack([found.lengths[name] for name in neurons]),
         hidden_norms=torch.stack(
             [sums[f"norm:{name}"].sqrt() for name in found.read_norms + found.bare_readers]
         ).float(),

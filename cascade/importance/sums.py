@@ -26,6 +26,7 @@ class Sums:
         self.second_moments, self.batch_size = False, 0
         self.covariance_count = 0
         self.last_tokens: list[Tensor] = []
+        self.lengths: dict[str, Tensor] = {}
         self.writers = {
             dim: [name for name, _ in model.named_parameters() if self._is_writer(name, dim)]
             for dim in ("intermediate_size", "num_attention_heads")
@@ -86,11 +87,10 @@ class Sums:
                 first.setdefault((self.axes.layer_of(name), kind), name)
         return [], list(first.values())
 
-    def written_lengths(self, name: str) -> Tensor:
+    def _add_lengths(self, name: str) -> None:
         """The length of what each unit along a matrix's input axis writes."""
         weight = self.model.get_parameter(name).detach().float().cpu()
-        lengths: Tensor = torch.linalg.vector_norm(weight, dim=self.axes.output_axis(name))
-        return lengths
+        self.lengths[name] = torch.linalg.vector_norm(weight, dim=self.axes.output_axis(name))
 
     def _layer_hook(self, number: int) -> Callable[..., None]:
         name, depth = f"{self.axes.layers_prefix}.{number}", len(self.layers)
@@ -122,6 +122,8 @@ class Sums:
     def _writer_hook(self, name: str, dim: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
             self._add_squared_means(name, args[0])
+            if name not in self.lengths:
+                self._add_lengths(name)  # here, where an offloaded model has its weights
             if self.head_contributions and dim == "num_attention_heads":
                 self._add_contributions(name, args[0])
 
@@ -195,8 +197,7 @@ class RotatedEnergies:
     """Hooks on norms over the stream that sum up their input's energy along other axes."""
 
     def __init__(self, model: nn.Module, norms: list[str], rotation: Tensor):
-        device = next(model.parameters()).device
-        self.model, self.rotation = model, rotation.float().to(device)
+        self.model, self.rotation = model, rotation.float()
         self.names = [name for name in norms if model.get_parameter(name).numel() == len(rotation)]
         self.sums = {name: torch.zeros(len(rotation), dtype=torch.float64) for name in self.names}
         self.count = 0
@@ -220,6 +221,7 @@ class RotatedEnergies:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.rotation = self.rotation.to(args[0].device)
             squares = (args[0].float().flatten(0, -2) @ self.rotation).square()
             self.sums[name] += (squares.mean(-1).clamp_min(1e-30).reciprocal() @ squares).double().cpu()
             self.count += len(squares)

@@ -4,8 +4,8 @@ A target bounds one or more measures of size, fixes some dims, or both; what it 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,6 +29,13 @@ TOLERANCES = (0.03, 0.10)
 second where the legal values are too coarse for the first."""
 
 
+class Latency(Protocol):
+    """What says how long a shape takes to decode."""
+
+    def milliseconds(self, axes: ModelAxes, dims: ModelDims) -> Any:
+        """Of one step."""
+
+
 @dataclass(frozen=True)
 class Target:
     """The size wanted: upper bounds on measures of size (all hold), explicit dims, or both (the dims then bind).
@@ -44,15 +51,30 @@ class Target:
     """Forward FLOPs of one token at a context of `context` tokens."""
     memory_bytes: float | None = None
     """Weights, and keys and values of `batch_size` sequences of `context` tokens, at `bytes_per_value`."""
+    decode_ms: float | None = None
+    """Milliseconds of one decoding step of `batch_size` sequences after `context` tokens, as `latency` says."""
     context: int = 2048
     batch_size: int = 1
     bytes_per_value: int = 2
     dims: dict[str, int] | None = None
     """Explicit dims by Hugging Face name; what is not named stays as in the seed, or is solved for."""
 
+    latency: "Latency | None" = None
+    """Measured on this machine: `latency.fit_decode_latency`."""
+
+    def with_latency(self, latency: "Latency") -> "Target":
+        """The same target, its decode_ms to be judged by this."""
+        return replace(self, latency=latency)
+
     def bounds(self) -> dict[str, float]:
         """The bounds that are given, by name."""
         return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
+
+
+def _decode_ms(axes: ModelAxes, dims: ModelDims, target: Target) -> Any:
+    if target.latency is None:
+        raise ValueError("a target in decode_ms needs `latency`; fit_decode_latency measures it")
+    return target.latency.milliseconds(axes, dims)
 
 
 MEASURES: dict[str, Callable[[ModelAxes, ModelDims, Target], Any]] = {
@@ -63,6 +85,7 @@ MEASURES: dict[str, Callable[[ModelAxes, ModelDims, Target], Any]] = {
         axes.num_parameters(dims) * target.bytes_per_value
         + axes.cache_bytes_per_token(dims, target.bytes_per_value) * target.batch_size * target.context
     ),
+    "decode_ms": _decode_ms,
 }
 """Measures of size that a target can bound; each takes single dims or arrays of candidates."""
 
@@ -93,7 +116,7 @@ def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iter
         bounds[name] = bound * whole if bound <= 1 else bound
         size = MEASURES[name](axes, seed, target)
         if bounds[name] > size * (1 + 1e-9):
-            raise UserError(f"target of {_counted(name, bounds[name])} is larger than the seed, which has {size:,.0f}")
+            raise UserError(f"target of {_counted(name, bounds[name])} is larger than the seed's {_number(size)}")
     if bounds:
         return _shapes_within(config, axes, seed, fixed, bounds, target)
     dims = seed.replace(**fixed)
@@ -143,7 +166,11 @@ def _measured_on(config: Any) -> tuple[ModelAxes, ModelDims]:
 
 
 def _counted(name: str, bound: float) -> str:
-    return f"{bound:,.0f} {'parameters' if name == 'params' else name}"
+    return f"{_number(bound)} {'parameters' if name == 'params' else name}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _multiples(size: int) -> list[int]:
@@ -243,8 +270,8 @@ def _shapes_within(
         sizes = shares[name] * bound
         smallest, nearest = sizes.min(), sizes[np.abs(binding - 1).argmin()]
         raise UserError(
-            f"no legal shape has {(1 - TOLERANCES[-1]) * bound:,.0f} to {_counted(name, bound)}; the smallest has "
-            f"{smallest:,.0f}, the nearest {nearest:,.0f}."
+            f"no legal shape has {_number((1 - TOLERANCES[-1]) * bound)} to {_counted(name, bound)}; the smallest has "
+            f"{_number(smallest)}, the nearest {_number(nearest)}."
             + "".join(f" {name}: {listed(part)}." for name, part in values.items())
             + (f" {refusals[0]}" if refusals else "")
         )

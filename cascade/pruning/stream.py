@@ -1,22 +1,19 @@
 """The cut from disk to disk, one tensor at a time, for models that do not fit in memory."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from cascade.errors import UserError
 from cascade.models.architecture import build_on_meta, model_class_of
-from cascade.models.axes import ModelAxes, probe_axes
+from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, copy_companions, load_config
 from cascade.models.dims import dims_of
+from cascade.models.stored import stored_parameters
+from cascade.models.tensor_file import checkpoint_entries, write_checkpoint
 from cascade.pruning.cut import cut_weight, renumbered
 from cascade.pruning.plan import PruningPlan, config_of
-from cascade.pruning.tensor_file import Entry, checkpoint_entries, write_checkpoint
 
 
 def prune_on_disk(
@@ -36,7 +33,7 @@ def prune_on_disk(
     if dims_of(config) != plan.source_dims:
         raise ValueError(f"the plan is for {plan.source_dims}, the model has {dims_of(config)}")
     axes = probe_axes(config)
-    stored = _by_parameter(checkpoint_entries(source.folder), config, axes, source)
+    stored = stored_parameters(checkpoint_entries(source.folder), config, axes, source)
     pruned_config = config_of(plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in build_on_meta(pruned_config).named_parameters()}
     order = []
@@ -62,46 +59,6 @@ def prune_on_disk(
     copy_companions(source.folder, folder)
     tensors = [(written_name, shapes[new_name], entry.dtype) for _, new_name, written_name, entry in order]
     write_checkpoint(folder, tensors, values(), max_shard_bytes=max_shard_bytes)
-
-
-def _by_parameter(
-    entries: dict[str, Entry], config: Any, axes: ModelAxes, source: ModelSource
-) -> dict[str, tuple[str, Entry]]:
-    """(name in the checkpoint, entry) by the model's own parameter names.
-
-    Raises:
-        UserError: a tensor that is neither a parameter nor known to be ignored.
-    """
-    kind = model_class_of(config)
-    prefix = f"{kind.base_model_prefix}."
-    ignored = [re.compile(pattern) for pattern in getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or []]
-    buffers = {name for name, _ in build_on_meta(config).named_buffers()}
-    found: dict[str, tuple[str, Entry]] = {}
-    for name, entry in entries.items():
-        for candidate in (name, prefix + name, name.removeprefix(prefix), _as_loaded(name, config)):
-            if axes.template(candidate) in axes.weights:
-                found[candidate] = (name, entry)
-                break
-        else:
-            if name in axes.tied or name in buffers or any(pattern.search(name) for pattern in ignored):
-                continue
-            raise UserError(
-                f"{source.reference}: tensor '{name}' is no parameter of {kind.__name__} here; this checkpoint needs "
-                "converting first (load it with transformers and save it)"
-            )
-    return found
-
-
-def _as_loaded(name: str, config: Any) -> str:
-    """A tensor's name after the plain renamings that transformers does while loading."""
-    known = (
-        get_checkpoint_conversion_mapping(key) or [] for key in (config.model_type, model_class_of(config).__name__)
-    )
-    for renaming in (one for mapping in known for one in mapping):
-        if isinstance(renaming, WeightRenaming):
-            for pattern, target in zip(renaming.source_patterns, renaming.target_patterns, strict=True):
-                name = re.sub(pattern, target, name)
-    return name
 
 
 def _renamed(own_name: str, name: str, new_name: str) -> str:

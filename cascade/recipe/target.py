@@ -18,6 +18,9 @@ class TargetSize(Section):
     """Forward FLOPs of one token at a context of `context` tokens: a fraction or a number."""
     memory_bytes: float | None = None
     """Weights, and keys and values of `batch_size` sequences of `context` tokens, 2 bytes each: a fraction or bytes."""
+    decode_ms: float | None = None
+    """Milliseconds of one decoding step of `batch_size` sequences after `context` tokens, measured on this machine: a
+    fraction of the parent's (at most 1), or milliseconds."""
     context: PositiveInt = 2048
     """Tokens."""
     batch_size: PositiveInt = 1
@@ -37,9 +40,16 @@ class TargetSize(Section):
             )
         return value
 
+    @field_validator("decode_ms")
+    @classmethod
+    def _time(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
+            raise ValueError(f"{value:g} is not above 0")
+        return value
+
     @model_validator(mode="after")
     def _something(self) -> "TargetSize":
-        bounds = (self.params, self.params_non_embedding, self.flops_per_token, self.memory_bytes)
+        bounds = (self.params, self.params_non_embedding, self.flops_per_token, self.memory_bytes, self.decode_ms)
         if all(bound is None for bound in bounds) and not self.dims:
             raise ValueError("give `params`, another bound, or `dims`")
         return self

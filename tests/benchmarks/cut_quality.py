@@ -4,7 +4,7 @@
     python tests/benchmarks/cut_quality.py --model PATH/stories260K --data PATH/tinystories [--block-size 256]
 
 Each row cuts the parent to a share of its parameters, all methods to the same shape (rotation unties the embeddings, so
-its own), and reports held-out loss and KL to the parent in nats per token: as cut, and after recovery on each of the
+its own; the search looks among shapes for the rotation), and reports held-out loss and KL to the parent in nats per token: as cut, and after recovery on each of the
 token budgets. Choices (repair, searched shape) are made on selection text. With --results, finished rows are kept and
 a stopped run goes on.
 """
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="*", default=[25_000, 100_000])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--calibration-blocks", type=int, default=64)
     parser.add_argument("--heldout-blocks", type=int, default=128)
     parser.add_argument("--microbatch-size", type=int, default=8)
     parser.add_argument("--results", type=Path)
@@ -106,13 +107,15 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
         return pack_documents(texts, tokenizer, block_size=options.block_size, max_blocks=limit)
 
     train = blocks("train", max(options.budgets, default=0) // options.block_size + 9)
-    calibration, selection = blocks("calibration").take(64), blocks("selection").take(32)
+    calibration = blocks("calibration").take(options.calibration_blocks)
+    selection = blocks("selection").take(options.calibration_blocks // 2)
     heldout = heldout_blocks(data, tokenizer, block_size=options.block_size, max_blocks=options.heldout_blocks)
-    statistics = collect_statistics(teacher, calibration, covariance_blocks=16 if method == "pca" else 0)
-    scores = score_importance(statistics, hidden="pca" if method == "pca" else "activation_norm")
+    rotated = method in ("pca", "searched")
+    statistics = collect_statistics(teacher, calibration, covariance_blocks=16 if rotated else 0)
+    scores = score_importance(statistics, hidden="pca" if rotated else "activation_norm")
     if method == "magnitude":
         scores = magnitudes(teacher)
-    config = untied(teacher.config) if method == "pca" else teacher.config
+    config = untied(teacher.config) if rotated else teacher.config
     target = Target(params=share)
 
     def student_of(dims):

@@ -1,0 +1,87 @@
+"""What a member costs in memory and time, before any weight is read: counted FLOPs at a rate measured here."""
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from cascade.models.axes import probe_axes
+from cascade.models.dims import ModelDims, dims_of
+from cascade.recipe.schema import Distill, Recipe
+
+BASE_PROCESS_BYTES = 600_000_000
+"""torch, transformers and lm-eval themselves."""
+
+
+def peak_memory(recipe: Recipe, distill: Distill, dims: ModelDims, count: int, parent_count: int) -> float:
+    """Estimated bytes while training.
+
+    Weights, gradients and AdamW's two moments of the student, the teacher's weights, what the backward pass keeps of
+    each layer, and four copies of the logits of a microbatch.
+    """
+    tokens = distill.microbatch_size * recipe.data.block_size
+    kept_per_token = dims.num_hidden_layers * (
+        12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
+    )
+    return (
+        BASE_PROCESS_BYTES + 16.0 * count + 4.0 * parent_count + 4.0 * tokens * (kept_per_token + 4 * dims.vocab_size)
+    )
+
+
+def stage_seconds(recipe: Recipe, flops: float, parent_flops: float, tokens: int, *, cut: bool) -> dict[str, float]:
+    """Estimated seconds of each stage of one member: counted FLOPs at this machine's measured rate, plus start-up."""
+    rate = _flops_per_second()
+    heldout = recipe.evaluate.heldout_blocks * recipe.data.block_size
+    # Items of the usual multiple-choice kind: about 400 tokens, all choices together.
+    items = 400 * (recipe.evaluate.limit or 1000) * len(recipe.evaluate.tasks)
+    calibration = recipe.calibration.num_blocks * recipe.data.block_size
+    evaluation = 12 + (items * flops + heldout * (flops + parent_flops)) / rate
+    seconds = {}
+    if cut:
+        seconds["statistics"] = 0.5 + calibration * parent_flops / rate
+        seconds["prune"] = 1.0
+        # Two ways of repair, each about six passes of the calibration text.
+        if recipe.prune.repair.method != "none":
+            repaired = recipe.prune.repair.num_blocks * recipe.data.block_size
+            seconds["repair"] = 1 + 10 * repaired * (flops + parent_flops) / rate
+    seconds["distill"] = tokens * (3 * flops + parent_flops) / rate
+    for kind in ("cut", "repaired"):
+        if kind in recipe.baselines:
+            seconds[f"heldout-{kind}"] = 1 + heldout * (flops + parent_flops) / rate
+    if "ce" in recipe.baselines:
+        seconds["baseline-ce"] = tokens * 3 * flops / rate
+        seconds["heldout-ce"] = 1 + heldout * (flops + parent_flops) / rate
+    return seconds | {"evaluate": evaluation, "report": 0.2}
+
+
+def parent_seconds(recipe: Recipe, parent_config: Any) -> dict[str, float]:
+    """Estimated seconds of the stages that all members share."""
+    flops = float(probe_axes(parent_config).flops_per_token(dims_of(parent_config), recipe.data.block_size))
+    seconds = {"data": 5.0, "evaluate": stage_seconds(recipe, flops, 0.0, 0, cut=False)["evaluate"]}
+    if recipe.parent.model.endswith(".gguf"):
+        parameters = int(probe_axes(parent_config).num_parameters(dims_of(parent_config)))
+        seconds["convert"] = 10 + parameters / 1e7
+    if recipe.parent.pretrain is not None:
+        seconds["pretrain"] = 3 * flops * recipe.parent.pretrain.tokens / _flops_per_second()
+    return seconds
+
+
+@lru_cache(maxsize=1)
+def _flops_per_second() -> float:
+    """A third of the float32 matrix product rate measured here: what whole models reach of it, roughly."""
+    size = 512
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    left @ right
+    started, rounds = time.perf_counter(), 10
+    for _ in range(rounds):
+        left @ right
+    return rounds * 2 * size**3 / (time.perf_counter() - started) / 3
+
+
+def dtype_bytes(config: Any) -> int:
+    """Bytes of one stored weight."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."))
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
