@@ -520,7 +520,7 @@ def test_a_target_in_decode_time_is_measured_once_and_kept_by_the_run(tiny_paren
     )
     recipe = load_recipe(str(path))
     config = parent_config(recipe)
-    monkeypatch.setattr(latency_of, "measure_decode_ms", costing((0.1, 0.2, 0.5, 0.4)))
+    monkeypatch.setattr(latency_of, "measure_decode_ms", costing((0.001, 0.001, 5.0, 0.4)))
     first = find_latencies(recipe, config, tmp_path / "run")
     keep_latencies(recipe, config, tmp_path / "run", first)
     monkeypatch.setattr(latency_of, "measure_decode_ms", lambda *args, **options: pytest.fail("measured again"))
