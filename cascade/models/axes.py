@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from transformers.initialization import no_init_weights
+
 from cascade.errors import UserError
-from cascade.models.architecture import build_on_meta, require_supported
+from cascade.models.architecture import model_from_config, require_supported
 from cascade.models.behaviour import Behaviour, observe
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.models.twin import probe_values
@@ -256,7 +258,9 @@ def _explain(name: str, base: int, moved: dict[str, int], heads_fill_hidden: boo
 
 def _shapes(config: Any, dims: ModelDims) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     try:
-        model = build_on_meta(config_with_dims(config, dims))
+        with no_init_weights():  # memory that nobody touches; quicker than the meta device
+            model = model_from_config(config_with_dims(config, dims))
+            model.tie_weights()  # which building does only where it initialises
     except UserError:
         raise
     except Exception as error:  # any architecture's constructor: whatever it raises means the same to the user

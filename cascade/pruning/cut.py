@@ -1,6 +1,7 @@
 """The cut: new config -> empty model -> each weight sliced along its axes -> strict load. Nothing is patched."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +27,24 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     with no_init_weights():
         pruned = model_from_config(config_of(plan), dtype=next(model.parameters()).dtype)
     weights = dict(model.named_parameters())
+    ours = {value.data_ptr() for value in model.state_dict().values()}
     tensors: dict[str, Tensor] = {}
+    rows: dict[Any, Tensor | None] = {}
     for name, weight in weights.items():
         new_name = renumbered(name, axes, plan)
         if new_name is not None:
-            tensors[new_name] = cut_weight(name, weight.detach(), axes, plan, model.get_parameter)
+            tensors[new_name] = cut_weight(name, weight.detach(), axes, plan, model.get_parameter, rows)
     for name, value in model.state_dict().items():
         new_name = renumbered(name, axes, plan)
         if name in weights or new_name is None:
             continue
         if name in axes.tied and plan.rotation is not None and name.endswith(".weight"):
-            tensors[new_name] = cut_weight(name, value.detach(), axes, plan, model.get_parameter)
+            tensors[new_name] = cut_weight(name, value.detach(), axes, plan, model.get_parameter, rows)
         else:
             tensors[new_name] = tensors[axes.tied[name]] if name in axes.tied else value
-    pruned.load_state_dict(tensors, strict=True)
+    # The model's own, and not copies: weights that are cut along no axis are still the parent's here.
+    tensors = {name: value.clone() if value.data_ptr() in ours else value for name, value in tensors.items()}
+    pruned.load_state_dict(tensors, strict=True, assign=True)
     pruned.tie_weights()
     pruned.generation_config = getattr(model, "generation_config", None)
     result: nn.Module = pruned.to(next(model.parameters()).device).eval()
@@ -47,17 +52,26 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def cut_weight(
-    name: str, weight: Tensor, axes: ModelAxes, plan: PruningPlan, weight_of: Callable[[str], Tensor]
+    name: str,
+    weight: Tensor,
+    axes: ModelAxes,
+    plan: PruningPlan,
+    weight_of: Callable[[str], Tensor],
+    known_rows: dict[Any, Tensor | None] | None = None,
 ) -> Tensor:
     """The kept rows of one weight along every axis, rotated before and corrected after where the plan says so.
 
     `weight_of` gives other weights of the same model by name: a rotation folds norms into what reads them.
+    `known_rows` keeps what one weight has in common with others, from call to call.
     """
     if plan.rotation is not None:
         weight = rotated_weight(name, weight, axes, plan.rotation, weight_of)
     weight = _with_merged_heads(name, weight, axes, plan)
     for position, axis in enumerate(axes.of(axes.tied.get(name, name))):
-        rows = kept_rows(axis, axes.layer_of(name), plan)
+        key = (axis, axes.layer_of(name))
+        rows = known_rows[key] if known_rows and key in known_rows else kept_rows(*key, plan)
+        if known_rows is not None:
+            known_rows[key] = rows
         if rows is not None:
             weight = weight.index_select(position, rows.to(weight.device))
     dtype = weight.dtype

@@ -169,7 +169,8 @@ def _portable(config: Any) -> dict[str, Any]:
 def _best(scores: Tensor, count: int) -> list[int]:
     # A stable sort, so that equal scores (an untouched model) keep the first units, the same on every machine.
     order = torch.sort(scores, descending=True, stable=True).indices[:count]
-    return [int(index) for index in order.sort().values]
+    indices: list[int] = order.sort().values.tolist()
+    return indices
 
 
 def _merges(scores: Tensor, kept: list[int], source: ModelDims) -> list[list[int]]:
