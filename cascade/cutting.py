@@ -1,6 +1,7 @@
 """The stages that turn a seed into a smaller model before any training: statistics, cut, repair."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,23 +37,27 @@ def training_options(settings: Distill) -> dict[str, Any]:
 
 
 def make_statistics(
-    folder: Path, recipe: Recipe, seed: ModelSource, data: Path, on_step: OnStep, *, hidden: str
+    folder: Path, recipe: Recipe, seed: ModelSource, data: Path, on_step: OnStep, hidden_choices: Sequence[str]
 ) -> None:
     """Statistics of the seed on calibration blocks."""
     model = load_model(seed).to(default_device())
     blocks = load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks)
     statistics = collect_statistics(
-        model, blocks, batch_size=recipe.calibration.batch_size, on_batch=on_step, **statistics_options(recipe, hidden)
+        model,
+        blocks,
+        batch_size=recipe.calibration.batch_size,
+        on_batch=on_step,
+        **statistics_options(recipe, hidden_choices),
     )
     save_statistics(statistics, folder / "statistics.safetensors")
 
 
-def statistics_options(recipe: Recipe, hidden: str) -> dict[str, Any]:
+def statistics_options(recipe: Recipe, hidden_choices: Sequence[str]) -> dict[str, Any]:
     """What the recipe's scores need beyond the usual statistics; second moments are taken on a quarter of the text."""
     options: dict[str, Any] = {}
     if recipe.prune.heads == "contribution":
         options["head_contributions"] = True
-    if hidden == "pca":
+    if "pca" in hidden_choices:
         options["covariance_blocks"] = -(-recipe.calibration.num_blocks // 4)
     return options
 

@@ -29,7 +29,9 @@ def peak_memory(recipe: Recipe, distill: Distill, dims: ModelDims, count: int, p
     )
 
 
-def stage_seconds(recipe: Recipe, flops: float, parent_flops: float, tokens: int, *, cut: bool) -> dict[str, float]:
+def stage_seconds(
+    recipe: Recipe, flops: float, parent_flops: float, tokens: int, *, cut: bool, choices: int = 1
+) -> dict[str, float]:
     """Estimated seconds of each stage of one member: counted FLOPs at this machine's measured rate, plus start-up."""
     rate = _flops_per_second()
     heldout = recipe.evaluate.heldout_blocks * recipe.data.block_size
@@ -45,6 +47,12 @@ def stage_seconds(recipe: Recipe, flops: float, parent_flops: float, tokens: int
         if recipe.prune.repair.method != "none":
             repaired = recipe.prune.repair.num_blocks * recipe.data.block_size
             seconds["repair"] = 1 + 10 * repaired * (flops + parent_flops) / rate
+        search = recipe.prune.search
+        tried = search.candidates if search else choices if choices > 1 else 0
+        if tried:  # each is cut and repaired one way
+            seconds["candidate"] = tried * (1 + seconds.get("repair", 0.0) / 2)
+        if search:
+            seconds["finalist"] = search.finalists * (1 + search.tokens * (3 * flops + parent_flops) / rate)
     seconds["distill"] = tokens * (3 * flops + parent_flops) / rate
     for kind in ("cut", "repaired"):
         if kind in recipe.baselines:

@@ -18,6 +18,15 @@ from cascade.recipe.schema import Distill, Member, Recipe
 
 
 @dataclass(frozen=True)
+class FoundShape:
+    """What was chosen for a member among several that were tried."""
+
+    dims: ModelDims
+    hidden: str
+    """The score of hidden channels: activation_norm or pca."""
+
+
+@dataclass(frozen=True)
 class ResolvedMember:
     """One member, with everything that can be known before any weight is read."""
 
@@ -31,6 +40,8 @@ class ResolvedMember:
     parent_config: Any
     hidden: str
     """The score of hidden channels: activation_norm or pca."""
+    hidden_choices: tuple[str, ...]
+    """More than one where `prune.hidden: auto` is settled by trying."""
     dims: ModelDims
     num_parameters: int
     num_parameters_non_embedding: int
@@ -57,7 +68,7 @@ def resolve_family(
     parent_config: Any,
     *,
     pinned_seeds: dict[str, str] | None = None,
-    found_shapes: dict[str, ModelDims] | None = None,
+    found_shapes: Mapping[str, FoundShape] | None = None,
     latencies: Mapping[str, Latency] | None = None,
 ) -> list[ResolvedMember]:
     """Members, largest first, a seed always before what is cut from it.
@@ -85,7 +96,9 @@ def resolve_family(
         before = 0
         if seed in resolved:
             before = resolved[seed].first_position + resolved[seed].num_steps * recipe.distill.batch_size
-        resolved[member.name] = _resolve(recipe, recipe.distill, member, target, seed, config, parent_config, before)
+        resolved[member.name] = _resolve(
+            recipe, recipe.distill, member, target, seed, config, parent_config, before, found
+        )
     return list(resolved.values())
 
 
@@ -140,19 +153,20 @@ def _shape(
     target: Target | None,
     seed_config: Any,
     parent_config: Any,
-    found: ModelDims | None,
+    found: FoundShape | None,
 ) -> Any:
     if target is None:
         return seed_config
-    config = shape_config(seed_config, hidden_score(recipe.prune.hidden, parent_config))
-    return config_with_dims(config, found or _solved(member, target, config, parent_config))
+    config = shape_config(seed_config, found.hidden if found else hidden_score(recipe.prune.hidden, parent_config))
+    return config_with_dims(config, found.dims if found else _solved(member, target, config, parent_config))
 
 
 def hidden_score(wanted: str, parent_config: Any) -> str:
-    """The score of hidden channels that `prune.hidden` asks for; `auto` is decided by the parent's config alone.
+    """The score of hidden channels that `prune.hidden` asks for; `auto` is judged by the parent's config alone.
 
-    A rotation gave the better cut wherever it was legal and tried, but it unties the embeddings, and those of a small
-    model with a large vocabulary would cost it more than the rotation gives back.
+    A rotation gives the better cut of the same shape, but it unties the embeddings, and those of a small model with a
+    large vocabulary cost it more than the rotation gives back. Members with a size to meet have both tried instead
+    (`hidden_choices`).
     """
     if wanted != "auto":
         return wanted
@@ -168,6 +182,17 @@ def hidden_score(wanted: str, parent_config: Any) -> str:
 
 LARGEST_UNTIED_SHARE = 0.15
 """Of the parent's parameters: tied embeddings up to this share are untied by `prune.hidden: auto`."""
+
+
+def hidden_choices(wanted: str, parent_config: Any, target: Target | None) -> tuple[str, ...]:
+    """The scores of hidden channels to choose among by trying; explicit dims leave nothing to choose."""
+    if target is None or not target.bounds() or wanted != "auto":
+        return (hidden_score(wanted, parent_config),)
+    try:
+        require_rotatable(parent_config, probe_axes(parent_config))
+    except UserError:
+        return ("activation_norm",)
+    return ("activation_norm", "pca")
 
 
 def shape_config(seed_config: Any, hidden: str) -> Any:
@@ -202,6 +227,7 @@ def _resolve(
     config: Any,
     parent_config: Any,
     before: int,
+    found: FoundShape | None,
 ) -> ResolvedMember:
     axes, dims = probe_axes(config), dims_of(config)
     parent_axes, parent = probe_axes(parent_config), dims_of(parent_config)
@@ -216,13 +242,15 @@ def _resolve(
     flops = float(axes.flops_per_token(dims, recipe.data.block_size))
     parent_flops = float(parent_axes.flops_per_token(parent, recipe.data.block_size))
     stored_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.save.dtype) or dtype_bytes(parent_config)
+    choices = hidden_choices(recipe.prune.hidden, parent_config, target)
     return ResolvedMember(
         member=member,
         target=target,
         seed=seed,
         config=config,
         parent_config=parent_config,
-        hidden=hidden_score(recipe.prune.hidden, parent_config),
+        hidden=found.hidden if found else hidden_score(recipe.prune.hidden, parent_config),
+        hidden_choices=choices,
         dims=dims,
         num_parameters=count,
         num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),
@@ -232,7 +260,9 @@ def _resolve(
         first_position=before,
         peak_memory_bytes=peak_memory(recipe, distill, dims, count, int(parent_axes.num_parameters(parent))),
         disk_bytes=count * (4 + stored_bytes * (1 + len(recipe.baselines))),
-        seconds=stage_seconds(recipe, flops, parent_flops, num_steps * step_tokens, cut=bool(seed)),
+        seconds=stage_seconds(
+            recipe, flops, parent_flops, num_steps * step_tokens, cut=bool(seed), choices=len(choices)
+        ),
     )
 
 

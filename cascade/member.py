@@ -8,7 +8,7 @@ from torch import nn
 
 from cascade.cutting import make_candidate, make_cut, make_repaired, make_statistics, statistics_options
 from cascade.evaluation.evaluate import default_device
-from cascade.family import ResolvedMember
+from cascade.family import FoundShape, ResolvedMember
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -18,7 +18,6 @@ from cascade.models.checkpoint import (
     require_same_vocabulary,
     resolve_model,
 )
-from cascade.models.dims import ModelDims
 from cascade.progress import OnStep
 from cascade.publish import FinishedMember, baseline_row
 from cascade.recipe.schema import Recipe
@@ -133,21 +132,22 @@ def _make_baseline(
 def find_shape(
     runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
 ) -> list[Candidate]:
-    """The shapes that a search tried for a member, the chosen one first; empty where none is searched."""
-    if recipe.prune.search is None or member.target is None or not member.target.bounds():
+    """The shapes that were tried for a member, the chosen one first; empty where there is nothing to choose."""
+    choosing = recipe.prune.search is not None or len(member.hidden_choices) > 1
+    if not choosing or member.target is None or not member.target.bounds():
         return []
     source, statistics = _source(shared, member, seed), _make_statistics(runner, recipe, shared, member, seed)
 
-    def make(dims: ModelDims, num_tokens: int) -> Any:
+    def make(shape: FoundShape, num_tokens: int) -> Any:
         return lambda folder, on_step: make_candidate(
             folder,
             recipe,
-            dims,
+            shape.dims,
             source,
             statistics,
             shared.data,
             shared.teacher(),
-            hidden=member.hidden,
+            hidden=shape.hidden,
             num_tokens=num_tokens,
             on_step=on_step,
         )
@@ -179,9 +179,9 @@ def _make_statistics(
     return runner.run(
         member.name,
         "statistics",
-        recipe.calibration.model_dump() | statistics_options(recipe, member.hidden),
+        recipe.calibration.model_dump() | statistics_options(recipe, member.hidden_choices),
         {"seed": _seed_digest(shared, seed), "data": shared.digests["data"]},
-        lambda folder, on_step: make_statistics(folder, recipe, source, shared.data, on_step, hidden=member.hidden),
+        lambda folder, on_step: make_statistics(folder, recipe, source, shared.data, on_step, member.hidden_choices),
         label=member.seed,
     )
 

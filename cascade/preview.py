@@ -58,6 +58,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "proof": proof,
         "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()},
         "search": recipe.prune.search is not None,
+        "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1],
         "members": [_member_record(member, total) for member in members],
         "decode_ms": {
             member.name: float(latencies[member.name].milliseconds(probe_axes(member.config), member.dims))
@@ -122,6 +123,11 @@ def preview_text(found: dict[str, Any]) -> str:
         f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
     )
     lines.append("Each axis can be cut to: " + "; ".join(f"{k}: {v}" for k, v in found["legal_values"].items()) + ".")
+    if found["hidden_tried"]:
+        lines.append(
+            f"prune.hidden: auto cuts and repairs {', '.join(found['hidden_tried'])} both ways, with the stream "
+            "rotated and not, and keeps what is nearer the parent on selection text."
+        )
     if found["search"]:
         lines.append(
             "Shapes are searched: those above are where the search starts; smaller members follow what it finds."

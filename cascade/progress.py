@@ -37,7 +37,9 @@ class RunProgress:
         self.bars.stop()
 
     def skip(self, member: str, stage: str, reason: str) -> None:
-        """A stage that is not run."""
+        """A stage that is not run; said once."""
+        if (member, stage) in self.done:
+            return
         self.done[member, stage] = 0.0
         self._line(f"{member} > {stage}: {reason}")
         self._show((member, stage), 1.0)
@@ -48,9 +50,10 @@ class RunProgress:
         began, key = time.monotonic(), (member, stage)
         self._show(key, 0.0)
         yield lambda done, total: self._show(key, done / max(1, total))
-        self.done[key] = time.monotonic() - began
+        seconds = time.monotonic() - began
+        self.done[key] = self.done.get(key, 0.0) + seconds  # a stage can be made several times, as candidates are
         left = self._seconds_left(None, 0.0)
-        self._line(f"{member} > {stage}: {self.done[key]:.1f} s (family: {_duration(left)} left)")
+        self._line(f"{member} > {stage}: {seconds:.1f} s (family: {_duration(left)} left)")
         self._show(key, 1.0)
 
     def _seconds_left(self, current: tuple[str, str] | None, fraction: float) -> float:

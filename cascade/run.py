@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
-from cascade.family import ResolvedMember, check_family, resolve_family, run_folder_of
+from cascade.family import FoundShape, ResolvedMember, check_family, resolve_family, run_folder_of
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.member import Shared, evaluation_settings, find_shape, make_member
 from cascade.models.checkpoint import (
@@ -18,7 +18,7 @@ from cascade.models.checkpoint import (
     load_config,
     load_tokenizer,
 )
-from cascade.models.dims import ModelDims, dims_of
+from cascade.models.dims import dims_of
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import existing_parent, make_converted, make_pretrained, parent_config
 from cascade.progress import RunProgress
@@ -87,7 +87,7 @@ def _make_family(
     shared = _prepare(runner, recipe)
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
     finished: dict[str, FinishedMember] = {}
-    shapes: dict[str, ModelDims] = {}
+    shapes: dict[str, FoundShape] = {}
     write_report(runner.folder, recipe, members, teacher, finished)
     for name in [member.name for member in wanted]:
         member = next(member for member in members if member.name == name)
@@ -95,7 +95,7 @@ def _make_family(
         tried = find_shape(runner, recipe, shared, member, seed)
         if tried:
             # From here on the member, and what is cut from it, has the shape that was found.
-            shapes[name] = tried[0].dims
+            shapes[name] = tried[0].shape
             members = resolve_family(
                 recipe,
                 member.parent_config,

@@ -1,5 +1,7 @@
 """Which shape a member gets: several that meet its target are cut and repaired, the best also recovered for a while.
 
+Without `prune.search` there may still be two: the most even shape for a rotated stream and that for one that is not.
+
 A shape that looks best right after the cut is often not the best after some training (Minitron, table 13), so the last
 word is that of a short recovery. Each candidate is a stage of its own: found again by a rerun, and never tried twice.
 """
@@ -10,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.family import ResolvedMember, shape_config
+from cascade.family import FoundShape, ResolvedMember, shape_config
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, load_config
-from cascade.models.dims import ModelDims
 from cascade.progress import OnStep
 from cascade.pruning.shape import diverse_shapes
 from cascade.recipe.schema import Recipe
@@ -27,7 +28,7 @@ Make = Callable[[Path, OnStep], None]
 class Candidate:
     """One shape that was tried."""
 
-    dims: ModelDims
+    shape: FoundShape
     folders: list[Path]
     """Its stages: cut and repaired, and for a finalist also the short recovery."""
 
@@ -53,24 +54,30 @@ def search_shape(
 ) -> list[Candidate]:
     """All candidates, the chosen one first.
 
-    `inputs` are the digests that a cut depends on; `make(dims, num_tokens)` gives the stage that tries a shape.
+    `inputs` are the digests that a cut depends on; `make(shape, num_tokens)` gives the stage that tries a shape.
     """
-    search = recipe.prune.search
-    if search is None or member.target is None:
-        raise ValueError(f"{member.name}: no search is asked for")
-    config = shape_config(load_config(seed), member.hidden)
-    shapes = diverse_shapes(config, member.target, parent=member.parent_config, count=search.candidates)
-    settings = candidate_settings(recipe) | {"hidden": member.hidden}
+    search, target = recipe.prune.search, member.target
+    if target is None:
+        raise ValueError(f"{member.name} is not cut")
+    count = search.candidates if search else len(member.hidden_choices)
+    found: list[FoundShape] = []
+    for number, hidden in enumerate(member.hidden_choices):
+        own = (count - len(found)) // (len(member.hidden_choices) - number)
+        config = shape_config(load_config(seed), hidden)
+        dims = diverse_shapes(config, target, parent=member.parent_config, count=own)
+        found += [FoundShape(one, hidden) for one in dims]
+    settings = candidate_settings(recipe)
 
-    def stage(name: str, dims: ModelDims, num_tokens: int) -> Path:
-        return runner.run(
-            member.name, name, settings | {"dims": dims.as_dict(), "tokens": num_tokens}, inputs, make(dims, num_tokens)
-        )
+    def stage(name: str, shape: FoundShape, num_tokens: int) -> Path:
+        own = {"dims": shape.dims.as_dict(), "hidden": shape.hidden, "tokens": num_tokens}
+        return runner.run(member.name, name, settings | own, inputs, make(shape, num_tokens))
 
-    tried = [Candidate(dims, [stage("candidate", dims, 0)]) for dims in shapes]
+    tried = [Candidate(shape, [stage("candidate", shape, 0)]) for shape in found]
     tried.sort(key=Candidate.score)
+    if search is None:
+        return tried
     finalists = [
-        Candidate(one.dims, [*one.folders, stage("finalist", one.dims, search.tokens)])
+        Candidate(one.shape, [*one.folders, stage("finalist", one.shape, search.tokens)])
         for one in tried[: search.finalists]
     ]
     return sorted(finalists, key=Candidate.score) + tried[search.finalists :]
@@ -84,20 +91,21 @@ def candidate_settings(recipe: Recipe) -> dict[str, Any]:
 
 def candidate_rows(member: ResolvedMember, candidates: list[Candidate]) -> list[Row]:
     """Rows of family.json, the chosen shape first."""
-    axes = probe_axes(member.config)
     rows: list[Row] = []
     for number, one in enumerate(candidates):
-        losses = one.losses()
+        losses, dims = one.losses(), one.shape.dims
+        axes = probe_axes(shape_config(member.config, one.shape.hidden))
         rows.append(
             {
-                "name": f"{member.name}-shape{number + 1}",
+                "name": f"{member.name}-shape{number + 1}"
+                + (f"_{one.shape.hidden}" if len(member.hidden_choices) > 1 else ""),
                 "role": "candidate",
                 "status": "chosen" if number == 0 else "finalist" if losses["recovered"] else "candidate",
                 "seed": member.seed or None,
                 "checkpoint": None,
-                "dims": one.dims.as_dict(),
-                "num_parameters": int(axes.num_parameters(one.dims)),
-                "num_parameters_non_embedding": int(axes.num_parameters_non_embedding(one.dims)),
+                "dims": dims.as_dict(),
+                "num_parameters": int(axes.num_parameters(dims)),
+                "num_parameters_non_embedding": int(axes.num_parameters_non_embedding(dims)),
                 "bytes": None,
                 "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
                 "cost": {

@@ -50,7 +50,8 @@ def test_family_json_follows_its_schema(tiny_family):
 def test_the_family_has_teacher_members_and_baselines_with_their_losses(tiny_family):
     rows = {row["name"]: row for row in load_family(tiny_family)["rows"]}
     baselines = [f"{name}-{kind}" for name in ("big", "small") for kind in ("cut", "repaired", "ce")]
-    assert list(rows) == ["parent", "big", "small", *baselines]
+    tried = {name for name, row in rows.items() if row["role"] == "candidate"}
+    assert [name for name in rows if name not in tried] == ["parent", "big", "small", *baselines]
     assert rows["big"]["seed"] == "parent" and rows["small"]["seed"] == "big"
     total = rows["parent"]["num_parameters"]
     assert 0.77 <= rows["big"]["num_parameters"] / total <= 0.8
@@ -63,6 +64,19 @@ def test_the_family_has_teacher_members_and_baselines_with_their_losses(tiny_fam
         assert rows[name]["speed"]["decode_tokens_per_s"] > 0
         tasks = {(metric["task"], metric["metric"]) for metric in rows[name]["metrics"]}
         assert {("heldout", "loss"), ("heldout", "kl_to_teacher"), ("python_minimal_pairs", "acc")} <= tasks
+
+
+def test_the_stream_is_rotated_or_not_by_what_is_nearer_the_parent_on_selection_text(tiny_family):
+    rows = load_family(tiny_family)["rows"]
+    for name in ("big", "small"):
+        tried = [row for row in rows if row["name"].startswith(f"{name}-shape")]
+        assert {row["name"].partition("_")[2] for row in tried} == {"activation_norm", "pca"}
+        kls = [row["stages"]["repaired"]["kl_to_teacher"] for row in tried]
+        assert tried[kls.index(min(kls))]["status"] == "chosen"
+        member = next(row for row in rows if row["name"] == name)
+        assert member["dims"] == tried[0]["dims"] and member["num_parameters"] == tried[0]["num_parameters"]
+        rotated = bool(list((tiny_family / "stages").glob(f"{name}.prune-*/plan.safetensors")))
+        assert rotated == tried[0]["name"].endswith("_pca")
 
 
 def test_members_are_stock_checkpoints_in_the_parents_dtype_that_generate(tiny_family, tiny_parent):
@@ -137,7 +151,7 @@ def test_killed_after_every_stage_and_started_again_the_family_is_the_same(
         except Killed:
             deaths += 1
             assert deaths < 40
-    assert deaths == 20  # two stages of the parent, nine of each member
+    assert deaths == 24  # two stages of the parent, nine of each member and its two candidates
     assert settled(folder) == settled(tiny_family)
     weights = "members/small/model.safetensors"
     assert (folder / weights).read_bytes() == (tiny_family / weights).read_bytes()
