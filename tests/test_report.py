@@ -29,7 +29,7 @@ def test_a_browser_renders_the_report_with_its_tables_and_curves(tiny_family, tm
                "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000",
                "--dump-dom", f"file://{tiny_family / 'report.html'}"]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert dom.count("<svg") >= 4 and dom.count("<table") == 3
+    assert dom.count("<svg") >= 4 and dom.count("<table") == 4 and "Shapes tried" in dom
     for name in ("parent", "big", "small", "small-ce"):
         assert f"<td>{name}</td>" in dom
 
@@ -52,7 +52,8 @@ def test_the_csv_has_one_line_per_row_and_the_same_values(tiny_family):
     assert [line["name"] for line in lines] == [row["name"] for row in rows]
     for line, row in zip(lines, rows, strict=True):
         assert int(line["num_parameters"]) == row["num_parameters"]
-        assert float(line["heldout/loss"]) == row["metrics"][0]["value"]
+        measured = row["metrics"][0]["value"] if row["metrics"] else None  # candidates are judged on selection text
+        assert (float(line["heldout/loss"]) if line["heldout/loss"] else None) == measured
 
 
 def test_family_json_is_strict_and_refuses_nan():
