@@ -4,7 +4,7 @@
     python tests/benchmarks/cut_quality.py --model PATH/stories260K --data PATH/tinystories [--block-size 256]
 
 Each row cuts the parent to a share of its parameters, all methods to the same shape (rotation unties the embeddings, so
-its own; the search looks among shapes for the rotation), and reports held-out loss and KL to the parent in nats per token: as cut, and after recovery on each of the
+its own; the search looks among shapes for both), and reports held-out loss and KL to the parent in nats per token: as cut, and after recovery on each of the
 token budgets. Choices (repair, searched shape) are made on selection text. With --results, finished rows are kept and
 a stopped run goes on.
 """
@@ -110,16 +110,16 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
     calibration = blocks("calibration").take(options.calibration_blocks)
     selection = blocks("selection").take(options.calibration_blocks // 2)
     heldout = heldout_blocks(data, tokenizer, block_size=options.block_size, max_blocks=options.heldout_blocks)
-    rotated = method in ("pca", "searched")
-    statistics = collect_statistics(teacher, calibration, covariance_blocks=16 if rotated else 0)
-    scores = score_importance(statistics, hidden="pca" if rotated else "activation_norm")
+    kinds = {"pca": ("pca",), "searched": ("activation_norm", "pca")}.get(method, ("activation_norm",))
+    statistics = collect_statistics(teacher, calibration, covariance_blocks=16 if "pca" in kinds else 0)
+    scores = {kind: score_importance(statistics, hidden=kind) for kind in kinds}
     if method == "magnitude":
-        scores = magnitudes(teacher)
-    config = untied(teacher.config) if rotated else teacher.config
+        scores = {"activation_norm": magnitudes(teacher)}
+    configs = {kind: untied(teacher.config) if kind == "pca" else teacher.config for kind in kinds}
     target = Target(params=share)
 
-    def student_of(dims):
-        plan = plan_pruning(scores, teacher.config, dims, statistics=statistics)
+    def student_of(kind, dims):
+        plan = plan_pruning(scores[kind], teacher.config, dims, statistics=statistics)
         student = prune(teacher, plan)
         if not repaired:
             return student
@@ -146,21 +146,27 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
 
     started = time.perf_counter()
     if method == "searched":
-        shapes = diverse_shapes(config, target, parent=teacher.config, count=10)
-        ranked = sorted(((selection_kl(student_of(dims)), dims) for dims in shapes), key=lambda pair: pair[0])
-        final = [(selection_kl(recovered(student_of(dims), 25_000)), dims) for _, dims in ranked[:3]]
-        dims = min(final, key=lambda pair: pair[0])[1]
+        shapes = [
+            (kind, dims)
+            for kind in kinds
+            for dims in diverse_shapes(configs[kind], target, parent=teacher.config, count=5)
+        ]
+        ranked = sorted(((selection_kl(student_of(*shape)), shape) for shape in shapes), key=lambda pair: pair[0])
+        final = [(selection_kl(recovered(student_of(*shape), 25_000)), shape) for _, shape in ranked[:3]]
+        kind, dims = min(final, key=lambda pair: pair[0])[1]
     else:
-        dims = solve_shape(config, target, parent=teacher.config)
-    start = student_of(dims)
+        kind = kinds[0]
+        dims = solve_shape(configs[kind], target, parent=teacher.config)
+    start = student_of(kind, dims)
     cut_seconds = time.perf_counter() - started
     row = {
         "model": options.model,
         "share": share,
         "method": method,
+        "hidden": kind,
         "repaired": repaired,
         "shape": [dims.num_hidden_layers, dims.hidden_size, dims.intermediate_size, dims.num_attention_heads],
-        "num_parameters": int(probe_axes(config).num_parameters(dims)),
+        "num_parameters": int(probe_axes(configs[kind]).num_parameters(dims)),
         "cut_seconds": cut_seconds,
         "threads": torch.get_num_threads(),
         "loss": {},
