@@ -99,7 +99,7 @@ class Sums:
             before = (args[0] if args else kwargs["hidden_states"]).float()
             after = first_tensor(output).float()
             length, length_after = torch.linalg.vector_norm(before, dim=-1), torch.linalg.vector_norm(after, dim=-1)
-            cosines = torch.linalg.vecdot(before, after) / (length * length_after).clamp_min(1e-12)
+            cosines = (before * after).sum(-1) / (length * length_after).clamp_min(1e-12)
             self._add(f"cosine:{name}", cosines.double().sum())
             self._add(f"ratio:{name}", (length_after / length.clamp_min(1e-12)).double().sum())
             if number == 0:
@@ -170,7 +170,7 @@ class Sums:
         # Over [B, S, D]: mean over S of absolute values, squared, summed over B.
         if activations.ndim == 2:  # OPT joins batch and sequence before its MLP
             activations = activations.view(self.batch_size, -1, activations.shape[-1])
-        means = torch.linalg.vector_norm(activations.float(), ord=1, dim=1) / activations.shape[1]
+        means = activations.float().abs().sum(1) / activations.shape[1]  # four times as fast as vector_norm's ord=1
         self._add(f"norm:{name}", means.square_().sum(0))
 
     def principal_axes(self) -> Tensor:
