@@ -184,6 +184,7 @@ def prune(
 )
 @click.option("--learning-rate", default=3e-3, type=ABOVE_ZERO, show_default=True)
 @click.option("--batch-size", default=8, type=POSITIVE, show_default=True, help="Blocks per optimizer step.")
+@click.option("--loss", default="forward_kl", show_default=True, help="The divergence from the teacher.")
 @click.option("--temperature", default=1.0, type=ABOVE_ZERO, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @DATA
@@ -196,6 +197,7 @@ def distill(
     output: str,
     learning_rate: float,
     batch_size: int,
+    loss: str,
     temperature: float,
     seed: int,
     data: str,
@@ -204,13 +206,14 @@ def distill(
 ) -> None:
     """Train STUDENT to predict what a teacher predicts."""
     quiet_libraries()
+    from cascade.distillation.fused import Objective
     from cascade.single import distill_model
 
     options = {
         "num_tokens": tokens,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
-        "temperature": temperature,
+        "objective": Objective(loss, temperature),
         "seed": seed,
     }
     finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from cascade.data.blocks import load_blocks
+from cascade.distillation.divergences import Options
+from cascade.distillation.fused import Objective
 from cascade.distillation.trainer import distill, selection_losses
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
@@ -21,7 +23,8 @@ from cascade.progress import OnStep
 from cascade.pruning.cut import prune
 from cascade.pruning.plan import PruningPlan, load_plan, plan_pruning, save_plan
 from cascade.pruning.repair import Repair, repair
-from cascade.recipe.schema import Distill, Recipe
+from cascade.recipe.distill import Distill
+from cascade.recipe.schema import Recipe
 
 REPAIRS = {
     "sequential": Repair(),
@@ -32,8 +35,16 @@ REPAIRS = {
 
 def training_options(settings: Distill) -> dict[str, Any]:
     """The recipe's distill section as keyword arguments of `distill`."""
-    own = {"tokens", "selection_blocks"}
-    return {name: value for name, value in settings.model_dump().items() if name not in own}
+    of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
+    elsewhere = {"tokens", "selection_blocks"} | of_objective
+    objective = Objective(
+        settings.loss,
+        settings.temperature,
+        settings.temperature_scale,
+        settings.cross_entropy_weight,
+        Options(settings.beta, settings.skew, settings.top_k),
+    )
+    return settings.model_dump(exclude=elsewhere) | {"objective": objective}
 
 
 def make_statistics(

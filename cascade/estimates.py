@@ -8,7 +8,8 @@ import torch
 
 from cascade.models.axes import probe_axes
 from cascade.models.dims import ModelDims, dims_of
-from cascade.recipe.schema import Distill, Recipe
+from cascade.recipe.distill import Distill
+from cascade.recipe.schema import Recipe
 
 BASE_PROCESS_BYTES = 600_000_000
 """torch, transformers and lm-eval themselves."""

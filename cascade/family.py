@@ -14,7 +14,8 @@ from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.rotation import require_rotatable, untied
 from cascade.pruning.shape import CUT_DIMS, Latency, Target, solve_shape
-from cascade.recipe.schema import Distill, Member, Recipe
+from cascade.recipe.distill import Distill
+from cascade.recipe.schema import Member, Recipe
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The loss and the loop: exact where it can be, the same however a step is split."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -9,54 +10,40 @@ import torch
 from conftest import make_blocks, make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from test_architectures import DECODERS, config_of
 
+import cascade.distillation.head as head_module
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.order import blocks_at
-from cascade.distillation.losses import forward_kl
+from cascade.distillation.head import head_of, last_hidden, logits_of
 from cascade.distillation.schedule import cosine_schedule
 from cascade.distillation.trainer import distill, selection_losses
-from cascade.errors import TrainingError
+from cascade.errors import TrainingError, UserError
+from cascade.models.twin import twin_of
 
 
-@given(
-    tokens=st.integers(1, 6),
-    vocabulary=st.integers(2, 40),
-    temperature=st.sampled_from([0.5, 1.0, 2.0, 7.0]),
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
-    seed=st.integers(0, 999),
-)
-def test_forward_kl_and_its_gradient_equal_the_float64_reference(tokens, vocabulary, temperature, scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    student = (scale * torch.randn(tokens, vocabulary, generator=generator)).requires_grad_()
-    teacher = scale * torch.randn(tokens, vocabulary, generator=generator)
-    loss = forward_kl(student, teacher, temperature=temperature)
-    loss.sum().backward()
-    exact = student.detach().double().requires_grad_()
-    log_q = torch.log_softmax(exact / temperature, -1)
-    log_p = torch.log_softmax(teacher.double() / temperature, -1)
-    expected = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-    expected.sum().backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=2e-6 * temperature**2)
-    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-5, atol=1e-6 * temperature)
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_logits_are_the_heads_of_what_it_would_have_read(architecture):
+    model = twin_of(config_of(architecture))
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        hidden = last_hidden(model, input_ids=ids)
+        torch.testing.assert_close(logits_of(hidden, head_of(model)), logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(input_ids=ids).logits, logits)  # the head is back
 
 
-def test_extreme_logits_give_finite_loss_and_gradient():
-    student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    teacher = torch.tensor([[-1e4, 1e4, 0.0]])
-    loss = forward_kl(student, teacher)
-    loss.sum().backward()
-    assert loss.item() == pytest.approx(2e4) and torch.isfinite(student.grad).all()
-
-
-@given(seed=st.integers(0, 999), temperature=st.sampled_from([1.0, 3.0]))
-def test_loss_and_gradient_are_zero_when_the_student_is_the_teacher(seed, temperature):
-    model = make_model(seed=seed)
-    blocks = make_blocks(seed=seed)
-    logits = model(input_ids=blocks.input_ids, use_cache=False).logits.flatten(0, 1)
-    loss = forward_kl(logits, logits.detach().clone(), temperature=temperature)
-    loss.sum().backward()
-    assert torch.count_nonzero(loss) == 0
-    assert all(torch.count_nonzero(parameter.grad) == 0 for parameter in model.parameters())
+def test_a_model_whose_logits_are_made_otherwise_is_refused(monkeypatch):
+    model = twin_of(config_of("gemma2"))
+    read = head_module._read
+    head_module._difference_on_twin.cache_clear()
+    # As if nobody knew of the soft-cap.
+    monkeypatch.setattr(head_module, "_read", lambda one: dataclasses.replace(read(one), softcap=None))
+    with pytest.raises(UserError, match=r"Gemma2ForCausalLM: its logits are not its head's"):
+        head_of(model)
+    head_module._difference_on_twin.cache_clear()
+    with pytest.raises(UserError, match="BertModel has no language-model head"):
+        head_of(twin_of(config_of("BertModel")))
 
 
 def train(student, teacher, blocks, **options):

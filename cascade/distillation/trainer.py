@@ -1,6 +1,6 @@
 """Recovery training: data -> teacher -> student -> loss -> step, in one readable loop.
 
-Shapes: B = batch, S = block size, N = B x S positions, V = vocabulary.
+Shapes: B = batch, S = block size, N = tokens that count for the loss, D = hidden size (each model its own).
 """
 
 import json
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.order import blocks_at
-from cascade.distillation.losses import LOSSES, cross_entropy
+from cascade.distillation.fused import FusedLoss, Objective, fused_loss
+from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.schedule import cosine_schedule
 from cascade.errors import TrainingError
+
+FORWARD_KL = Objective()
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,7 @@ def distill(
     final_learning_rate_fraction: float = 0.05,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
-    loss: str = "forward_kl",
-    temperature: float = 1.0,
-    cross_entropy_weight: float = 0.0,
+    objective: Objective = FORWARD_KL,
     seed: int = 0,
     first_position: int = 0,
     selection: TokenBlocks | None = None,
@@ -70,9 +71,7 @@ def distill(
     """
     num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
     warmup_steps = round(warmup_fraction * num_steps)
-    device = next(student.parameters()).device
     optimizer = _adamw(student, learning_rate, weight_decay)
-    objective = _Objective(loss, temperature, 1.0 if teacher is None else cross_entropy_weight)
     curve: list[dict[str, float]] = []
     student.train()
     started = time.perf_counter()
@@ -83,9 +82,9 @@ def distill(
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        value, grad_norm = _accumulate(
-            student, teacher, blocks, rows, objective, microbatch_size, device, max_grad_norm
-        )
+        found = _accumulate(student, teacher, blocks, rows, objective, microbatch_size)
+        value = found["loss"]
+        grad_norm = float(nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm))
         if not (math.isfinite(value) and math.isfinite(grad_norm)):
             raise TrainingError(
                 f"step {step}: loss {value}, gradient norm {grad_norm}; stopped before the optimizer step. "
@@ -96,7 +95,7 @@ def distill(
         entry: dict[str, float] = {
             "step": step + 1,
             "num_tokens": (step + 1) * batch_size * blocks.block_size,
-            "loss": value,
+            **found,
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "seconds": time.perf_counter() - started,
@@ -122,62 +121,66 @@ def distill(
     )
 
 
-@dataclass(frozen=True)
-class _Objective:
-    loss: str
-    temperature: float
-    cross_entropy_weight: float
-
-    def __call__(self, student_NV: Tensor, teacher_NV: Tensor | None, targets_N: Tensor) -> Tensor:
-        weight = self.cross_entropy_weight
-        if teacher_NV is None:
-            return cross_entropy(student_NV, targets_N)
-        per_token = LOSSES[self.loss](student_NV, teacher_NV, temperature=self.temperature) * (
-            targets_N != IGNORE_INDEX
-        )
-        return per_token if weight == 0 else (1 - weight) * per_token + weight * cross_entropy(student_NV, targets_N)
-
-
 def _accumulate(
     student: nn.Module,
     teacher: nn.Module | None,
     blocks: TokenBlocks,
     rows: Tensor,
-    objective: _Objective,
+    objective: Objective,
     microbatch_size: int,
-    device: torch.device,
-    max_grad_norm: float,
-) -> tuple[float, float]:
-    """Gradients of one step into `.grad`; returns (loss in nats per token, gradient norm before clipping)."""
+) -> dict[str, float]:
+    """Gradients of one step into `.grad`; its losses in nats per token, of all tokens that count."""
     total_valid = int((blocks.labels[rows][:, 1:] != IGNORE_INDEX).sum())
     if total_valid == 0:
         raise TrainingError(f"no token of blocks {rows.tolist()} counts for the loss (all labels are {IGNORE_INDEX})")
-    value = 0.0
+    sums: dict[str, float] = {}
     for part in torch.split(rows, microbatch_size):
-        ids, labels = blocks.input_ids[part].to(device), blocks.labels[part].to(device)
-        with _autocast(device):
-            student_NV, teacher_NV, targets_N = _logits_and_targets(student, teacher, ids, labels)
-        step_loss = objective(student_NV, teacher_NV, targets_N).sum() / total_valid
-        step_loss.backward()  # type: ignore[no-untyped-call]
-        value += step_loss.item()
-    return value, float(nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm))
+        if not (blocks.labels[part][:, 1:] != IGNORE_INDEX).any():
+            continue
+        found = _losses(student, teacher, blocks.input_ids[part], blocks.labels[part], objective)
+        (found.loss / total_valid).backward()  # type: ignore[no-untyped-call]
+        for name, value in _sums(found, teacher is not None).items():
+            sums[name] = sums.get(name, 0.0) + value / total_valid
+    return sums
 
 
-def _logits_and_targets(
-    student: nn.Module, teacher: nn.Module | None, ids: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Logits of each model at every position, [N, V], and each position's next token [N]; IGNORE_INDEX if not counted.
+def _losses(
+    student: nn.Module, teacher: nn.Module | None, ids_BS: Tensor, labels_BS: Tensor, objective: Objective
+) -> FusedLoss:
+    """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk."""
+    device = next(student.parameters()).device
+    ids_BS, next_BS = ids_BS.to(device), labels_BS[:, 1:].to(device)
+    counted = (next_BS != IGNORE_INDEX).flatten().nonzero()[:, 0]
 
-    Nothing is selected or copied here: picking rows out of logits costs more than a loss on the few that are ignored.
-    """
-    targets = torch.full_like(labels, IGNORE_INDEX)
-    targets[:, :-1] = labels[:, 1:]
-    teacher_NV = None
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_NV = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-    student_NV = student(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-    return student_NV, teacher_NV, targets.flatten()
+    def read(model: nn.Module) -> Tensor:
+        hidden_BSD = last_hidden(model, input_ids=ids_BS, use_cache=False)
+        return hidden_BSD[:, :-1].flatten(0, 1)[counted]
+
+    teacher_ND, teacher_head = None, None
+    with _autocast(device):
+        if teacher is not None:
+            with torch.inference_mode():
+                teacher_ND, teacher_head = read(teacher), head_of(teacher)
+        student_ND = read(student)
+    return fused_loss(
+        student_ND,
+        head_of(student),
+        next_BS.flatten()[counted],
+        objective,
+        teacher_hidden=teacher_ND,
+        teacher_head=teacher_head,
+    )
+
+
+def _sums(found: FusedLoss, with_teacher: bool) -> dict[str, float]:
+    sums = {"loss": found.loss.item(), "cross_entropy": found.cross_entropy.sum().item()}
+    if not with_teacher:
+        return sums
+    return sums | {
+        "divergence": found.divergence.sum().item(),
+        "teacher_entropy": found.teacher_entropy.sum().item(),
+        "agreement": found.agrees.sum().item(),
+    }
 
 
 @torch.no_grad()
@@ -185,16 +188,13 @@ def selection_losses(
     student: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks, batch_size: int
 ) -> dict[str, float]:
     """{'selection_loss', 'selection_kl' (with a teacher)}: nats per token over `blocks`; student left in train mode."""
-    device = next(student.parameters()).device
     student.eval()
     sums, count = [0.0, 0.0], 0
     for ids, labels in blocks.batches(batch_size):
-        with _autocast(device):
-            student_NV, teacher_NV, targets_N = _logits_and_targets(student, teacher, ids.to(device), labels.to(device))
-        sums[0] += cross_entropy(student_NV, targets_N).sum().item()
-        if teacher_NV is not None:
-            sums[1] += (LOSSES["forward_kl"](student_NV, teacher_NV) * (targets_N != IGNORE_INDEX)).sum().item()
-        count += int((targets_N != IGNORE_INDEX).sum())
+        found = _losses(student, teacher, ids, labels, FORWARD_KL)
+        sums[0] += found.cross_entropy.sum().item()
+        sums[1] += found.divergence.sum().item()
+        count += len(found.divergence)
     student.train()
     losses = {"selection_loss": sums[0] / count}
     return losses if teacher is None else losses | {"selection_kl": sums[1] / count}

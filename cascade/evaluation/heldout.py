@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, pack_documents
 from cascade.data.sources import TextData, read_documents
-from cascade.distillation.losses import forward_kl
+from cascade.distillation.fused import Objective, fused_loss
+from cascade.distillation.head import head_of, last_hidden
 
 
 def heldout_blocks(data: TextData, tokenizer: Any, *, block_size: int, max_blocks: int) -> TokenBlocks:
@@ -35,15 +35,22 @@ def heldout_metrics(
     for ids, labels in blocks.batches(batch_size):
         ids, targets = ids.to(device), labels[:, 1:].to(device)
         valid = targets != IGNORE_INDEX
-        logits = _logits(model, ids)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-        columns["loss"].append(losses.view_as(targets).double().sum(1))
+        found = fused_loss(
+            _read(model, ids)[valid],
+            head_of(model),
+            targets[valid],
+            Objective(),
+            teacher_hidden=None if teacher is None else _read(teacher, ids)[valid],
+            teacher_head=None if teacher is None else head_of(teacher),
+        )
+        values = {"loss": found.cross_entropy}
         if teacher is not None:
-            expected = _logits(teacher, ids)
-            divergence = forward_kl(logits.flatten(0, 1), expected.flatten(0, 1)).view_as(targets)
-            columns["kl_to_teacher"].append((divergence * valid).double().sum(1))
-            agreement = (logits.argmax(-1) == expected.argmax(-1)) & valid
-            columns["top1_agreement"].append(agreement.double().sum(1))
+            values |= {"kl_to_teacher": found.divergence, "top1_agreement": found.agrees}
+        for name, value in values.items():
+            by_block = torch.zeros(valid.shape, dtype=torch.float64, device=device).masked_scatter_(
+                valid, value.double()
+            )
+            columns[name].append(by_block.sum(1))
         counts.append(valid.double().sum(1))
     tokens = torch.cat(counts)
     metrics = [
@@ -83,6 +90,6 @@ def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> dict[st
     }
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, :-1].float()
+def _read(model: nn.Module, ids: Tensor) -> Tensor:
+    """[B, S - 1, D]: what the head reads at every position that has a next token."""
+    return last_hidden(model, input_ids=ids, use_cache=False)[:, :-1].float()

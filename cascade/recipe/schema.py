@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from cascade.recipe.distill import Distill
 from cascade.recipe.prune import Prune
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
@@ -161,34 +162,6 @@ class Calibration(Section):
     """Blocks of the calibration split, spread over it."""
     batch_size: PositiveInt = 8
     """Blocks per forward pass."""
-
-
-class Distill(Section):
-    """Recovery: the student learns from the original parent."""
-
-    tokens: PositiveInt
-    """Training tokens of each member."""
-    batch_size: PositiveInt = 8
-    """Blocks per optimizer step."""
-    microbatch_size: PositiveInt = 8
-    """Blocks per forward pass; changes memory and speed, not the result."""
-    learning_rate: PositiveFloat = 3e-3
-    """The schedule's peak."""
-    warmup_fraction: Fraction = 0.05
-    """Share of the steps with a linear warm-up."""
-    final_learning_rate_fraction: Fraction = 0.05
-    """Where the cosine ends, as a share of the peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    loss: Literal["forward_kl"] = "forward_kl"
-    """KL(teacher ‖ student)."""
-    temperature: PositiveFloat = 1.0
-    """Divides both models' logits; the loss is multiplied by its square."""
-    cross_entropy_weight: Fraction = 0.0
-    """Share of cross-entropy with the text in the loss."""
-    selection_every: PositiveInt = 25
-    """Optimizer steps between two looks at the selection loss."""
-    selection_blocks: PositiveInt = 16
 
 
 class Evaluate(Section):
