@@ -13,7 +13,7 @@ _WHERE = {
     "score_importance": "cascade.importance.scores",
     "plan_pruning": "cascade.pruning.plan",
     "solve_shape": "cascade.pruning.shape",
-    "Target": "cascade.pruning.shape",
+    "Target": "cascade.pruning.target",
     "prune": "cascade.pruning.cut",
     "prune_on_disk": "cascade.pruning.stream",
     "prove_cuts": "cascade.pruning.proof",

@@ -137,7 +137,9 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 @DATA
 @BLOCK
 @JSON
+@click.pass_context
 def prune(
+    context: click.Context,
     model: str,
     params: float | None,
     dims: tuple[str, ...],
@@ -159,8 +161,11 @@ def prune(
     from cascade.single import prune_model, prune_model_on_disk
 
     if plan is not None:
-        if params is not None or dims:
-            raise UserError("--plan already says the shape; leave --params and --dim out")
+        given = [name for name in context.params if name not in ("model", "output", "plan", "as_json")]
+        own = [name for name in given if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+        if own:
+            named = ", ".join(option.opts[0] for option in context.command.params if option.name in own)
+            raise UserError(f"--plan already says how MODEL is cut, and cuts only; leave out: {named}")
         finish(prune_model_on_disk(model, Path(plan), Path(output)), as_json)
         return
     if offload and repair:

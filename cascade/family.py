@@ -8,12 +8,14 @@ from typing import Any
 
 from cascade.errors import UserError
 from cascade.estimates import dtype_bytes, peak_memory, stage_seconds
+from cascade.models.architecture import model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_config, resolve_model
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.rotation import require_rotatable, untied
-from cascade.pruning.shape import CUT_DIMS, Latency, Target, solve_shape
+from cascade.pruning.shape import CUT_DIMS, solve_shape
+from cascade.pruning.target import Latency, Target
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Member, Recipe
 
@@ -109,21 +111,37 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     Raises:
         UserError: the cut is not exact for this architecture, or the blocks are longer than the parent's context.
     """
-    context = getattr(parent_config, "max_position_embeddings", None)
-    if context and recipe.data.block_size > context:
-        raise UserError(
-            f"data.block_size: {recipe.data.block_size} is longer than the parent's context of {context} tokens"
-        )
+    require_context(parent_config, recipe.data.block_size, "data.block_size")
     if recipe.prune.hidden == "pca":
         require_rotatable(parent_config, probe_axes(parent_config))
+    if any(one.seed for one in members) and not model_class_of(parent_config).can_generate():
+        raise UserError(
+            f"parent: model type '{parent_config.model_type}' as {model_class_of(parent_config).__name__} is no causal "
+            "language model; recipes recover and evaluate those. `cascade prune` cuts it on its own"
+        )
     before = dims_of(parent_config).as_dict()
-    cut = [name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < before[name] for one in members)]
-    return prove_cuts(parent_config, along=cut) if cut else {}
+    cut = {name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < before[name] for one in members)}
+    for one in members:
+        if one.target is not None and one.target.bounds() and (recipe.prune.search or len(one.hidden_choices) > 1):
+            cut |= {name for name in CUT_DIMS if name not in (one.target.dims or {})}  # what may be tried
+    rotated = any(one.seed and "pca" in (one.hidden, *one.hidden_choices) for one in members)
+    return prove_cuts(parent_config, along=sorted(cut), rotated=rotated) if cut else {}
+
+
+def require_context(config: Any, block_size: int, place: str) -> None:
+    """Refuse blocks that are longer than the positions a model has.
+
+    Raises:
+        UserError: they are.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context and block_size > context:
+        raise UserError(f"{place}: {block_size} is longer than the parent's context of {context} tokens")
 
 
 def _wanted(member: Member, target: Target | None, parent_config: Any, total: int) -> float:
     """Parameters that a member will have, to sort by."""
-    if target is not None and target.params is not None:
+    if target is not None and target.params is not None and len(target.bounds()) == 1 and not target.dims:
         return target.params * (total if target.params <= 1 else 1)
     if target is not None:
         dims = _solved(member, target, parent_config, parent_config)

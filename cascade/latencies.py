@@ -6,7 +6,7 @@ from typing import Any
 
 from cascade.family import hidden_score, shape_config, target_of
 from cascade.pruning.latency import DecodeLatency, corrected, fit_decode_latency
-from cascade.recipe.schema import Recipe
+from cascade.recipe.schema import Member, Recipe
 from cascade.store import is_committed, stage_key, staged
 
 _FORMAT = 1
@@ -19,38 +19,38 @@ def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str
     Raises:
         UserError: the parent does not decode, or not at the target's context.
     """
-    targets = {
-        member.name: target_of(member)
-        for member in recipe.members
-        if member.target is not None and member.target.decode_ms is not None
-    }
-    if not targets:
-        return {}
-    kept = _folder(recipe, parent_config, folder)
-    if is_committed(kept):
-        values = json.loads((kept / _FILE).read_text())
-        return {name: DecodeLatency.from_dict(one) for name, one in values.items()}
     shaped = shape_config(parent_config, hidden_score(recipe.prune.hidden, parent_config))
     fits: dict[tuple[int, int], DecodeLatency] = {}
     found = {}
-    for name, target in targets.items():
+    for member in recipe.members:
+        if member.target is None or member.target.decode_ms is None:
+            continue
+        kept = _folder(recipe, member, parent_config, folder)
+        if is_committed(kept):
+            found[member.name] = DecodeLatency.from_dict(json.loads((kept / _FILE).read_text()))
+            continue
+        target = target_of(member)
         at = (target.context, target.batch_size)
         if at not in fits:
             fits[at] = fit_decode_latency(parent_config, context=target.context, batch_size=target.batch_size)
-        found[name] = corrected(fits[at], shaped, target, parent=parent_config)
+        found[member.name] = corrected(fits[at], shaped, target, parent=parent_config)
     return found
 
 
 def keep_latencies(recipe: Recipe, parent_config: Any, folder: Path, latencies: dict[str, DecodeLatency]) -> None:
     """Commit what was measured to the run directory, unless it has it."""
-    kept = _folder(recipe, parent_config, folder)
-    if latencies and not is_committed(kept):
-        with staged(kept, {"stage": "latency"}) as staging:
-            values = {name: latency.as_dict() for name, latency in latencies.items()}
-            (staging / _FILE).write_text(json.dumps(values, indent=1) + "\n")
+    for member in recipe.members:
+        kept = _folder(recipe, member, parent_config, folder)
+        if member.name in latencies and not is_committed(kept):
+            with staged(kept, {"stage": "latency"}) as staging:
+                (staging / _FILE).write_text(json.dumps(latencies[member.name].as_dict(), indent=1) + "\n")
 
 
-def _folder(recipe: Recipe, parent_config: Any, folder: Path) -> Path:
-    targets = {member.name: member.target.model_dump() for member in recipe.members if member.target is not None}
-    settings = {"targets": targets, "hidden": recipe.prune.hidden, "parent": parent_config.to_json_string()}
-    return folder / "stages" / f"parent.latency-{stage_key('latency', _FORMAT, settings, {})[:16]}"
+def _folder(recipe: Recipe, member: Member, parent_config: Any, folder: Path) -> Path:
+    """A member's own: a size that is added later does not have the others measured again."""
+    settings = {
+        "target": member.target.model_dump() if member.target else None,
+        "hidden": recipe.prune.hidden,
+        "parent": parent_config.to_json_string(),
+    }
+    return folder / "stages" / f"{member.name}.latency-{stage_key('latency', _FORMAT, settings, {})[:16]}"

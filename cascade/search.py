@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cascade.errors import UserError
 from cascade.family import FoundShape, ResolvedMember, shape_config
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, load_config
@@ -61,11 +62,18 @@ def search_shape(
         raise ValueError(f"{member.name} is not cut")
     count = search.candidates if search else len(member.hidden_choices)
     found: list[FoundShape] = []
+    refusals: list[UserError] = []
     for number, hidden in enumerate(member.hidden_choices):
         own = (count - len(found)) // (len(member.hidden_choices) - number)
         config = shape_config(load_config(seed), hidden)
-        dims = diverse_shapes(config, target, parent=member.parent_config, count=own)
+        try:
+            dims = diverse_shapes(config, target, parent=member.parent_config, count=own)
+        except UserError as error:  # a head of its own can be too large for the size that is asked for
+            refusals.append(error)
+            continue
         found += [FoundShape(one, hidden) for one in dims]
+    if not found:
+        raise refusals[0]
     settings = candidate_settings(recipe)
 
     def stage(name: str, shape: FoundShape, num_tokens: int) -> Path:

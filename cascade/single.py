@@ -12,7 +12,7 @@ from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import heldout_blocks
-from cascade.family import hidden_score
+from cascade.family import hidden_score, require_context
 from cascade.importance.offload import blocks_at_once, offloaded
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
@@ -33,8 +33,9 @@ from cascade.pruning.plan import config_of, load_plan, plan_pruning, save_plan
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.repair import repair
 from cascade.pruning.rotation import require_rotatable, untied
-from cascade.pruning.shape import CUT_DIMS, Target, solve_shape
+from cascade.pruning.shape import CUT_DIMS, solve_shape
 from cascade.pruning.stream import prune_on_disk
+from cascade.pruning.target import Target
 from cascade.store import require_empty, staged
 
 
@@ -60,6 +61,7 @@ def prune_model(
         raise UserError("give --params or at least one --dim")
     source = resolve_model(reference)
     config = load_config(source)
+    require_context(config, block_size, "--block-size")
     axes, before = probe_axes(config), dims_of(config)
     hidden = hidden_score(hidden, config)
     if hidden == "pca":
@@ -67,7 +69,8 @@ def prune_model(
     shaped = untied(config) if hidden == "pca" else config
     target = Target(params=params, dims=dims)
     wanted = solve_shape(shaped, target, parent=config)
-    prove_cuts(config, along=[name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]])
+    cut = [name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]]
+    prove_cuts(config, along=cut, rotated=hidden == "pca")
     blocks = _blocks(data, "calibration", source, block_size).take(num_blocks)
     options: dict[str, Any] = {"covariance_blocks": -(-num_blocks // 4) if hidden == "pca" else 0}
     with staged(output, {"stage": "prune", "source": source.reference}) as folder:

@@ -365,7 +365,8 @@ def test_what_cannot_be_cut_is_refused_with_what_is_missing(config, sentence):
 
 
 def test_heads_and_hidden_size_are_cut_together_where_they_are_wired():
-    from cascade.pruning.shape import Target, solve_shape
+    from cascade.pruning.shape import solve_shape
+    from cascade.pruning.target import Target
 
     config = transformers.GPT2Config(n_layer=4)
     dims = solve_shape(config, Target(dims={"hidden_size": 512}))
@@ -396,3 +397,25 @@ def test_the_configs_epsilon_follows_the_hidden_size_only_where_no_other_norm_re
         ratio = dims_of(model.config).hidden_size / plan.target_dims.hidden_size
         expected = getattr(model.config, key) * (1 if architecture in EPSILON_IS_SHARED else ratio)
         assert getattr(pruned.config, key) == pytest.approx(expected, rel=1e-6)
+
+
+def test_rotary_factors_that_are_listed_do_not_stop_the_proof():
+    factors = [1.0 + step / 24 for step in range(24)]
+    config = transformers.Phi3Config(
+        hidden_size=768, intermediate_size=1024, num_attention_heads=16, num_key_value_heads=16, num_hidden_layers=4,
+        vocab_size=512, pad_token_id=0, max_position_embeddings=8192, original_max_position_embeddings=4096,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": factors, "long_factor": factors,
+            "original_max_position_embeddings": 4096,
+        },
+    )  # fmt: skip
+    assert max(prove_cuts(config).values()) < 1e-4
+
+
+def test_what_a_tiny_model_raises_is_told_as_an_architecture_that_cannot_be_cut(monkeypatch):
+    def broken(*args, **options):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("cascade.pruning.proof.prune", broken)
+    with pytest.raises(UserError, match="'llama' cannot be cut: a tiny twin of it .*list index"):
+        prove_cuts(config_of("llama"))

@@ -101,5 +101,6 @@ def test_activations_that_are_not_finite_name_the_module():
     model = make_model()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj"):
-        collect_statistics(model, make_blocks())
+    for covariance_blocks in (0, 4):
+        with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj"):
+            collect_statistics(model, make_blocks(), covariance_blocks=covariance_blocks)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, make_blocks, make_config, make_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,8 @@ from cascade.models.dims import config_with_dims, dims_of
 from cascade.pruning.cut import prune
 from cascade.pruning.plan import load_plan, plan_pruning, save_plan
 from cascade.pruning.proof import prove_cuts, random_scores, silence, silenced_difference
-from cascade.pruning.shape import TOLERANCES, Target, legal_values, solve_shape
+from cascade.pruning.shape import TOLERANCES, legal_values, solve_shape
+from cascade.pruning.target import Target
 
 ALL = sorted(ARCHITECTURES)
 
@@ -136,6 +138,38 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path):
     plan = plan_pruning(scores, model.config, dims_of(model.config).replace(hidden_size=24, num_attention_heads=4))
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
+
+
+def test_a_plan_without_its_rotation_and_what_is_no_plan_are_refused(tmp_path):
+    model = make_model()
+    statistics = collect_statistics(model, make_blocks(), covariance_blocks=4)
+    target = dims_of(model.config).replace(hidden_size=dims_of(model.config).hidden_size // 2)
+    rotated = plan_pruning(score_importance(statistics, hidden="pca"), model.config, target, statistics=statistics)
+    plain = plan_pruning(score_importance(statistics), model.config, target, statistics=statistics)
+    path = tmp_path / "plan.json"
+    save_plan(rotated, path)
+    assert torch.equal(load_plan(path).rotation, rotated.rotation)
+    (tmp_path / "alone.json").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"alone\.rotation\.safetensors beside it, is missing"):
+        load_plan(tmp_path / "alone.json")
+    save_plan(plain, path)  # leaves no rotation of the plan before it
+    assert load_plan(path).rotation is None and not list(tmp_path.glob("plan.*safetensors"))
+    for text in ("{}", "nonsense", '{"format": 1}', "[]"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"plan\.json"):
+            load_plan(path)
+
+
+def test_key_value_groups_are_cut_where_a_bound_counts_the_cache():
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    bound = Target(memory_bytes=0.4, context=32768, batch_size=8)
+    found = solve_shape(config, bound)
+    assert found.num_key_value_heads < 8 and found.num_attention_heads % found.num_key_value_heads == 0
+    assert found.num_hidden_layers > 4  # not by depth alone
+    assert solve_shape(config, Target(params=0.4)).num_key_value_heads == 8
 
 
 def test_the_proof_refuses_a_cut_that_changes_what_stays():

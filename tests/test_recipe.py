@@ -1,11 +1,13 @@
 """Recipes are read strictly: every problem at once, with its place and a way out."""
 
+import json
+
 import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.errors import RecipeError
+from cascade.errors import RecipeError, UserError
 from cascade.recipe.load import load_recipe
 from cascade.recipe.schema import Recipe
 from cascade.yaml_reader import parse_yaml, write_yaml
@@ -186,3 +188,83 @@ def test_a_rotation_is_automatic_where_it_is_legal_and_its_own_head_is_cheap():
     for expected, configs in cases.items():
         for config in configs:
             assert hidden_score("auto", config) == expected, config.model_type
+
+
+def _family(tmp_path, parent, members, **sections):
+    from cascade.family import check_family, resolve_family
+    from cascade.parent import parent_config
+
+    path = tmp_path / "recipe.json"
+    text = {"name": "x", "parent": str(parent), "data": {"source": "stdlib", "block_size": 16}}
+    path.write_text(json.dumps(text | {"members": members, "distill": {"tokens": 512}} | sections))
+    recipe = load_recipe(str(path))
+    config = parent_config(recipe)
+    members = resolve_family(recipe, config)
+    check_family(recipe, config, members)
+    return members
+
+
+def _saved_config(config, folder):
+    folder.mkdir()
+    config.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def test_members_are_ordered_by_the_size_that_all_their_bounds_allow(tmp_path):
+    import transformers
+
+    parent = _saved_config(
+        transformers.LlamaConfig(
+            vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=12,
+            num_key_value_heads=4, architectures=["LlamaForCausalLM"],
+        ),
+        tmp_path / "parent",
+    )  # fmt: skip
+    members = _family(
+        tmp_path, parent,
+        [{"name": "a", "target": {"params": 0.9, "flops_per_token": 0.3}}, {"name": "b", "target": {"params": 0.6}}],
+    )  # fmt: skip
+    assert [member.name for member in members] == ["b", "a"]
+
+
+def test_a_family_of_encoders_is_refused_before_anything_is_made(tmp_path):
+    import transformers
+
+    parent = _saved_config(
+        transformers.BertConfig(
+            vocab_size=512, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            architectures=["BertForMaskedLM"],
+        ),
+        tmp_path / "parent",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="BertForMaskedLM is no causal language model"):
+        _family(tmp_path, parent, [{"name": "a", "target": {"params": 0.9}}])
+
+
+def test_where_a_head_of_its_own_is_too_large_only_the_cut_without_rotation_is_tried(tmp_path):
+    import transformers
+
+    from cascade.models.checkpoint import resolve_model
+    from cascade.search import search_shape
+
+    parent = _saved_config(
+        transformers.LlamaConfig(
+            vocab_size=32000, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
+            num_key_value_heads=4, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+        ),
+        tmp_path / "parent",
+    )  # fmt: skip
+    (member,) = _family(tmp_path, parent, [{"name": "a", "target": {"params": 0.3}}])
+    assert member.hidden_choices == ("activation_norm", "pca")
+
+    class Runner:
+        def run(self, name, stage, settings, inputs, make):
+            folder = tmp_path / settings["hidden"]
+            folder.mkdir(exist_ok=True)
+            (folder / "losses.json").write_text('{"repaired": {"kl_to_teacher": 1.0}, "recovered": null}')
+            return folder
+
+    recipe = load_recipe(str(tmp_path / "recipe.json"))
+    tried = search_shape(Runner(), recipe, member, resolve_model(str(parent)), {}, lambda *rest: None)
+    assert [one.shape.hidden for one in tried] == ["activation_norm"]

@@ -160,3 +160,36 @@ def test_repair_leaves_the_parent_and_its_hooks_alone():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for one in (student, model):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.modules())
+
+
+def test_two_writers_fitted_together_keep_their_biases_sum_where_one_of_them_has_none():
+    model, blocks = twin_of(config_of("gpt_neox", attention_bias=False)), make_blocks(count=12)
+    assert model.gpt_neox.layers[0].attention.dense.bias is None
+    for how in (Repair(), Repair(sequential=False)):
+        student = prune(model, cut(model, blocks))
+        repair(student, model, cut(model, blocks), blocks, how)
+        assert error(student, model, blocks) < 1e-10
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_merged_heads_are_not_undone(sequential):
+    model, blocks = make_model(), make_blocks(count=12)
+    statistics = collect_statistics(model, blocks)
+    target = dims_of(model.config).replace(num_attention_heads=dims_of(model.config).num_key_value_heads)
+    plan = plan_pruning(score_importance(statistics), model.config, target, statistics=statistics, merge_heads=True)
+    student = prune(model, plan)
+    merged = {n: w.clone() for n, w in student.named_parameters() if "q_proj" in n}
+    assert plan.merged_heads[0]
+    repair(student, model, plan, blocks, Repair(sequential=sequential))
+    assert all(torch.equal(student.get_parameter(name), weight) for name, weight in merged.items())
+
+
+def test_the_batch_size_does_not_change_which_blocks_choose_the_ridge():
+    model, blocks = make_model(), make_blocks(count=12)
+    plan = cut(model, blocks, intermediate_size=dims_of(model.config).intermediate_size // 2)
+    reports = []
+    for batch_size in (2, 12):
+        reports.append(repair(prune(model, plan), model, plan, blocks, batch_size=batch_size))
+    assert reports[0].ridges == reports[1].ridges
+    for name, errors in reports[0].errors.items():
+        assert errors == pytest.approx(reports[1].errors[name], rel=1e-3)

@@ -75,7 +75,7 @@ def test_the_stream_is_rotated_or_not_by_what_is_nearer_the_parent_on_selection_
         assert tried[kls.index(min(kls))]["status"] == "chosen"
         member = next(row for row in rows if row["name"] == name)
         assert member["dims"] == tried[0]["dims"] and member["num_parameters"] == tried[0]["num_parameters"]
-        rotated = bool(list((tiny_family / "stages").glob(f"{name}.prune-*/plan.safetensors")))
+        rotated = bool(list((tiny_family / "stages").glob(f"{name}.prune-*/plan.rotation.safetensors")))
         assert rotated == tried[0]["name"].endswith("_pca")
 
 

@@ -93,7 +93,9 @@ def test_a_tensor_that_nobody_explains_is_refused_with_its_name(tmp_path):
     from safetensors.torch import save_file
 
     source = saved(twin_of(transformers.LlamaConfig()), tmp_path / "parent")
-    save_file({"model.layers.0.adapter.weight": torch.zeros(3)}, tmp_path / "parent" / "extra.safetensors")
+    path = tmp_path / "parent" / "model.safetensors"
+    tensors = load_file(path) | {"model.layers.0.adapter.weight": torch.zeros(3)}
+    save_file(tensors, path, metadata={"format": "pt"})
     model = twin_of(transformers.LlamaConfig())
     plan = plan_pruning(random_scores(model), model.config, dims_of(model.config))
     with pytest.raises(UserError, match=r"layers\.0\.adapter\.weight.*no parameter"):
@@ -167,11 +169,11 @@ def llama(**changes):
 
 def test_the_cut_on_disk_needs_the_memory_of_a_few_tensors(tmp_path):
     config = llama(
-        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16
+        vocab_size=4000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=18, num_attention_heads=16
     )
     largest, peak = cut_in_a_process_of_its_own(config, tmp_path)
-    assert peak <= 3 * largest + 200e6
-    assert peak < sum(entry.size for entry in checkpoint_entries(tmp_path / "parent").values()) or largest > 60e6
+    whole = sum(entry.size for entry in checkpoint_entries(tmp_path / "parent").values())
+    assert peak <= 3 * largest + 150e6 < whole
 
 
 @pytest.mark.nightly

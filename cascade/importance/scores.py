@@ -106,7 +106,7 @@ def score_importance(
     hidden: str = "activation_norm",
     model: nn.Module | None = None,
     blocks: TokenBlocks | None = None,
-    num_removed: int = 0,
+    num_removed: int | None = None,
 ) -> Scores:
     """Every unit's score, each kind by the name of a score; the defaults are Minitron's, layers by block influence.
 

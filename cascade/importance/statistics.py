@@ -90,6 +90,7 @@ def collect_statistics(
             seen += len(ids)
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
+    _require_finite(sums)
     rotation = torch.zeros(0, 0, dtype=torch.float64)
     rotated: dict[str, Tensor] = {}
     if covariance_blocks:
@@ -128,15 +129,18 @@ def load_statistics(path: Path) -> Statistics:
     return Statistics(**tensors, norm_energies=energies, rotated_energies=rotated, num_tokens=num_tokens)
 
 
+def _require_finite(found: Sums) -> None:
+    """Raise at the first sum that is not finite, in the order they were met: there the trouble starts."""
+    for name, values in found.sums.items():
+        if not name.startswith("covariance") and not torch.isfinite(values).all():
+            where = name.partition(":")[2]
+            raise UserError(f"activations at '{where}' are not finite; the model or its calibration text is broken")
+
+
 def _finished(
     found: Sums, rotation: Tensor, rotated: dict[str, Tensor], dims: ModelDims, num_tokens: int, num_blocks: int
 ) -> Statistics:
     sums, depth = found.sums, dims.num_hidden_layers
-    # The first that is not finite, in the order they were met, is where the trouble starts.
-    for name, values in sums.items():
-        if not torch.isfinite(values).all():
-            where = name.partition(":")[2]
-            raise UserError(f"activations at '{where}' are not finite; the model or its calibration text is broken")
     neurons, heads = found.writers["intermediate_size"], found.writers["num_attention_heads"]
     head_norms = torch.stack([sums[f"norm:{name}"].sqrt() for name in heads]).view(depth, -1, dims.head_dim)
     contributions = [sums[f"contribution:{name}"] / num_tokens for name in heads if found.head_contributions]

@@ -62,8 +62,13 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
     Raises:
         UserError: a header is damaged, or says something that the file cannot hold.
     """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        paths = {folder / str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    else:  # what lies beside it, such as a copy in another format, is not the model
+        paths = {single} if single.is_file() else set(folder.glob("*.safetensors"))
     entries: dict[str, Entry] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(paths):
         for name, entry in _entries(path):
             if name in entries:
                 raise UserError(f"{path}: '{name}' is also in {entries[name].path.name}")

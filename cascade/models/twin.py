@@ -26,11 +26,17 @@ def probe_values(values: dict[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {"quantization_config": None, "bos_token_id": 1, "eos_token_id": 2}
     # A padding id beyond a small vocabulary would stop nn.Embedding; RoBERTa counts positions from its own.
     changed["pad_token_id"] = padding if isinstance(padding, int) and padding < _VOCABULARY else None
+    return _without_factor_lists(values) | changed
+
+
+def _without_factor_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """Rotary factors that are listed one by one are as long as half a head: plain rotary positions instead."""
     rope = values.get("rope_parameters")
+    values = {name: value for name, value in values.items() if name != "rope_scaling"}
     if isinstance(rope, dict) and any(isinstance(value, list) for value in rope.values()):
         kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        changed["rope_parameters"] = kept | {"rope_type": "default"}
-    return {name: value for name, value in values.items() if name != "rope_scaling"} | changed
+        values["rope_parameters"] = kept | {"rope_type": "default"}
+    return values
 
 
 def twin_of(config: Any, *, seed: int = 0, dims: ModelDims | None = None, epsilon: float | None = None) -> nn.Module:
@@ -39,11 +45,13 @@ def twin_of(config: Any, *, seed: int = 0, dims: ModelDims | None = None, epsilo
     The default dims keep the parent's head_dim, whose rotary factors may be listed one by one. Windows of attention
     are made shorter than the proof's texts. `epsilon` sets that of the norms, where the config has one.
     """
-    before = dims_of(config)
+    before, architectures = dims_of(config), config.architectures
     if dims is None:
         dims = _small_dims(config, before)
     if before.num_key_value_heads == before.num_attention_heads:  # whole heads are cut there
         dims = dims.replace(num_key_value_heads=dims.num_attention_heads)
+    config = type(config)(**_without_factor_lists(config.to_dict()))
+    config.architectures = architectures
     values = config_with_dims(config, dims).to_dict()
     padding = values.get("pad_token_id")
     values |= {

@@ -29,7 +29,7 @@ def corrected(plan: "PruningPlan", axes: ModelAxes, statistics: Statistics | Non
     if exponent and ratio != 1:
         embedding = next(name for name in axes.weights if axes.module_of(name) in axes.behaviour.lookups)
         scales[embedding] = ratio**exponent
-        if embedding in axes.tied.values():
+        if embedding in axes.tied.values() and plan.rotation is None:  # a rotation has untied them
             # The head reads the same weight, so its norm gives the factor back.
             for name in axes.weights:
                 facts = axes.behaviour.norms.get(axes.module_of(name))

@@ -4,9 +4,11 @@ A step of decoding costs something per call, per layer, per weight that is read 
 four non-negative coefficients, fitted to the measured shapes by least squares of the relative error.
 """
 
+import logging
+import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,15 @@ from cascade.errors import UserError
 from cascade.models.architecture import model_from_config
 from cascade.models.axes import ModelAxes, probe_axes
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
-from cascade.pruning.shape import Target, legal_values, solve_shape
+from cascade.pruning.shape import legal_values, solve_shape
+from cascade.pruning.target import Target
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.05
 """A solved shape may be measured slower than its bound by this share: about what a quiet machine repeats."""
 
-_CORRECTIONS = 3
+_CORRECTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,17 @@ class DecodeLatency:
     context: int
     """Tokens in the cache."""
     batch_size: int
-    coefficients: tuple[float, float, float, float]
+    coefficients: tuple[float, ...]
     """Milliseconds per step, per layer, per million weights of matrix products, per million cached values."""
     points: tuple[tuple[dict[str, int], float], ...]
     """(dims, measured milliseconds) that the coefficients were fitted to."""
     device: str
     threads: int
+
+    @property
+    def parent_ms(self) -> float:
+        """What the parent itself was measured at: shares are of this."""
+        return self.points[0][1]
 
     def milliseconds(self, axes: ModelAxes, dims: ModelDims) -> Any:
         """Of one step, under `dims` (numbers, or arrays of candidates)."""
@@ -131,16 +141,29 @@ def corrected(latency: DecodeLatency, config: Any, target: Target, *, parent: An
     Raises:
         UserError: no legal shape meets the target.
     """
+    bound = target.decode_ms or math.inf
+    bound *= latency.parent_ms if bound <= 1 else 1
     for _ in range(_CORRECTIONS):
         dims = solve_shape(config, target.with_latency(latency), parent=parent)
         known = [milliseconds for point, milliseconds in latency.points if point == dims.as_dict()]
-        if known:
-            break
-        found = measure_decode_ms(config, dims, context=latency.context, batch_size=latency.batch_size)
-        points = [*latency.points, *[(dims.as_dict(), found)] * 3]  # it weighs more than those far away
-        latency = _fitted(config, latency.context, latency.batch_size, points)
-        if found <= latency.milliseconds(probe_axes(config), dims) * (1 + TOLERANCE):
-            break
+        found = (
+            known[-1]
+            if known
+            else measure_decode_ms(config, dims, context=latency.context, batch_size=latency.batch_size)
+        )
+        predicted = float(latency.milliseconds(probe_axes(config), dims))
+        latency = replace(latency, points=(*latency.points, (dims.as_dict(), found)))
+        if found <= bound * (1 + TOLERANCE) and abs(found / predicted - 1) <= 2 * TOLERANCE:
+            return latency
+        # The whole fit is moved to what was measured here, where it has to be right.
+        latency = replace(latency, coefficients=tuple(rate * found / predicted for rate in latency.coefficients))
+    logger.warning(
+        "target.decode_ms: after %d corrections the shape still measures %.3g ms where %.3g ms are allowed; is the "
+        "machine busy?",
+        _CORRECTIONS,
+        found,
+        bound,
+    )
     return latency
 
 
@@ -160,7 +183,7 @@ def _fitted(config: Any, context: int, batch_size: int, points: list[tuple[dict[
     return DecodeLatency(
         context=context,
         batch_size=batch_size,
-        coefficients=tuple(float(rate) for rate in found),  # type: ignore[arg-type]
+        coefficients=tuple(float(rate) for rate in found),
         points=tuple(points),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),

@@ -4,7 +4,7 @@ Shapes: L = layers, H = query heads, I = neurons, D = hidden channels.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from cascade.errors import UserError
 from cascade.importance.scores import Scores
 from cascade.importance.statistics import Statistics
 from cascade.models.axes import probe_axes
+from cascade.models.checkpoint import file_sha256
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.pruning.corrections import corrected
 from cascade.pruning.rotation import require_rotatable, untied
-from cascade.pruning.shape import Target, solve_shape
+from cascade.pruning.shape import solve_shape
+from cascade.pruning.target import Target
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
+
+_ROTATION = ".rotation.safetensors"
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,12 @@ def save_plan(plan: PruningPlan, path: Path) -> None:
         for name, value in vars(plan).items()
         if name != "rotation"
     }
+    rotation = path.with_suffix(_ROTATION)
+    rotation.unlink(missing_ok=True)  # of a plan that lay here before
+    record["rotation_sha256"] = None
     if plan.rotation is not None:
-        save_file({"rotation": plan.rotation.contiguous()}, path.with_suffix(".safetensors"))
+        save_file({"rotation": plan.rotation.contiguous()}, rotation)
+        record["rotation_sha256"] = file_sha256(rotation)
     lines = []
     for name, value in record.items():
         if name in ("heads", "key_value_heads", "neurons"):
@@ -144,14 +153,27 @@ def save_plan(plan: PruningPlan, path: Path) -> None:
 
 
 def load_plan(path: Path) -> PruningPlan:
-    """What `save_plan` wrote."""
-    record = json.loads(path.read_text())
-    if record.pop("format") != PLAN_FORMAT:
-        raise ValueError(f"{path}: written in another plan format; make the plan again")
-    for name in ("source_dims", "target_dims"):
-        record[name] = ModelDims(**record[name])
-    rotation = path.with_suffix(".safetensors")
-    return PruningPlan(**record, rotation=load_file(rotation)["rotation"] if rotation.exists() else None)
+    """What `save_plan` wrote.
+
+    Raises:
+        UserError: it is no plan, one of another format, or without the rotation that belongs to it.
+    """
+    try:
+        record = json.loads(path.read_text())
+        if record.pop("format") != PLAN_FORMAT:
+            raise UserError(f"{path}: written in another plan format; make the plan again")
+        digest = record.pop("rotation_sha256")
+        for name in ("source_dims", "target_dims"):
+            record[name] = ModelDims(**record[name])
+        plan = PruningPlan(**record, rotation=None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a pruning plan as `cascade prune` writes it ({error})") from error
+    if digest is None:
+        return plan
+    rotation = path.with_suffix(_ROTATION)
+    if not rotation.is_file() or file_sha256(rotation) != digest:
+        raise UserError(f"{path}: its rotation, {rotation.name} beside it, is missing or another one; copy both files")
+    return replace(plan, rotation=load_file(rotation)["rotation"])
 
 
 def config_of(plan: PruningPlan) -> Any:

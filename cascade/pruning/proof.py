@@ -11,6 +11,7 @@ itself writes the stream, the removed channels are left out of its mean and vari
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,12 +31,23 @@ PROOF_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that counts as equal in float32."""
 
 
-def prove_cuts(config: Any, *, along: Sequence[str] = (), seed: int = 0) -> dict[str, float]:
+def prove_cuts(config: Any, *, along: Sequence[str] = (), rotated: bool = False, seed: int = 0) -> dict[str, float]:
     """Largest relative difference of logits between pruned and silenced, for a cut along each axis and all at once.
+
+    With `rotated` also that of the twin in a rotated stream of full width, which is the same function.
 
     Raises:
         UserError: a difference is above PROOF_TOLERANCE, so this architecture cannot be cut along that axis.
     """
+    try:
+        return _differences(config, along, rotated, seed)
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:  # whatever a small model of it raises
+        raise UserError(
+            f"model type '{config.model_type}' cannot be cut: a tiny twin of it cannot be built, run or cut: {error}"
+        ) from error
+
+
+def _differences(config: Any, along: Sequence[str], rotated: bool, seed: int) -> dict[str, float]:
     twin = twin_of(config, seed=seed)
     before = dims_of(twin.config)
     differences = {}
@@ -51,7 +63,26 @@ def prove_cuts(config: Any, *, along: Sequence[str] = (), seed: int = 0) -> dict
                 f"model type '{config.model_type}' cannot be cut along {name} yet: on a tiny twin the pruned model's "
                 f"logits differ from the silenced parent's by {differences[name]:.1e} (at most {PROOF_TOLERANCE:.0e})"
             )
+    if rotated:
+        differences["rotation"] = _rotated_difference(twin, seed)
+        if not differences["rotation"] <= PROOF_TOLERANCE:
+            raise UserError(
+                f"model type '{config.model_type}' cannot be rotated yet: a tiny twin's logits change by "
+                f"{differences['rotation']:.1e} (at most {PROOF_TOLERANCE:.0e}); set prune.hidden: activation_norm"
+            )
     return differences
+
+
+def _rotated_difference(twin: nn.Module, seed: int) -> float:
+    """Max |rotated - original| / max |original| of the twin, all channels kept."""
+    size = dims_of(twin.config).hidden_size
+    rotation = torch.linalg.qr(torch.randn(size, size, generator=_generator(seed), dtype=torch.float64)).Q
+    scores = replace(random_scores(twin, seed=seed), rotation=rotation)
+    turned = prune(twin, plan_pruning(scores, twin.config, dims_of(twin.config)))
+    ids = torch.randint(3, dims_of(twin.config).vocab_size, (1, 12), generator=_generator(seed))
+    with torch.inference_mode():
+        expected, actual = _outputs(twin, ids), _outputs(turned, ids)
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def proof_cuts(config: Any) -> dict[str, dict[str, int]]:

@@ -7,6 +7,7 @@ Shapes: N = tokens, K = kept inputs of a writer (neurons, or heads x head_dim), 
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from cascade.models.axes import ModelAxes, probe_axes
 from cascade.pruning.cut import kept_rows
 from cascade.pruning.layerwise import Stream, Watched
 from cascade.pruning.plan import PruningPlan
-from cascade.pruning.ridge import Moments
+from cascade.pruning.ridge import Moments, add_apart
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def repair(
     """Refit the writers of `student`, cut from `model` by `plan`, in place.
 
     Layer by layer: the parent's stream and the student's are held in memory (2 x N x hidden_size floats), each layer
-    runs once in the parent and twice in the student. A quarter of the batches chooses each writer's ridge.
+    runs once in the parent and twice in the student. Every fourth block is kept aside to choose each weight's ridge.
     """
     how = how or Repair()
     report = RepairReport()
@@ -87,11 +88,15 @@ class _Refit:
         self.parent_layers: Any = model.get_submodule(self.axes.layers_prefix)
         self.student_layers: Any = student.get_submodule(self.axes.layers_prefix)
         self.kept = torch.tensor(plan.hidden)
-        self.turn = None if plan.rotation is None else plan.rotation[:, plan.hidden].to(next(model.parameters()).dtype)
+        weight = next(model.parameters())
+        self.turn = None if plan.rotation is None else plan.rotation[:, plan.hidden].to(weight.device, weight.dtype)
 
     def layer(self, origin: int, place: int, pairs: list[tuple[Stream, Stream]]) -> None:
         """Refit one kept layer, then take both streams through it."""
         writers = writers_of(self.axes, self.student, place)
+        if self.plan.merged_heads and not self.how.sequential:
+            # Nor does the parent show what a merged head writes from.
+            writers = [name for name in writers if self.axes.reads(name) not in _HEADS]
         readers = [self._readers(place, dims) for dims in (_HEADS, _NEURONS)]
         originals = {name: self._origin(name, origin) for name in [*readers[0], *readers[1], *writers]}
         parents = [parent.watched(self.parent_layers[origin], origin, originals) for parent, _ in pairs]
@@ -103,7 +108,7 @@ class _Refit:
             self._refit_readers(readers[0] + readers[1], origin, place, parents, pairs)
             self._refit_writers(writers, [], origin, place, parents, pairs)
         else:
-            for reading, writer in zip(readers, writers, strict=True):
+            for reading, writer in zip(readers[-len(writers) :], writers, strict=True):
                 self._refit_readers(reading, origin, place, parents, pairs)
                 earlier = writers[: writers.index(writer)]
                 self._refit_writers([writer], earlier, origin, place, parents, pairs)
@@ -122,6 +127,8 @@ class _Refit:
     def _readers(self, place: int, dims: tuple[str, ...]) -> list[str]:
         if not (self.how.sequential and self.how.readers):
             return []
+        if self.plan.merged_heads and dims == _HEADS:
+            return []  # the parent has no head that does what a merged one does
         prefix = f"{self.axes.layers_prefix}.{place}"
         return [
             name
@@ -140,12 +147,17 @@ class _Refit:
         """Each reader of the stream towards what the parent's reads at the same place."""
         halves = {name: (Moments(), Moments()) for name in names}
         modules = {name: self._module(name) for name in names}
-        for number, (theirs, (_, cut)) in enumerate(zip(parents, pairs, strict=True)):
+        for number, theirs, (_, cut) in _numbered(parents, pairs):
             ours = cut.watched(self.student_layers[place], place, modules) if names else theirs
             for name in names:
                 target = self._kept(name, origin, theirs.outputs[name].flatten(0, -2), output=True)
-                halves[name][_aside(number)].add(
-                    ours.inputs[name].flatten(0, -2), target, self._bias([name]) is not None
+                add_apart(
+                    halves[name],
+                    number,
+                    len(cut.hidden),
+                    ours.inputs[name],
+                    target,
+                    biased=self._bias([name]) is not None,
                 )
         for name in names:
             self._solve([name], halves[name])
@@ -166,7 +178,7 @@ class _Refit:
         dropped_behind = is_last and origin + 1 not in (*self.plan.layers, self.plan.source_dims.num_hidden_layers)
         halves = Moments(), Moments()
         modules = {name: self._module(name) for name in group + earlier}
-        for number, (theirs, (parent, cut)) in enumerate(zip(parents, pairs, strict=True)):
+        for number, theirs, (parent, cut) in _numbered(parents, pairs):
             outputs = [theirs.outputs[name].view_as(parent.hidden) for name in group]
             target = self._kept_channels(torch.stack(outputs).sum(0))
             if self.how.sequential:
@@ -184,7 +196,7 @@ class _Refit:
                     lost = lost + self._kept_channels(parent.after - theirs.after)
                 target = target + self.how.compensation / (gains[group[0]] or 1) * lost
             features = torch.cat([part.flatten(0, -2) for part in inputs], 1)
-            halves[_aside(number)].add(features, target.flatten(0, -2), self._bias(group) is not None)
+            add_apart(halves, number, len(cut.hidden), features, target, biased=self._bias(group) is not None)
         self._solve(group, halves)
 
     def _solve(self, group: list[str], halves: tuple[Moments, Moments]) -> None:
@@ -198,23 +210,25 @@ class _Refit:
             logger.warning("repair: the Gram matrix at '%s' is singular; this weight stays as it was sliced", label)
             return
         self.report.ridges[label], self.report.errors[label] = fitted.ridge, fitted.errors
-        start = 0
-        for index, name in enumerate(group):
+        start, carrier = 0, self._carrier(group)
+        for name in group:
             module = self._module(name)
             width = _matrix(self.axes, name, module).shape[1]
             part = fitted.weight[:, start : start + width]
             module.weight.copy_(part if self.axes.output_axis(name) == 0 else part.T)
             start += width
-            if fitted.bias is not None:
-                # Writers that are fitted together share one bias: the first carries it.
-                module.bias.copy_(fitted.bias if index == 0 else torch.zeros_like(fitted.bias))
+            if fitted.bias is not None and getattr(module, "bias", None) is not None:
+                module.bias.copy_(fitted.bias if name == carrier else torch.zeros_like(fitted.bias))
 
     def _bias(self, group: list[str]) -> Tensor | None:
-        """[D]: the sum of a group's biases; None where one of them has none."""
+        """[D]: the sum of a group's biases; None where none of them has one."""
         biases = [getattr(self._module(name), "bias", None) for name in group]
-        if any(bias is None for bias in biases):
-            return None
-        return torch.stack([bias.detach().double() for bias in biases if bias is not None]).sum(0)
+        given = [bias.detach().double() for bias in biases if bias is not None]
+        return torch.stack(given).sum(0) if given else None
+
+    def _carrier(self, group: list[str]) -> str | None:
+        """The first of a group with a bias: weights that are fitted together share one."""
+        return next((name for name in group if getattr(self._module(name), "bias", None) is not None), None)
 
     def _module(self, name: str) -> Any:
         return self.student.get_submodule(name.rpartition(".")[0])
@@ -236,9 +250,14 @@ class _Refit:
 _HEADS, _NEURONS = ("num_attention_heads", "num_key_value_heads"), ("intermediate_size",)
 
 
-def _aside(number: int) -> int:
-    """1 for the batches that choose the ridge, 0 for those that it is fitted on."""
-    return int(number % 4 == 3)
+def _numbered(
+    parents: list[Watched], pairs: list[tuple[Stream, Stream]]
+) -> Iterator[tuple[int, Watched, tuple[Stream, Stream]]]:
+    """Each batch, with the number of its first block."""
+    first = 0
+    for theirs, pair in zip(parents, pairs, strict=True):
+        yield first, theirs, pair
+        first += len(pair[0].hidden)
 
 
 def writers_of(axes: ModelAxes, model: nn.Module, layer: int) -> list[str]:

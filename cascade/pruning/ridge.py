@@ -26,6 +26,26 @@ class Fit:
     """Share of the target's energy that is missed on the tokens kept aside: by the map as it was, and refitted."""
 
 
+def add_apart(
+    halves: "tuple[Moments, Moments]",
+    first_block: int,
+    num_blocks: int,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    biased: bool,
+) -> None:
+    """Add a batch whose blocks are numbered from `first_block`: every fourth block to the second half.
+
+    Inputs [..., K] and targets [..., D] hold the batch's tokens block by block.
+    """
+    by_block = [values.reshape(num_blocks, -1, values.shape[-1]) for values in (inputs, targets)]
+    aside = (torch.arange(num_blocks, device=inputs.device) + first_block) % 4 == 3
+    for half, rows in zip(halves, (~aside, aside), strict=True):
+        if rows.any():
+            half.add(by_block[0][rows].flatten(0, 1), by_block[1][rows].flatten(0, 1), biased)
+
+
 class Moments:
     """Sums over tokens: inputs by inputs, targets by inputs, the target's energy."""
 
@@ -74,7 +94,7 @@ class Moments:
         biased = bias is not None
         start = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
         first, second = halves
-        aside = second if second.gram.ndim else first  # too few batches to keep any aside
+        aside = second if second.gram.ndim else first  # too few blocks to keep any aside
         tried = []
         for ridge in RIDGES:
             solved = first.solve(start, ridge, biased)

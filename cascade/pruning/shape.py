@@ -1,17 +1,14 @@
-"""Which shapes: the legal dims that meet a target.
+"""Which shapes: the legal dims that meet a target."""
 
-A target bounds one or more measures of size, fixes some dims, or both; what it leaves open is solved for.
-"""
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from cascade.errors import UserError
 from cascade.models.axes import ModelAxes, probe_axes
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
+from cascade.pruning.target import MEASURES, Target, whole_measure
 
 CUT_DIMS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
@@ -24,70 +21,14 @@ _AXIS_COST = {
     "num_attention_heads": 1.5,
 }
 
+_GROUP_COST = 0.5
+"""The same for key/value heads, where a bound counts the cache: they are cut besides the query heads."""
+
+_COUNT_THE_CACHE = {"memory_bytes", "decode_ms"}
+
 TOLERANCES = (0.03, 0.10)
 """A solved shape has at most what is asked for, and less by at most the first of these shares; by at most the
 second where the legal values are too coarse for the first."""
-
-
-class Latency(Protocol):
-    """What says how long a shape takes to decode."""
-
-    def milliseconds(self, axes: ModelAxes, dims: ModelDims) -> Any:
-        """Of one step."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """The size wanted: upper bounds on measures of size (all hold), explicit dims, or both (the dims then bind).
-
-    A bound of at most 1 is a share of the parent's measure.
-    """
-
-    params: float | None = None
-    """Parameters."""
-    params_non_embedding: float | None = None
-    """Parameters without the matrices that have the vocabulary as an axis."""
-    flops_per_token: float | None = None
-    """Forward FLOPs of one token at a context of `context` tokens."""
-    memory_bytes: float | None = None
-    """Weights, and keys and values of `batch_size` sequences of `context` tokens, at `bytes_per_value`."""
-    decode_ms: float | None = None
-    """Milliseconds of one decoding step of `batch_size` sequences after `context` tokens, as `latency` says."""
-    context: int = 2048
-    batch_size: int = 1
-    bytes_per_value: int = 2
-    dims: dict[str, int] | None = None
-    """Explicit dims by Hugging Face name; what is not named stays as in the seed, or is solved for."""
-
-    latency: "Latency | None" = None
-    """Measured on this machine: `latency.fit_decode_latency`."""
-
-    def with_latency(self, latency: "Latency") -> "Target":
-        """The same target, its decode_ms to be judged by this."""
-        return replace(self, latency=latency)
-
-    def bounds(self) -> dict[str, float]:
-        """The bounds that are given, by name."""
-        return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
-
-
-def _decode_ms(axes: ModelAxes, dims: ModelDims, target: Target) -> Any:
-    if target.latency is None:
-        raise ValueError("a target in decode_ms needs `latency`; fit_decode_latency measures it")
-    return target.latency.milliseconds(axes, dims)
-
-
-MEASURES: dict[str, Callable[[ModelAxes, ModelDims, Target], Any]] = {
-    "params": lambda axes, dims, target: axes.num_parameters(dims),
-    "params_non_embedding": lambda axes, dims, target: axes.num_parameters_non_embedding(dims),
-    "flops_per_token": lambda axes, dims, target: axes.flops_per_token(dims, target.context),
-    "memory_bytes": lambda axes, dims, target: (
-        axes.num_parameters(dims) * target.bytes_per_value
-        + axes.cache_bytes_per_token(dims, target.bytes_per_value) * target.batch_size * target.context
-    ),
-    "decode_ms": _decode_ms,
-}
-"""Measures of size that a target can bound; each takes single dims or arrays of candidates."""
 
 
 def solve_shape(config: Any, target: Target, *, parent: Any = None) -> ModelDims:
@@ -110,13 +51,15 @@ def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iter
     axes, seed = probe_axes(config), dims_of(config)
     fixed = _completed(dict(target.dims or {}), axes, seed)
     _check_dims(fixed, axes, seed)
-    bounds = {}
+    bounds, beyond = {}, []
     for name, bound in target.bounds().items():
-        whole = MEASURES[name](*_measured_on(config if parent is None else parent), target)
+        whole = whole_measure(name, config if parent is None else parent, target)
         bounds[name] = bound * whole if bound <= 1 else bound
         size = MEASURES[name](axes, seed, target)
         if bounds[name] > size * (1 + 1e-9):
-            raise UserError(f"target of {_counted(name, bounds[name])} is larger than the seed's {_number(size)}")
+            beyond.append(f"target of {_counted(name, bounds[name])} is larger than the seed's {_number(size)}")
+    if beyond and len(beyond) == len(bounds):  # a bound that does not bind is none
+        raise UserError(beyond[0])
     if bounds:
         return _shapes_within(config, axes, seed, fixed, bounds, target)
     dims = seed.replace(**fixed)
@@ -159,10 +102,6 @@ def legal_values(axes: ModelAxes, seed: ModelDims) -> dict[str, list[int]]:
         "num_attention_heads": heads,
         "num_key_value_heads": heads if whole else list(range(seed.num_key_value_heads, 0, -1)),
     }
-
-
-def _measured_on(config: Any) -> tuple[ModelAxes, ModelDims]:
-    return probe_axes(config), dims_of(config)
 
 
 def _counted(name: str, bound: float) -> str:
@@ -236,19 +175,33 @@ def _shapes_within(
     legal = legal_values(axes, seed)
     solved = [name for name in _AXIS_COST if not (axes.heads_fill_hidden and name == "hidden_size")]
     values = {name: [fixed[name]] if name in fixed else legal[name] for name in solved}
+    per_group = seed.num_attention_heads // seed.num_key_value_heads
+    if per_group > 1 and bounds.keys() & _COUNT_THE_CACHE and "num_key_value_heads" not in fixed:
+        # Halves only: five full axes are more shapes than are worth looking at.
+        halves = [seed.num_key_value_heads >> power for power in range(seed.num_key_value_heads.bit_length())]
+        values["num_key_value_heads"] = [groups for groups in halves if groups in legal["num_key_value_heads"]]
+        solved = [*solved, "num_key_value_heads"]
     grid = np.meshgrid(*(np.array(values[name], dtype=np.int64) for name in solved), indexing="ij")
     columns: dict[str, Any] = dict(zip(solved, (part.ravel() for part in grid), strict=True))
     if axes.heads_fill_hidden:
         columns["hidden_size"] = columns["num_attention_heads"] * seed.head_dim
     if seed.num_key_value_heads == seed.num_attention_heads:
         columns["num_key_value_heads"] = columns["num_attention_heads"]
+    elif "num_key_value_heads" in columns:
+        heads, groups = columns["num_attention_heads"], columns["num_key_value_heads"]
+        possible = (heads % groups == 0) & (heads // groups <= per_group)
+        columns = {name: column[possible] for name, column in columns.items()}
     elif "num_key_value_heads" in fixed:
         columns["num_key_value_heads"] = np.full_like(columns["num_attention_heads"], fixed["num_key_value_heads"])
     candidates = seed.replace(**columns)
     # The share of its bound that each measure reaches; the largest is the one that binds.
     shares = {name: MEASURES[name](axes, candidates, target) / bound for name, bound in bounds.items()}
     binding = np.max(np.stack([np.broadcast_to(share, columns[solved[0]].shape) for share in shares.values()]), axis=0)
-    cost = sum(weight * np.log(columns[name] / getattr(seed, name)) ** 2 for name, weight in _AXIS_COST.items())
+    cost = sum(
+        weight * np.log(columns[name] / getattr(seed, name)) ** 2
+        for name, weight in (_AXIS_COST | {"num_key_value_heads": _GROUP_COST}).items()
+        if name in solved
+    )
     order = np.argsort(cost, kind="stable")
     near = [(binding[order] <= 1) & (binding[order] >= 1 - tolerance) for tolerance in TOLERANCES]
     refusals: list[str] = []

@@ -41,7 +41,8 @@ class Prune(Section):
     """The score of neurons, inside each layer. taylor and hessian need gradients."""
     hidden: Literal["auto", "activation_norm", "pca"] = "auto"
     """The score of hidden channels. pca rotates the stream to its principal axes first, and unties the embeddings;
-    auto: pca where the parent's norms allow it and its embeddings are small or untied already."""
+    auto: members with a size to meet are cut and repaired both ways, and what is nearer the parent on selection blocks
+    stays; with explicit dims, pca where the norms allow it and the embeddings are small or untied already."""
     merge_heads: bool = False
     """Add to the weakest kept query heads what they differ by from the strongest removed ones (Minitron)."""
     repair: Repair = Repair()

@@ -92,7 +92,8 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
     from cascade.pruning.plan import plan_pruning
     from cascade.pruning.repair import Repair, repair
     from cascade.pruning.rotation import untied
-    from cascade.pruning.shape import Target, diverse_shapes, solve_shape
+    from cascade.pruning.shape import diverse_shapes, solve_shape
+    from cascade.pruning.target import Target
 
     source = resolve_model(options.model)
     teacher, tokenizer = load_model(source), load_tokenizer(source)
