@@ -1,0 +1,116 @@
+"""Several processes, one training step: parameters sharded with FSDP2, each process with its share of the blocks.
+
+Everything here is the identity in a single process.
+"""
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cascade.errors import UserError
+from cascade.models.axes import probe_axes
+
+_TIMEOUT = timedelta(hours=12)
+"""The longest that processes wait for the one that evaluates."""
+
+
+def join() -> None:
+    """Join the processes that torchrun started; nothing to do in one of its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+
+
+def leave() -> None:
+    """Undo `join`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def require_even(batch_size: int) -> None:
+    """Refuse a batch that cannot be shared out evenly.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if batch_size % world_size():
+        raise UserError(f"batch_size: {batch_size} blocks cannot be shared out evenly to {world_size()} processes")
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def agreed(value: bool) -> bool:
+    """What the first process says."""
+    if world_size() == 1:
+        return value
+    answers: list[Any] = [value]
+    dist.broadcast_object_list(answers, src=0)
+    return bool(answers[0])
+
+
+def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Each value's sum over all processes."""
+    if world_size() == 1:
+        return values
+    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist(), strict=True))
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Shard the model's parameters over all processes, layer by layer; one that is sharded already stays as it is."""
+    if world_size() == 1 or isinstance(model, FSDPModule):
+        return model
+    layers: Any = model.get_submodule(probe_axes(model.config).layers_prefix)
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def sync_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass exchanges gradients: only a step's last one has to."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, on every process; all of them have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_into(target: Tensor, full: Tensor) -> None:
+    """Write a full tensor into one that may be sharded."""
+    full = full.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        full = distribute_tensor(full, target.device_mesh, target.placements)
+    target.copy_(full)
+
+
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, full value) of every parameter."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter.detach())

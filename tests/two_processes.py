@@ -1,0 +1,52 @@
+"""What tests/test_parallel.py starts under torchrun: one training, its result written by the first process."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_blocks, make_model
+from safetensors.torch import save_file
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.distillation import parallel
+from cascade.distillation.trainer import distill
+
+
+def uneven_blocks() -> TokenBlocks:
+    """Blocks in which different numbers of tokens count, in one of them none."""
+    blocks = make_blocks(count=24)
+    labels = blocks.labels.clone()
+    for row in range(24):
+        labels[row, : row % 16 + 1] = IGNORE_INDEX
+    labels[5] = IGNORE_INDEX
+    return TokenBlocks(blocks.input_ids, labels, 3.0)
+
+
+def train(output: Path, *, tied: bool, state: Path | None, die_after: int | None) -> None:
+    """Ten steps; the process ends at once after step `die_after`."""
+    import os
+
+    def on_step(done: int, total: int) -> None:
+        if done == die_after:
+            os._exit(9)
+
+    parallel.join()
+    student, teacher = make_model("llama", seed=2, tied=tied), make_model("llama", seed=1, tied=tied)
+    metrics = distill(
+        student, teacher, uneven_blocks(), num_tokens=8 * 16 * 10, batch_size=8, microbatch_size=2, learning_rate=1e-2,
+        selection=make_blocks(count=4, seed=9), selection_every=5, state_folder=state, save_every_minutes=0,
+        on_step=on_step,
+    )  # fmt: skip
+    weights = {name: value.clone().contiguous() for name, value in parallel.whole_weights(student)}
+    if parallel.rank() == 0:
+        save_file(weights, output / "weights.safetensors")
+        (output / "curve.json").write_text(json.dumps(metrics.curve))
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    state = Path(settings["state"]) if settings["state"] else None
+    train(Path(settings["output"]), tied=settings["tied"], state=state, die_after=settings["die_after"])
