@@ -76,6 +76,7 @@ def run(
 
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
+    from cascade.distillation import parallel
     from cascade.report.records import load_family
     from cascade.report.tables import plain_table, quality_table, size_table
     from cascade.run import run_recipe
@@ -85,6 +86,10 @@ def run(
     except KeyboardInterrupt:
         click.echo("\nStopped. What is finished is kept; the same command goes on from there.", err=True)
         sys.exit(130)
+    first = parallel.rank() == 0
+    parallel.leave()
+    if not first:
+        return
     family = load_family(folder)
     if as_json:
         click.echo(json.dumps({"run": str(folder), "family": family}))

@@ -20,6 +20,7 @@ from cascade.models.checkpoint import (
 )
 from cascade.progress import OnStep
 from cascade.publish import FinishedMember, baseline_row
+from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
 from cascade.runner import StageRunner
@@ -227,8 +228,7 @@ def _make_repaired(
 
 
 def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]:
-    # The microbatch is left out: it changes memory and speed, and the result only by rounding.
-    settings = recipe.distill.model_dump(exclude={"tokens", "microbatch_size"}) if recipe.distill else {}
+    settings = recipe.distill.model_dump(exclude={"tokens", *WITHOUT_EFFECT}) if recipe.distill else {}
     return settings | {
         "num_tokens": member.num_tokens,
         "first_position": member.first_position,

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from cascade.distillation import parallel
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
 from cascade.family import FoundShape, ResolvedMember, check_family, resolve_family, run_folder_of
@@ -56,9 +58,12 @@ def run_recipe(
     """
     if from_stage is not None and from_stage not in STAGES:
         raise UserError(f"--from {from_stage}: no such stage; known: {', '.join(STAGES)}")
+    parallel.join()
     folder = run_folder_of(recipe, output)
     check_ownership(folder, recipe)
     config = parent_config(recipe)
+    if parallel.rank() > 0:
+        return _follow_run(recipe, folder, config, only)
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
@@ -66,6 +71,7 @@ def run_recipe(
     with locked(folder):
         write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
         keep_latencies(recipe, config, folder, latencies)
+        parallel.barrier()
         append_event(folder, "started", members=[member.name for member in wanted])
         estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}
         for member in wanted:
@@ -74,6 +80,17 @@ def run_recipe(
             chosen = frozenset(only or [member.name for member in members])
             _make_family(StageRunner(folder, progress, from_stage, chosen), recipe, members, wanted, latencies)
         append_event(folder, "done", members=[member.name for member in wanted])
+    return folder
+
+
+def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str]) -> Path:
+    """The run as another process than the first sees it: it only takes part in what is done together."""
+    parallel.barrier()  # until the first has the lock and has kept what it measured
+    latencies = find_latencies(recipe, config, folder)
+    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
+    with RunProgress(Console(quiet=True), recipe.name, {}) as progress:
+        runner = StageRunner(folder, progress, None, frozenset())
+        _make_family(runner, recipe, members, _with_seeds(members, only), latencies)
     return folder
 
 
@@ -88,7 +105,9 @@ def _make_family(
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
     finished: dict[str, FinishedMember] = {}
     shapes: dict[str, FoundShape] = {}
-    write_report(runner.folder, recipe, members, teacher, finished)
+    writes = parallel.rank() == 0
+    if writes:
+        write_report(runner.folder, recipe, members, teacher, finished)
     for name in [member.name for member in wanted]:
         member = next(member for member in members if member.name == name)
         seed = finished[member.seed].distilled if member.seed in finished else None
@@ -106,6 +125,8 @@ def _make_family(
             member = next(member for member in members if member.name == name)
         made = make_member(runner, recipe, shared, member, seed)
         finished[name] = replace(made, candidates=candidate_rows(member, tried))
+        if not writes:
+            continue
         with runner.progress.stage(member.name, "report"):
             publish_member(runner.folder, recipe, members, member, finished[member.name], teacher, shared.parent)
             write_report(runner.folder, recipe, members, teacher, finished)

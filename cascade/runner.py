@@ -5,16 +5,19 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
 
 from cascade import __version__
+from cascade.distillation import parallel
 from cascade.progress import OnStep, RunProgress
-from cascade.store import COST_FILE, append_event, is_committed, stage_key, staged
+from cascade.store import COST_FILE, append_event, drop_partials, is_committed, stage_key, staged
 
 STAGES = ("statistics", "prune", "repair", "distill", "evaluate", "report")
 """A member's stages in order, as --from takes them."""
@@ -23,19 +26,24 @@ STAGE_FORMATS = {
     "pretrain": 1,
     "convert": 1,
     "data": 1,
-    "statistics": 2,
-    "candidate": 1,
-    "finalist": 1,
-    "prune": 2,
-    "repair": 1,
-    "distill": 1,
+    "statistics": 3,
+    "candidate": 2,
+    "finalist": 2,
+    "prune": 3,
+    "repair": 2,
+    "distill": 2,
     "evaluate": 1,
-    "baseline-ce": 1,
+    "baseline-ce": 2,
     "heldout-cut": 1,
     "heldout-repaired": 1,
     "heldout-ce": 1,
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
+
+_TOGETHER = ("distill", "baseline-ce")
+"""Stages that several processes make together; the others are the first one's."""
+
+_DONE, _JOIN = 0, 1
 
 _MADE_WITH = {
     "candidate": "prune",
@@ -73,7 +81,11 @@ class StageRunner:
         """
         key = stage_key(stage, STAGE_FORMATS[stage], settings, inputs)
         final = self.folder / "stages" / f"{label or member}.{stage}-{key[:16]}"
-        if is_committed(final) and not self._is_forced(member, stage):
+        if parallel.rank() > 0:
+            return self._follow(final, make)
+        forced = self._is_forced(member, stage)
+        if is_committed(final) and not forced:
+            parallel.tell(_DONE)
             self.progress.skip(member, stage, "already done with the same inputs and settings")
             append_event(self.folder, "skipped", member=member, stage=stage, key=key)
             return final
@@ -84,12 +96,30 @@ class StageRunner:
             "inputs": inputs,
             "made_with": _versions(),
         }
+        if forced:
+            drop_partials(final)
+        together = stage in _TOGETHER
+        if together:
+            parallel.tell(_JOIN)
         with self.progress.stage(member, stage) as on_step, staged(final, provenance) as staging:
             started = time.perf_counter()
-            make(staging, on_step)
+            with nullcontext() if together else parallel.alone():
+                make(staging, on_step)
             cost = read_cost(staging) | {"seconds": time.perf_counter() - started}
             (staging / COST_FILE).write_text(json.dumps(cost))
+        drop_partials(final)
+        parallel.tell(_DONE)
         append_event(self.folder, "finished", member=member, stage=stage, key=key, seconds=round(cost["seconds"], 3))
+        return final
+
+    def _follow(self, final: Path, make: Callable[[Path, OnStep], None]) -> Path:
+        """What a process other than the first does: wait, or take part and leave the writing to the first."""
+        if parallel.told() == _JOIN:
+            with TemporaryDirectory() as folder:
+                staging = Path(folder) / f".staging-{final.name}-{os.getpid()}"
+                staging.mkdir()
+                make(staging, lambda done, total: None)
+            parallel.told()
         return final
 
     def _is_forced(self, member: str, stage: str) -> bool:

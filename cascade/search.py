@@ -18,6 +18,7 @@ from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, load_config
 from cascade.progress import OnStep
 from cascade.pruning.shape import diverse_shapes
+from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
 from cascade.runner import StageRunner, read_cost
@@ -93,7 +94,7 @@ def search_shape(
 
 def candidate_settings(recipe: Recipe) -> dict[str, Any]:
     """What a candidate's result depends on besides its shape."""
-    distill = recipe.distill.model_dump(exclude={"tokens", "microbatch_size"}) if recipe.distill else {}
+    distill = recipe.distill.model_dump(exclude={"tokens", *WITHOUT_EFFECT}) if recipe.distill else {}
     return recipe.prune.model_dump(exclude={"search"}) | {"distill": distill, "seed": recipe.seed}
 
 

@@ -14,6 +14,7 @@ from cascade.cutting import training_options
 from cascade.data.blocks import load_blocks, pack_documents, save_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
+from cascade.distillation import parallel
 from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
@@ -36,7 +37,7 @@ from cascade.models.checkpoint import (
 from cascade.models.dims import dims_of
 from cascade.progress import OnStep
 from cascade.recipe.schema import Data, Recipe
-from cascade.store import COST_FILE
+from cascade.store import COST_FILE, partial_of
 
 
 def text_data(data: Data) -> TextData:
@@ -123,6 +124,8 @@ def make_recovered(
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
     student = load_model(start).to(default_device())
+    if teacher is not None and parallel.world_size() > 1:  # it is sharded for the training, others use theirs whole
+        teacher = load_model(parent).to(default_device()).requires_grad_(False)
     blocks = load_blocks(data / "train.safetensors")
     selection = load_blocks(data / "selection.safetensors").take(settings.selection_blocks)
     metrics = distill(
@@ -134,9 +137,13 @@ def make_recovered(
         first_position=member.first_position,
         selection=selection,
         log_path=folder / "log.jsonl",
+        state_folder=partial_of(folder),
         on_step=on_step,
         **training_options(settings),
     )
+    student = parallel.gathered(student, load_model(start))
+    if parallel.rank() > 0:
+        return
     _write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
     dtype = stored_dtype(parent) if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
     rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)

@@ -75,6 +75,19 @@ def staged(final: Path, provenance: dict[str, Any]) -> Iterator[Path]:
         raise
 
 
+def partial_of(staging: Path) -> Path:
+    """Beside a stage's staging folder: where it keeps what another try can go on from."""
+    name = staging.name.removeprefix(".staging-").rpartition("-")[0]
+    return staging.with_name(f".partial-{name}")
+
+
+def drop_partials(final: Path) -> None:
+    """Remove what tries of a stage have left beside its place, under whatever key."""
+    stage = final.name.rpartition("-")[0]
+    for leftover in final.parent.glob(f".partial-{stage}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")

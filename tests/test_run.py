@@ -157,6 +157,43 @@ def test_killed_after_every_stage_and_started_again_the_family_is_the_same(
     assert (folder / weights).read_bytes() == (tiny_family / weights).read_bytes()
 
 
+def test_killed_while_training_it_goes_on_from_the_last_state_to_the_same_bits(
+    recipe_folder, tiny_family, tmp_path, monkeypatch
+):
+    from cascade.distillation import trainer
+
+    folder, original, saved = tmp_path / "run", trainer.save_state, []
+    recipe = load_recipe(recipe_folder / "tiny.yaml", ("distill.save_every_minutes=0.0",))
+
+    def dies_after_a_state(state_folder, *rest):
+        original(state_folder, *rest)
+        saved.append(state_folder)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_state", dies_after_a_state)
+        with pytest.raises(Killed):
+            run_recipe(recipe, output=folder)
+    assert saved[0].parent == folder / "stages" and list(saved[0].glob("step-*"))
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trainer,
+            "_set_rate",
+            lambda optimizer, rate, own=trainer._set_rate: (steps.append(rate), own(optimizer, rate)),
+        )
+        run_recipe(recipe, output=folder)
+    assert settled(folder) == settled(tiny_family)
+    for name in ("big", "small"):
+        weights = f"members/{name}/model.safetensors"
+        assert (folder / weights).read_bytes() == (tiny_family / weights).read_bytes()
+    assert not list(folder.glob("**/.partial-*"))
+    whole = (
+        2 * 2 * load_family(folder)["rows"][1]["tokens"]["hop"] // (recipe.data.block_size * recipe.distill.batch_size)
+    )
+    assert len(steps) == whole - 1  # one step had been done before
+
+
 def test_killed_inside_a_stage_leaves_nothing_half_done(tiny_recipe, tiny_family, tmp_path, monkeypatch):
     from cascade import member
 

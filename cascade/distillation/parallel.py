@@ -5,6 +5,7 @@ Everything here is the identity in a single process.
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +37,20 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What this process does meanwhile is no work of all: it does not wait for the others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def rank() -> int:
     """This process's number."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -43,7 +58,20 @@ def rank() -> int:
 
 def world_size() -> int:
     """How many processes work together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+def tell(message: int) -> None:
+    """Say a number to the others, who wait for it in `told`."""
+    if world_size() > 1:
+        dist.broadcast(torch.tensor([message]), src=0)
+
+
+def told() -> int:
+    """The number that the first process says."""
+    message = torch.zeros(1, dtype=torch.int64)
+    dist.broadcast(message, src=0)
+    return int(message)
 
 
 def require_even(batch_size: int) -> None:
@@ -66,9 +94,9 @@ def agreed(value: bool) -> bool:
     """What the first process says."""
     if world_size() == 1:
         return value
-    answers: list[Any] = [value]
-    dist.broadcast_object_list(answers, src=0)
-    return bool(answers[0])
+    answer = torch.tensor([int(value)])
+    dist.broadcast(answer, src=0)
+    return bool(answer)
 
 
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -108,6 +136,18 @@ def copy_into(target: Tensor, full: Tensor) -> None:
     if isinstance(target, DTensor):
         full = distribute_tensor(full, target.device_mesh, target.placements)
     target.copy_(full)
+
+
+def gathered(model: nn.Module, empty: nn.Module) -> nn.Module:
+    """The model itself where it is not sharded; else `empty`, a plain one of its shape, with its weights."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.no_grad():
+        for (name, value), (own_name, parameter) in zip(whole_weights(model), empty.named_parameters(), strict=True):
+            if name != own_name:
+                raise ValueError(f"'{name}' where '{own_name}' was due: the models are not of one shape")
+            parameter.copy_(value)
+    return empty.eval()
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

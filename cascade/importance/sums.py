@@ -176,7 +176,9 @@ class Sums:
     def principal_axes(self) -> Tensor:
         """[D, D] float64: eigenvectors of the stream's covariance as columns, largest eigenvalue first."""
         vectors: Tensor = torch.linalg.eigh(self.sums["covariance:the stream"] / self.covariance_count).eigenvectors
-        axes: Tensor = vectors.flip(1).contiguous()
+        # An axis has no sign of its own: its largest part is made positive, whatever rounding would have it.
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        axes: Tensor = (vectors * largest.sign()).flip(1).contiguous()
         return axes
 
     def _add_covariance(self, stream: Tensor) -> None:

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 
+WITHOUT_EFFECT = ("microbatch_size", "save_every_minutes")
+"""Keys that change memory, speed and safety, and the result at most by rounding."""
+
 
 class Distill(Section):
     """Recovery: the student learns from the original parent."""
@@ -43,3 +46,5 @@ class Distill(Section):
     selection_every: PositiveInt = 25
     """Optimizer steps between two looks at the selection loss."""
     selection_blocks: PositiveInt = 16
+    save_every_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Minutes between two training states; a run that was killed goes on from the last, to the same bits."""
