@@ -192,7 +192,7 @@ def prune(
     type=click.Path(file_okay=False),
     help="Folder for the trained checkpoint and its log.jsonl.",
 )
-@click.option("--learning-rate", default=3e-3, type=ABOVE_ZERO, show_default=True)
+@click.option("--learning-rate", type=ABOVE_ZERO, help="The peak rate; found by short trainings where not given.")
 @click.option("--batch-size", default=8, type=POSITIVE, show_default=True, help="Blocks per optimizer step.")
 @click.option("--loss", default="forward_kl", show_default=True, help="The divergence from the teacher.")
 @click.option("--temperature", default=1.0, type=ABOVE_ZERO, show_default=True)
@@ -205,7 +205,7 @@ def distill(
     teacher: str,
     tokens: int,
     output: str,
-    learning_rate: float,
+    learning_rate: float | None,
     batch_size: int,
     loss: str,
     temperature: float,

@@ -12,6 +12,7 @@ from torch import nn
 from cascade.data.blocks import load_blocks
 from cascade.distillation.divergences import Options
 from cascade.distillation.fused import Objective
+from cascade.distillation.range_test import usual_rate
 from cascade.distillation.trainer import distill, selection_losses
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
@@ -33,8 +34,8 @@ REPAIRS = {
 """What the recipe's prune.repair.method names."""
 
 
-def training_options(settings: Distill) -> dict[str, Any]:
-    """The recipe's distill section as keyword arguments of `distill`."""
+def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
+    """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found."""
     of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
     elsewhere = {"tokens", "selection_blocks"} | of_objective
     objective = Objective(
@@ -44,7 +45,7 @@ def training_options(settings: Distill) -> dict[str, Any]:
         settings.cross_entropy_weight,
         Options(settings.beta, settings.skew, settings.top_k),
     )
-    return settings.model_dump(exclude=elsewhere) | {"objective": objective}
+    return settings.model_dump(exclude=elsewhere) | {"objective": objective, "learning_rate": learning_rate}
 
 
 def make_statistics(
@@ -149,10 +150,18 @@ def make_candidate(
             num_tokens=num_tokens,
             seed=recipe.seed,
             on_step=on_step,
-            **training_options(recipe.distill),
+            **training_options(recipe.distill, _finalist_rate(recipe, num_tokens)),
         )
         losses["recovered"] = _selection(student, teacher, recipe, data)
     _write(folder / "losses.json", losses)
+
+
+def _finalist_rate(recipe: Recipe, num_tokens: int) -> float:
+    """A finalist's rate is not searched for: all of them take the same."""
+    settings = recipe.distill
+    if settings is None or settings.learning_rate == "auto":
+        return usual_rate(num_tokens // (recipe.data.block_size * (settings.batch_size if settings else 1)))
+    return settings.learning_rate
 
 
 def _plan(recipe: Recipe, model: nn.Module, dims: ModelDims, statistics: Path, data: Path, hidden: str) -> PruningPlan:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cascade.distillation.range_test import FEWEST_STEPS, SHARE
 from cascade.models.axes import probe_axes
 from cascade.models.dims import ModelDims, dims_of
 from cascade.recipe.distill import Distill
@@ -54,6 +55,9 @@ def stage_seconds(
             seconds["candidate"] = tried * (1 + seconds.get("repair", 0.0) / 2)
         if search:
             seconds["finalist"] = search.finalists * (1 + search.tokens * (3 * flops + parent_flops) / rate)
+    if recipe.distill is not None and recipe.distill.learning_rate == "auto" and tokens:
+        steps = FEWEST_STEPS * recipe.distill.batch_size * recipe.data.block_size
+        seconds["rate"] = 1 + 4 * max(SHARE * tokens, steps) * (3 * flops + parent_flops) / rate
     seconds["distill"] = tokens * (3 * flops + parent_flops) / rate
     for kind in ("cut", "repaired"):
         if kind in recipe.baselines:

@@ -1,5 +1,6 @@
 """One member: its stages, and what each of them depends on."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
 from cascade.runner import StageRunner
 from cascade.search import Candidate, search_shape
-from cascade.stages import make_baseline, make_evaluation, make_recovered
+from cascade.stages import make_baseline, make_evaluation, make_rate, make_recovered
 from cascade.store import output_digest
 
 
@@ -64,10 +65,13 @@ def make_member(
         "teacher": shared.digests["parent"],
         "data": shared.digests["data"],
     }
-    settings = _training_settings(recipe, member)
+    rate, learning_rate = _make_rate(runner, recipe, shared, member, start, inputs)
+    settings = _training_settings(recipe, member) | {"learning_rate": learning_rate}
 
     def recover(folder: Path, on_step: OnStep, teacher: nn.Module | None) -> None:
-        make_recovered(folder, recipe, member, start, shared.parent, shared.data, teacher, on_step)
+        make_recovered(
+            folder, recipe, member, start, shared.parent, shared.data, teacher, on_step, learning_rate=learning_rate
+        )
 
     distilled = runner.run(
         member.name,
@@ -103,7 +107,31 @@ def make_member(
             reference=distilled / "reference.safetensors",
         ),
     )
-    return FinishedMember(cut, repaired, distilled, evaluation, rows)
+    return FinishedMember(cut, repaired, rate, distilled, evaluation, rows)
+
+
+def _make_rate(
+    runner: StageRunner,
+    recipe: Recipe,
+    shared: Shared,
+    member: ResolvedMember,
+    start: ModelSource,
+    inputs: dict[str, str],
+) -> tuple[Path | None, float]:
+    """(the folder of the search, the rate); no folder where the recipe gives a rate."""
+    given = recipe.distill.learning_rate if recipe.distill else 0.0
+    if given != "auto":
+        return None, given
+    folder = runner.run(
+        member.name,
+        "rate",
+        _training_settings(recipe, member),
+        inputs,
+        lambda folder, on_step: make_rate(
+            folder, recipe, member, start, shared.parent, shared.data, shared.teacher(), on_step
+        ),
+    )
+    return folder, float(json.loads((folder / "rate.json").read_text())["learning_rate"])
 
 
 def _make_baseline(

@@ -32,6 +32,8 @@ class FinishedMember:
 
     cut: Path | None
     repaired: Path | None
+    rate: Path | None
+    """The search for the learning rate."""
     distilled: Path
     evaluation: Path
     baselines: list[Row]
@@ -64,7 +66,7 @@ def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
 
 def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMember, finished: FinishedMember) -> Row:
     """A finished member's row."""
-    stages = (finished.cut, finished.repaired, finished.distilled, finished.evaluation)
+    stages = (finished.cut, finished.repaired, finished.rate, finished.distilled, finished.evaluation)
     folders = [folder for folder in stages if folder]
     teacher_flops = read_cost(finished.distilled)["teacher_flops_per_token"]
     chain, seed = member.num_tokens, member.seed

@@ -31,6 +31,7 @@ STAGE_FORMATS = {
     "finalist": 2,
     "prune": 3,
     "repair": 2,
+    "rate": 1,
     "distill": 2,
     "evaluate": 1,
     "baseline-ce": 2,
@@ -40,7 +41,7 @@ STAGE_FORMATS = {
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
-_TOGETHER = ("distill", "baseline-ce")
+_TOGETHER = ("rate", "distill", "baseline-ce")
 """Stages that several processes make together; the others are the first one's."""
 
 _DONE, _JOIN = 0, 1
@@ -48,6 +49,7 @@ _DONE, _JOIN = 0, 1
 _MADE_WITH = {
     "candidate": "prune",
     "finalist": "prune",
+    "rate": "distill",
     "baseline-ce": "distill",
     "heldout-cut": "evaluate",
     "heldout-repaired": "evaluate",

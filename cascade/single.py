@@ -8,6 +8,7 @@ import torch
 
 from cascade.data.blocks import TokenBlocks, pack_documents
 from cascade.data.sources import TextData, read_documents
+from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
@@ -125,17 +126,25 @@ def distill_model(
     with staged(
         output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
     ) as folder:
+        learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
+        train = _blocks(data, "train", teacher_source, block_size)
+        selection = _blocks(data, "selection", teacher_source, block_size).take(16)
+        if options["learning_rate"] is None:
+            searched = {name: value for name, value in options.items() if name != "learning_rate"}
+            found = find_learning_rate(learner, expert, train, selection=selection, **searched)
+            options = options | {"learning_rate": found.learning_rate}
         metrics = distill(
-            learner.to(default_device()),
-            expert.to(default_device()).requires_grad_(False),
-            _blocks(data, "train", teacher_source, block_size),
-            selection=_blocks(data, "selection", teacher_source, block_size).take(16),
+            learner,
+            expert,
+            train,
+            selection=selection,
             log_path=folder / "log.jsonl",
             **options,
         )
         _save(learner, folder, source)
     return {
         "output": str(output),
+        "learning_rate": options["learning_rate"],
         "num_steps": metrics.num_steps,
         "num_tokens": metrics.num_tokens,
         "seconds": round(metrics.seconds, 1),

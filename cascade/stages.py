@@ -15,6 +15,7 @@ from cascade.data.blocks import load_blocks, pack_documents, save_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
 from cascade.distillation import parallel
+from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
@@ -115,6 +116,8 @@ def make_recovered(
     data: Path,
     teacher: nn.Module | None,
     on_step: OnStep,
+    *,
+    learning_rate: float,
 ) -> None:
     """The recovered member as a stock checkpoint, its training log, and logits for the reload gate.
 
@@ -139,7 +142,7 @@ def make_recovered(
         log_path=folder / "log.jsonl",
         state_folder=partial_of(folder),
         on_step=on_step,
-        **training_options(settings),
+        **training_options(settings, learning_rate),
     )
     student = parallel.gathered(student, load_model(start))
     if parallel.rank() > 0:
@@ -153,6 +156,39 @@ def make_recovered(
         probe_axes(config).flops_per_token(dims_of(config), recipe.data.block_size) if teacher is not None else 0.0
     )
     _write_json(folder / COST_FILE, {"teacher_flops_per_token": float(per_token)})
+
+
+def make_rate(
+    folder: Path,
+    recipe: Recipe,
+    member: ResolvedMember,
+    start: ModelSource,
+    parent: ModelSource,
+    data: Path,
+    teacher: nn.Module,
+    on_step: OnStep,
+) -> None:
+    """rate.json: the learning rate found for a member's recovery, and what was tried."""
+    settings = recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
+    if parallel.world_size() > 1:
+        teacher = load_model(parent).to(default_device()).requires_grad_(False)
+    options = training_options(settings, 0.0)
+    for own in ("learning_rate", "selection_every", "save_every_minutes"):
+        options.pop(own)
+    found = find_learning_rate(
+        load_model(start).to(default_device()),
+        teacher,
+        load_blocks(data / "train.safetensors"),
+        num_tokens=member.num_tokens,
+        selection=load_blocks(data / "selection.safetensors").take(settings.selection_blocks),
+        seed=recipe.seed,
+        first_position=member.first_position,
+        on_try=on_step,
+        **options,
+    )
+    _write_json(folder / "rate.json", {name: value for name, value in asdict(found).items() if name != "seconds"})
 
 
 def make_evaluation(

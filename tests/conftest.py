@@ -115,7 +115,7 @@ members:
   - name: small
     target: {{params: 0.5}}
 calibration: {{num_blocks: 8}}
-distill: {{tokens: 512, batch_size: 4, microbatch_size: 4, selection_blocks: 4}}
+distill: {{tokens: 512, learning_rate: 3e-3, batch_size: 4, microbatch_size: 4, selection_blocks: 4}}
 evaluate: {{tasks: [python_minimal_pairs], limit: 6, heldout_blocks: 8}}
 baselines: [cut, repaired, ce]
 """

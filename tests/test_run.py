@@ -588,3 +588,21 @@ def _axes_and_dims(config):
     from cascade.models.dims import dims_of
 
     return probe_axes(config), dims_of(config)
+
+
+def test_the_learning_rate_is_found_once_and_trained_at(recipe_folder, tmp_path):
+    text = (recipe_folder / "tiny.yaml").read_text().replace("baselines: [cut, repaired, ce]", "baselines: []")
+    text = text.replace("tasks: [python_minimal_pairs], limit: 6, ", "").replace("learning_rate: 3e-3, ", "")
+    path = recipe_folder / "rate.yaml"
+    path.write_text(text)
+    folder = tmp_path / "run"
+    run_recipe(load_recipe(path), output=folder, only=["big"])
+    rate = json.loads(next((folder / "stages").glob("big.rate-*/rate.json")).read_text())
+    assert len(rate["tried"]) >= 3
+    logged = next((folder / "stages").glob("big.distill-*/log.jsonl")).read_text().splitlines()
+    assert max(json.loads(line)["learning_rate"] for line in logged) == pytest.approx(rate["learning_rate"], rel=0.1)
+    lineage = json.loads((folder / "members" / "big" / "cascade.json").read_text())
+    assert lineage["stages"]["rate"]["folder"].startswith("stages/big.rate-")
+    run_recipe(load_recipe(path), output=folder, only=["big"])
+    done, made = skipped(folder)
+    assert ("big", "rate") in done and not made

@@ -19,8 +19,8 @@ class Distill(Section):
     """Blocks per optimizer step."""
     microbatch_size: PositiveInt = 8
     """Blocks per forward pass; changes memory and speed, not the result."""
-    learning_rate: PositiveFloat = 3e-3
-    """The schedule's peak."""
+    learning_rate: Literal["auto"] | PositiveFloat = "auto"
+    """The schedule's peak. auto: found for each member by short trainings from its own start."""
     warmup_fraction: Fraction = 0.05
     """Share of the steps with a linear warm-up."""
     final_learning_rate_fraction: Fraction = 0.05

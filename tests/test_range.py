@@ -1,0 +1,68 @@
+"""The learning rate is found by short trainings that leave no trace."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_blocks, make_model
+
+from cascade.distillation import range_test
+from cascade.distillation.range_test import FIRST_RATE, GROWTH, find_learning_rate
+from cascade.distillation.trainer import TrainingMetrics, distill
+from cascade.errors import TrainingError
+
+
+def pretending(best, curvature=1.0, runs_off_above=math.inf):
+    """A training whose loss is a parabola over the logarithm of the rate, lowest at `best`."""
+
+    def train(student, teacher, blocks, *, learning_rate, **options):
+        if learning_rate > runs_off_above:
+            raise TrainingError("loss nan")
+        loss = 1 + curvature * math.log2(learning_rate / best) ** 2
+        return TrainingMetrics(8, 8, 0.0, loss, loss, [])
+
+    return train
+
+
+def search(num_tokens=8 * 16 * 8):
+    model = torch.nn.Linear(1, 1)
+    return find_learning_rate(model, model, make_blocks(), num_tokens=num_tokens, selection=make_blocks())
+
+
+@pytest.mark.parametrize("best", [1.3e-4, 6e-4, 1e-3, 2.6e-3, 1.5e-2])
+def test_the_best_rate_of_a_smooth_loss_is_found_in_few_tries(best, monkeypatch):
+    monkeypatch.setattr(range_test, "distill", pretending(best))
+    found = search()
+    assert found.learning_rate == pytest.approx(best, rel=0.02)
+    assert len(found.tried) <= 6
+
+
+def test_a_longer_training_takes_a_higher_rate(monkeypatch):
+    monkeypatch.setattr(range_test, "distill", pretending(1e-3))
+    found = search(num_tokens=8 * 16 * 1000)
+    assert found.learning_rate == pytest.approx(1e-3 * (1000 / 60) ** GROWTH, rel=0.02)
+    assert found.num_tokens == len(found.tried) * 60 * 8 * 16
+
+
+def test_rates_at_which_the_loss_runs_off_are_passed_over(monkeypatch):
+    monkeypatch.setattr(range_test, "distill", pretending(2e-4, runs_off_above=5e-4))
+    assert 1e-4 < search().learning_rate < 4e-4
+    monkeypatch.setattr(range_test, "distill", pretending(1e-3, runs_off_above=0))
+    with pytest.raises(TrainingError, match="ran off at every rate tried"):
+        search()
+
+
+def test_the_tries_leave_the_student_as_it_is_and_the_found_rate_beats_far_ones():
+    teacher, student, blocks = make_model(seed=1), make_model(seed=2), make_blocks(count=32)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    options = {"num_tokens": 8 * 16 * 40, "selection": blocks}
+    found = find_learning_rate(student, teacher, blocks, **options)
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in before.items())
+    assert found.tried[0]["learning_rate"] == FIRST_RATE
+
+    def after(rate):
+        model = make_model(seed=2)
+        return distill(model, teacher, blocks, learning_rate=rate, **options).selection_kl
+
+    best = after(found.learning_rate)
+    assert best < after(found.learning_rate / 16) and best < after(found.learning_rate * 16)
