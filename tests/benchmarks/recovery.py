@@ -104,7 +104,11 @@ def modelopt(teacher, student, ids) -> list[float]:
     """ModelOpt's distillation mode with its logits loss, in the same loop."""
     import modelopt.torch.distill as mtd
 
-    config = {"teacher_model": teacher, "criterion": mtd.LogitsDistillationLoss(), "loss_balancer": None}
+    class OfLogits(mtd.LogitsDistillationLoss):  # as its plugin for transformers does
+        def forward(self, student_output, teacher_output):
+            return super().forward(student_output.logits, teacher_output.logits)
+
+    config = {"teacher_model": teacher, "criterion": OfLogits(), "loss_balancer": None}
     wrapped = mtd.convert(student, mode=[("kd_loss", config)])
 
     def loss(part):
