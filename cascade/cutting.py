@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from cascade.data.blocks import load_blocks
+from cascade.distillation.batch import selection_losses
 from cascade.distillation.divergences import Options
 from cascade.distillation.fused import Objective
 from cascade.distillation.range_test import usual_rate
-from cascade.distillation.trainer import distill, selection_losses
+from cascade.distillation.schedule import Schedule
+from cascade.distillation.trainer import distill
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
 from cascade.importance.scores import score_importance
@@ -37,7 +39,11 @@ REPAIRS = {
 def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
     """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found."""
     of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
-    elsewhere = {"tokens", "selection_blocks"} | of_objective
+    of_schedule = {"schedule", "warmup_fraction", "final_learning_rate_fraction", "decay_fraction"}
+    elsewhere = {"tokens", "selection_blocks"} | of_objective | of_schedule
+    schedule = Schedule(
+        settings.schedule, settings.warmup_fraction, settings.final_learning_rate_fraction, settings.decay_fraction
+    )
     objective = Objective(
         settings.loss,
         settings.temperature,
@@ -45,7 +51,11 @@ def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
         settings.cross_entropy_weight,
         Options(settings.beta, settings.skew, settings.top_k),
     )
-    return settings.model_dump(exclude=elsewhere) | {"objective": objective, "learning_rate": learning_rate}
+    return settings.model_dump(exclude=elsewhere) | {
+        "objective": objective,
+        "schedule": schedule,
+        "learning_rate": learning_rate,
+    }
 
 
 def make_statistics(

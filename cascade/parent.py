@@ -7,6 +7,7 @@ import torch
 
 from cascade.data.blocks import pack_documents
 from cascade.data.sources import read_documents
+from cascade.distillation.schedule import Schedule
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -53,7 +54,7 @@ def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     tokenizer = train_tokenizer(
         texts, vocab_size=settings.tokenizer.vocab_size, model_max_length=config.max_position_embeddings
     )
-    own = {"config", "tokenizer", "tokens", "block_size"}
+    own = {"config", "tokenizer", "tokens", "block_size", "warmup_fraction", "final_learning_rate_fraction"}
     model, _ = pretrain(
         config,
         pack_documents(texts, tokenizer, block_size=settings.block_size, name="data.train"),
@@ -62,6 +63,7 @@ def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
         selection=pack_documents(chosen, tokenizer, block_size=settings.block_size, name="data.selection").take(48),
         log_path=folder / "log.jsonl",
         on_step=on_step,
+        schedule=Schedule("cosine", settings.warmup_fraction, settings.final_learning_rate_fraction),
         **{name: value for name, value in settings.model_dump().items() if name not in own},
     )
     save_checkpoint(model, folder / CHECKPOINT, companions=None, dtype=_dtype(recipe))

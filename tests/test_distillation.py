@@ -15,9 +15,10 @@ from test_architectures import DECODERS, config_of
 import cascade.distillation.head as head_module
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.order import blocks_at
+from cascade.distillation.batch import selection_losses
 from cascade.distillation.head import head_of, last_hidden, logits_of
-from cascade.distillation.schedule import cosine_schedule
-from cascade.distillation.trainer import distill, selection_losses
+from cascade.distillation.schedule import Schedule
+from cascade.distillation.trainer import distill
 from cascade.errors import TrainingError, UserError
 from cascade.models.twin import twin_of
 
@@ -142,10 +143,26 @@ def test_the_log_has_one_line_per_step(tmp_path):
 
 
 def test_the_schedule_warms_up_from_zero_and_ends_at_its_final_fraction():
-    rates = [cosine_schedule(step, num_steps=100, warmup_steps=10, final_fraction=0.1) for step in range(101)]
-    assert rates[:10] == sorted(rates[:10]) and 0 < rates[0] < 0.1
-    assert rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    for kind in ("cosine", "wsd"):
+        schedule = Schedule(kind, warmup_fraction=0.1, final_fraction=0.1, decay_fraction=0.3)
+        rates = [schedule.factor(step, 100) for step in range(101)]
+        assert rates[:10] == sorted(rates[:10]) and 0 < rates[0] < 0.1
+        assert rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[10:71] == [1.0] * 61 and rates[85] == pytest.approx(0.55)  # stable, then a straight line
+    with pytest.raises(ValueError, match="unknown schedule 'linear'"):
+        Schedule("linear").factor(50, 100)
+
+
+def test_layers_that_are_computed_again_give_the_same_training():
+    blocks, teacher = make_blocks(count=24), make_model(seed=1)
+    plain, thrifty = make_model(seed=2), make_model(seed=2)
+    first = train(plain, teacher, blocks)
+    second = train(thrifty, teacher, blocks, gradient_checkpointing=True)
+    assert [entry["loss"] for entry in first.curve] == pytest.approx([e["loss"] for e in second.curve], rel=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(thrifty.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    assert not thrifty.is_gradient_checkpointing
 
 
 @given(start=st.integers(0, 200), count=st.integers(1, 30), num_blocks=st.integers(1, 40), seed=st.integers(0, 9))

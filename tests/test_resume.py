@@ -123,7 +123,7 @@ def test_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, c
     blocks, teacher = make_blocks(count=24), make_model(seed=1)
     plain, squeezed = make_model(seed=2), make_model(seed=2)
     expected = distill(plain, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
-    original = trainer._losses
+    original = trainer.batch_losses
 
     def short_of_memory(student, teacher, ids, labels, objective):
         if torch.is_grad_enabled() and len(ids) > 2:
@@ -132,7 +132,7 @@ def test_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, c
             )
         return original(student, teacher, ids, labels, objective)
 
-    monkeypatch.setattr(trainer, "_losses", short_of_memory)
+    monkeypatch.setattr(trainer, "batch_losses", short_of_memory)
     found = distill(squeezed, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
     assert {entry["microbatch_size"] for entry in found.curve} == {2}
     assert caplog.text.count("out of memory: going on with microbatch_size") == 2
@@ -147,9 +147,9 @@ def test_a_block_that_does_not_fit_and_other_runtime_errors_stop_the_training(mo
 
         return losses
 
-    monkeypatch.setattr(trainer, "_losses", fails("DefaultCPUAllocator: can't allocate memory"))
+    monkeypatch.setattr(trainer, "batch_losses", fails("DefaultCPUAllocator: can't allocate memory"))
     with pytest.raises(TrainingError, match="out of memory with microbatch_size 1 and blocks of 16 tokens"):
         distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **OPTIONS)
-    monkeypatch.setattr(trainer, "_losses", fails("shapes do not match"))
+    monkeypatch.setattr(trainer, "batch_losses", fails("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **OPTIONS)

@@ -1,11 +1,37 @@
 """The learning rate as a pure function of the step."""
 
 import math
+from dataclasses import dataclass
 
 
-def cosine_schedule(step: int, *, num_steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """Factor on the peak rate, in [0, 1]: linear warm-up from 0, then a half cosine down to `final_fraction`."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+@dataclass(frozen=True)
+class Schedule:
+    """Shares of the peak rate: linear warm-up from 0, then down to `final_fraction`."""
+
+    kind: str = "cosine"
+    """cosine: a half cosine from the warm-up's end on; wsd: the peak, then a linear decay over the last steps (warm-up,
+    stable, decay: https://arxiv.org/abs/2404.06395)."""
+    warmup_fraction: float = 0.05
+    """Share of the steps."""
+    final_fraction: float = 0.05
+    decay_fraction: float = 0.2
+    """wsd: share of the steps that decay."""
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """The share of the peak rate at a step, in [0, 1].
+
+        Raises:
+            ValueError: an unknown kind.
+        """
+        warmup_steps = round(self.warmup_fraction * num_steps)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if self.kind == "cosine":
+            progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+            left = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        elif self.kind == "wsd":
+            decay_steps = max(1, min(round(self.decay_fraction * num_steps), num_steps - warmup_steps))
+            left = min(1.0, max(0.0, (num_steps - step) / decay_steps))
+        else:
+            raise ValueError(f"unknown schedule '{self.kind}'; known: cosine, wsd")
+        return self.final_fraction + (1 - self.final_fraction) * left

@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,15 @@ from torch import Tensor, nn
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.order import blocks_at
 from cascade.distillation import parallel
-from cascade.distillation.fused import FusedLoss, Objective, fused_loss
-from cascade.distillation.head import head_of, last_hidden
-from cascade.distillation.schedule import cosine_schedule
+from cascade.distillation.batch import FORWARD_KL, batch_losses, selection_losses, sums_of
+from cascade.distillation.fused import Objective
+from cascade.distillation.schedule import Schedule
 from cascade.distillation.state import Progress, load_state, save_state
 from cascade.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
-FORWARD_KL = Objective()
+COSINE = Schedule()
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ def distill(
     batch_size: int = 8,
     microbatch_size: int = 8,
     learning_rate: float = 3e-3,
-    warmup_fraction: float = 0.05,
-    final_learning_rate_fraction: float = 0.05,
+    schedule: Schedule = COSINE,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    gradient_checkpointing: bool = False,
     objective: Objective = FORWARD_KL,
     seed: int = 0,
     first_position: int = 0,
@@ -73,6 +72,7 @@ def distill(
     tokens divided by their number in the *whole* step, so that the split into microbatches and processes changes
     nothing. `first_position` is the place in the endless, seeded block order where reading starts. With a
     `state_folder` the training's state is kept there, and a training that finds one goes on from it, to the same bits.
+    With `gradient_checkpointing` layers are computed again in the backward pass instead of kept.
     Out of memory, the microbatch is halved and the step repeated. `on_step(done, all)` is called after each step.
 
     Raises:
@@ -81,7 +81,6 @@ def distill(
         UserError: the blocks of a step cannot be shared out evenly to the processes.
     """
     num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
-    warmup_steps = round(warmup_fraction * num_steps)
     parallel.require_even(batch_size)
     student = parallel.shard(student)
     teacher = None if teacher is None else parallel.shard(teacher)
@@ -89,6 +88,7 @@ def distill(
     settings = {
         "num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
         "first_position": first_position, "weight_decay": weight_decay, "objective": repr(objective),
+        "schedule": repr(schedule), "max_grad_norm": max_grad_norm,
     }  # fmt: skip
     found = None if state_folder is None else load_state(state_folder, student, optimizer, settings)
     progress = found or Progress(0, microbatch_size, [], settings)
@@ -96,12 +96,11 @@ def distill(
     for entry in curve:
         _log(log_path, entry)
     student.train()
+    checkpoint_activations(student, gradient_checkpointing)
     started = saved = time.perf_counter()
     for step in range(progress.step, num_steps):
         rows = blocks_at(first_position + step * batch_size, batch_size, num_blocks=len(blocks), seed=seed)
-        rate = learning_rate * cosine_schedule(
-            step, num_steps=num_steps, warmup_steps=warmup_steps, final_fraction=final_learning_rate_fraction
-        )
+        rate = learning_rate * schedule.factor(step, num_steps)
         _set_rate(optimizer, rate)
         with torch.random.fork_rng():
             torch.manual_seed(_draws(seed, step))  # dropout is a function of the step, as the blocks are
@@ -130,6 +129,7 @@ def distill(
             saved = time.perf_counter()
         if on_step is not None:
             on_step(step + 1, num_steps)
+    checkpoint_activations(student, False)
     student.eval()
     return _metrics(curve, num_steps, batch_size * blocks.block_size, time.perf_counter() - started)
 
@@ -138,6 +138,14 @@ def _metrics(curve: list[dict[str, float]], num_steps: int, step_tokens: int, se
     final = curve[-1] if curve else {}
     losses = final.get("selection_loss"), final.get("selection_kl")
     return TrainingMetrics(num_steps, num_steps * step_tokens, seconds, *losses, curve)
+
+
+def checkpoint_activations(model: Any, wanted: bool) -> None:
+    """Whether the backward pass computes the layers again: memory of one layer's activations, a third more time."""
+    if wanted:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -206,9 +214,9 @@ def _accumulate(
     parts = torch.split(rows[parallel.rank() :: parallel.world_size()], microbatch_size)
     for number, part in enumerate(parts):
         parallel.sync_gradients(student, number == len(parts) - 1)
-        found = _losses(student, teacher, blocks.input_ids[part], blocks.labels[part], objective)
+        found = batch_losses(student, teacher, blocks.input_ids[part], blocks.labels[part], objective)
         (found.loss * share).backward()  # type: ignore[no-untyped-call]
-        for name, value in _sums(found, teacher is not None).items():
+        for name, value in sums_of(found, teacher is not None).items():
             sums[name] = sums.get(name, 0.0) + value / total_valid
     return parallel.total(sums, next(student.parameters()).device)
 
@@ -223,67 +231,6 @@ def _log(path: Path | None, entry: dict[str, float]) -> None:
     if path is not None and parallel.rank() == 0:
         with path.open("a") as log:
             log.write(json.dumps(entry) + "\n")
-
-
-def _losses(
-    student: nn.Module, teacher: nn.Module | None, ids_BS: Tensor, labels_BS: Tensor, objective: Objective
-) -> FusedLoss:
-    """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk."""
-    device = next(student.parameters()).device
-    ids_BS, next_BS = ids_BS.to(device), labels_BS[:, 1:].to(device)
-    counted = (next_BS != IGNORE_INDEX).flatten().nonzero()[:, 0]
-
-    def read(model: nn.Module) -> Tensor:
-        hidden_BSD = last_hidden(model, input_ids=ids_BS, use_cache=False)
-        return hidden_BSD[:, :-1].flatten(0, 1)[counted]
-
-    teacher_ND, teacher_head = None, None
-    with _autocast(device):
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_ND, teacher_head = read(teacher), head_of(teacher)
-        student_ND = read(student)
-    return fused_loss(
-        student_ND,
-        head_of(student),
-        next_BS.flatten()[counted],
-        objective,
-        teacher_hidden=teacher_ND,
-        teacher_head=teacher_head,
-    )
-
-
-def _sums(found: FusedLoss, with_teacher: bool) -> dict[str, float]:
-    sums = {"loss": found.loss.item(), "cross_entropy": found.cross_entropy.sum().item()}
-    if not with_teacher:
-        return sums
-    return sums | {
-        "divergence": found.divergence.sum().item(),
-        "teacher_entropy": found.teacher_entropy.sum().item(),
-        "agreement": found.agrees.sum().item(),
-    }
-
-
-@torch.no_grad()
-def selection_losses(
-    student: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks, batch_size: int
-) -> dict[str, float]:
-    """{'selection_loss', 'selection_kl' (with a teacher)}: nats per token over `blocks`; student left in train mode."""
-    student.eval()
-    sums, count = [0.0, 0.0], 0
-    for ids, labels in blocks.batches(batch_size):
-        found = _losses(student, teacher, ids, labels, FORWARD_KL)
-        sums[0] += found.cross_entropy.sum().item()
-        sums[1] += found.divergence.sum().item()
-        count += len(found.divergence)
-    student.train()
-    losses = {"selection_loss": sums[0] / count}
-    return losses if teacher is None else losses | {"selection_kl": sums[1] / count}
-
-
-def _autocast(device: torch.device) -> Any:
-    # CPUs of the common kind have no fast bfloat16; there float32 is both faster and exact.
-    return torch.autocast(device.type, dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 
-WITHOUT_EFFECT = ("microbatch_size", "save_every_minutes")
+WITHOUT_EFFECT = ("microbatch_size", "save_every_minutes", "gradient_checkpointing")
 """Keys that change memory, speed and safety, and the result at most by rounding."""
 
 
@@ -21,10 +21,14 @@ class Distill(Section):
     """Blocks per forward pass; changes memory and speed, not the result."""
     learning_rate: Literal["auto"] | PositiveFloat = "auto"
     """The schedule's peak. auto: found for each member by short trainings from its own start."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine: down from the warm-up on; wsd: stable at the peak, then a linear decay."""
+    decay_fraction: Fraction = 0.2
+    """wsd: share of the steps that decay."""
     warmup_fraction: Fraction = 0.05
     """Share of the steps with a linear warm-up."""
     final_learning_rate_fraction: Fraction = 0.05
-    """Where the cosine ends, as a share of the peak."""
+    """Where the schedule ends, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "ghost_top_k"] = (
@@ -43,6 +47,8 @@ class Distill(Section):
     """ghost_top_k: ids that keep a probability of their own."""
     cross_entropy_weight: Fraction = 0.0
     """Share of cross-entropy with the text in the loss."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping them: less memory, a third more time."""
     selection_every: PositiveInt = 25
     """Optimizer steps between two looks at the selection loss."""
     selection_blocks: PositiveInt = 16

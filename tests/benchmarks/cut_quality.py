@@ -82,7 +82,8 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
 
     from cascade.data.blocks import pack_documents
     from cascade.data.sources import TextData, read_documents
-    from cascade.distillation.trainer import distill, selection_losses
+    from cascade.distillation.batch import selection_losses
+    from cascade.distillation.trainer import distill
     from cascade.evaluation.heldout import heldout_blocks, heldout_metrics
     from cascade.importance.scores import score_importance
     from cascade.importance.statistics import collect_statistics
