@@ -42,15 +42,16 @@ def offloaded(source: ModelSource, device: torch.device) -> Iterator[nn.Module]:
         name: entry
         for name, (_, entry) in stored_parameters(checkpoint_entries(source.folder), config, axes, source).items()
     }
-    handles = []
+    handles: list[Any] = []
+    free: dict[torch.Size, list[torch.Tensor]] = {}
     for group in _turns(model, axes):
         names = {name for _, name, _ in _parameters(model, group)}
         missing = sorted(names - entries.keys() - axes.tied.keys())
         if missing:
             raise UserError(f"{source.reference}: the checkpoint lacks {', '.join(missing[:5])}")
         handles += [
-            group.register_forward_pre_hook(_reader(model, group, axes, entries, device)),
-            group.register_forward_hook(_dropper(model, group)),
+            group.register_forward_pre_hook(_reader(model, group, axes, entries, device, free)),
+            group.register_forward_hook(_dropper(model, group, free)),
         ]
     try:
         yield model.eval()
@@ -104,23 +105,34 @@ def _parameters(model: nn.Module, group: nn.Module) -> Iterator[tuple[nn.Module,
 
 
 def _reader(
-    model: nn.Module, group: nn.Module, axes: ModelAxes, entries: dict[str, Entry], device: torch.device
+    model: nn.Module,
+    group: nn.Module,
+    axes: ModelAxes,
+    entries: dict[str, Entry],
+    device: torch.device,
+    free: dict[torch.Size, list[torch.Tensor]],
 ) -> Callable[..., None]:
+    """Reads a group's weights into tensors that an earlier group has left free, or new ones."""
     parts = list(_parameters(model, group))
 
     def read(module: nn.Module, args: Any) -> None:
         for owner, full_name, name in parts:
-            value = entries[axes.tied.get(full_name, full_name)].read().to(device, torch.float32)
-            owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+            stored = entries[axes.tied.get(full_name, full_name)].read()
+            left = free.get(stored.shape)
+            # The same memory for every layer: what an allocator gives back, and when, is its own affair.
+            value = left.pop() if left else torch.empty(stored.shape, dtype=torch.float32, device=device)
+            owner._parameters[name] = nn.Parameter(value.copy_(stored), requires_grad=False)
 
     return read
 
 
-def _dropper(model: nn.Module, group: nn.Module) -> Callable[..., None]:
+def _dropper(model: nn.Module, group: nn.Module, free: dict[torch.Size, list[torch.Tensor]]) -> Callable[..., None]:
     parts = list(_parameters(model, group))
 
     def drop(module: nn.Module, args: Any, output: Any) -> None:
         for owner, _, name in parts:
-            owner._parameters[name] = nn.Parameter(owner._parameters[name].to("meta"), requires_grad=False)  # type: ignore[union-attr]
+            value = owner.get_parameter(name).detach()
+            free.setdefault(value.shape, []).append(value)
+            owner._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
 
     return drop
