@@ -1,6 +1,7 @@
 """The stages that turn a seed into a smaller model before any training: statistics, cut, repair."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -170,7 +171,8 @@ def _finalist_rate(recipe: Recipe, num_tokens: int) -> float:
     """A finalist's rate is not searched for: all of them take the same."""
     settings = recipe.distill
     if settings is None or settings.learning_rate == "auto":
-        return usual_rate(num_tokens // (recipe.data.block_size * (settings.batch_size if settings else 1)))
+        step_tokens = recipe.data.block_size * (settings.batch_size if settings else 1)
+        return usual_rate(math.ceil(num_tokens / step_tokens))
     return settings.learning_rate
 
 

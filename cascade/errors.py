@@ -19,4 +19,8 @@ class RunError(Exception):
 
 
 class TrainingError(RunError):
-    """Training stopped before it could do harm (a non-finite loss or gradient)."""
+    """Training stopped before it could do harm."""
+
+
+class NotFiniteError(TrainingError):
+    """A loss or gradient is not finite."""

@@ -3,12 +3,12 @@
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -117,10 +117,13 @@ class StageRunner:
     def _follow(self, final: Path, make: Callable[[Path, OnStep], None]) -> Path:
         """What a process other than the first does: wait, or take part and leave the writing to the first."""
         if parallel.told() == _JOIN:
-            with TemporaryDirectory() as folder:
-                staging = Path(folder) / f".staging-{final.name}-{os.getpid()}"
-                staging.mkdir()
+            # Beside the first one's, so that both find the same training state; nothing in it is kept.
+            staging = final.with_name(f".staging-{final.name}-{os.getpid()}r{parallel.rank()}")
+            staging.mkdir()
+            try:
                 make(staging, lambda done, total: None)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
             parallel.told()
         return final
 

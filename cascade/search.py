@@ -8,7 +8,7 @@ word is that of a short recovery. Each candidate is a stage of its own: found ag
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Candidate:
     """One shape that was tried."""
 
     shape: FoundShape
+    config: Any
+    """The seed's config as this shape is cut from it: with a head of its own where the stream is rotated."""
     folders: list[Path]
     """Its stages: cut and repaired, and for a finalist also the short recovery."""
 
@@ -62,7 +64,7 @@ def search_shape(
     if target is None:
         raise ValueError(f"{member.name} is not cut")
     count = search.candidates if search else len(member.hidden_choices)
-    found: list[FoundShape] = []
+    found: list[tuple[FoundShape, Any]] = []
     refusals: list[UserError] = []
     for number, hidden in enumerate(member.hidden_choices):
         own = (count - len(found)) // (len(member.hidden_choices) - number)
@@ -72,7 +74,7 @@ def search_shape(
         except UserError as error:  # a head of its own can be too large for the size that is asked for
             refusals.append(error)
             continue
-        found += [FoundShape(one, hidden) for one in dims]
+        found += [(FoundShape(one, hidden), config) for one in dims]
     if not found:
         raise refusals[0]
     settings = candidate_settings(recipe)
@@ -81,12 +83,12 @@ def search_shape(
         own = {"dims": shape.dims.as_dict(), "hidden": shape.hidden, "tokens": num_tokens}
         return runner.run(member.name, name, settings | own, inputs, make(shape, num_tokens))
 
-    tried = [Candidate(shape, [stage("candidate", shape, 0)]) for shape in found]
+    tried = [Candidate(shape, config, [stage("candidate", shape, 0)]) for shape, config in found]
     tried.sort(key=Candidate.score)
     if search is None:
         return tried
     finalists = [
-        Candidate(one.shape, [*one.folders, stage("finalist", one.shape, search.tokens)])
+        replace(one, folders=[*one.folders, stage("finalist", one.shape, search.tokens)])
         for one in tried[: search.finalists]
     ]
     return sorted(finalists, key=Candidate.score) + tried[search.finalists :]
@@ -103,7 +105,7 @@ def candidate_rows(member: ResolvedMember, candidates: list[Candidate]) -> list[
     rows: list[Row] = []
     for number, one in enumerate(candidates):
         losses, dims = one.losses(), one.shape.dims
-        axes = probe_axes(shape_config(member.config, one.shape.hidden))
+        axes = probe_axes(one.config)
         rows.append(
             {
                 "name": f"{member.name}-shape{number + 1}"

@@ -127,8 +127,8 @@ def make_recovered(
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
     student = load_model(start).to(default_device())
-    if teacher is not None and parallel.world_size() > 1:  # it is sharded for the training, others use theirs whole
-        teacher = load_model(parent).to(default_device()).requires_grad_(False)
+    if teacher is not None:
+        teacher = _own_teacher(teacher, parent)
     blocks = load_blocks(data / "train.safetensors")
     selection = load_blocks(data / "selection.safetensors").take(settings.selection_blocks)
     metrics = distill(
@@ -144,7 +144,8 @@ def make_recovered(
         on_step=on_step,
         **training_options(settings, learning_rate),
     )
-    student = parallel.gathered(student, load_model(start))
+    if parallel.world_size() > 1:
+        student = parallel.gathered(student, load_model(start))
     if parallel.rank() > 0:
         return
     _write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
@@ -172,14 +173,12 @@ def make_rate(
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
-    if parallel.world_size() > 1:
-        teacher = load_model(parent).to(default_device()).requires_grad_(False)
     options = training_options(settings, 0.0)
     for own in ("learning_rate", "selection_every", "save_every_minutes"):
         options.pop(own)
     found = find_learning_rate(
         load_model(start).to(default_device()),
-        teacher,
+        _own_teacher(teacher, parent),
         load_blocks(data / "train.safetensors"),
         num_tokens=member.num_tokens,
         selection=load_blocks(data / "selection.safetensors").take(settings.selection_blocks),
@@ -232,6 +231,13 @@ def make_baseline(
     model = load_model(checkpoint).to(default_device())
     metrics = heldout_metrics(model, teacher, _heldout(recipe, load_tokenizer(parent)))
     _write_json(folder / "eval.json", {"metrics": metrics, "items": {}})
+
+
+def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:
+    """Where several processes train, a teacher of the training's own: it is sharded, and others use theirs whole."""
+    if parallel.world_size() == 1:
+        return teacher
+    return load_model(parent).to(default_device()).requires_grad_(False)
 
 
 def _heldout(recipe: Recipe, tokenizer: Any) -> Any:

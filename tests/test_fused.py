@@ -171,6 +171,28 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(divergence):
     assert found.agrees.sum() == len(targets)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_hidden_states_of_16_bits_under_a_float32_head_get_their_gradients_and_the_head_its_own_in_float32(frozen):
+    hidden, head, targets, teacher_hidden, teacher_head = draw_case(3, 9, 31, 31, 0.5, False, None)
+    exact = hidden.bfloat16().double().requires_grad_()
+    exact_head = Head(head.weight.bfloat16().double().requires_grad_(), None)
+    rounded = Head(teacher_head.weight.bfloat16().double(), None, teacher_head.scale)
+    expected, _, _ = reference(exact, exact_head, targets, Objective(), teacher_hidden.bfloat16().double(), rounded)
+    expected.backward()
+    ours = hidden.bfloat16().requires_grad_()  # as autocast leaves them
+    weight = head.weight.float().requires_grad_(not frozen)
+    found = fused_loss(
+        ours, Head(weight, None), targets, Objective(), chunk_size=4,
+        teacher_hidden=teacher_hidden.bfloat16(), teacher_head=single(teacher_head),
+    )  # fmt: skip
+    found.loss.backward()
+    torch.testing.assert_close(found.loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (ours.grad.double() - exact.grad).norm() / exact.grad.norm() < 1e-2
+    if not frozen:
+        assert weight.grad.dtype == torch.float32
+        assert (weight.grad.double() - exact_head.weight.grad).norm() / exact_head.weight.grad.norm() < 1e-2
+
+
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_get_the_same():
     hidden, head, targets, teacher_hidden, teacher_head = draw_case(1, 6, 11, 11, 1.0, False, None)
     gradients = []

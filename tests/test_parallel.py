@@ -66,3 +66,32 @@ def test_a_family_made_by_two_processes_is_that_of_one_but_for_rounding(recipe_f
         for key in theirs:
             assert (ours[key].float() - theirs[key].float()).norm() / theirs[key].float().norm() < 1e-2, key
     assert not list((tmp_path / "run").glob("**/.partial-*")) and not list((tmp_path / "run").glob("**/.staging-*"))
+
+
+@pytest.mark.nightly
+def test_a_family_that_two_processes_left_unfinished_is_gone_on_with_from_its_training_state(recipe_folder, tmp_path):
+    import os
+    import signal
+    import time
+
+    folder = tmp_path / "run"
+    options = ["--output", str(folder), "--only", "big", "--set", "distill.save_every_minutes=0.0"]
+    options += ["--set", "distill.tokens=12_800"]
+    command = [sys.executable, *STARTED, "-m", "cascade", "run", str(recipe_folder / "tiny.yaml"), *options]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("stages/.partial-big.distill-*/step-00000001*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    states = sorted(folder.glob("stages/.partial-big.distill-*/step-*"))
+    assert states, "it was to be killed while it trained"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    broken = load_file(folder / "members" / "big" / "model.safetensors")
+    command[command.index(str(folder))] = str(tmp_path / "whole")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = load_file(tmp_path / "whole" / "members" / "big" / "model.safetensors")
+    assert all(torch.equal(broken[name], whole[name]) for name in whole)
+    assert not list(folder.glob("**/.staging-*")) and not list(folder.glob("**/.partial-*"))

@@ -9,7 +9,7 @@ from conftest import make_blocks, make_model
 from cascade.distillation import range_test
 from cascade.distillation.range_test import FIRST_RATE, GROWTH, find_learning_rate
 from cascade.distillation.trainer import TrainingMetrics, distill
-from cascade.errors import TrainingError
+from cascade.errors import NotFiniteError, TrainingError
 
 
 def pretending(best, curvature=1.0, runs_off_above=math.inf):
@@ -17,7 +17,7 @@ def pretending(best, curvature=1.0, runs_off_above=math.inf):
 
     def train(student, teacher, blocks, *, learning_rate, **options):
         if learning_rate > runs_off_above:
-            raise TrainingError("loss nan")
+            raise NotFiniteError("loss nan")
         loss = 1 + curvature * math.log2(learning_rate / best) ** 2
         return TrainingMetrics(8, 8, 0.0, loss, loss, [])
 
@@ -48,7 +48,16 @@ def test_rates_at_which_the_loss_runs_off_are_passed_over(monkeypatch):
     monkeypatch.setattr(range_test, "distill", pretending(2e-4, runs_off_above=5e-4))
     assert 1e-4 < search().learning_rate < 4e-4
     monkeypatch.setattr(range_test, "distill", pretending(1e-3, runs_off_above=0))
-    with pytest.raises(TrainingError, match="ran off at every rate tried"):
+    with pytest.raises(TrainingError, match=r"ran off at every rate tried \(.*0\.001, 0\.002\)"):
+        search()
+
+
+def test_what_stops_a_training_otherwise_stops_the_search(monkeypatch):
+    def out_of_memory(*args, **options):
+        raise TrainingError("out of memory with microbatch_size 1")
+
+    monkeypatch.setattr(range_test, "distill", out_of_memory)
+    with pytest.raises(TrainingError, match="out of memory"):
         search()
 
 

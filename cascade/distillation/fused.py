@@ -3,7 +3,7 @@
 Shapes: N = tokens, C = tokens of a chunk, D = hidden size (each model its own), V = vocabulary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +103,11 @@ class _Fused(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[:3]
-        weight, num_tokens = weight.detach(), len(targets)
+        # Products are taken in the hidden states' dtype (16 bits under autocast), gradients of the weight in float32.
+        original, weight, num_tokens = weight.dtype, weight.detach().to(hidden.dtype), len(targets)
+        head = replace(head, weight=weight)
+        if teacher is not None:
+            teacher = teacher[0], replace(teacher[1], weight=teacher[1].weight.detach().to(teacher[0].dtype))
         tokens = torch.zeros(4, num_tokens, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted[1] else None
@@ -135,7 +139,7 @@ class _Fused(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += logits.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.dtypes = original, None if bias is None else bias.dtype
         weight_of_ce = objective.cross_entropy_weight if teacher is not None else 1.0
         loss = (1 - weight_of_ce) * tokens[0].sum() + weight_of_ce * tokens[1].sum()
         ctx.mark_non_differentiable(tokens)
@@ -155,12 +159,11 @@ class _Fused(torch.autograd.Function):
 
 def _raw_logits(hidden: Tensor, head: Head, buffers: list[Tensor], which: int) -> Tensor:
     """[C, V] float32, before scale and soft-cap, in a buffer that the next chunk uses again."""
-    weight, bias = head.weight.detach(), head.bias
+    weight, bias = head.weight, head.bias
     shape = (len(hidden), len(weight))
     if buffers[which].numel() < shape[0] * shape[1]:
         buffers[which] = torch.empty(shape[0] * shape[1], dtype=torch.float32, device=hidden.device)
     logits = buffers[which][: shape[0] * shape[1]].view(shape)
-    hidden = hidden.to(weight.dtype)
     if weight.dtype == torch.float32:
         torch.mm(hidden, weight.T, out=logits)
     elif weight.device.type == "cuda":

@@ -139,9 +139,7 @@ def copy_into(target: Tensor, full: Tensor) -> None:
 
 
 def gathered(model: nn.Module, empty: nn.Module) -> nn.Module:
-    """The model itself where it is not sharded; else `empty`, a plain one of its shape, with its weights."""
-    if not isinstance(model, FSDPModule):
-        return model
+    """`empty`, a plain model of the same shape, with the weights of one that is sharded."""
     with torch.no_grad():
         for (name, value), (own_name, parameter) in zip(whole_weights(model), empty.named_parameters(), strict=True):
             if name != own_name:

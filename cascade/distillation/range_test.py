@@ -15,7 +15,7 @@ from torch import nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation.trainer import distill
-from cascade.errors import TrainingError
+from cascade.errors import NotFiniteError, TrainingError
 
 FIRST_RATE = 1e-3
 """Where the search starts: AdamW on a model of a few hundred channels."""
@@ -64,7 +64,7 @@ def find_learning_rate(
     """
     started = time.perf_counter()
     num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
-    steps = min(num_steps, MOST_STEPS, max(FEWEST_STEPS, round(SHARE * num_steps)))
+    steps = _steps_of_a_try(num_steps)
     tokens = steps * batch_size * blocks.block_size
     found: dict[int, float] = {}
 
@@ -81,7 +81,7 @@ def find_learning_rate(
                 selection_every=steps,
                 **options,
             )
-        except TrainingError:  # it ran off
+        except NotFiniteError:  # it ran off; what else stops a training stops the search
             return math.inf
         loss = metrics.selection_loss if teacher is None else metrics.selection_kl
         return math.inf if loss is None or not math.isfinite(loss) else loss
@@ -99,10 +99,10 @@ def find_learning_rate(
             best += direction
         if best > 0:
             break  # upwards it got better, so downwards it does not
-    growth = (num_steps / steps) ** GROWTH
-    rate = FIRST_RATE * _FACTOR ** (best + _vertex(found, best)) * growth
+    rate = usual_rate(num_steps) * _FACTOR ** (best + _vertex(found, best))
     if not math.isfinite(found[best]):
-        raise TrainingError(f"learning_rate: auto: the loss ran off at every rate tried, {sorted(found)}; give a rate")
+        rates = ", ".join(f"{FIRST_RATE * _FACTOR**power:g}" for power in sorted(found))
+        raise TrainingError(f"learning_rate: auto: the loss ran off at every rate tried ({rates}); give a rate")
     record = [
         {"learning_rate": FIRST_RATE * _FACTOR**power, "loss": loss if math.isfinite(loss) else None}
         for power, loss in found.items()
@@ -111,8 +111,12 @@ def find_learning_rate(
 
 
 def usual_rate(num_steps: int) -> float:
-    """Where nothing is tried: the rate that the search starts from, for a training of that length."""
-    return FIRST_RATE * float(max(1.0, num_steps / FEWEST_STEPS) ** GROWTH)
+    """The rate that the search starts from, for a training of that length."""
+    return FIRST_RATE * float((num_steps / _steps_of_a_try(num_steps)) ** GROWTH)
+
+
+def _steps_of_a_try(num_steps: int) -> int:
+    return min(num_steps, MOST_STEPS, max(FEWEST_STEPS, round(SHARE * num_steps)))
 
 
 def _vertex(found: dict[int, float], best: int) -> float:

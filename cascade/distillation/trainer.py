@@ -23,7 +23,7 @@ from cascade.distillation.batch import FORWARD_KL, batch_losses, selection_losse
 from cascade.distillation.fused import Objective
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.state import Progress, load_state, save_state
-from cascade.errors import TrainingError
+from cascade.errors import NotFiniteError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ def distill(
     for entry in curve:
         _log(log_path, entry)
     student.train()
-    checkpoint_activations(student, gradient_checkpointing)
+    if gradient_checkpointing:
+        _keep_no_activations(student)
     started = saved = time.perf_counter()
     for step in range(progress.step, num_steps):
         rows = blocks_at(first_position + step * batch_size, batch_size, num_blocks=len(blocks), seed=seed)
@@ -129,7 +130,8 @@ def distill(
             saved = time.perf_counter()
         if on_step is not None:
             on_step(step + 1, num_steps)
-    checkpoint_activations(student, False)
+    if gradient_checkpointing:
+        _keep_activations(student)
     student.eval()
     return _metrics(curve, num_steps, batch_size * blocks.block_size, time.perf_counter() - started)
 
@@ -140,12 +142,12 @@ def _metrics(curve: list[dict[str, float]], num_steps: int, step_tokens: int, se
     return TrainingMetrics(num_steps, num_steps * step_tokens, seconds, *losses, curve)
 
 
-def checkpoint_activations(model: Any, wanted: bool) -> None:
-    """Whether the backward pass computes the layers again: memory of one layer's activations, a third more time."""
-    if wanted:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+def _keep_no_activations(model: Any) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _keep_activations(model: Any) -> None:
+    model.gradient_checkpointing_disable()
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -155,7 +157,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _require_finite(step: int, loss: float, grad_norm: float, rows: Tensor) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise TrainingError(
+        raise NotFiniteError(
             f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the optimizer step. "
             f"Blocks of this batch: {rows.tolist()}. Try a lower learning_rate or look at those blocks."
         )
