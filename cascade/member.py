@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from cascade.cutting import make_candidate, make_cut, make_repaired, make_statistics, statistics_options
+from cascade.distillation.memory import remember
 from cascade.evaluation.evaluate import default_device
 from cascade.family import FoundShape, ResolvedMember
 from cascade.models.checkpoint import (
@@ -46,7 +47,7 @@ class Shared:
     def teacher(self) -> nn.Module:
         """The parent's model, loaded once and frozen."""
         if not self.teachers:
-            self.teachers.append(load_model(self.parent).to(default_device()).requires_grad_(False))
+            self.teachers.append(remember(load_model(self.parent).to(default_device()).requires_grad_(False)))
         return self.teachers[0]
 
 

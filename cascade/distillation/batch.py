@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
+from cascade.distillation.memory import teacher_hidden
 
 FORWARD_KL = Objective()
 
@@ -24,16 +25,15 @@ def batch_losses(
     ids_BS, next_BS = ids_BS.to(device), labels_BS[:, 1:].to(device)
     counted = (next_BS != IGNORE_INDEX).flatten().nonzero()[:, 0]
 
-    def read(model: nn.Module) -> Tensor:
-        hidden_BSD = last_hidden(model, input_ids=ids_BS, use_cache=False)
+    def of_counted(hidden_BSD: Tensor) -> Tensor:
         return hidden_BSD[:, :-1].flatten(0, 1)[counted]
 
     teacher_ND, teacher_head = None, None
     with _autocast(device):
         if teacher is not None:
             with torch.no_grad():
-                teacher_ND, teacher_head = read(teacher), head_of(teacher)
-        student_ND = read(student)
+                teacher_ND, teacher_head = of_counted(teacher_hidden(teacher, ids_BS)), head_of(teacher)
+        student_ND = of_counted(last_hidden(student, input_ids=ids_BS, use_cache=False))
     return fused_loss(
         student_ND,
         head_of(student),

@@ -11,7 +11,7 @@ from torch import nn
 from cascade.data.blocks import TokenBlocks
 from cascade.evaluation.harness import run_tasks
 from cascade.evaluation.heldout import heldout_metrics
-from cascade.evaluation.reload import check_reload
+from cascade.evaluation.reload import check_reload, start_fresh_process
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
 
 
@@ -52,6 +52,9 @@ def evaluate(
         ReloadError: the checkpoint gives other logits in a fresh process.
     """
     source = checkpoint if isinstance(checkpoint, ModelSource) else resolve_model(str(checkpoint))
+    measured = measure_speed and source.gguf_file is None
+    if measured:
+        start_fresh_process()
     model = load_model(source).to(default_device())
     metrics = heldout_metrics(model, teacher, heldout) if heldout is not None else []
     tokenizer = load_tokenizer(source) if tasks else None
@@ -66,7 +69,7 @@ def evaluate(
         seed=seed,
     )
     speed: dict[str, float] = {}
-    if measure_speed and source.gguf_file is None:
+    if measured:
         speed = check_reload(source.folder, reference)
     return Evaluation(metrics + results.metrics, results.items, results.raw, speed)
 

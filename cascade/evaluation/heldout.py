@@ -13,6 +13,7 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, pack_documents
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.fused import Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
+from cascade.distillation.memory import teacher_hidden
 
 
 def heldout_blocks(data: TextData, tokenizer: Any, *, block_size: int, max_blocks: int) -> TokenBlocks:
@@ -36,11 +37,11 @@ def heldout_metrics(
         ids, targets = ids.to(device), labels[:, 1:].to(device)
         valid = targets != IGNORE_INDEX
         found = fused_loss(
-            _read(model, ids)[valid],
+            _before_last(last_hidden(model, input_ids=ids, use_cache=False))[valid],
             head_of(model),
             targets[valid],
             Objective(),
-            teacher_hidden=None if teacher is None else _read(teacher, ids)[valid],
+            teacher_hidden=None if teacher is None else _before_last(teacher_hidden(teacher, ids))[valid],
             teacher_head=None if teacher is None else head_of(teacher),
         )
         values = {"loss": found.cross_entropy}
@@ -90,6 +91,6 @@ def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> dict[st
     }
 
 
-def _read(model: nn.Module, ids: Tensor) -> Tensor:
-    """[B, S - 1, D]: what the head reads at every position that has a next token."""
-    return last_hidden(model, input_ids=ids, use_cache=False)[:, :-1].float()
+def _before_last(hidden_BSD: Tensor) -> Tensor:
+    """[B, S - 1, D]: at every position that has a next token."""
+    return hidden_BSD[:, :-1].float()

@@ -4,12 +4,9 @@ The same process measures speed and peak memory, as only a process of its own ca
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +48,15 @@ def check_reload(
         ReloadError: it does not load, or its logits differ from the reference by more than RELOAD_TOLERANCE.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        request, answer = Path(temporary) / "request.safetensors", Path(temporary) / "answer.json"
+        paths = {name: str(Path(temporary) / name) for name in ("request", "answer", "errors")}
         tensors = {} if reference is None else load_file(reference)
         tensors["sizes"] = torch.tensor([prompt_tokens, new_tokens, torch.get_num_threads()])
-        save_file(tensors, request)
-        command = [sys.executable, "-m", "cascade.evaluation.reload", str(folder), str(request), str(answer)]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        if finished.returncode != 0 or not answer.is_file():
-            raise ReloadError(f"{folder} does not load in a fresh process:\n{finished.stderr[-3000:]}")
+        save_file(tensors, paths["request"])
+        status, answer = _ask({"folder": str(folder.resolve()), **paths}), Path(paths["answer"])
+        if status != 0 or not answer.is_file():
+            errors = Path(paths["errors"])
+            said = errors.read_text()[-3000:] if errors.exists() else ""
+            raise ReloadError(f"{folder} does not load in a fresh process (exit status {status}):\n{said}")
         measured: dict[str, float] = json.loads(answer.read_text())
     difference = measured.get("reload_difference", 0.0)
     if not difference <= RELOAD_TOLERANCE:
@@ -68,57 +66,35 @@ def check_reload(
     return measured
 
 
-def _measure(folder: str, request: str, answer: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    tensors = load_file(request)
-    prompt_tokens, new_tokens, threads = (int(number) for number in tensors["sizes"])
-    torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    result: dict[str, float] = {}
-    with torch.inference_mode():
-        if "ids" in tensors:
-            logits = model(input_ids=tensors["ids"], use_cache=False).logits
-            result["reload_difference"] = float(
-                (logits - tensors["logits"]).abs().max() / tensors["logits"].abs().max()
-            )
-        limit = getattr(model.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
-        prompt_tokens = min(prompt_tokens, limit - new_tokens)
-        prompt = torch.zeros(1, prompt_tokens, dtype=torch.int64) + 1
-        result["prefill_tokens_per_s"] = prompt_tokens / _median_seconds(lambda: model(input_ids=prompt))
-        result["decode_tokens_per_s"] = new_tokens / _median_seconds(lambda: _decode(model, prompt, new_tokens))
-    result["peak_memory_bytes"] = _peak_memory_bytes()
-    Path(answer).write_text(json.dumps(result))
+_process: subprocess.Popen[str] | None = None
 
 
-def _peak_memory_bytes() -> int:
-    """This process's peak. On Linux not from getrusage, which starts a child at its parent's own peak."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
-    import resource
+def start_fresh_process() -> subprocess.Popen[str]:
+    """The process that loads checkpoints, started if there is none; it ends with this one.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _decode(model: Any, prompt: Tensor, new_tokens: int) -> None:
-    cache, token = model(input_ids=prompt[:, :1], use_cache=True).past_key_values, prompt[:, :1]
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    Its imports take seconds: who will check a reload later can start it before other work.
+    """
+    global _process
+    if _process is None or _process.poll() is not None:
+        _process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("fresh.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    return _process
 
 
-def _median_seconds(action: Callable[[], Any], *, rounds: int = 3) -> float:
-    action()
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-if __name__ == "__main__":
-    _measure(*sys.argv[1:4])
+def _ask(request: dict[str, str]) -> int:
+    """Exit status of what the process did; -1 if it ended itself."""
+    process = start_fresh_process()
+    if process.stdin is None or process.stdout is None:
+        raise ValueError("the process has pipes")
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return -1
+    line = process.stdout.readline()
+    return int(json.loads(line)["status"]) if line else -1
