@@ -13,7 +13,10 @@ from torch import nn
 from cascade.data.blocks import load_blocks
 from cascade.distillation.batch import selection_losses
 from cascade.distillation.divergences import Options
+from cascade.distillation.features import FeatureLoss, Features
 from cascade.distillation.fused import Objective
+from cascade.distillation.on_policy import OnPolicy
+from cascade.distillation.origin import even_origin, origin_of
 from cascade.distillation.range_test import usual_rate
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
@@ -41,7 +44,7 @@ def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
     """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found."""
     of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
     of_schedule = {"schedule", "warmup_fraction", "final_learning_rate_fraction", "decay_fraction"}
-    elsewhere = {"tokens", "selection_blocks"} | of_objective | of_schedule
+    elsewhere = {"tokens", "selection_blocks", "features", "on_policy", "trackers", "compile"}
     schedule = Schedule(
         settings.schedule, settings.warmup_fraction, settings.final_learning_rate_fraction, settings.decay_fraction
     )
@@ -52,11 +55,29 @@ def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
         settings.cross_entropy_weight,
         Options(settings.beta, settings.skew, settings.top_k),
     )
-    return settings.model_dump(exclude=elsewhere) | {
+    own = settings.on_policy
+    on_policy = own and OnPolicy(**own.model_dump(exclude={"loss"}), divergence=own.loss)
+    return settings.model_dump(exclude=elsewhere | of_objective | of_schedule) | {
         "objective": objective,
         "schedule": schedule,
         "learning_rate": learning_rate,
+        "on_policy": on_policy,
+        "compiled": settings.compile,
     }
+
+
+def feature_loss(
+    settings: Distill, plans: Sequence[PruningPlan], student: nn.Module, teacher: nn.Module | None
+) -> FeatureLoss | None:
+    """The recipe's distill.features for one student; `plans` lead from the teacher to it (none: it was not cut)."""
+    asked = settings.features
+    weights = {str(name): weight for name, weight in asked.weights.items()}
+    hidden = ("cosine" if plans else None) if asked.hidden == "auto" else asked.hidden
+    features = Features(hidden, asked.embedding, tuple(asked.relations), asked.relation_heads, weights, asked.balanced)
+    if teacher is None or not features.names():
+        return None
+    origin = origin_of(plans) if plans else even_origin(dims_of(student.config), dims_of(teacher.config))
+    return FeatureLoss(features, origin, student, teacher)
 
 
 def make_statistics(
@@ -139,6 +160,7 @@ def make_candidate(
     teacher: nn.Module,
     *,
     hidden: str,
+    lineage: Sequence[Path],
     num_tokens: int,
     on_step: OnStep,
 ) -> None:
@@ -161,10 +183,16 @@ def make_candidate(
             num_tokens=num_tokens,
             seed=recipe.seed,
             on_step=on_step,
+            features=feature_loss(recipe.distill, [*load_plans(lineage), plan], student, teacher),
             **training_options(recipe.distill, _finalist_rate(recipe, num_tokens)),
         )
         losses["recovered"] = _selection(student, teacher, recipe, data)
     _write(folder / "losses.json", losses)
+
+
+def load_plans(lineage: Sequence[Path]) -> list[PruningPlan]:
+    """The plans in these folders of prune stages."""
+    return [load_plan(folder / "plan.json") for folder in lineage]
 
 
 def _finalist_rate(recipe: Recipe, num_tokens: int) -> float:

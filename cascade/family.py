@@ -12,12 +12,14 @@ from cascade.models.architecture import model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_config, resolve_model
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.packing import require_document_masks
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.rotation import require_rotatable, untied
 from cascade.pruning.shape import CUT_DIMS, solve_shape
 from cascade.pruning.target import Latency, Target
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Member, Recipe
+from cascade.report.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
         UserError: the cut is not exact for this architecture, or the blocks are longer than the parent's context.
     """
     require_context(parent_config, recipe.data.block_size, "data.block_size")
+    if recipe.data.masks_documents:
+        require_document_masks(parent_config)
+    if recipe.distill is not None:
+        require_trackers(recipe.distill.trackers)
     if recipe.prune.hidden == "pca":
         require_rotatable(parent_config, probe_axes(parent_config))
     if any(one.seed for one in members) and not model_class_of(parent_config).can_generate():

@@ -52,11 +52,13 @@ class Shared:
 
 
 def make_member(
-    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
+    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: FinishedMember | None
 ) -> FinishedMember:
-    """All stages of one member; `seed` is the folder of its seed's distill stage, None for the parent."""
-    cut = _make_cut(runner, recipe, shared, member, seed) if member.seed else None
-    repaired = _make_repaired(runner, recipe, shared, member, seed, cut) if cut else None
+    """All stages of one member; `seed` is None where that is the parent."""
+    before, seed_folder = (seed.lineage, seed.distilled) if seed else ([], None)
+    cut = _make_cut(runner, recipe, shared, member, seed_folder) if member.seed else None
+    repaired = _make_repaired(runner, recipe, shared, member, seed_folder, cut) if cut else None
+    lineage = [*before, cut] if cut else []
     made_start = repaired or cut
     start = ModelSource(made_start / CHECKPOINT, member.name) if made_start else resolve_model(member.member.student)
     if made_start is None:
@@ -66,12 +68,21 @@ def make_member(
         "teacher": shared.digests["parent"],
         "data": shared.digests["data"],
     }
-    rate, learning_rate = _make_rate(runner, recipe, shared, member, start, inputs)
+    rate, learning_rate = _make_rate(runner, recipe, shared, member, start, inputs, lineage)
     settings = _training_settings(recipe, member) | {"learning_rate": learning_rate}
 
     def recover(folder: Path, on_step: OnStep, teacher: nn.Module | None) -> None:
         make_recovered(
-            folder, recipe, member, start, shared.parent, shared.data, teacher, on_step, learning_rate=learning_rate
+            folder,
+            recipe,
+            member,
+            start,
+            shared.parent,
+            shared.data,
+            teacher,
+            on_step,
+            lineage=lineage,
+            learning_rate=learning_rate,
         )
 
     distilled = runner.run(
@@ -108,7 +119,7 @@ def make_member(
             reference=distilled / "reference.safetensors",
         ),
     )
-    return FinishedMember(cut, repaired, rate, distilled, evaluation, rows)
+    return FinishedMember(cut, repaired, rate, distilled, evaluation, rows, lineage)
 
 
 def _make_rate(
@@ -118,6 +129,7 @@ def _make_rate(
     member: ResolvedMember,
     start: ModelSource,
     inputs: dict[str, str],
+    lineage: list[Path],
 ) -> tuple[Path | None, float]:
     """(the folder of the search, the rate); no folder where the recipe gives a rate."""
     given = recipe.distill.learning_rate if recipe.distill else 0.0
@@ -129,7 +141,7 @@ def _make_rate(
         _training_settings(recipe, member),
         inputs,
         lambda folder, on_step: make_rate(
-            folder, recipe, member, start, shared.parent, shared.data, shared.teacher(), on_step
+            folder, recipe, member, start, shared.parent, shared.data, shared.teacher(), on_step, lineage=lineage
         ),
     )
     return folder, float(json.loads((folder / "rate.json").read_text())["learning_rate"])
@@ -160,12 +172,13 @@ def _make_baseline(
 
 
 def find_shape(
-    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
+    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, made: FinishedMember | None
 ) -> list[Candidate]:
     """The shapes that were tried for a member, the chosen one first; empty where there is nothing to choose."""
     choosing = recipe.prune.search is not None or len(member.hidden_choices) > 1
     if not choosing or member.target is None or not member.target.bounds():
         return []
+    seed = made.distilled if made else None
     source, statistics = _source(shared, member, seed), _make_statistics(runner, recipe, shared, member, seed)
 
     def make(shape: FoundShape, num_tokens: int) -> Any:
@@ -178,6 +191,7 @@ def find_shape(
             shared.data,
             shared.teacher(),
             hidden=shape.hidden,
+            lineage=made.lineage if made else [],
             num_tokens=num_tokens,
             on_step=on_step,
         )
@@ -268,7 +282,11 @@ def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]
 
 def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[str, Any]:
     """What an evaluation's key takes from the recipe; the tasks' contents are an input."""
-    heldout = {"heldout_blocks": recipe.evaluate.heldout_blocks, "block_size": recipe.data.block_size}
+    heldout = {
+        "heldout_blocks": recipe.evaluate.heldout_blocks,
+        "block_size": recipe.data.block_size,
+        "document_masks": recipe.data.masks_documents,
+    }
     if heldout_only:
         return heldout
     return heldout | recipe.evaluate.model_dump(exclude={"task_folders"}) | {"seed": recipe.seed}

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cascade.data.blocks import pack_documents
+from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.estimates import parent_seconds
 from cascade.evaluation.harness import find_tasks
@@ -36,9 +36,11 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     if source is not None:
         tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
     for split in ("train", "calibration", "selection"):
-        texts = read_documents(text_data(recipe.data), split)
-        if source is not None:
-            pack_documents(texts, tokenizer, block_size=recipe.data.block_size, max_blocks=1, name=f"data.{split}")
+        if source is None:
+            read_documents(text_data(recipe.data), split)
+        else:
+            size = recipe.data.block_size
+            prepare_blocks(text_data(recipe.data), split, tokenizer, block_size=size, max_blocks=1)
     find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)

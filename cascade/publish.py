@@ -37,6 +37,8 @@ class FinishedMember:
     distilled: Path
     evaluation: Path
     baselines: list[Row]
+    lineage: list[Path]
+    """The folders of the cuts from the parent to it."""
     candidates: list[Row] = field(default_factory=list)
     """Shapes that a search tried."""
 

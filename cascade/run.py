@@ -110,7 +110,7 @@ def _make_family(
         write_report(runner.folder, recipe, members, teacher, finished)
     for name in [member.name for member in wanted]:
         member = next(member for member in members if member.name == name)
-        seed = finished[member.seed].distilled if member.seed in finished else None
+        seed = finished.get(member.seed)
         tried = find_shape(runner, recipe, shared, member, seed)
         if tried:
             # From here on the member, and what is cut from it, has the shape that was found.
@@ -141,7 +141,10 @@ def _prepare(runner: StageRunner, recipe: Recipe) -> Shared:
     data = runner.run(
         "parent",
         "data",
-        recipe.data.model_dump(include={"source", "text_field", "block_size", "max_tokens"}),
+        recipe.data.model_dump(
+            include={"source", "text_field", "messages_field", "weights", "block_size", "max_tokens"}
+        )
+        | {"document_masks": recipe.data.masks_documents},
         {name: digests[name] for name in ("source", "parent")},
         lambda folder, on_step: make_data(folder, recipe, tokenizer),
     )

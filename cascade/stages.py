@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cascade.cutting import training_options
-from cascade.data.blocks import load_blocks, pack_documents, save_blocks
-from cascade.data.sources import TextData, read_documents
+from cascade.cutting import feature_loss, load_plans, training_options
+from cascade.data.blocks import load_blocks, save_blocks
+from cascade.data.prepare import prepare_blocks
+from cascade.data.sources import TextData
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
 from cascade.distillation import parallel
 from cascade.distillation.range_test import find_learning_rate
@@ -38,6 +40,7 @@ from cascade.models.checkpoint import (
 from cascade.models.dims import dims_of
 from cascade.progress import OnStep
 from cascade.recipe.schema import Data, Recipe
+from cascade.report.trackers import tracked
 from cascade.store import COST_FILE, partial_of
 
 
@@ -58,6 +61,8 @@ def text_data(data: Data) -> TextData:
         revision=data.revision,
         dataset_config=data.dataset_config,
         hub_splits={name: values[0] for name, values in given.items()} if data.source == "hub" else None,
+        messages_field=data.messages_field,
+        weights=tuple(data.weights),
     )
 
 
@@ -102,8 +107,14 @@ def make_data(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
         "selection": None,
     }
     for split, limit in limits.items():
-        texts = read_documents(text_data(data), split)
-        blocks = pack_documents(texts, tokenizer, block_size=data.block_size, max_blocks=limit, name=f"data.{split}")
+        blocks = prepare_blocks(
+            text_data(data),
+            split,
+            tokenizer,
+            block_size=data.block_size,
+            max_blocks=limit,
+            document_masks=data.masks_documents,
+        )
         save_blocks(blocks, folder / f"{split}.safetensors")
 
 
@@ -117,11 +128,13 @@ def make_recovered(
     teacher: nn.Module | None,
     on_step: OnStep,
     *,
+    lineage: Sequence[Path],
     learning_rate: float,
 ) -> None:
     """The recovered member as a stock checkpoint, its training log, and logits for the reload gate.
 
-    Without a teacher it is the cross-entropy baseline.
+    `lineage` are the folders of the cuts that lead from the parent to it. Without a teacher it is the cross-entropy
+    baseline.
     """
     settings = recipe.distill
     if settings is None:
@@ -131,19 +144,32 @@ def make_recovered(
         teacher = _own_teacher(teacher, parent)
     blocks = load_blocks(data / "train.safetensors")
     selection = load_blocks(data / "selection.safetensors").take(settings.selection_blocks)
-    metrics = distill(
-        student,
-        teacher,
-        blocks,
-        num_tokens=member.num_tokens,
-        seed=recipe.seed,
-        first_position=member.first_position,
-        selection=selection,
-        log_path=folder / "log.jsonl",
-        state_folder=partial_of(folder),
-        on_step=on_step,
-        **training_options(settings, learning_rate),
-    )
+    options = training_options(settings, learning_rate)
+    if teacher is None:
+        options["on_policy"] = None
+    kind = "distill" if teacher is not None else "baseline-ce"
+    with tracked(
+        settings.trackers if parallel.rank() == 0 else [],
+        project=recipe.name,
+        run=f"{member.name}.{kind}",
+        folder=folder.parent.parent,
+        settings=settings.model_dump() | {"learning_rate": learning_rate},
+    ) as on_log:
+        metrics = distill(
+            student,
+            teacher,
+            blocks,
+            num_tokens=member.num_tokens,
+            seed=recipe.seed,
+            first_position=member.first_position,
+            selection=selection,
+            log_path=folder / "log.jsonl",
+            state_folder=partial_of(folder),
+            on_step=on_step,
+            on_log=on_log,
+            features=feature_loss(settings, load_plans(lineage), student, teacher),
+            **options,
+        )
     if parallel.world_size() > 1:
         student = parallel.gathered(student, load_model(start))
     if parallel.rank() > 0:
@@ -168,6 +194,8 @@ def make_rate(
     data: Path,
     teacher: nn.Module,
     on_step: OnStep,
+    *,
+    lineage: Sequence[Path],
 ) -> None:
     """rate.json: the learning rate found for a member's recovery, and what was tried."""
     settings = recipe.distill
@@ -176,15 +204,17 @@ def make_rate(
     options = training_options(settings, 0.0)
     for own in ("learning_rate", "selection_every", "save_every_minutes"):
         options.pop(own)
+    student, teacher = load_model(start).to(default_device()), _own_teacher(teacher, parent)
     found = find_learning_rate(
-        load_model(start).to(default_device()),
-        _own_teacher(teacher, parent),
+        student,
+        teacher,
         load_blocks(data / "train.safetensors"),
         num_tokens=member.num_tokens,
         selection=load_blocks(data / "selection.safetensors").take(settings.selection_blocks),
         seed=recipe.seed,
         first_position=member.first_position,
         on_try=on_step,
+        features=feature_loss(settings, load_plans(lineage), student, teacher),
         **options,
     )
     _write_json(folder / "rate.json", {name: value for name, value in asdict(found).items() if name != "seconds"})
@@ -246,6 +276,7 @@ def _heldout(recipe: Recipe, tokenizer: Any) -> Any:
         tokenizer,
         block_size=recipe.data.block_size,
         max_blocks=recipe.evaluate.heldout_blocks,
+        document_masks=recipe.data.masks_documents,
     )
 
 

@@ -8,7 +8,10 @@ import torch
 import transformers
 from conftest import make_blocks, make_model
 
-from cascade.distillation import trainer
+from cascade.distillation import step
+from cascade.distillation.features import FeatureLoss, Features
+from cascade.distillation.on_policy import OnPolicy
+from cascade.distillation.origin import Origin
 from cascade.distillation.trainer import distill
 from cascade.errors import TrainingError
 
@@ -70,6 +73,29 @@ def test_killed_and_gone_on_with_it_is_the_same_training_bit_for_bit_dropout_inc
         assert [entry["step"] for entry in logged] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_averages_features_rollouts_and_every_optimizer_go_on_to_the_same_bits_too(tmp_path, optimizer):
+    blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)
+    options = OPTIONS | {
+        "ema_decay": 0.8,
+        "optimizer": optimizer,
+        "features": FeatureLoss(Features(hidden="cosine"), Origin((0, 1, 2, 3)), start, teacher),
+        "on_policy": OnPolicy(0.7, prompt_tokens=4, max_new_tokens=6, buffer_size=2),
+    }
+    unbroken = copy.deepcopy(start)
+    whole = distill(unbroken, teacher, blocks, **options)
+    with pytest.raises(Killed):
+        distill(
+            copy.deepcopy(start), teacher, blocks, **options, state_folder=tmp_path, save_every_minutes=0,
+            on_step=dies_after(7),
+        )  # fmt: skip
+    student = copy.deepcopy(start)
+    metrics = distill(student, teacher, blocks, **options, state_folder=tmp_path)
+    after = weights(student)
+    assert all(torch.equal(after[name], value) for name, value in weights(unbroken).items())
+    assert [entry["loss"] for entry in metrics.curve] == [entry["loss"] for entry in whole.curve]
+
+
 def test_dropout_is_on_while_training_and_the_callers_random_numbers_are_left_alone():
     blocks, teacher = make_blocks(count=24), with_dropout().eval()
     torch.manual_seed(7)
@@ -123,7 +149,7 @@ def test_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, c
     blocks, teacher = make_blocks(count=24), make_model(seed=1)
     plain, squeezed = make_model(seed=2), make_model(seed=2)
     expected = distill(plain, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
-    original = trainer.batch_losses
+    original = step.batch_losses
 
     def short_of_memory(student, teacher, ids, labels, objective):
         if torch.is_grad_enabled() and len(ids) > 2:
@@ -132,7 +158,7 @@ def test_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, c
             )
         return original(student, teacher, ids, labels, objective)
 
-    monkeypatch.setattr(trainer, "batch_losses", short_of_memory)
+    monkeypatch.setattr(step, "batch_losses", short_of_memory)
     found = distill(squeezed, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
     assert {entry["microbatch_size"] for entry in found.curve} == {2}
     assert caplog.text.count("out of memory: going on with microbatch_size") == 2
@@ -147,9 +173,11 @@ def test_a_block_that_does_not_fit_and_other_runtime_errors_stop_the_training(mo
 
         return losses
 
-    monkeypatch.setattr(trainer, "batch_losses", fails("DefaultCPUAllocator: can't allocate memory"))
-    with pytest.raises(TrainingError, match="out of memory with microbatch_size 1 and blocks of 16 tokens"):
+    monkeypatch.setattr(step, "batch_losses", fails("DefaultCPUAllocator: can't allocate memory"))
+    with pytest.raises(
+        TrainingError, match="out of memory with a single block of 16 tokens; what would help: data.block_size 8"
+    ):
         distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **OPTIONS)
-    monkeypatch.setattr(trainer, "batch_losses", fails("shapes do not match"))
+    monkeypatch.setattr(step, "batch_losses", fails("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **OPTIONS)

@@ -3,10 +3,11 @@
 Shapes: N = blocks, S = block size (tokens), B = batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade.errors import UserError
+
+_T = TypeVar("_T")
 
 IGNORE_INDEX = -100
 """Label of a token that no loss counts (padding, prompts), as in transformers."""
@@ -29,6 +32,9 @@ class TokenBlocks:
     """int64 [N, S], unshifted as in transformers; IGNORE_INDEX where no loss is wanted."""
     bytes_per_token: float
     """UTF-8 bytes of text per token, for bits per byte."""
+    position_ids: Tensor | None = None
+    """int64 [N, S]: each token's place in its document, from the block's start on; None where the documents of a block
+    see each other."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -42,8 +48,21 @@ class TokenBlocks:
         """`count` blocks spread evenly over all of them (all, if there are fewer), so that every document counts."""
         if count >= len(self):
             return self
-        rows = torch.arange(count) * len(self) // count
-        return TokenBlocks(self.input_ids[rows], self.labels[rows], self.bytes_per_token)
+        return self.rows(torch.arange(count) * len(self) // count)
+
+    def rows(self, rows: Tensor) -> "TokenBlocks":
+        """The blocks of these numbers."""
+        positions = None if self.position_ids is None else self.position_ids[rows]
+        return TokenBlocks(self.input_ids[rows], self.labels[rows], self.bytes_per_token, positions)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model takes: a document's places start again at 0, which transformers reads as a mask between them."""
+        places = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids} | places
+
+    def split(self, batch_size: int) -> "list[TokenBlocks]":
+        """Blocks in stored order, `batch_size` at a time; the last may be fewer."""
+        return [self.rows(rows) for rows in torch.arange(len(self)).split(batch_size)]
 
     def batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """(input_ids, labels) [B, S] pairs in stored order; the last may be smaller."""
@@ -51,40 +70,91 @@ class TokenBlocks:
 
 
 def pack_documents(
-    texts: Sequence[str],
+    texts: Iterable[str],
     tokenizer: Any,
     *,
     block_size: int,
     max_blocks: int | None = None,
+    document_masks: bool = False,
     name: str = "text",
 ) -> TokenBlocks:
     """Blocks of exactly `block_size` tokens; the end token stands after each document, the remainder is dropped.
 
+    With `document_masks` the blocks say where each document starts, so that none sees the one before it.
+
     Raises:
         UserError: the text does not fill one block.
+    """
+    end = end_token(tokenizer, name)
+    documents = (([*ids, end], None, size) for ids, size in _encode(texts, tokenizer))
+    return pack_tokens(
+        documents, block_size=block_size, max_blocks=max_blocks, document_masks=document_masks, name=name
+    )
+
+
+def end_token(tokenizer: Any, name: str) -> int:
+    """What stands after each document.
+
+    Raises:
+        UserError: the tokenizer has no such token.
     """
     end = tokenizer.eos_token_id
     if end is None:
         end = tokenizer.sep_token_id  # what encoders end a text with
     if end is None:
         raise UserError(f"{name}: the tokenizer has no end-of-text token, so documents cannot be kept apart")
+    return int(end)
+
+
+def pack_tokens(
+    documents: Iterable[tuple[list[int], list[int] | None, int]],
+    *,
+    block_size: int,
+    max_blocks: int | None = None,
+    document_masks: bool = False,
+    name: str = "text",
+) -> TokenBlocks:
+    """Blocks of (ids, labels or None for the ids themselves, bytes of text) documents, one after another.
+
+    Raises:
+        UserError: they do not fill one block.
+    """
     stream: list[int] = []
-    num_bytes = 0
-    for ids, text in zip(_encode(texts, tokenizer), texts, strict=True):
-        stream += ids
-        stream.append(end)
-        num_bytes += len(text.encode())
+    labels: list[int] = []
+    places: list[int] = []
+    num_documents = num_bytes = 0
+    for ids, own_labels, size in documents:
         if max_blocks is not None and len(stream) >= max_blocks * block_size:
             break
+        stream += ids
+        labels += ids if own_labels is None else own_labels
+        places += range(len(ids))
+        num_bytes, num_documents = num_bytes + size, num_documents + 1
     count = len(stream) // block_size
     if count == 0:
         raise UserError(
-            f"{name}: {len(stream)} tokens in {len(texts)} documents do not fill one block of {block_size} tokens; "
+            f"{name}: {len(stream)} tokens in {num_documents} documents do not fill one block of {block_size} tokens; "
             "give more text or a smaller data.block_size"
         )
     count = count if max_blocks is None else min(count, max_blocks)
-    packed = torch.tensor(stream[: count * block_size], dtype=torch.int64).view(count, block_size)
-    return TokenBlocks(packed, packed, num_bytes / len(stream))
+
+    def blocks(values: list[int]) -> Tensor:
+        return torch.tensor(values[: count * block_size], dtype=torch.int64).view(count, block_size)
+
+    packed = blocks(stream)
+    return TokenBlocks(
+        packed,
+        packed if labels == stream else blocks(labels),
+        num_bytes / len(stream),
+        _from_block_start(blocks(places)) if document_masks else None,
+    )
+
+
+def _from_block_start(places: Tensor) -> Tensor:
+    """Places counted from the block's start where a document began in an earlier block."""
+    began = (places[:, 1:] == 0).cummax(1).values
+    inherited = torch.cat([torch.ones_like(places[:, :1], dtype=torch.bool), ~began], 1)
+    return torch.where(inherited, places - places[:, :1], places)
 
 
 def save_blocks(blocks: TokenBlocks, path: Path) -> None:
@@ -92,22 +162,29 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
     tensors = {"input_ids": blocks.input_ids.to(torch.int32)}
     if not torch.equal(blocks.labels, blocks.input_ids):
         tensors["labels"] = blocks.labels.to(torch.int32)
+    if blocks.position_ids is not None:
+        tensors["position_ids"] = blocks.position_ids.to(torch.int32)
     save_file(tensors, path, metadata={"bytes_per_token": repr(blocks.bytes_per_token)})
 
 
 def load_blocks(path: Path) -> TokenBlocks:
     """What `save_blocks` wrote."""
     with safe_open(path, framework="pt") as file:
-        ids = file.get_tensor("input_ids").to(torch.int64)
-        labels = file.get_tensor("labels").to(torch.int64) if "labels" in file.keys() else ids
-        return TokenBlocks(ids, labels, float(file.metadata()["bytes_per_token"]))
+        found = {name: file.get_tensor(name).to(torch.int64) for name in file.keys()}
+        ids = found["input_ids"]
+        bytes_per_token = float(file.metadata()["bytes_per_token"])
+        return TokenBlocks(ids, found.get("labels", ids), bytes_per_token, found.get("position_ids"))
 
 
-def _encode(texts: Sequence[str], tokenizer: Any, batch: int = 256) -> Iterable[list[int]]:
-    for start in range(0, len(texts), batch):
-        yield from tokenizer(
-            list(texts[start : start + batch]),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+def _encode(texts: Iterable[str], tokenizer: Any, batch: int = 256) -> Iterator[tuple[list[int], int]]:
+    """(ids, bytes) of each text."""
+    for some in batched(texts, batch):
+        ids = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        yield from ((own, len(text.encode())) for own, text in zip(ids, some, strict=True))
+
+
+def batched(values: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """Lists of `size` values, the last may be shorter."""
+    iterator = iter(values)
+    while some := list(islice(iterator, size)):
+        yield some

@@ -1,5 +1,6 @@
 """Where text comes from, as documents of one split."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +39,22 @@ class TextData:
     dataset_config: str = ""
     hub_splits: dict[str, str] | None = None
     """source hub: the dataset's own split names by ours"""
+    messages_field: str = ""
+    """Documents are conversations, in this field, instead of texts."""
+    weights: tuple[float, ...] = ()
+    """Of the files of 'train': shares of its tokens; by their size where not given"""
 
 
-def read_documents(data: TextData, split: str) -> list[str]:
-    """The texts of one split. No document is in two splits, and no near copy of a split's text is in 'train' (stdlib).
+Document = str | list[dict[str, Any]]
+"""A text, or a conversation."""
 
-    A text that stands in the files of two splits belongs to the one that needs it untouched more: heldout before
-    selection before calibration before train.
+
+def read_documents(data: TextData, split: str, *, only: Sequence[str] | None = None) -> list[Any]:
+    """The documents of one split.
+
+    No document is in two splits, and no near copy of a split's text is in 'train' (stdlib). A document that stands in
+    the files of two splits belongs to the one that needs it untouched more: heldout before selection before calibration
+    before train. `only` names the files to read, of those of the split.
 
     Raises:
         UserError: a file is missing or malformed, the field is missing, or there is no text.
@@ -54,19 +64,23 @@ def read_documents(data: TextData, split: str) -> list[str]:
     if data.source == "stdlib":
         return _stdlib(split)
     own = data.files if data.source == "files" else {name: (value,) for name, value in (data.hub_splits or {}).items()}
-    texts = _read(data, own["train" if split not in own else split])
+    documents = _read(data, only or own["train" if split not in own else split])
     if split == "train" or split not in own:
         shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
-        texts = [text for text in texts if split_of_text(text, shares=shares) == split]
+        documents = [one for one in documents if split_of_text(_as_text(one), shares=shares) == split]
     above = SPLITS[SPLITS.index(split) + 1 :] if split in own else [name for name in SPLITS if name != "train"]
-    taken = {text for name in above if name in own for text in _read(data, own[name])}
-    texts = [text for text in texts if text not in taken]
-    if not texts:
+    taken = {_as_text(one) for name in above if name in own for one in _read(data, own[name])}
+    documents = [one for one in documents if _as_text(one) not in taken]
+    if not documents:
         raise UserError(
             f"data: no documents for the {split} split that are not in another; give more text, or data.{split} files "
             "of its own"
         )
-    return texts
+    return documents
+
+
+def _as_text(document: Document) -> str:
+    return document if isinstance(document, str) else json.dumps(document, sort_keys=True)
 
 
 def _stdlib(split: str) -> list[str]:
@@ -81,21 +95,24 @@ def _stdlib(split: str) -> list[str]:
     return [by_split["train"][index] for index in drop_near_copies(by_split["train"], others)]
 
 
-def _read(data: TextData, names: Sequence[str]) -> list[str]:
+def _read(data: TextData, names: Sequence[str]) -> list[Any]:
     from datasets import load_dataset
 
-    texts: list[str] = []
+    documents: list[Any] = []
+    field = data.messages_field or data.text_field
     for name in names:
         if data.source == "hub":
             rows = _load_hub(data, name, load_dataset)
         else:
             rows = _load_file(name, load_dataset)
-        if data.text_field not in rows.column_names:
-            raise UserError(
-                f"{name}: no field '{data.text_field}'; it has: {', '.join(rows.column_names)}. Set data.text_field."
-            )
-        texts += [text for text in rows[data.text_field] if isinstance(text, str) and text.strip()]
-    return texts
+        if field not in rows.column_names:
+            key = "messages_field" if data.messages_field else "text_field"
+            raise UserError(f"{name}: no field '{field}'; it has: {', '.join(rows.column_names)}. Set data.{key}.")
+        if data.messages_field:
+            documents += rows[field]
+        else:
+            documents += [text for text in rows[field] if isinstance(text, str) and text.strip()]
+    return documents
 
 
 def _load_file(name: str, load_dataset: Any) -> Any:

@@ -4,37 +4,61 @@ Shapes: B = batch, S = block size, N = tokens that count for the loss, D = hidde
 """
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
+from cascade.models.architecture import model_class_of
 
 FORWARD_KL = Objective()
 
 
+class BatchLosses(NamedTuple):
+    """Sums over the tokens of a batch that count."""
+
+    fused: FusedLoss
+    features: dict[str, Tensor]
+    """By name, with gradients; empty where none is asked for."""
+
+
 def batch_losses(
-    student: nn.Module, teacher: nn.Module | None, ids_BS: Tensor, labels_BS: Tensor, objective: Objective
-) -> FusedLoss:
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: TokenBlocks,
+    objective: Objective,
+    features: FeatureLoss | None = None,
+) -> BatchLosses:
     """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk."""
     device = next(student.parameters()).device
-    ids_BS, next_BS = ids_BS.to(device), labels_BS[:, 1:].to(device)
-    counted = (next_BS != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    inputs = {name: value.to(device) for name, value in batch.inputs().items()}
+    next_BS = batch.labels[:, 1:].to(device)
+    counts_BS = next_BS != IGNORE_INDEX
+    counted = counts_BS.flatten().nonzero()[:, 0]
 
     def of_counted(hidden_BSD: Tensor) -> Tensor:
         return hidden_BSD[:, :-1].flatten(0, 1)[counted]
 
-    teacher_ND, teacher_head = None, None
+    teacher_ND, teacher_head, inside = None, None, {}
     with _autocast(device):
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_ND, teacher_head = of_counted(teacher_hidden(teacher, ids_BS)), head_of(teacher)
-        student_ND = of_counted(last_hidden(student, input_ids=ids_BS, use_cache=False))
-    return fused_loss(
+        if teacher is None:
+            student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
+        elif features is None:
+            teacher_ND, teacher_head = of_counted(teacher_hidden(teacher, **inputs)), head_of(teacher)
+            student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
+        else:
+            with torch.no_grad(), features.watching(teacher, teacher=True) as theirs:
+                teacher_ND, teacher_head = of_counted(last_hidden(teacher, **inputs, use_cache=False)), head_of(teacher)
+            with features.watching(student, teacher=False) as ours:
+                student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
+            everywhere_BS = torch.nn.functional.pad(counts_BS, (0, 1))
+            inside = features.losses(ours, theirs, everywhere_BS, visible(student, inputs))
+    fused = fused_loss(
         student_ND,
         head_of(student),
         next_BS.flatten()[counted],
@@ -42,18 +66,37 @@ def batch_losses(
         teacher_hidden=teacher_ND,
         teacher_head=teacher_head,
     )
+    return BatchLosses(fused, inside)
 
 
-def sums_of(found: FusedLoss, with_teacher: bool) -> dict[str, float]:
+def visible(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """[B, S, S]: whether a token may look at another: not at later ones in a causal model, nor at other documents'."""
+    batch, size = inputs["input_ids"].shape
+    device = inputs["input_ids"].device
+    sees = torch.ones(batch, size, size, dtype=torch.bool, device=device)
+    if model_class_of(model.config).can_generate():
+        sees = sees.tril()
+    if "position_ids" in inputs:
+        document_BS = (inputs["position_ids"] == 0).cumsum(1)
+        sees &= document_BS[:, :, None] == document_BS[:, None, :]
+    return sees
+
+
+def sums_of(found: BatchLosses, with_teacher: bool) -> dict[str, float]:
     """A batch's losses summed over its tokens."""
-    sums = {"loss": found.loss.item(), "cross_entropy": found.cross_entropy.sum().item()}
+    fused = found.fused
+    sums = {"loss": fused.loss.item(), "cross_entropy": fused.cross_entropy.sum().item()}
     if not with_teacher:
         return sums
-    return sums | {
-        "divergence": found.divergence.sum().item(),
-        "teacher_entropy": found.teacher_entropy.sum().item(),
-        "agreement": found.agrees.sum().item(),
-    }
+    return (
+        sums
+        | {
+            "divergence": fused.divergence.sum().item(),
+            "teacher_entropy": fused.teacher_entropy.sum().item(),
+            "agreement": fused.agrees.sum().item(),
+        }
+        | {f"{name}_loss": value.item() for name, value in found.features.items()}
+    )
 
 
 @torch.no_grad()
@@ -63,8 +106,8 @@ def selection_losses(
     """{'selection_loss', 'selection_kl' (with a teacher)}: nats per token over `blocks`; student left in train mode."""
     student.eval()
     sums, count = [0.0, 0.0], 0
-    for ids, labels in blocks.batches(batch_size):
-        found = batch_losses(student, teacher, ids, labels, FORWARD_KL)
+    for part in blocks.split(batch_size):
+        found = batch_losses(student, teacher, part, FORWARD_KL).fused
         sums[0] += found.cross_entropy.sum().item()
         sums[1] += found.divergence.sum().item()
         count += len(found.divergence)

@@ -9,7 +9,6 @@ Shapes: B = batch, S = block size, D = hidden size.
 
 import hashlib
 from collections import OrderedDict
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,26 +50,25 @@ def remember(teacher: nn.Module, limit_bytes: int = LIMIT_BYTES) -> nn.Module:
 
 
 @torch.no_grad()
-def teacher_hidden(teacher: nn.Module, ids_BS: Tensor, **inputs: Any) -> Tensor:
-    """[B, S, D]: what the teacher's head would read, from memory where the same batch was read before."""
+def teacher_hidden(teacher: nn.Module, **inputs: Tensor) -> Tensor:
+    """[B, S, D]: what the teacher's head would read of `inputs`, from memory where the same batch was read before."""
     memory = _memories.get(teacher)
     if memory is None or parallel.world_size() > 1:  # a sharded teacher is asked by all processes or by none
-        return last_hidden(teacher, input_ids=ids_BS, use_cache=False, **inputs)
-    key = _key(ids_BS, inputs)
+        return last_hidden(teacher, **inputs, use_cache=False)
+    key = _key(inputs)
     hidden = memory.find(key)
     if hidden is None:
-        hidden = last_hidden(teacher, input_ids=ids_BS, use_cache=False, **inputs)
+        hidden = last_hidden(teacher, **inputs, use_cache=False)
         memory.keep(key, hidden)
     return hidden
 
 
-def _key(ids_BS: Tensor, inputs: dict[str, Any]) -> bytes:
+def _key(inputs: dict[str, Tensor]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in [("input_ids", ids_BS), *sorted(inputs.items())]:
-        value = torch.as_tensor(value)
+    for name, value in sorted(inputs.items()):
         digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}:".encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
-    device = ids_BS.device.type
+    device = inputs["input_ids"].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest.update(f"{autocast}:{torch.get_num_threads()}".encode())
     return digest.digest()

@@ -125,6 +125,11 @@ def sync_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_requires_gradient_sync(wanted)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process holds a part of the tensor only."""
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor, on every process; all of them have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -6,7 +6,7 @@ Data order and dropout are pure functions of the step, so there is nothing else 
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade.distillation import parallel
+from cascade.distillation.average import Average
+from cascade.distillation.optimizer import Optimizer
 from cascade.store import is_committed, staged, verify_folder
 
 logger = logging.getLogger(__name__)
@@ -35,9 +37,20 @@ class Progress:
     """What the training was started with; a state of another training is refused."""
 
 
-def save_state(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What a training changes."""
+
+    student: nn.Module
+    optimizer: Optimizer
+    average: Average | None = None
+    buffer: dict[str, Tensor] = field(default_factory=dict)
+    """Other tensors, by name."""
+
+
+def save_state(folder: Path, trained: Trained, progress: Progress) -> None:
     """Commit a state as FOLDER/step-N and drop all but the last two; every process has to call it."""
-    tensors = dict(_tensors(student, optimizer))
+    tensors = dict(_tensors(trained))
     if parallel.rank() == 0:
         provenance = {"stage": "training state", "threads": torch.get_num_threads(), "torch": torch.__version__}
         with staged(folder / f"step-{progress.step:09d}", provenance) as staging:
@@ -49,10 +62,8 @@ def save_state(folder: Path, student: nn.Module, optimizer: torch.optim.Optimize
     parallel.barrier()
 
 
-def load_state(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-) -> Progress | None:
-    """The newest state that is whole, written into student and optimizer; None if there is none for `settings`."""
+def load_state(folder: Path, trained: Trained, settings: dict[str, Any]) -> Progress | None:
+    """The newest state that is whole, written into `trained`; None if there is none for `settings`."""
     for candidate in reversed(_states(folder)):
         damaged = verify_folder(candidate) if is_committed(candidate) else ["MANIFEST.json"]
         if damaged:
@@ -65,7 +76,7 @@ def load_state(
         made_with = json.loads((candidate / "MANIFEST.json").read_text())
         if (made_with["threads"], made_with["torch"]) != (torch.get_num_threads(), torch.__version__):
             logger.warning("%s: made with other threads or another torch; the result may differ in the bits", candidate)
-        _restore(load_file(candidate / "state.safetensors"), student, optimizer)
+        _restore(load_file(candidate / "state.safetensors"), trained)
         return Progress(**record)
     return None
 
@@ -74,33 +85,28 @@ def _states(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def _named(student: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in student.named_parameters() if parameter.requires_grad}
-
-
-def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(trained: Trained) -> dict[str, Tensor]:
     """Full tensors by name; parameters that share their storage once."""
-    tensors = {f"weight.{name}": value.contiguous() for name, value in parallel.whole_weights(student)}
-    for parameter, name in _named(student).items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = parallel.whole(torch.as_tensor(value)).contiguous()
-    return tensors
+    tensors = {f"weight.{name}": value.contiguous() for name, value in parallel.whole_weights(trained.student)}
+    names: dict[Tensor, str] = {value: name for name, value in trained.student.named_parameters()}
+    for key, parameter, value in trained.optimizer.tensors():
+        tensors[f"optimizer.{key}.{names[parameter]}"] = parallel.whole(value).contiguous()
+    if trained.average is not None:
+        for name, value in trained.average.values.items():
+            tensors[f"average.{name}"] = parallel.whole(value).contiguous()
+    return tensors | {f"buffer.{name}": value.contiguous() for name, value in trained.buffer.items()}
 
 
 @torch.no_grad()
-def _restore(tensors: dict[str, Tensor], student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    for name, parameter in student.named_parameters():
-        parallel.copy_into(parameter, tensors[f"weight.{name}"])
-    of_parameter: dict[str, dict[str, Tensor]] = {}
-    for full_name, value in tensors.items():
-        if full_name.startswith("optimizer."):
-            _, key, name = full_name.split(".", 2)
-            of_parameter.setdefault(name, {})[key] = value
-    for parameter, name in _named(student).items():
-        for key, value in of_parameter[name].items():
-            if value.ndim:
-                moment = torch.zeros_like(parameter)
-                parallel.copy_into(moment, value)
-                optimizer.state[parameter][key] = moment
-            else:  # the count of steps
-                optimizer.state[parameter][key] = value.to(parameter.device)
+def _restore(tensors: dict[str, Tensor], trained: Trained) -> None:
+    trained.optimizer.prepare_state()
+    for name, weight in trained.student.named_parameters():
+        parallel.copy_into(weight, tensors[f"weight.{name}"])
+    names: dict[Tensor, str] = {value: name for name, value in trained.student.named_parameters()}
+    for key, parameter, value in trained.optimizer.tensors():
+        parallel.copy_into(value, tensors[f"optimizer.{key}.{names[parameter]}"])
+    if trained.average is not None:
+        for name, value in trained.average.values.items():
+            parallel.copy_into(value, tensors[f"average.{name}"])
+    kept = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}
+    trained.buffer.update(kept)

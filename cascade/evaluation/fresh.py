@@ -1,8 +1,8 @@
 """A process that knows torch and transformers and nothing of ours: each checkpoint is loaded in a fork of it.
 
 Started by `reload.py` as a script. Importing the two takes most of a reload's time, so it is done once; what is loaded
-is gone with its fork. A line of JSON on standard input asks (folder, request, answer, errors: paths), a line on standard
-output says when that is done. It ends with its input.
+is gone with its fork. A line of JSON on standard input asks (folder, request, answer, errors: paths), a line on
+standard output says when that is done. It ends with its input.
 """
 
 import json

@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, pack_documents
-from cascade.data.sources import TextData, read_documents
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.data.prepare import prepare_blocks
+from cascade.data.sources import TextData
 from cascade.distillation.fused import Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
 
 
-def heldout_blocks(data: TextData, tokenizer: Any, *, block_size: int, max_blocks: int) -> TokenBlocks:
+def heldout_blocks(
+    data: TextData, tokenizer: Any, *, block_size: int, max_blocks: int, document_masks: bool = False
+) -> TokenBlocks:
     """The held-out split as blocks, spread over all its documents; read by this package only."""
-    texts = read_documents(data, "heldout")
-    return pack_documents(texts, tokenizer, block_size=block_size, name="heldout").take(max_blocks)
+    blocks = prepare_blocks(
+        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name="heldout"
+    )
+    return blocks.take(max_blocks)
 
 
 @torch.no_grad()
@@ -33,15 +38,16 @@ def heldout_metrics(
     device = next(model.parameters()).device
     columns: dict[str, list[Tensor]] = {"loss": [], "kl_to_teacher": [], "top1_agreement": []}
     counts = []
-    for ids, labels in blocks.batches(batch_size):
-        ids, targets = ids.to(device), labels[:, 1:].to(device)
+    for part in blocks.split(batch_size):
+        inputs = {name: value.to(device) for name, value in part.inputs().items()}
+        targets = part.labels[:, 1:].to(device)
         valid = targets != IGNORE_INDEX
         found = fused_loss(
-            _before_last(last_hidden(model, input_ids=ids, use_cache=False))[valid],
+            _before_last(last_hidden(model, **inputs, use_cache=False))[valid],
             head_of(model),
             targets[valid],
             Objective(),
-            teacher_hidden=None if teacher is None else _before_last(teacher_hidden(teacher, ids))[valid],
+            teacher_hidden=None if teacher is None else _before_last(teacher_hidden(teacher, **inputs))[valid],
             teacher_head=None if teacher is None else head_of(teacher),
         )
         values = {"loss": found.cross_entropy}

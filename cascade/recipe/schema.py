@@ -91,7 +91,15 @@ class Data(Section):
     """What choices are made on; cut from train where empty."""
     heldout: Paths = []
     """What results are reported on; cut from train where empty."""
+    weights: list[PositiveFloat] = []
+    """source files: of each entry of `train`, its share of the training tokens; by their size where not given. Short
+    sources are repeated, so that none is cut short."""
     text_field: str = "text"
+    messages_field: str = ""
+    """Instead of text: the field with chat messages ({role, content}). They go through the parent's own chat template;
+    only what the assistant says counts for the loss."""
+    document_masks: bool | None = None
+    """Whether the documents of a block do not see each other. Not given: conversations do not, texts do."""
     dataset: str = ""
     """source hub: the dataset's id"""
     revision: str = ""
@@ -103,8 +111,19 @@ class Data(Section):
     max_tokens: PositiveInt = 20_000_000
     """Training tokens to prepare at most; training past the end starts over in another order."""
 
+    @property
+    def masks_documents(self) -> bool:
+        """Whether the documents of a block are kept apart."""
+        return bool(self.messages_field) if self.document_masks is None else self.document_masks
+
     @model_validator(mode="after")
     def _complete(self) -> "Data":
+        if self.weights and (self.source != "files" or len(self.weights) != len(self.train)):
+            raise ValueError(
+                f"`weights`: {len(self.weights)} numbers for {len(self.train)} entries of `train` (source files only)"
+            )
+        if self.source == "stdlib" and self.messages_field:
+            raise ValueError("source stdlib has no chat messages; remove `messages_field`")
         splits = {
             "train": self.train,
             "calibration": self.calibration,

@@ -1,0 +1,60 @@
+"""One split of a source -> token blocks: texts or conversations, one file or a weighted mixture of several."""
+
+from typing import Any
+
+import torch
+
+from cascade.data.blocks import TokenBlocks, pack_documents, pack_tokens
+from cascade.data.messages import chat_documents
+from cascade.data.sources import TextData, read_documents
+
+
+def prepare_blocks(
+    data: TextData,
+    split: str,
+    tokenizer: Any,
+    *,
+    block_size: int,
+    max_blocks: int | None = None,
+    document_masks: bool = False,
+    name: str = "",
+) -> TokenBlocks:
+    """The packed blocks of a split; of 'train' with weights, a mixture.
+
+    Raises:
+        UserError: there is not one block of text, or a source cannot be read.
+    """
+    name = name or f"data.{split}"
+
+    def packed(only: tuple[str, ...] | None, limit: int | None) -> TokenBlocks:
+        documents = read_documents(data, split, only=only)
+        options: dict[str, Any] = {"block_size": block_size, "max_blocks": limit, "document_masks": document_masks}
+        place = name if only is None else f"{name}: {only[0]}"
+        if data.messages_field:
+            return pack_tokens(chat_documents(documents, tokenizer, place), name=place, **options)
+        return pack_documents(documents, tokenizer, name=place, **options)
+
+    if split != "train" or not data.weights:
+        return packed(None, max_blocks)
+    shares = [weight / sum(data.weights) for weight in data.weights]
+    limits = [None if max_blocks is None else max(1, round(share * max_blocks)) for share in shares]
+    files = data.files["train"]
+    return mixed([packed((file,), limit) for file, limit in zip(files, limits, strict=True)], shares, max_blocks)
+
+
+def mixed(sources: list[TokenBlocks], shares: list[float], max_blocks: int | None) -> TokenBlocks:
+    """Blocks of several sources, each with its share of at most `max_blocks`.
+
+    There are so many that no source is cut short without need; those that are too short for their share are repeated.
+    """
+    whole = max(len(source) / share for source, share in zip(sources, shares, strict=True))
+    total = whole if max_blocks is None else min(whole, max_blocks)
+    counts = [max(1, round(share * total)) for share in shares]
+    parts = [source.rows(torch.arange(count) % len(source)) for source, count in zip(sources, counts, strict=True)]
+    places = [part.position_ids for part in parts if part.position_ids is not None]
+    return TokenBlocks(
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        sum(count * part.bytes_per_token for count, part in zip(counts, parts, strict=True)) / sum(counts),
+        torch.cat(places) if places else None,
+    )

@@ -1,0 +1,124 @@
+"""Batches that the student writes itself: the teacher scores them, so that it learns where it goes itself.
+
+GKD (https://arxiv.org/abs/2306.13649), with a replay buffer as in DistiLLM (https://arxiv.org/abs/2402.03898). Whether
+a step is one of these, what it draws, and what it takes from the buffer are functions of the seed and the step alone.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.distillation import parallel
+from cascade.distillation.fused import Objective
+from cascade.errors import UserError
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """When and how the student writes its own batches."""
+
+    fraction: float
+    """Share of the steps."""
+    prompt_tokens: int = 32
+    """Of each block, where the block has no prompt of its own (labels that do not count at its start)."""
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    divergence: str = "reverse_kl"
+    buffer_size: int = 0
+    """Batches that are kept; 0: each is used once."""
+    replay_fraction: float = 0.5
+    """Share of these steps that take a batch from a full buffer instead of writing one."""
+
+
+class Rollouts:
+    """The student's own batches, and the buffer they are kept in.
+
+    Raises:
+        UserError: several processes, whose texts would end at different lengths while all wait for each other.
+    """
+
+    def __init__(self, settings: OnPolicy, seed: int, buffer: dict[str, Tensor]) -> None:
+        if parallel.world_size() > 1:
+            raise UserError("on_policy: a student that is shared out to several processes cannot write; use one")
+        self.settings, self.seed, self.buffer = settings, seed, buffer
+
+    def due(self, step: int) -> bool:
+        """Whether the step's batch is the student's own."""
+        return self._draw("due", step) < self.settings.fraction
+
+    def batch(self, student: nn.Module, prompts: TokenBlocks, step: int) -> TokenBlocks:
+        """A batch from the buffer, or one that the student writes after the prompts (and that is kept)."""
+        kept = sorted(int(name.partition(".")[0]) for name in self.buffer if name.endswith(".input_ids"))
+        size = self.settings.buffer_size
+        if size and len(kept) >= size and self._draw("replay", step) < self.settings.replay_fraction:
+            chosen = kept[int(self._draw("which", step) * len(kept))]
+            ids, labels = self.buffer[f"{chosen}.input_ids"], self.buffer[f"{chosen}.labels"]
+            return TokenBlocks(ids, labels, prompts.bytes_per_token)
+        written = generate(student, prompts, self.settings)
+        if size:
+            self.buffer |= {f"{step}.input_ids": written.input_ids, f"{step}.labels": written.labels}
+            for old in [*kept, step][:-size]:
+                del self.buffer[f"{old}.input_ids"], self.buffer[f"{old}.labels"]
+        return written
+
+    def objective(self, usual: Objective) -> Objective:
+        """What the student's own text is judged by: the teacher alone, not the text itself."""
+        return replace(usual, divergence=self.settings.divergence, cross_entropy_weight=0.0)
+
+    def _draw(self, what: str, step: int) -> float:
+        digest = hashlib.sha256(f"{self.seed}:{what}:{step}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+
+@torch.no_grad()
+def generate(student: Any, prompts: TokenBlocks, settings: OnPolicy) -> TokenBlocks:
+    """Prompts with the student's continuations, padded at the end; labels count in the continuations alone."""
+    device = next(student.parameters()).device
+    starts = [
+        _prompt(ids, labels, settings.prompt_tokens)
+        for ids, labels in zip(prompts.input_ids, prompts.labels, strict=True)
+    ]
+    config = student.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [end for end in ends if end is not None]
+    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
+    longest = max(map(len, starts))
+    padded = torch.full((len(starts), longest), pad)
+    mask = torch.zeros(len(starts), longest, dtype=torch.int64)
+    for row, start in enumerate(starts):
+        padded[row, longest - len(start) :] = start
+        mask[row, longest - len(start) :] = 1
+    training = student.training
+    student.eval()
+    written = student.generate(
+        input_ids=padded.to(device),
+        attention_mask=mask.to(device),
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=pad,
+    )[:, longest:].cpu()
+    student.train(training)
+    ids = torch.full((len(starts), longest + written.shape[1]), pad)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for row, start in enumerate(starts):
+        text = written[row]
+        stops = torch.isin(text, torch.tensor(ends)).nonzero() if ends else torch.empty(0)
+        text = text[: int(stops[0]) + 1] if len(stops) else text
+        end = len(start) + len(text)
+        ids[row, :end] = torch.cat([start, text])
+        labels[row, len(start) : end] = text
+    return TokenBlocks(ids, labels, prompts.bytes_per_token)
+
+
+def _prompt(ids: Tensor, labels: Tensor, length: int) -> Tensor:
+    """A block's own prompt, up to its first label that counts; else its first tokens."""
+    counted = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    first = int(counted[0]) if len(counted) else 0
+    return ids[: first or min(length, len(ids))]

@@ -1,0 +1,115 @@
+"""Optimizers by name, as one object: Muon takes the matrices inside the layers and leaves the rest to AdamW."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.distillation import parallel
+from cascade.errors import UserError
+from cascade.models.axes import probe_axes
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
+
+
+class Optimizer:
+    """One or more torch optimizers, each with parameters of its own."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    def step(self) -> None:
+        """Update every parameter."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the next step."""
+        for group in self._groups():
+            if isinstance(group["lr"], Tensor):  # 8-bit AdamW's compiled step wants one and the same tensor
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(key, parameter, state) of everything remembered; quantised states as the plain tensors they are made of."""
+        for part in self.parts:
+            for parameter, state in part.state.items():
+                for key, value in state.items():
+                    if hasattr(value, "__tensor_flatten__") and not parallel.is_sharded(value):
+                        for inner in value.__tensor_flatten__()[0]:
+                            yield f"{key}@{inner}", parameter, getattr(value, inner)
+                    else:
+                        yield key, parameter, value
+
+    def prepare_state(self) -> None:
+        """Make every state exist, as after a first step that changed no weight."""
+        kept = [(group, group["lr"], group["weight_decay"]) for group in self._groups()]
+        for group, rate, _ in kept:
+            group["lr"], group["weight_decay"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0, 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.step()
+        self.zero_grad()
+        for group, rate, decay in kept:
+            group["lr"], group["weight_decay"] = rate, decay
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        return (group for part in self.parts for group in part.param_groups)
+
+
+def build_optimizer(kind: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    """The optimizer of a student's trainable parameters; vectors (norms, biases) are not decayed.
+
+    adamw: fused. adamw_8bit: moments in 8 bits, through torchao. muon: orthogonalised momentum for matrices inside the
+    layers, its steps as long as AdamW's, so that one learning rate serves both (https://arxiv.org/abs/2502.16982).
+
+    Raises:
+        UserError: an unknown name, torchao is missing, or Muon under several processes.
+    """
+    if kind not in OPTIMIZERS:
+        raise UserError(f"optimizer '{kind}' is unknown; known: {', '.join(OPTIMIZERS)}")
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if kind == "muon":
+        if parallel.world_size() > 1:
+            raise UserError("optimizer: muon works on whole matrices, which several processes do not have; use adamw")
+        axes: Any = probe_axes(model.config)
+        inside = [value for name, value in named.items() if value.ndim == 2 and axes.layer_of(name) is not None]
+        taken = {id(value) for value in inside}
+        rest = [value for value in named.values() if id(value) not in taken]
+        muon = torch.optim.Muon(inside, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        return Optimizer([muon, _adamw(rest, learning_rate, weight_decay)])
+    if kind == "adamw_8bit":
+        return Optimizer([_adamw_8bit(list(named.values()), learning_rate, weight_decay)])
+    return Optimizer([_adamw(list(named.values()), learning_rate, weight_decay)])
+
+
+def _adamw(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(_groups(parameters, weight_decay), lr=learning_rate, betas=_BETAS, fused=True)
+
+
+def _adamw_8bit(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("optimizer: adamw_8bit needs torchao: pip install 'cascade-distill[8bit]'") from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(_groups(parameters, weight_decay), lr=learning_rate, betas=_BETAS)
+    return optimizer
+
+
+_BETAS = (0.9, 0.95)
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    # Norm weights and biases are not decayed: shrinking them has no regularising effect.
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

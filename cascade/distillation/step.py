@@ -1,0 +1,131 @@
+"""The gradients of one step, in microbatches that fit into memory."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.distillation import parallel
+from cascade.distillation.batch import batch_losses, sums_of
+from cascade.distillation.features import FeatureLoss
+from cascade.distillation.fused import Objective
+from cascade.errors import TrainingError
+from cascade.store import write_atomically
+
+logger = logging.getLogger(__name__)
+
+_FITTING = "microbatch.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one step is about."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    batch: TokenBlocks
+    """The whole step's blocks, of all processes."""
+    objective: Objective
+    features: FeatureLoss | None
+    scales: dict[str, float] | None
+    """What each feature loss is multiplied by; None: from this step's own losses, measured first."""
+    rows: Tensor
+    """The blocks' numbers, for messages."""
+
+
+def fitting_step(task: Task, microbatch_size: int, state_folder: Path | None) -> tuple[dict[str, float], int]:
+    """(losses, microbatch that fitted): out of memory it is halved, and the step done again from its start.
+
+    Several processes cannot do so in the middle of an exchange: there the smaller size is noted beside the training's
+    state, and the training ends, to go on with it when it is started again.
+    """
+    while True:
+        try:
+            return _accumulate(task, microbatch_size), microbatch_size
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            smaller = min(microbatch_size, len(task.batch)) // 2
+            if smaller < 1:
+                raise TrainingError(_nothing_fits(task)) from error
+            if parallel.world_size() > 1:
+                raise TrainingError(_note(state_folder, microbatch_size, smaller)) from error
+        # Outside the except clause, where nothing holds the step's tensors any more.
+        for parameter in task.student.parameters():
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        microbatch_size = smaller
+        logger.warning("out of memory: going on with microbatch_size %d, the same batches", microbatch_size)
+
+
+def fitting_microbatch(state_folder: Path | None, microbatch_size: int) -> int:
+    """The size asked for, or the smaller one that an earlier attempt has noted."""
+    noted = None if state_folder is None else state_folder / _FITTING
+    if noted is None or not noted.exists():
+        return microbatch_size
+    return min(microbatch_size, int(json.loads(noted.read_text())["microbatch_size"]))
+
+
+def _note(state_folder: Path | None, microbatch_size: int, smaller: int) -> str:
+    """Write the smaller size down; the message that says so."""
+    message = f"out of memory with microbatch_size {microbatch_size} on process {parallel.rank()}; "
+    if state_folder is None:
+        return message + f"give microbatch_size {smaller}"
+    state_folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(state_folder / _FITTING, json.dumps({"microbatch_size": smaller}) + "\n")
+    return message + f"run the same command again: it goes on with {smaller}, the same batches"
+
+
+def _nothing_fits(task: Task) -> str:
+    size = task.batch.block_size
+    return (
+        f"out of memory with a single block of {size} tokens; what would help: data.block_size {size // 2}, "
+        "gradient_checkpointing: true, optimizer: adamw_8bit, more processes, or a larger machine"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On the CPU it is a plain RuntimeError of the allocator.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def _accumulate(task: Task, microbatch_size: int) -> dict[str, float]:
+    """Gradients of one step into `.grad`; its losses in nats per token, over all processes' tokens that count."""
+    total_valid = int((task.batch.labels[:, 1:] != IGNORE_INDEX).sum())
+    if total_valid == 0:
+        raise TrainingError(
+            f"no token of blocks {task.rows.tolist()} counts for the loss (all labels are {IGNORE_INDEX})"
+        )
+    own = torch.arange(len(task.batch))[parallel.rank() :: parallel.world_size()]
+    parts = [task.batch.rows(rows) for rows in own.split(microbatch_size)]
+    scales = task.scales
+    if scales is None and task.features is not None:
+        with torch.no_grad():
+            scales = task.features.scales(_losses(task, parts, None, total_valid))
+    return _losses(task, parts, scales, total_valid)
+
+
+def _losses(
+    task: Task, parts: list[TokenBlocks], scales: dict[str, float] | None, total_valid: int
+) -> dict[str, float]:
+    """Mean losses of a step; with `scales` also its gradients."""
+    sums: dict[str, float] = {}
+    # Gradients are averaged over processes: each has its share of a sum, so it counts as often as there are processes.
+    share = parallel.world_size() / total_valid
+    for number, part in enumerate(parts):
+        parallel.sync_gradients(task.student, number == len(parts) - 1)
+        found = batch_losses(task.student, task.teacher, part, task.objective, task.features)
+        if scales is not None:
+            loss: Any = found.fused.loss
+            for name, value in found.features.items():
+                loss = loss + scales[name] * value
+            (loss * share).backward()
+        for name, summed in sums_of(found, task.teacher is not None).items():
+            sums[name] = sums.get(name, 0.0) + summed / total_valid
+    return parallel.total(sums, next(task.student.parameters()).device)

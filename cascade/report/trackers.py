@@ -1,0 +1,98 @@
+"""Where a training's log goes besides log.jsonl: TensorBoard, trackio, Weights & Biases, MLflow; none by default."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from cascade.errors import UserError
+
+Log = Callable[[dict[str, float]], None]
+
+_PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
+TRACKERS = tuple(_PACKAGES)
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is missing, before anything is computed.
+
+    Raises:
+        UserError: one is unknown or not installed.
+    """
+    for name in names:
+        if name not in _PACKAGES:
+            raise UserError(f"distill.trackers: unknown tracker '{name}'; known: {', '.join(TRACKERS)}")
+        try:
+            importlib.import_module(_PACKAGES[name])
+        except ImportError as error:
+            raise UserError(
+                f"distill.trackers: {name} is not installed; pip install 'cascade-distill[{name}]', or leave it out"
+            ) from error
+
+
+@contextmanager
+def tracked(
+    names: Sequence[str], *, project: str, run: str, folder: Path, settings: dict[str, Any]
+) -> Iterator[Log | None]:
+    """A function that takes one entry of the log, and passes it on to every tracker; None without any.
+
+    `folder` is for those that write files of their own (TensorBoard).
+    """
+    if not names:
+        yield None
+        return
+    require_trackers(names)
+    with ExitStack() as stack:
+        logs = [_OPENERS[name](stack, project, run, folder, settings) for name in names]
+
+        def log(entry: dict[str, float]) -> None:
+            values = {key: value for key, value in entry.items() if key != "step"}
+            for one in logs:
+                one(values, int(entry["step"]))
+
+        yield log
+
+
+_Send = Callable[[dict[str, float], int], Any]
+
+
+def _tensorboard(stack: ExitStack, project: str, run: str, folder: Path, settings: dict[str, Any]) -> _Send:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(folder / "tensorboard" / run))
+    stack.callback(writer.close)
+
+    def send(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return send
+
+
+def _trackio(stack: ExitStack, project: str, run: str, folder: Path, settings: dict[str, Any]) -> _Send:
+    import trackio
+
+    trackio.init(project=project, name=run, config=settings, embed=False)
+    stack.callback(trackio.finish)
+    return lambda values, step: trackio.log(values, step=step)
+
+
+def _wandb(stack: ExitStack, project: str, run: str, folder: Path, settings: dict[str, Any]) -> _Send:
+    import wandb
+
+    opened: Any = wandb.init(project=project, name=run, config=settings, dir=str(folder))
+    stack.callback(opened.finish)
+    return lambda values, step: opened.log(values, step=step)
+
+
+def _mlflow(stack: ExitStack, project: str, run: str, folder: Path, settings: dict[str, Any]) -> _Send:
+    import mlflow
+
+    mlflow.set_experiment(project)
+    stack.enter_context(mlflow.start_run(run_name=run))
+    mlflow.log_params({name: value for name, value in settings.items() if isinstance(value, str | int | float)})
+    return lambda values, step: mlflow.log_metrics(values, step=step)
+
+
+_OPENERS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow}
