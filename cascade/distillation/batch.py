@@ -52,8 +52,8 @@ def batch_losses(
             teacher_ND, teacher_head = of_counted(teacher_hidden(teacher, **inputs)), head_of(teacher)
             student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
         else:
-            with torch.no_grad(), features.watching(teacher, teacher=True) as theirs:
-                teacher_ND, teacher_head = of_counted(last_hidden(teacher, **inputs, use_cache=False)), head_of(teacher)
+            hidden_BSD, theirs = features.of_teacher(teacher, inputs)
+            teacher_ND, teacher_head = of_counted(hidden_BSD), head_of(teacher)
             with features.watching(student, teacher=False) as ours:
                 student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
             everywhere_BS = torch.nn.functional.pad(counts_BS, (0, 1))

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
+from cascade.distillation.head import last_hidden
+from cascade.distillation.memory import remembered
 from cascade.distillation.origin import Origin
 from cascade.errors import UserError
 from cascade.models.axes import probe_axes
@@ -115,6 +117,20 @@ class FeatureLoss:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def of_teacher(self, teacher: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Seen]:
+        """What the teacher's head would read of `inputs`, [B, S, D], and what the losses need of its layers."""
+
+        def look() -> dict[str, Tensor]:
+            with self.watching(teacher, teacher=True) as seen:
+                hidden = last_hidden(teacher, **inputs, use_cache=False)
+            points = {f"point {number}": value for number, value in seen.points.items()}
+            return {"hidden": hidden} | points | seen.projections
+
+        what = f"{sorted({self.origin.points[place] for place in self.places})} {bool(self.features.relations)}"
+        found = remembered(teacher, inputs, what, look)
+        points = {int(name.split()[1]): value for name, value in found.items() if name.startswith("point")}
+        return found["hidden"], Seen(points, {name: found[name] for name in "qkv" if name in found})
 
     def losses(self, student: Seen, teacher: Seen, counted_BS: Tensor, allowed_BSS: Tensor) -> dict[str, Tensor]:
         """Each loss, summed over the tokens that count: [] float32 with a gradient towards the student.
