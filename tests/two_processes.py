@@ -10,6 +10,9 @@ from safetensors.torch import save_file
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation import parallel
+from cascade.distillation.features import FeatureLoss, Features
+from cascade.distillation.optimizer import Optimizer
+from cascade.distillation.origin import Origin
 from cascade.distillation.trainer import distill
 
 
@@ -23,9 +26,22 @@ def uneven_blocks() -> TokenBlocks:
     return TokenBlocks(blocks.input_ids, labels, 3.0)
 
 
-def train(output: Path, *, tied: bool, state: Path | None, die_after: int | None) -> None:
-    """Ten steps; the process ends at once after step `die_after`."""
+def train(
+    output: Path, *, tied: bool, state: Path | None, die_after: int | None, num_steps: int, rate: float, microbatch: int
+) -> None:
+    """A training with everything that sees sharded tensors; the process ends at once after step `die_after`."""
     import os
+
+    gradients: dict[str, torch.Tensor] = {}
+    step = Optimizer.step
+
+    def noted_step(self: Optimizer) -> None:
+        if not gradients:
+            for name, parameter in student.named_parameters():
+                gradients[name] = parallel.whole(parameter.grad).clone().contiguous()
+        step(self)
+
+    Optimizer.step = noted_step
 
     def on_step(done: int, total: int) -> None:
         if done == die_after:
@@ -33,14 +49,16 @@ def train(output: Path, *, tied: bool, state: Path | None, die_after: int | None
 
     parallel.join()
     student, teacher = make_model("llama", seed=2, tied=tied), make_model("llama", seed=1, tied=tied)
+    features = FeatureLoss(Features(hidden="cosine", relations=("vv",)), Origin((0, 1, 2, 3)), student, teacher)
     metrics = distill(
-        student, teacher, uneven_blocks(), num_tokens=8 * 16 * 10, batch_size=8, microbatch_size=2, learning_rate=1e-2,
-        selection=make_blocks(count=4, seed=9), selection_every=5, state_folder=state, save_every_minutes=0,
-        on_step=on_step,
+        student, teacher, uneven_blocks(), num_tokens=8 * 16 * num_steps, batch_size=8, microbatch_size=microbatch,
+        learning_rate=rate, selection=make_blocks(count=4, seed=9), selection_every=5, state_folder=state,
+        save_every_minutes=0, on_step=on_step, features=features, ema_decay=0.5,
     )  # fmt: skip
     weights = {name: value.clone().contiguous() for name, value in parallel.whole_weights(student)}
     if parallel.rank() == 0:
         save_file(weights, output / "weights.safetensors")
+        save_file(gradients, output / "gradients.safetensors")
         (output / "curve.json").write_text(json.dumps(metrics.curve))
     parallel.leave()
 
@@ -48,5 +66,5 @@ def train(output: Path, *, tied: bool, state: Path | None, die_after: int | None
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    state = Path(settings["state"]) if settings["state"] else None
-    train(Path(settings["output"]), tied=settings["tied"], state=state, die_after=settings["die_after"])
+    settings["state"] = Path(settings["state"]) if settings["state"] else None
+    train(Path(settings.pop("output")), **settings)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.distillation import parallel
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
@@ -112,6 +113,7 @@ def selection_losses(
         sums[1] += found.divergence.sum().item()
         count += len(found.divergence)
     student.train()
+    parallel.reshard(student)
     losses = {"selection_loss": sums[0] / count}
     return losses if teacher is None else losses | {"selection_kl": sums[1] / count}
 

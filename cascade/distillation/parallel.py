@@ -125,6 +125,13 @@ def sync_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_requires_gradient_sync(wanted)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward one has gathered: only then are parameters shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a process holds a part of the tensor only."""
     return isinstance(tensor, DTensor)
