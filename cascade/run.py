@@ -142,7 +142,7 @@ def _prepare(runner: StageRunner, recipe: Recipe) -> Shared:
         "parent",
         "data",
         recipe.data.model_dump(
-            include={"source", "text_field", "messages_field", "weights", "block_size", "max_tokens"}
+            include={"source", "text_field", "messages_field", "weights", "streaming", "block_size", "max_tokens"}
         )
         | {"document_masks": recipe.data.masks_documents},
         {name: digests[name] for name in ("source", "parent")},

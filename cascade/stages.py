@@ -63,6 +63,7 @@ def text_data(data: Data) -> TextData:
         hub_splits={name: values[0] for name, values in given.items()} if data.source == "hub" else None,
         messages_field=data.messages_field,
         weights=tuple(data.weights),
+        streaming=data.streaming,
     )
 
 
@@ -114,6 +115,7 @@ def make_data(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
             block_size=data.block_size,
             max_blocks=limit,
             document_masks=data.masks_documents,
+            stream_folder=partial_of(folder),
         )
         save_blocks(blocks, folder / f"{split}.safetensors")
 

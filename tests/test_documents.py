@@ -1,5 +1,6 @@
 """Packed documents that do not see each other, chat messages, weighted mixtures."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_architectures import DECODERS, config_of
 
+from cascade.data import streaming
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks, pack_tokens, save_blocks
 from cascade.data.messages import chat_documents, conversation_tokens
 from cascade.data.prepare import mixed, prepare_blocks
@@ -153,3 +155,60 @@ def test_weights_of_files_are_shares_of_the_training_blocks(tokenizer, tmp_path)
     assert len(blocks) == 80
     texts = [tokenizer.decode(row) for row in blocks.input_ids]
     assert sum("alpha" in text for text in texts) == 60
+
+
+class Killed(BaseException):
+    """Stands for a death that no handler sees."""
+
+
+@pytest.mark.parametrize("document_masks", [False, True])
+def test_streamed_text_gives_the_blocks_of_text_read_at_once_and_goes_on_where_it_was_stopped(
+    tokenizer, tmp_path, monkeypatch, document_masks
+):
+    for name in "ab":
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            for number in range(900):
+                file.write(json.dumps({"text": f"{name} document {number} has these words"}) + "\n")
+    files = tuple(str(tmp_path / f"{name}.jsonl") for name in "ab")
+    data = TextData("files", {"train": files})
+    options = {"block_size": 32, "max_blocks": 300, "document_masks": document_masks}
+    whole = prepare_blocks(data, "train", tokenizer, **options)
+    streamed = dataclasses.replace(data, streaming=True)
+    assert_same(prepare_blocks(streamed, "train", tokenizer, **options), whole)
+
+    read = []
+    tokens = streaming._tokens
+
+    def dies(documents, *args):
+        read.append(documents[0])
+        if len(read) == 4:
+            raise Killed
+        return tokens(documents, *args)
+
+    monkeypatch.setattr(streaming, "_tokens", dies)
+    own = {**options, "folder": tmp_path / "cursor", "shard_tokens": 3000}
+    with pytest.raises(Killed):
+        streaming.stream_blocks(streamed, "train", tokenizer, **own)
+    resumed = streaming.stream_blocks(streamed, "train", tokenizer, **own)
+    assert_same(resumed, whole)
+    assert read[4] in read[1:4]  # after the last whole shard, not from the start
+
+
+def test_streamed_chat_and_its_splits_are_those_of_chat_read_at_once(tokenizer, tmp_path):
+    with (tmp_path / "chat.jsonl").open("w") as file:
+        for number in range(400):
+            turn = [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"it is {number}"}]
+            file.write(json.dumps({"messages": turn}) + "\n")
+    data = TextData("files", {"train": (str(tmp_path / "chat.jsonl"),)}, messages_field="messages")
+    for split in ("train", "selection"):
+        options = {"block_size": 32, "max_blocks": 50, "document_masks": True}
+        streamed = prepare_blocks(dataclasses.replace(data, streaming=True), split, tokenizer, **options)
+        assert_same(streamed, prepare_blocks(data, split, tokenizer, **options))
+
+
+def assert_same(one, other):
+    assert torch.equal(one.input_ids, other.input_ids)
+    assert torch.equal(one.labels, other.labels)
+    assert (one.position_ids is None) == (other.position_ids is None)
+    assert one.position_ids is None or torch.equal(one.position_ids, other.position_ids)
+    assert one.bytes_per_token == pytest.approx(other.bytes_per_token, rel=0.05)

@@ -85,11 +85,22 @@ def pack_documents(
     Raises:
         UserError: the text does not fill one block.
     """
-    end = end_token(tokenizer, name)
-    documents = (([*ids, end], None, size) for ids, size in _encode(texts, tokenizer))
+    documents = encoded(texts, tokenizer, name)
     return pack_tokens(
         documents, block_size=block_size, max_blocks=max_blocks, document_masks=document_masks, name=name
     )
+
+
+def encoded(texts: Iterable[str], tokenizer: Any, name: str) -> Iterator[tuple[list[int], None, int]]:
+    """What `pack_tokens` takes, one document per text: its ids and the end token.
+
+    Raises:
+        UserError: the tokenizer has no end token.
+    """
+    end = end_token(tokenizer, name)
+    for some in batched(texts, 256):
+        ids = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        yield from (([*own, end], None, len(text.encode())) for own, text in zip(ids, some, strict=True))
 
 
 def end_token(tokenizer: Any, name: str) -> int:
@@ -146,12 +157,12 @@ def pack_tokens(
         packed,
         packed if labels == stream else blocks(labels),
         num_bytes / len(stream),
-        _from_block_start(blocks(places)) if document_masks else None,
+        from_block_start(blocks(places)) if document_masks else None,
     )
 
 
-def _from_block_start(places: Tensor) -> Tensor:
-    """Places counted from the block's start where a document began in an earlier block."""
+def from_block_start(places: Tensor) -> Tensor:
+    """[N, S]: places counted from the block's start where a document began in an earlier block."""
     began = (places[:, 1:] == 0).cummax(1).values
     inherited = torch.cat([torch.ones_like(places[:, :1], dtype=torch.bool), ~began], 1)
     return torch.where(inherited, places - places[:, :1], places)
@@ -174,13 +185,6 @@ def load_blocks(path: Path) -> TokenBlocks:
         ids = found["input_ids"]
         bytes_per_token = float(file.metadata()["bytes_per_token"])
         return TokenBlocks(ids, found.get("labels", ids), bytes_per_token, found.get("position_ids"))
-
-
-def _encode(texts: Iterable[str], tokenizer: Any, batch: int = 256) -> Iterator[tuple[list[int], int]]:
-    """(ids, bytes) of each text."""
-    for some in batched(texts, batch):
-        ids = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        yield from ((own, len(text.encode())) for own, text in zip(ids, some, strict=True))
 
 
 def batched(values: Iterable[_T], size: int) -> Iterator[list[_T]]:

@@ -1,5 +1,8 @@
 """One split of a source -> token blocks: texts or conversations, one file or a weighted mixture of several."""
 
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -7,6 +10,10 @@ import torch
 from cascade.data.blocks import TokenBlocks, pack_documents, pack_tokens
 from cascade.data.messages import chat_documents
 from cascade.data.sources import TextData, read_documents
+from cascade.data.streaming import stream_blocks
+
+MOST_STREAMED = 4096
+"""Blocks of a split without a limit of its own, where text is streamed."""
 
 
 def prepare_blocks(
@@ -18,8 +25,11 @@ def prepare_blocks(
     max_blocks: int | None = None,
     document_masks: bool = False,
     name: str = "",
+    stream_folder: Path | None = None,
 ) -> TokenBlocks:
     """The packed blocks of a split; of 'train' with weights, a mixture.
+
+    Where text is streamed, what was read is kept in `stream_folder` until all is done.
 
     Raises:
         UserError: there is not one block of text, or a source cannot be read.
@@ -34,6 +44,17 @@ def prepare_blocks(
             return pack_tokens(chat_documents(documents, tokenizer, place), name=place, **options)
         return pack_documents(documents, tokenizer, name=place, **options)
 
+    if data.streaming:
+        with nullcontext(stream_folder) if stream_folder else TemporaryDirectory() as folder:
+            return stream_blocks(
+                data,
+                split,
+                tokenizer,
+                block_size=block_size,
+                max_blocks=max_blocks or MOST_STREAMED,
+                document_masks=document_masks,
+                folder=Path(folder),
+            )
     if split != "train" or not data.weights:
         return packed(None, max_blocks)
     shares = [weight / sum(data.weights) for weight in data.weights]

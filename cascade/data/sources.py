@@ -43,6 +43,19 @@ class TextData:
     """Documents are conversations, in this field, instead of texts."""
     weights: tuple[float, ...] = ()
     """Of the files of 'train': shares of its tokens; by their size where not given"""
+    streaming: bool = False
+    """Documents are read one after another, only as many as are needed"""
+
+    @property
+    def own_splits(self) -> dict[str, tuple[str, ...]]:
+        """Files, or the hub dataset's splits, by split; those that are not here are cut from 'train'."""
+        if self.source == "files":
+            return self.files
+        return {name: (value,) for name, value in (self.hub_splits or {}).items()}
+
+    def names_of(self, split: str) -> tuple[str, ...]:
+        """What is read for a split."""
+        return self.own_splits.get(split, self.own_splits["train"])
 
 
 Document = str | list[dict[str, Any]]
@@ -63,20 +76,34 @@ def read_documents(data: TextData, split: str, *, only: Sequence[str] | None = N
         raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
     if data.source == "stdlib":
         return _stdlib(split)
-    own = data.files if data.source == "files" else {name: (value,) for name, value in (data.hub_splits or {}).items()}
-    documents = _read(data, only or own["train" if split not in own else split])
-    if split == "train" or split not in own:
-        shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
-        documents = [one for one in documents if split_of_text(_as_text(one), shares=shares) == split]
-    above = SPLITS[SPLITS.index(split) + 1 :] if split in own else [name for name in SPLITS if name != "train"]
-    taken = {_as_text(one) for name in above if name in own for one in _read(data, own[name])}
-    documents = [one for one in documents if _as_text(one) not in taken]
+    elsewhere = kept_elsewhere(data, split)
+    read = _read(data, only or data.names_of(split))
+    documents = [one for one in read if belongs(data, split, one, elsewhere)]
     if not documents:
         raise UserError(
             f"data: no documents for the {split} split that are not in another; give more text, or data.{split} files "
             "of its own"
         )
     return documents
+
+
+def kept_elsewhere(data: TextData, split: str) -> frozenset[str]:
+    """Texts of files of later splits: what stands in two splits belongs to the one that needs it untouched more."""
+    own = data.own_splits
+    above = SPLITS[SPLITS.index(split) + 1 :] if split in own else [name for name in SPLITS if name != "train"]
+    return frozenset(_as_text(one) for name in above if name in own for one in _read(data, own[name]))
+
+
+def belongs(data: TextData, split: str, document: Any, elsewhere: frozenset[str]) -> bool:
+    """Whether a document that stands where the split is read is the split's; `elsewhere` is `kept_elsewhere`."""
+    if not document or (isinstance(document, str) and not document.strip()):
+        return False
+    own, text = data.own_splits, _as_text(document)
+    if split == "train" or split not in own:
+        shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
+        if split_of_text(text, shares=shares) != split:
+            return False
+    return text not in elsewhere
 
 
 def _as_text(document: Document) -> str:
@@ -101,28 +128,36 @@ def _read(data: TextData, names: Sequence[str]) -> list[Any]:
     documents: list[Any] = []
     field = data.messages_field or data.text_field
     for name in names:
-        if data.source == "hub":
-            rows = _load_hub(data, name, load_dataset)
-        else:
-            rows = _load_file(name, load_dataset)
+        rows = (_load_hub if data.source == "hub" else _load_file)(data, name, load_dataset)
         if field not in rows.column_names:
             key = "messages_field" if data.messages_field else "text_field"
             raise UserError(f"{name}: no field '{field}'; it has: {', '.join(rows.column_names)}. Set data.{key}.")
-        if data.messages_field:
-            documents += rows[field]
-        else:
-            documents += [text for text in rows[field] if isinstance(text, str) and text.strip()]
+        documents += rows[field] if data.messages_field else [one for one in rows[field] if isinstance(one, str)]
     return documents
 
 
-def _load_file(name: str, load_dataset: Any) -> Any:
+def open_stream(data: TextData, name: str) -> Any:
+    """The rows of a file or hub split, read one after another; its `state_dict` says where reading stands."""
+    from datasets import load_dataset
+
+    field = data.messages_field or data.text_field
+    rows = (_load_hub if data.source == "hub" else _load_file)(data, name, load_dataset, streaming=True)
+    first = next(iter(rows), None)
+    if first is not None and field not in first:
+        key = "messages_field" if data.messages_field else "text_field"
+        raise UserError(f"{name}: no field '{field}'; it has: {', '.join(first)}. Set data.{key}.")
+    return rows
+
+
+def _load_file(data: TextData, name: str, load_dataset: Any, **options: Any) -> Any:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"data: {name}: no such file")
     suffixes = [suffix for suffix in path.suffixes if suffix in _READERS]
     if not suffixes:
         raise UserError(f"data: {name}: unknown kind of file; known: {', '.join(_READERS)} (also .gz)")
-    options = {"sample_by": "document"} if _READERS[suffixes[-1]] == "text" else {}
+    if _READERS[suffixes[-1]] == "text":
+        options["sample_by"] = "document"
     try:
         return load_dataset(_READERS[suffixes[-1]], data_files=str(path), split="train", **options)
     except Exception as error:  # datasets wraps parsers' errors in classes of its own, one per format
@@ -130,8 +165,8 @@ def _load_file(name: str, load_dataset: Any) -> Any:
         raise UserError(f"data: {name}: cannot be read: {cause}") from error
 
 
-def _load_hub(data: TextData, split: str, load_dataset: Any) -> Any:
+def _load_hub(data: TextData, split: str, load_dataset: Any, **options: Any) -> Any:
     try:
-        return load_dataset(data.dataset, data.dataset_config or None, split=split, revision=data.revision)
+        return load_dataset(data.dataset, data.dataset_config or None, split=split, revision=data.revision, **options)
     except Exception as error:  # network, missing dataset, missing split: all the user's to mend
         raise UserError(f"data: {data.dataset}@{data.revision}, split {split}: cannot be loaded: {error}") from error

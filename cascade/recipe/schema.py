@@ -98,6 +98,9 @@ class Data(Section):
     messages_field: str = ""
     """Instead of text: the field with chat messages ({role, content}). They go through the parent's own chat template;
     only what the assistant says counts for the loss."""
+    streaming: bool = False
+    """Read documents one after another, only as many as max_tokens take; for text that does not
+    fit into memory. The training text is then the start of the files, in their order."""
     document_masks: bool | None = None
     """Whether the documents of a block do not see each other. Not given: conversations do not, texts do."""
     dataset: str = ""
@@ -122,6 +125,8 @@ class Data(Section):
             raise ValueError(
                 f"`weights`: {len(self.weights)} numbers for {len(self.train)} entries of `train` (source files only)"
             )
+        if self.streaming and (self.source == "stdlib" or self.weights):
+            raise ValueError("`streaming` is for source files or hub, and without `weights`")
         if self.source == "stdlib" and self.messages_field:
             raise ValueError("source stdlib has no chat messages; remove `messages_field`")
         splits = {

@@ -1,0 +1,111 @@
+"""Text that is too large to read at once: documents one after another, packed shard by shard, with a cursor on disk.
+
+After each shard the cursor says where reading stands, so that preparing data goes on where it was stopped, to the same
+blocks.
+
+Shapes: T = tokens; the three rows of a [3, T] stream are ids, labels and places in the document.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cascade.data.blocks import TokenBlocks, batched, encoded, from_block_start
+from cascade.data.messages import chat_documents
+from cascade.data.sources import TextData, belongs, kept_elsewhere, open_stream
+from cascade.errors import UserError
+from cascade.store import write_atomically
+
+logger = logging.getLogger(__name__)
+
+SHARD_TOKENS = 1 << 22
+_BATCH = 256
+
+
+def stream_blocks(
+    data: TextData,
+    split: str,
+    tokenizer: Any,
+    *,
+    block_size: int,
+    max_blocks: int,
+    document_masks: bool,
+    folder: Path,
+    shard_tokens: int = SHARD_TOKENS,
+) -> TokenBlocks:
+    """The first `max_blocks` blocks of a split, in the order of its files; shards and cursor are kept in `folder`.
+
+    Raises:
+        UserError: the text does not fill one block.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{split}-cursor.json"
+    cursor: dict[str, Any] = {"file": 0, "reader": None, "shards": 0, "bytes": 0, "tokens": 0}
+    if place.exists():
+        cursor = json.loads(place.read_text())
+        logger.warning("data.%s: going on after %d tokens", split, cursor["tokens"])
+    shards = [_shard(folder, split, number) for number in range(cursor["shards"])]
+    waiting: list[Tensor] = []
+    for documents, file, reader in _batches(data, split, cursor):
+        if cursor["tokens"] + sum(part.shape[1] for part in waiting) >= max_blocks * block_size:
+            break
+        waiting.append(_tokens(documents, data, tokenizer, split))
+        cursor |= {"file": file, "reader": reader, "bytes": cursor["bytes"] + _bytes(documents)}
+        if sum(part.shape[1] for part in waiting) >= shard_tokens:
+            shard, waiting = torch.cat(waiting, 1), []
+            save_file({"tokens": shard}, folder / f"{split}-{cursor['shards']:05d}.safetensors")
+            shards.append(shard)
+            cursor |= {"shards": cursor["shards"] + 1, "tokens": cursor["tokens"] + shard.shape[1]}
+            write_atomically(place, json.dumps(cursor) + "\n")
+    whole = torch.cat([*shards, *waiting], 1) if shards or waiting else torch.zeros(3, 0, dtype=torch.int32)
+    count = min(max_blocks, whole.shape[1] // block_size)
+    if count == 0:
+        raise UserError(
+            f"data.{split}: {whole.shape[1]} tokens do not fill one block of {block_size} tokens; give more text or a "
+            "smaller data.block_size"
+        )
+    ids, labels, places = whole[:, : count * block_size].view(3, count, block_size).to(torch.int64)
+    bytes_per_token = cursor["bytes"] / whole.shape[1]
+    return TokenBlocks(ids, labels, bytes_per_token, from_block_start(places) if document_masks else None)
+
+
+def _shard(folder: Path, split: str, number: int) -> Tensor:
+    tokens: Tensor = load_file(folder / f"{split}-{number:05d}.safetensors")["tokens"]
+    return tokens
+
+
+def _batches(data: TextData, split: str, cursor: dict[str, Any]) -> Iterator[tuple[list[Any], int, dict[str, Any]]]:
+    """(documents of the split, number of the file, where its reader stands after them)."""
+    names, elsewhere = data.names_of(split), kept_elsewhere(data, split)
+    for number in range(cursor["file"], len(names)):
+        rows = open_stream(data, names[number])
+        if number == cursor["file"] and cursor["reader"] is not None:
+            rows.load_state_dict(cursor["reader"])
+        field = data.messages_field or data.text_field
+        for some in batched(rows, _BATCH):
+            yield [row[field] for row in some if belongs(data, split, row[field], elsewhere)], number, rows.state_dict()
+
+
+def _tokens(documents: list[Any], data: TextData, tokenizer: Any, split: str) -> Tensor:
+    """int32 [3, T] of these documents."""
+    pieces = (
+        chat_documents(documents, tokenizer, f"data.{split}")
+        if data.messages_field
+        else encoded(documents, tokenizer, f"data.{split}")
+    )
+    rows: list[list[int]] = [[], [], []]
+    for ids, labels, _ in pieces:
+        for row, values in zip(rows, (ids, ids if labels is None else labels, range(len(ids))), strict=True):
+            row += values
+    return torch.tensor(rows, dtype=torch.int32).view(3, -1)
+
+
+def _bytes(documents: list[Any]) -> int:
+    texts = (one if isinstance(one, str) else "".join(part["content"] for part in one) for one in documents)
+    return sum(len(text.encode()) for text in texts)
