@@ -16,7 +16,7 @@ from cascade.distillation.divergences import Options
 from cascade.distillation.features import FeatureLoss, Features
 from cascade.distillation.fused import Objective
 from cascade.distillation.on_policy import OnPolicy
-from cascade.distillation.origin import even_origin, origin_of
+from cascade.distillation.origin import Origin, even_origin, origin_of
 from cascade.distillation.range_test import usual_rate
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
@@ -67,16 +67,22 @@ def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
 
 
 def feature_loss(
-    settings: Distill, plans: Sequence[PruningPlan], student: nn.Module, teacher: nn.Module | None
+    settings: Distill, plans: Sequence[PruningPlan] | None, student: nn.Module, teacher: nn.Module | None
 ) -> FeatureLoss | None:
-    """The recipe's distill.features for one student; `plans` lead from the teacher to it (none: it was not cut)."""
+    """The recipe's distill.features for one student; `plans` lead from the teacher to it (None: it was not cut)."""
     asked = settings.features
     weights = {str(name): weight for name, weight in asked.weights.items()}
-    hidden = ("cosine" if plans else None) if asked.hidden == "auto" else asked.hidden
-    features = Features(hidden, asked.embedding, tuple(asked.relations), asked.relation_heads, weights, asked.balanced)
+    wanted = ("cosine" if plans else "none") if asked.hidden == "auto" else asked.hidden
+    hidden, embedding = (None if name == "none" else name for name in (wanted, asked.embedding))
+    features = Features(hidden, embedding, tuple(asked.relations), asked.relation_heads, weights, asked.balanced)
     if teacher is None or not features.names():
         return None
-    origin = origin_of(plans) if plans else even_origin(dims_of(student.config), dims_of(teacher.config))
+    if plans:
+        origin = origin_of(plans)
+    elif hidden or embedding:
+        origin = even_origin(dims_of(student.config), dims_of(teacher.config))
+    else:
+        origin = Origin(())
     return FeatureLoss(features, origin, student, teacher)
 
 
@@ -160,7 +166,7 @@ def make_candidate(
     teacher: nn.Module,
     *,
     hidden: str,
-    lineage: Sequence[Path],
+    lineage: Sequence[Path] | None,
     num_tokens: int,
     on_step: OnStep,
 ) -> None:
@@ -175,6 +181,7 @@ def make_candidate(
         how = REPAIRS["independent" if settings.method == "independent" else "sequential"]
         repair(student, model, plan, blocks, how, batch_size=recipe.calibration.batch_size)
     losses: dict[str, Any] = {"repaired": _selection(student, teacher, recipe, data), "recovered": None}
+    before = load_plans(lineage)
     if num_tokens and recipe.distill is not None:
         distill(
             student,
@@ -183,16 +190,16 @@ def make_candidate(
             num_tokens=num_tokens,
             seed=recipe.seed,
             on_step=on_step,
-            features=feature_loss(recipe.distill, [*load_plans(lineage), plan], student, teacher),
+            features=feature_loss(recipe.distill, None if before is None else [*before, plan], student, teacher),
             **training_options(recipe.distill, _finalist_rate(recipe, num_tokens)),
         )
         losses["recovered"] = _selection(student, teacher, recipe, data)
     _write(folder / "losses.json", losses)
 
 
-def load_plans(lineage: Sequence[Path]) -> list[PruningPlan]:
-    """The plans in these folders of prune stages."""
-    return [load_plan(folder / "plan.json") for folder in lineage]
+def load_plans(lineage: Sequence[Path] | None) -> list[PruningPlan] | None:
+    """The plans in these folders of prune stages; None where a model was not cut from the parent."""
+    return None if lineage is None else [load_plan(folder / "plan.json") for folder in lineage]
 
 
 def _finalist_rate(recipe: Recipe, num_tokens: int) -> float:

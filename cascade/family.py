@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cascade.distillation import parallel
+from cascade.distillation.features import fitting_heads
+from cascade.distillation.optimizer import require_optimizer
 from cascade.errors import UserError
 from cascade.estimates import dtype_bytes, peak_memory, stage_seconds
 from cascade.models.architecture import model_class_of
@@ -115,9 +118,10 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     """
     require_context(parent_config, recipe.data.block_size, "data.block_size")
     if recipe.data.masks_documents:
-        require_document_masks(parent_config)
+        for config in [parent_config, *(one.config for one in members if not one.seed)]:
+            require_document_masks(config)
     if recipe.distill is not None:
-        require_trackers(recipe.distill.trackers)
+        _require_trainable(recipe.distill, parent_config, members)
     if recipe.prune.hidden == "pca":
         require_rotatable(parent_config, probe_axes(parent_config))
     if any(one.seed for one in members) and not model_class_of(parent_config).can_generate():
@@ -132,6 +136,20 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             cut |= {name for name in CUT_DIMS if name not in (one.target.dims or {})}  # what may be tried
     rotated = any(one.seed and "pca" in (one.hidden, *one.hidden_choices) for one in members)
     return prove_cuts(parent_config, along=sorted(cut), rotated=rotated) if cut else {}
+
+
+def _require_trainable(distill: Distill, parent_config: Any, members: list[ResolvedMember]) -> None:
+    """Refuse now what would stop the training of a member later."""
+    require_trackers(distill.trackers)
+    require_optimizer(distill.optimizer)
+    own = distill.on_policy
+    if own is not None:
+        require_context(parent_config, own.max_new_tokens + 1, "distill.on_policy.max_new_tokens")
+        if parallel.world_size() > 1:
+            raise UserError("distill.on_policy: a student shared out to several processes cannot write; use one")
+    if distill.features.relations:
+        for one in members:
+            fitting_heads(distill.features.relation_heads, [one.dims, dims_of(parent_config)])
 
 
 def require_context(config: Any, block_size: int, place: str) -> None:

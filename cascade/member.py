@@ -55,10 +55,11 @@ def make_member(
     runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: FinishedMember | None
 ) -> FinishedMember:
     """All stages of one member; `seed` is None where that is the parent."""
-    before, seed_folder = (seed.lineage, seed.distilled) if seed else ([], None)
+    seed_folder = seed.distilled if seed else None
+    before: list[Path] | None = seed.lineage if seed else []
     cut = _make_cut(runner, recipe, shared, member, seed_folder) if member.seed else None
     repaired = _make_repaired(runner, recipe, shared, member, seed_folder, cut) if cut else None
-    lineage = [*before, cut] if cut else []
+    lineage = None if cut is None or before is None else [*before, cut]
     made_start = repaired or cut
     start = ModelSource(made_start / CHECKPOINT, member.name) if made_start else resolve_model(member.member.student)
     if made_start is None:
@@ -129,7 +130,7 @@ def _make_rate(
     member: ResolvedMember,
     start: ModelSource,
     inputs: dict[str, str],
-    lineage: list[Path],
+    lineage: list[Path] | None,
 ) -> tuple[Path | None, float]:
     """(the folder of the search, the rate); no folder where the recipe gives a rate."""
     given = recipe.distill.learning_rate if recipe.distill else 0.0
@@ -172,14 +173,14 @@ def _make_baseline(
 
 
 def find_shape(
-    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, made: FinishedMember | None
+    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: FinishedMember | None
 ) -> list[Candidate]:
     """The shapes that were tried for a member, the chosen one first; empty where there is nothing to choose."""
     choosing = recipe.prune.search is not None or len(member.hidden_choices) > 1
     if not choosing or member.target is None or not member.target.bounds():
         return []
-    seed = made.distilled if made else None
-    source, statistics = _source(shared, member, seed), _make_statistics(runner, recipe, shared, member, seed)
+    folder = seed.distilled if seed else None
+    source, statistics = _source(shared, member, folder), _make_statistics(runner, recipe, shared, member, folder)
 
     def make(shape: FoundShape, num_tokens: int) -> Any:
         return lambda folder, on_step: make_candidate(
@@ -191,12 +192,12 @@ def find_shape(
             shared.data,
             shared.teacher(),
             hidden=shape.hidden,
-            lineage=made.lineage if made else [],
+            lineage=seed.lineage if seed else [],
             num_tokens=num_tokens,
             on_step=on_step,
         )
 
-    return search_shape(runner, recipe, member, source, _cut_inputs(shared, seed, statistics), make)
+    return search_shape(runner, recipe, member, source, _cut_inputs(shared, folder, statistics), make)
 
 
 def _source(shared: Shared, member: ResolvedMember, seed: Path | None) -> ModelSource:
@@ -286,6 +287,8 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
         "heldout_blocks": recipe.evaluate.heldout_blocks,
         "block_size": recipe.data.block_size,
         "document_masks": recipe.data.masks_documents,
+        "text_field": recipe.data.text_field,
+        "messages_field": recipe.data.messages_field,
     }
     if heldout_only:
         return heldout

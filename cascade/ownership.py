@@ -7,10 +7,17 @@ from pydantic import ValidationError
 
 from cascade.errors import UserError
 from cascade.family import ResolvedMember
+from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
 from cascade.yaml_reader import read_yaml
 
-_MAY_CHANGE = ("output", "evaluate", "baselines", "distill.microbatch_size", "parent.pretrain.microbatch_size")
+_MAY_CHANGE = (
+    "output",
+    "evaluate",
+    "baselines",
+    "parent.pretrain.microbatch_size",
+    *(f"distill.{key}" for key in WITHOUT_EFFECT),
+)
 """Keys whose change loses no finished training: what is measured, and how much memory a step takes."""
 
 

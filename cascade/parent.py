@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cascade.data.blocks import pack_documents
+from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.distillation.schedule import Schedule
 from cascade.models.checkpoint import (
@@ -49,18 +49,19 @@ def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     if settings is None:
         raise ValueError("the recipe's parent is not to be trained")
     data = text_data(recipe.data)
-    texts, chosen = read_documents(data, "train"), read_documents(data, "selection")
+    texts = read_documents(data, "train")
     config = parent_config(recipe)
     tokenizer = train_tokenizer(
         texts, vocab_size=settings.tokenizer.vocab_size, model_max_length=config.max_position_embeddings
     )
     own = {"config", "tokenizer", "tokens", "block_size", "warmup_fraction", "final_learning_rate_fraction"}
+    packing: dict[str, Any] = {"block_size": settings.block_size, "document_masks": recipe.data.masks_documents}
     model, _ = pretrain(
         config,
-        pack_documents(texts, tokenizer, block_size=settings.block_size, name="data.train"),
+        prepare_blocks(data, "train", tokenizer, **packing),
         num_tokens=settings.tokens,
         seed=recipe.seed,
-        selection=pack_documents(chosen, tokenizer, block_size=settings.block_size, name="data.selection").take(48),
+        selection=prepare_blocks(data, "selection", tokenizer, **packing).take(48),
         log_path=folder / "log.jsonl",
         on_step=on_step,
         schedule=Schedule("cosine", settings.warmup_fraction, settings.final_learning_rate_fraction),

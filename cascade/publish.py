@@ -37,8 +37,8 @@ class FinishedMember:
     distilled: Path
     evaluation: Path
     baselines: list[Row]
-    lineage: list[Path]
-    """The folders of the cuts from the parent to it."""
+    lineage: list[Path] | None
+    """The folders of the cuts from the parent to it; None where it was not cut from the parent."""
     candidates: list[Row] = field(default_factory=list)
     """Shapes that a search tried."""
 

@@ -166,6 +166,9 @@ def _make_parent(runner: StageRunner, recipe: Recipe, source_digest: str) -> Mod
         settings = recipe.parent.pretrain.model_dump(exclude={"microbatch_size"}) | {
             "seed": recipe.seed,
             "dtype": recipe.save.dtype,
+            "text_field": recipe.data.text_field,
+            "weights": recipe.data.weights,
+            "document_masks": recipe.data.masks_documents,
         }
         folder = runner.run(
             "parent",

@@ -130,13 +130,13 @@ def make_recovered(
     teacher: nn.Module | None,
     on_step: OnStep,
     *,
-    lineage: Sequence[Path],
+    lineage: Sequence[Path] | None,
     learning_rate: float,
 ) -> None:
     """The recovered member as a stock checkpoint, its training log, and logits for the reload gate.
 
-    `lineage` are the folders of the cuts that lead from the parent to it. Without a teacher it is the cross-entropy
-    baseline.
+    `lineage` are the folders of the cuts that lead from the parent to it, None where it was not cut from it. Without a
+    teacher it is the cross-entropy baseline.
     """
     settings = recipe.distill
     if settings is None:
@@ -197,14 +197,14 @@ def make_rate(
     teacher: nn.Module,
     on_step: OnStep,
     *,
-    lineage: Sequence[Path],
+    lineage: Sequence[Path] | None,
 ) -> None:
     """rate.json: the learning rate found for a member's recovery, and what was tried."""
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
     options = training_options(settings, 0.0)
-    for own in ("learning_rate", "selection_every", "save_every_minutes"):
+    for own in ("learning_rate", "selection_every", "save_every_minutes", "ema_decay"):
         options.pop(own)
     student, teacher = load_model(start).to(default_device()), _own_teacher(teacher, parent)
     found = find_learning_rate(

@@ -52,7 +52,7 @@ def test_blocks_read_back_as_they_were_written(tokenizer, tmp_path):
 
 
 def test_too_little_text_is_refused_with_the_numbers(tokenizer):
-    with pytest.raises(UserError, match=r"data.train: \d+ tokens in 1 documents do not fill one block of 512"):
+    with pytest.raises(UserError, match=r"data.train: \d+ tokens do not fill one block of 512"):
         pack_documents(["import os\n"], tokenizer, block_size=512, name="data.train")
 
 

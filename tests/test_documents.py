@@ -95,6 +95,33 @@ def test_only_what_the_assistant_says_counts(tokenizer):
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
 
 
+def test_an_answer_whose_first_token_begins_before_it_counts_from_there(tokenizer):
+    messages = [{"role": "user", "content": "indent"}, {"role": "assistant", "content": "    return x"}]
+    tokenizer.chat_template = TEMPLATE.replace("<assistant>", "<assistant>\n").replace(
+        "<{{ m.role }}>", "<{{ m.role }}>{{ '\n' if m.role == 'assistant' else '' }}"
+    )
+    try:
+        ids, labels = conversation_tokens(messages, tokenizer)
+    finally:
+        tokenizer.chat_template = TEMPLATE
+    counted = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+    assert counted.strip() == f"return x{tokenizer.eos_token}"
+    assert tokenizer.decode(ids).endswith(f"<assistant>\n    return x{tokenizer.eos_token}")
+
+
+def test_blocks_in_which_nothing_counts_are_dropped_and_no_answers_at_all_refused():
+    silent, spoken = ([1] * 8, [IGNORE_INDEX] * 8, 8), ([2] * 8, None, 8)
+    blocks = pack_tokens([silent, spoken, silent, spoken], block_size=8)
+    assert blocks.input_ids[:, 0].tolist() == [2, 2]
+    with pytest.raises(UserError, match="data.train: no token counts for the loss"):
+        pack_tokens([silent, silent], block_size=8, name="data.train")
+
+
+def test_with_masks_nobody_has_to_guess_a_documents_first_token():
+    blocks = pack_tokens([([1, 2, 3], None, 3), ([4, 5, 6, 7, 8], None, 5)], block_size=4, document_masks=True)
+    assert blocks.labels.tolist() == [[IGNORE_INDEX, 2, 3, IGNORE_INDEX], [5, 6, 7, 8]]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -104,13 +131,16 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         tokenizer.chat_template = None
         with pytest.raises(UserError, match="has no chat template"):
             conversation_tokens(messages, tokenizer)
+        tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+        with pytest.raises(UserError, match="the parent's chat template refuses it: no system role"):
+            conversation_tokens(messages, tokenizer)
     finally:
         tokenizer.chat_template = TEMPLATE
 
 
 @pytest.mark.parametrize("row", ["text", [], [{"role": "user"}], [{"role": "user", "content": 3}], None])
 def test_a_row_that_is_no_conversation_is_named(tokenizer, row):
-    with pytest.raises(UserError, match=r"data.train: row 1: expected a list of \{role, content\} messages"):
+    with pytest.raises(UserError, match=r"data.train: expected a list of \{role, content\} messages"):
         list(chat_documents([row], tokenizer, "data.train"))
 
 

@@ -64,7 +64,7 @@ def test_the_layer_before_a_gap_learns_what_came_after_it():
 def test_cuts_of_neurons_and_heads_leave_the_map_of_channels_whole_and_hidden_cuts_select():
     model = make_model()
     _, plan = cut(model, intermediate_size=16)
-    assert origin_of([plan]).projection is None
+    assert origin_of([plan]).project(torch.ones(2, 48)).shape == (2, 48)
     smaller, plan = cut(model, hidden_size=32)
     second_plan = cut(smaller, seed=4, hidden_size=16)[1]
     hidden = torch.randn(5, 48)

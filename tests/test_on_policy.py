@@ -17,7 +17,6 @@ SETTINGS = OnPolicy(0.5, prompt_tokens=5, max_new_tokens=7)
 
 def test_continuations_follow_their_prompts_and_only_they_count():
     student, blocks = make_model(seed=2), make_blocks(count=3)
-    student.generation_config.eos_token_id = None
     student.train()
     written = generate(student, blocks, SETTINGS)
     assert written.input_ids.shape == (3, 12)
@@ -29,7 +28,6 @@ def test_continuations_follow_their_prompts_and_only_they_count():
 
 def test_a_block_with_a_prompt_of_its_own_is_continued_after_that():
     student, blocks = make_model(seed=2), make_blocks(count=2)
-    student.generation_config.eos_token_id = None
     labels = blocks.labels.clone()
     labels[0, :9] = IGNORE_INDEX
     written = generate(student, dataclasses.replace(blocks, labels=labels), SETTINGS)
@@ -43,15 +41,36 @@ def test_a_block_with_a_prompt_of_its_own_is_continued_after_that():
 def test_nothing_counts_after_the_end_token_and_the_end_token_does():
     student, blocks = make_model(seed=2), make_blocks(count=4)
     torch.manual_seed(0)
-    student.generation_config.eos_token_id = None
     free = generate(student, blocks, dataclasses.replace(SETTINGS, temperature=1e-4))
     end = int(free.input_ids[0, 7])
-    student.generation_config.eos_token_id = end
-    ended = generate(student, blocks, dataclasses.replace(SETTINGS, temperature=1e-4))
+    ended = generate(student, blocks, dataclasses.replace(SETTINGS, temperature=1e-4), [end])
     counted = ended.labels[0] != IGNORE_INDEX
     first = (free.input_ids[0, 5:] == end).nonzero()[0] + 5
     assert counted.nonzero()[-1] == first
     assert ended.labels[0, first] == end
+
+
+def test_a_prompt_that_leaves_no_room_loses_its_start_and_a_masked_one_starts_with_its_document():
+    student, blocks = make_model(seed=2, max_position_embeddings=16), make_blocks(count=1)
+    labels = blocks.labels.clone()
+    labels[0, :12] = IGNORE_INDEX
+    long = dataclasses.replace(blocks, labels=labels)
+    written = generate(student, long, dataclasses.replace(SETTINGS, max_new_tokens=6))
+    assert torch.equal(written.input_ids[0, :10], blocks.input_ids[0, 2:12])
+    places = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    written = generate(student, dataclasses.replace(long, position_ids=places), SETTINGS)
+    assert torch.equal(written.input_ids[0, :5], blocks.input_ids[0, 7:12])
+
+
+def test_a_students_own_generation_settings_do_not_bend_its_samples():
+    student, blocks = make_model(seed=2), make_blocks(count=2)
+    texts = []
+    for penalty in (1.0, 9.0):
+        student.generation_config.repetition_penalty = penalty
+        torch.manual_seed(3)
+        texts.append(generate(student, blocks, SETTINGS).input_ids)
+        assert student.generation_config.repetition_penalty == penalty
+    assert torch.equal(*texts)
 
 
 def test_the_share_of_own_batches_is_what_was_asked_for():

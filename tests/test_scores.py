@@ -162,7 +162,7 @@ def test_gradient_scores_are_torch_prunings_criteria_on_the_whole_group(architec
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     weights = [model.get_parameter(f"{name}.weight") for name in names]
     gradients = []
-    for ids, labels in blocks.batches(3):
+    for ids, labels in ((part.input_ids, part.labels) for part in blocks.split(3)):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         gradients.append(torch.autograd.grad(loss, weights))

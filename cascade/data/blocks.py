@@ -31,7 +31,7 @@ class TokenBlocks:
     labels: Tensor
     """int64 [N, S], unshifted as in transformers; IGNORE_INDEX where no loss is wanted."""
     bytes_per_token: float
-    """UTF-8 bytes of text per token, for bits per byte."""
+    """UTF-8 bytes of text per token, for bits per byte; 0 where not all tokens count, and there is no such number."""
     position_ids: Tensor | None = None
     """int64 [N, S]: each token's place in its document, from the block's start on; None where the documents of a block
     see each other."""
@@ -55,18 +55,14 @@ class TokenBlocks:
         positions = None if self.position_ids is None else self.position_ids[rows]
         return TokenBlocks(self.input_ids[rows], self.labels[rows], self.bytes_per_token, positions)
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """What a model takes: a document's places start again at 0, which transformers reads as a mask between them."""
-        places = {} if self.position_ids is None else {"position_ids": self.position_ids}
-        return {"input_ids": self.input_ids} | places
+        places = {} if self.position_ids is None else {"position_ids": self.position_ids.to(device)}
+        return {"input_ids": self.input_ids.to(device)} | places
 
     def split(self, batch_size: int) -> "list[TokenBlocks]":
         """Blocks in stored order, `batch_size` at a time; the last may be fewer."""
         return [self.rows(rows) for rows in torch.arange(len(self)).split(batch_size)]
-
-    def batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """(input_ids, labels) [B, S] pairs in stored order; the last may be smaller."""
-        return list(zip(torch.split(self.input_ids, batch_size), torch.split(self.labels, batch_size), strict=True))
 
 
 def pack_documents(
@@ -128,37 +124,53 @@ def pack_tokens(
     """Blocks of (ids, labels or None for the ids themselves, bytes of text) documents, one after another.
 
     Raises:
-        UserError: they do not fill one block.
+        UserError: they do not fill one block, or no token in them counts.
     """
-    stream: list[int] = []
-    labels: list[int] = []
-    places: list[int] = []
-    num_documents = num_bytes = 0
-    for ids, own_labels, size in documents:
-        if max_blocks is not None and len(stream) >= max_blocks * block_size:
+    rows: list[list[int]] = [[], [], []]
+    num_bytes = 0
+    for ids, labels, size in documents:
+        if max_blocks is not None and len(rows[0]) >= max_blocks * block_size:
             break
-        stream += ids
-        labels += ids if own_labels is None else own_labels
-        places += range(len(ids))
-        num_bytes, num_documents = num_bytes + size, num_documents + 1
-    count = len(stream) // block_size
+        append_document(rows, ids, labels)
+        num_bytes += size
+    stream = torch.tensor(rows, dtype=torch.int64).view(3, -1)
+    return blocks_of(stream, num_bytes, block_size, max_blocks, document_masks, name)
+
+
+def append_document(rows: list[list[int]], ids: list[int], labels: list[int] | None) -> None:
+    """One more document at the end of a stream's three rows: ids, labels, places in the document."""
+    rows[0] += ids
+    rows[1] += ids if labels is None else labels
+    rows[2] += range(len(ids))
+
+
+def blocks_of(
+    stream: Tensor, num_bytes: int, block_size: int, max_blocks: int | None, document_masks: bool, name: str
+) -> TokenBlocks:
+    """A stream [3, T] of ids, labels and places, cut into blocks; those in which no token counts are dropped.
+
+    Raises:
+        UserError: it does not fill one block, or no token counts.
+    """
+    count = stream.shape[1] // block_size
     if count == 0:
         raise UserError(
-            f"{name}: {len(stream)} tokens in {num_documents} documents do not fill one block of {block_size} tokens; "
-            "give more text or a smaller data.block_size"
+            f"{name}: {stream.shape[1]} tokens do not fill one block of {block_size} tokens; give more text or a "
+            "smaller data.block_size"
         )
     count = count if max_blocks is None else min(count, max_blocks)
-
-    def blocks(values: list[int]) -> Tensor:
-        return torch.tensor(values[: count * block_size], dtype=torch.int64).view(count, block_size)
-
-    packed = blocks(stream)
-    return TokenBlocks(
-        packed,
-        packed if labels == stream else blocks(labels),
-        num_bytes / len(stream),
-        from_block_start(blocks(places)) if document_masks else None,
+    ids, labels, places = stream[:, : count * block_size].to(torch.int64).view(3, count, block_size)
+    all_count = torch.equal(ids, labels)
+    if document_masks:  # nothing that a document's first token could be told from
+        labels = labels.masked_fill(places == 0, IGNORE_INDEX)
+        places = from_block_start(places)
+    blocks = TokenBlocks(
+        ids, labels, num_bytes / stream.shape[1] if all_count else 0.0, places if document_masks else None
     )
+    kept = (labels[:, 1:] != IGNORE_INDEX).any(1).nonzero()[:, 0]
+    if len(kept) == 0:
+        raise UserError(f"{name}: no token counts for the loss; is there a message of the assistant?")
+    return blocks if len(kept) == count else blocks.rows(kept)
 
 
 def from_block_start(places: Tensor) -> Tensor:

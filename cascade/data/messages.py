@@ -15,28 +15,36 @@ Conversation = list[dict[str, Any]]
 def conversation_tokens(messages: Conversation, tokenizer: Any) -> tuple[list[int], list[int]]:
     """(ids, labels) of one conversation; labels are IGNORE_INDEX outside the assistant's turns.
 
-    A turn of the assistant is what the template adds to the conversation before it, opened for an answer.
+    A turn of the assistant is what the template adds to the conversation before it, opened for an answer; a token
+    counts if it ends in one.
 
     Raises:
-        UserError: the tokenizer has no chat template, or its text before a turn changes with the turn.
+        UserError: the tokenizer has no chat template, or the template refuses the messages, or writes what came before
+            a turn differently once the turn follows.
     """
     if not tokenizer.chat_template:
-        raise UserError("data.messages_field: the parent's tokenizer has no chat template")
-    whole = _tokens(messages, tokenizer)
-    labels = [IGNORE_INDEX] * len(whole)
+        raise UserError("the parent's tokenizer has no chat template")
+    whole = _written(messages, tokenizer)
+    turns = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _tokens(messages[:number], tokenizer, add_generation_prompt=True)
-        after = _tokens(messages[: number + 1], tokenizer)
-        # Some templates end the text with a line break that belongs to the next turn.
-        if after != whole[: len(after)] or before != after[: len(before)]:
+        if number == 0:
+            raise UserError("it starts with the assistant; there is nothing to answer")
+        before = _written(messages[:number], tokenizer, add_generation_prompt=True)
+        after = _written(messages[: number + 1], tokenizer)
+        if not whole.startswith(after) or not after.startswith(before):
             raise UserError(
-                "data.messages_field: the parent's chat template writes earlier turns differently once a later one "
-                f"follows (message {number + 1}); such conversations cannot be taken apart into what counts"
+                "the parent's chat template writes earlier turns differently once a later one follows (message "
+                f"{number + 1}); what counts cannot be told apart"
             )
-        labels[len(before) : len(after)] = after[len(before) :]
-    return whole, labels
+        turns.append((len(before), len(after)))
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    labels = [
+        token if any(start < end <= stop for start, stop in turns) else IGNORE_INDEX
+        for token, (_, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
+    ]
+    return list(found["input_ids"]), labels
 
 
 def chat_documents(
@@ -45,9 +53,11 @@ def chat_documents(
     """What `pack_tokens` takes, one document per conversation.
 
     Raises:
-        UserError: a row is no list of messages.
+        UserError: one is no list of messages, or cannot be written; it is shown.
     """
-    for number, messages in enumerate(conversations):
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: the parent's tokenizer does not say where its tokens stand; messages need that")
+    for messages in conversations:
         good = (
             isinstance(messages, list)
             and messages
@@ -57,13 +67,18 @@ def chat_documents(
             )
         )
         if not good:
-            raise UserError(
-                f"{name}: row {number + 1}: expected a list of {{role, content}} messages, found {str(messages)[:80]}"
-            )
-        ids, labels = conversation_tokens(messages, tokenizer)
+            raise UserError(f"{name}: expected a list of {{role, content}} messages, found {str(messages)[:200]}")
+        try:
+            ids, labels = conversation_tokens(messages, tokenizer)
+        except UserError as error:
+            raise UserError(f"{name}: {error}. The conversation: {str(messages)[:200]}") from error
         yield ids, labels, sum(len(one["content"].encode()) for one in messages)
 
 
-def _tokens(messages: Conversation, tokenizer: Any, **options: Any) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _written(messages: Conversation, tokenizer: Any, **options: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, ValueError) as error:
+        raise UserError(f"the parent's chat template refuses it: {error}") from error

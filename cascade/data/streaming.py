@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cascade.data.blocks import TokenBlocks, batched, encoded, from_block_start
+from cascade.data.blocks import TokenBlocks, append_document, batched, blocks_of, encoded
 from cascade.data.messages import chat_documents
 from cascade.data.sources import TextData, belongs, kept_elsewhere, open_stream
-from cascade.errors import UserError
 from cascade.store import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ def stream_blocks(
     """The first `max_blocks` blocks of a split, in the order of its files; shards and cursor are kept in `folder`.
 
     Raises:
-        UserError: the text does not fill one block.
+        UserError: the text does not fill one block, or no token in it counts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{split}-cursor.json"
@@ -64,15 +63,7 @@ def stream_blocks(
             cursor |= {"shards": cursor["shards"] + 1, "tokens": cursor["tokens"] + shard.shape[1]}
             write_atomically(place, json.dumps(cursor) + "\n")
     whole = torch.cat([*shards, *waiting], 1) if shards or waiting else torch.zeros(3, 0, dtype=torch.int32)
-    count = min(max_blocks, whole.shape[1] // block_size)
-    if count == 0:
-        raise UserError(
-            f"data.{split}: {whole.shape[1]} tokens do not fill one block of {block_size} tokens; give more text or a "
-            "smaller data.block_size"
-        )
-    ids, labels, places = whole[:, : count * block_size].view(3, count, block_size).to(torch.int64)
-    bytes_per_token = cursor["bytes"] / whole.shape[1]
-    return TokenBlocks(ids, labels, bytes_per_token, from_block_start(places) if document_masks else None)
+    return blocks_of(whole, cursor["bytes"], block_size, max_blocks, document_masks, f"data.{split}")
 
 
 def _shard(folder: Path, split: str, number: int) -> Tensor:
@@ -101,8 +92,7 @@ def _tokens(documents: list[Any], data: TextData, tokenizer: Any, split: str) ->
     )
     rows: list[list[int]] = [[], [], []]
     for ids, labels, _ in pieces:
-        for row, values in zip(rows, (ids, ids if labels is None else labels, range(len(ids))), strict=True):
-            row += values
+        append_document(rows, ids, labels)
     return torch.tensor(rows, dtype=torch.int32).view(3, -1)
 
 

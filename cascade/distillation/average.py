@@ -15,8 +15,8 @@ class Average:
 
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
-        """Take in the weights after `step` steps; early on it averages over all steps, as a mean does."""
-        decay = min(self.decay, step / (step + 1))
+        """Take in the weights after `step` steps; early on the average is shorter, so that it forgets the start."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         parameters = dict(student.named_parameters())
         for name, value in self.values.items():
             value.lerp_(parameters[name].detach(), 1 - decay)

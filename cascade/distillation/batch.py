@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation import parallel
-from cascade.distillation.features import FeatureLoss
+from cascade.distillation.features import FeatureLoss, Seen
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
@@ -37,7 +37,7 @@ def batch_losses(
 ) -> BatchLosses:
     """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk."""
     device = next(student.parameters()).device
-    inputs = {name: value.to(device) for name, value in batch.inputs().items()}
+    inputs = batch.inputs(device)
     next_BS = batch.labels[:, 1:].to(device)
     counts_BS = next_BS != IGNORE_INDEX
     counted = counts_BS.flatten().nonzero()[:, 0]
@@ -46,6 +46,7 @@ def batch_losses(
         return hidden_BSD[:, :-1].flatten(0, 1)[counted]
 
     teacher_ND, teacher_head, inside = None, None, {}
+    ours, theirs = Seen(), Seen()
     with _autocast(device):
         if teacher is None:
             student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
@@ -57,8 +58,10 @@ def batch_losses(
             teacher_ND, teacher_head = of_counted(hidden_BSD), head_of(teacher)
             with features.watching(student, teacher=False) as ours:
                 student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
-            everywhere_BS = torch.nn.functional.pad(counts_BS, (0, 1))
-            inside = features.losses(ours, theirs, everywhere_BS, visible(student, inputs))
+    if features is not None and teacher is not None:  # in float32, as everything from here on
+        inside = features.losses(
+            ours, theirs, torch.nn.functional.pad(counts_BS, (0, 1)), lambda: visible(student, inputs)
+        )
     fused = fused_loss(
         student_ND,
         head_of(student),

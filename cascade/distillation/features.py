@@ -9,7 +9,7 @@ W = width of all heads together.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import gcd
@@ -26,7 +26,7 @@ from cascade.distillation.origin import Origin
 from cascade.errors import UserError
 from cascade.models.axes import probe_axes
 from cascade.models.behaviour import first_tensor
-from cascade.models.dims import dims_of
+from cascade.models.dims import ModelDims, dims_of
 
 FORMS = ("cosine", "mse")
 RELATIONS = ("qq", "kk", "vv", "qk")
@@ -85,8 +85,9 @@ class FeatureLoss:
         depth = len(origin.points) - 1
         places = list(range(1, depth + 1)) if features.hidden else []
         self.places = ([0] if features.embedding else []) + places
-        self.relation_heads = _relation_heads(features, student, teacher) if features.relations else 0
-        self.head_dims = [int(dims_of(model.config).head_dim) for model in (student, teacher)]
+        dims = [dims_of(model.config) for model in (student, teacher)]
+        self.relation_heads = fitting_heads(features.relation_heads, dims) if features.relations else 0
+        self.head_dims = [one.head_dim for one in dims]
 
     @contextmanager
     def watching(self, model: nn.Module, *, teacher: bool) -> Iterator[Seen]:
@@ -132,10 +133,12 @@ class FeatureLoss:
         points = {int(name.split()[1]): value for name, value in found.items() if name.startswith("point")}
         return found["hidden"], Seen(points, {name: found[name] for name in "qkv" if name in found})
 
-    def losses(self, student: Seen, teacher: Seen, counted_BS: Tensor, allowed_BSS: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, student: Seen, teacher: Seen, counted_BS: Tensor, visible: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
         """Each loss, summed over the tokens that count: [] float32 with a gradient towards the student.
 
-        `allowed_BSS` says which tokens each token's relations are with.
+        `visible` gives, if it is needed, which tokens each token's relations are with, [B, S, S].
         """
         found: dict[str, Tensor] = {}
         if self.features.hidden is not None:
@@ -145,6 +148,7 @@ class FeatureLoss:
         if self.features.embedding is not None:
             found["embedding"] = self._stream(student, teacher, 0, self.features.embedding, counted_BS)
         if self.features.relations:
+            allowed_BSS = visible()
             parts = [
                 _relation_loss(
                     _pair(student, name, self.head_dims[0]),
@@ -174,22 +178,25 @@ class FeatureLoss:
         return ((ours_ND - theirs_ND).square().sum(-1) / theirs_ND.square().sum(-1).clamp_min(1e-12)).sum()
 
 
-def _relation_heads(features: Features, student: nn.Module, teacher: nn.Module) -> int:
-    ours: Any = dims_of(student.config)
-    widths = []
-    for model in (student, teacher):
-        dims = dims_of(model.config)
-        widths += [dims.num_attention_heads * dims.head_dim, dims.num_key_value_heads * dims.head_dim]
+def fitting_heads(asked: int | None, dims: Sequence[ModelDims]) -> int:
+    """Relation heads for models of these dims, the student's first: what was asked for, or the most that fit.
+
+    Raises:
+        UserError: what was asked for does not divide every projection's width.
+    """
+    counts = [count for one in dims for count in (one.num_attention_heads, one.num_key_value_heads)]
+    head_dims = [one.head_dim for one in dims for _ in range(2)]
+    widths = [count * head_dim for count, head_dim in zip(counts, head_dims, strict=True)]
     common = gcd(*widths)
     fitting = [count for count in range(1, common + 1) if common % count == 0]
-    if features.relation_heads is None:
-        return max(count for count in fitting if count <= ours.num_attention_heads)
-    if features.relation_heads not in fitting:
+    if asked is None:
+        return max(count for count in fitting if count <= dims[0].num_attention_heads)
+    if asked not in fitting:
         raise UserError(
-            f"relation_heads: {features.relation_heads} does not divide the widths of the projections "
+            f"relation_heads: {asked} does not divide the widths of the projections "
             f"({', '.join(map(str, sorted(set(widths))))}); possible: {', '.join(map(str, fitting))}"
         )
-    return features.relation_heads
+    return asked
 
 
 _NAMES = {"q": r"q|query|q_proj|q_lin|wq", "k": r"k|key|k_proj|k_lin|wk", "v": r"v|value|v_proj|v_lin|wv"}

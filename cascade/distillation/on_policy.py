@@ -5,11 +5,13 @@ a step is one of these, what it draws, and what it takes from the buffer are fun
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation import parallel
@@ -41,10 +43,12 @@ class Rollouts:
         UserError: several processes, whose texts would end at different lengths while all wait for each other.
     """
 
-    def __init__(self, settings: OnPolicy, seed: int, buffer: dict[str, Tensor]) -> None:
+    def __init__(
+        self, settings: OnPolicy, seed: int, buffer: dict[str, Tensor], ends: Sequence[int] | None = None
+    ) -> None:
         if parallel.world_size() > 1:
             raise UserError("on_policy: a student that is shared out to several processes cannot write; use one")
-        self.settings, self.seed, self.buffer = settings, seed, buffer
+        self.settings, self.seed, self.buffer, self.ends = settings, seed, buffer, ends or ()
 
     def due(self, step: int) -> bool:
         """Whether the step's batch is the student's own."""
@@ -58,7 +62,7 @@ class Rollouts:
             chosen = kept[int(self._draw("which", step) * len(kept))]
             ids, labels = self.buffer[f"{chosen}.input_ids"], self.buffer[f"{chosen}.labels"]
             return TokenBlocks(ids, labels, prompts.bytes_per_token)
-        written = generate(student, prompts, self.settings)
+        written = generate(student, prompts, self.settings, self.ends)
         if size:
             self.buffer |= {f"{step}.input_ids": written.input_ids, f"{step}.labels": written.labels}
             for old in [*kept, step][:-size]:
@@ -74,18 +78,25 @@ class Rollouts:
         return int.from_bytes(digest[:8], "big") / 2**64
 
 
+def end_tokens(teacher: Any) -> list[int]:
+    """What ends a text of the teacher's, and so of its student's: a student's own settings may be lost by a cut."""
+    ends = getattr(teacher, "generation_config", None) and teacher.generation_config.eos_token_id
+    ends = teacher.config.eos_token_id if ends is None and teacher is not None else ends
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+
+
 @torch.no_grad()
-def generate(student: Any, prompts: TokenBlocks, settings: OnPolicy) -> TokenBlocks:
-    """Prompts with the student's continuations, padded at the end; labels count in the continuations alone."""
+def generate(student: Any, prompts: TokenBlocks, settings: OnPolicy, ends: Sequence[int] = ()) -> TokenBlocks:
+    """Prompts with the student's continuations, padded at the end; labels count in the continuations alone.
+
+    Sampled from the student's own distribution (at the temperature), up to a token of `ends`. A prompt that leaves no
+    room for a continuation loses its start.
+    """
     device = next(student.parameters()).device
-    starts = [
-        _prompt(ids, labels, settings.prompt_tokens)
-        for ids, labels in zip(prompts.input_ids, prompts.labels, strict=True)
-    ]
-    config = student.generation_config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [end for end in ends if end is not None]
-    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
+    context = getattr(student.config, "max_position_embeddings", None)
+    room = None if context is None else context - settings.max_new_tokens
+    starts = [_prompt(prompts.rows(torch.tensor([row])), settings.prompt_tokens, room) for row in range(len(prompts))]
+    pad = ends[0] if ends else 0
     longest = max(map(len, starts))
     padded = torch.full((len(starts), longest), pad)
     mask = torch.zeros(len(starts), longest, dtype=torch.int64)
@@ -94,16 +105,20 @@ def generate(student: Any, prompts: TokenBlocks, settings: OnPolicy) -> TokenBlo
         mask[row, longest - len(start) :] = 1
     training = student.training
     student.eval()
-    written = student.generate(
-        input_ids=padded.to(device),
-        attention_mask=mask.to(device),
+    how = GenerationConfig(
         do_sample=True,
         temperature=settings.temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=pad,
-    )[:, longest:].cpu()
+        eos_token_id=list(ends) or None,
+    )
+    kept, student.generation_config = student.generation_config, how  # else its own fills in what is not said
+    try:
+        written = student.generate(input_ids=padded.to(device), attention_mask=mask.to(device))[:, longest:].cpu()
+    finally:
+        student.generation_config = kept
     student.train(training)
     ids = torch.full((len(starts), longest + written.shape[1]), pad)
     labels = torch.full_like(ids, IGNORE_INDEX)
@@ -117,8 +132,13 @@ def generate(student: Any, prompts: TokenBlocks, settings: OnPolicy) -> TokenBlo
     return TokenBlocks(ids, labels, prompts.bytes_per_token)
 
 
-def _prompt(ids: Tensor, labels: Tensor, length: int) -> Tensor:
-    """A block's own prompt, up to its first label that counts; else its first tokens."""
+def _prompt(block: TokenBlocks, length: int, room: int | None) -> Tensor:
+    """A block's own prompt, up to its first label that counts, from its document's start; else its first tokens."""
+    ids, labels = block.input_ids[0], block.labels[0]
     counted = (labels != IGNORE_INDEX).nonzero()[:, 0]
     first = int(counted[0]) if len(counted) else 0
-    return ids[: first or min(length, len(ids))]
+    start = 0
+    if first > 1 and block.position_ids is not None:
+        start = int((block.position_ids[0, :first] == 0).nonzero()[-1, 0])
+    prompt = ids[start:first] if first > 1 else ids[: min(length, len(ids))]
+    return prompt if room is None else prompt[max(0, len(prompt) - room) :]

@@ -1,6 +1,7 @@
 """Optimizers by name, as one object: Muon takes the matrices inside the layers and leaves the rest to AdamW."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -64,6 +65,20 @@ class Optimizer:
         return (group for part in self.parts for group in part.param_groups)
 
 
+def require_optimizer(kind: str) -> None:
+    """Refuse what cannot be had here.
+
+    Raises:
+        UserError: an unknown name, torchao is missing, or anything but AdamW under several processes.
+    """
+    if kind not in OPTIMIZERS:
+        raise UserError(f"optimizer '{kind}' is unknown; known: {', '.join(OPTIMIZERS)}")
+    if kind != "adamw" and parallel.world_size() > 1:
+        raise UserError(f"optimizer: {kind} needs whole matrices, which several processes do not have; use adamw")
+    if kind == "adamw_8bit" and find_spec("torchao") is None:
+        raise UserError("optimizer: adamw_8bit needs torchao: pip install 'cascade-distill[8bit]'")
+
+
 def build_optimizer(kind: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     """The optimizer of a student's trainable parameters; vectors (norms, biases) are not decayed.
 
@@ -71,14 +86,11 @@ def build_optimizer(kind: str, model: nn.Module, learning_rate: float, weight_de
     layers, its steps as long as AdamW's, so that one learning rate serves both (https://arxiv.org/abs/2502.16982).
 
     Raises:
-        UserError: an unknown name, torchao is missing, or Muon under several processes.
+        UserError: as `require_optimizer`.
     """
-    if kind not in OPTIMIZERS:
-        raise UserError(f"optimizer '{kind}' is unknown; known: {', '.join(OPTIMIZERS)}")
+    require_optimizer(kind)
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if kind == "muon":
-        if parallel.world_size() > 1:
-            raise UserError("optimizer: muon works on whole matrices, which several processes do not have; use adamw")
         axes: Any = probe_axes(model.config)
         inside = [value for name, value in named.items() if value.ndim == 2 and axes.layer_of(name) is not None]
         taken = {id(value) for value in inside}
@@ -95,10 +107,8 @@ def _adamw(parameters: list[nn.Parameter], learning_rate: float, weight_decay: f
 
 
 def _adamw_8bit(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError("optimizer: adamw_8bit needs torchao: pip install 'cascade-distill[8bit]'") from error
+    from torchao.optim import AdamW8bit
+
     optimizer: torch.optim.Optimizer = AdamW8bit(_groups(parameters, weight_decay), lr=learning_rate, betas=_BETAS)
     return optimizer
 

@@ -22,12 +22,16 @@ class Origin:
     """For each layer of the student the layer of the teacher that it comes from, and last the teacher's number of
     layers. What enters a student's layer is compared with what enters its origin: where layers between two were
     dropped, the one before learns to write what came after the gap."""
+    channels: Tensor | None = field(default=None, compare=False)
+    """[d]: those of the teacher's that stayed. None where all did, or where the stream was rotated."""
     projection: Tensor | None = field(default=None, compare=False)
-    """[D, d] float32: the student's stream is the teacher's times this. None where no channel was cut."""
+    """[D, d] float32: where the stream was rotated, the student's is the teacher's times this."""
 
     def project(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., d]."""
-        return hidden if self.projection is None else hidden @ self.projection.to(hidden.device, hidden.dtype)
+        if self.projection is not None:
+            return hidden @ self.projection.to(hidden.device, hidden.dtype)
+        return hidden if self.channels is None else hidden[..., self.channels.to(hidden.device)]
 
 
 def origin_of(plans: Sequence[PruningPlan]) -> Origin:
@@ -39,15 +43,22 @@ def origin_of(plans: Sequence[PruningPlan]) -> Origin:
     if not plans:
         raise ValueError("at least one plan")
     before = plans[0].source_dims
-    kept, projection = list(range(before.num_hidden_layers)), torch.eye(before.hidden_size, dtype=torch.float64)
+    depth, width = before.num_hidden_layers, before.hidden_size
+    kept, channels = list(range(depth)), torch.arange(width)
+    projection: Tensor | None = None
     for plan in plans:
-        if plan.source_dims.num_hidden_layers != len(kept) or plan.source_dims.hidden_size != projection.shape[1]:
+        if plan.source_dims.num_hidden_layers != len(kept) or plan.source_dims.hidden_size != len(channels):
             raise ValueError("a plan does not start from the model that the plan before it made")
         kept = [kept[layer] for layer in plan.layers]
-        turned = projection if plan.rotation is None else projection @ plan.rotation.double()
-        projection = turned[:, plan.hidden]
-    whole = projection.shape[0] == projection.shape[1] and all(plan.rotation is None for plan in plans)
-    return Origin((*kept, before.num_hidden_layers), None if whole else projection.float())
+        if plan.rotation is not None:
+            before_it = torch.eye(width, dtype=torch.float64)[:, channels] if projection is None else projection
+            projection = before_it @ plan.rotation.double()
+        channels = channels[plan.hidden]
+        projection = None if projection is None else projection[:, plan.hidden]
+    points = (*kept, depth)
+    if projection is not None:
+        return Origin(points, None, projection.float())
+    return Origin(points, None if len(channels) == width else channels)
 
 
 def even_origin(student: ModelDims, teacher: ModelDims) -> Origin:

@@ -23,7 +23,7 @@ from cascade.distillation.average import Average
 from cascade.distillation.batch import FORWARD_KL, selection_losses
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import Objective
-from cascade.distillation.on_policy import OnPolicy, Rollouts
+from cascade.distillation.on_policy import OnPolicy, Rollouts, end_tokens
 from cascade.distillation.optimizer import build_optimizer
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.state import Progress, Trained, load_state, save_state
@@ -109,14 +109,14 @@ def distill(
     average = None if ema_decay is None else Average(student, ema_decay)
     updates = build_optimizer(optimizer, student, learning_rate, weight_decay)
     trained = Trained(student, updates, average)
-    rollouts = None if on_policy is None else Rollouts(on_policy, seed, trained.buffer)
+    rollouts = None if on_policy is None else Rollouts(on_policy, seed, trained.buffer, end_tokens(teacher))
     found = None if state_folder is None else load_state(state_folder, trained, settings)
     progress = found or Progress(0, fitting_microbatch(state_folder, microbatch_size), [], settings)
     curve, microbatch_size = progress.curve, progress.microbatch_size
     for entry in curve:
         _log(log_path, entry, None)
     started = saved = time.perf_counter()
-    with _ways(student, gradient_checkpointing, compiled):
+    with _ways(student, gradient_checkpointing, compiled, features):
         student.train()
         for step in range(progress.step, num_steps):
             rows = blocks_at(first_position + step * batch_size, batch_size, num_blocks=len(blocks), seed=seed)
@@ -124,10 +124,10 @@ def distill(
             updates.set_rate(rate)
             with torch.random.fork_rng():
                 torch.manual_seed(_draws(seed, step))  # dropout is a function of the step, as the blocks are
-                batch, wanted = blocks.rows(rows), objective
-                if rollouts is not None and rollouts.due(step):
+                batch, wanted, own = blocks.rows(rows), objective, rollouts is not None and rollouts.due(step)
+                if rollouts is not None and own:
                     batch, wanted = rollouts.batch(student, batch, step), rollouts.objective(objective)
-                task = Task(student, teacher, batch, wanted, features, _scales(features, curve), rows)
+                task = Task(student, teacher, batch, wanted, features, _scales(features, curve, own), rows)
                 losses, microbatch_size = fitting_step(task, microbatch_size, state_folder)
             grad_norm = float(parallel.whole(nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)))
             _require_finite(step, losses["loss"], grad_norm, rows)
@@ -139,6 +139,7 @@ def distill(
                 "step": step + 1,
                 "num_tokens": (step + 1) * batch_size * blocks.block_size,
                 **losses,
+                **({} if rollouts is None else {"on_policy": float(own)}),
                 "learning_rate": rate,
                 "grad_norm": grad_norm,
                 "microbatch_size": microbatch_size,
@@ -168,9 +169,11 @@ def _metrics(curve: list[dict[str, float]], num_steps: int, step_tokens: int, se
 
 
 @contextmanager
-def _ways(model: Any, gradient_checkpointing: bool, compiled: bool) -> Iterator[None]:
+def _ways(model: Any, gradient_checkpointing: bool, compiled: bool, features: FeatureLoss | None) -> Iterator[None]:
     """How the model's layers are computed meanwhile."""
-    layers: Any = model.get_submodule(probe_axes(model.config).layers_prefix)
+    layers: Any = list(model.get_submodule(probe_axes(model.config).layers_prefix))
+    if features is not None and features.features.relations:
+        layers.pop()  # what is watched inside a layer cannot be seen once it is compiled
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
@@ -185,13 +188,13 @@ def _ways(model: Any, gradient_checkpointing: bool, compiled: bool) -> Iterator[
             layer._compiled_call_impl = None
 
 
-def _scales(features: FeatureLoss | None, curve: list[dict[str, float]]) -> dict[str, float] | None:
-    """What the feature losses are multiplied by; None before a first step has shown their sizes."""
+def _scales(features: FeatureLoss | None, curve: list[dict[str, float]], own: bool) -> dict[str, float] | None:
+    """What the feature losses are multiplied by, from the last step on text of the same kind; None before the first."""
     if features is None:
         return {}
-    if curve or not features.features.balanced:
-        return features.scales(curve[-1] if curve else {})
-    return None
+    alike = (entry for entry in reversed(curve) if bool(entry.get("on_policy", 0.0)) == own)
+    last = next(alike, None)
+    return features.scales(last or {}) if last is not None or not features.features.balanced else None
 
 
 def _require_finite(step: int, loss: float, grad_norm: float, rows: Tensor) -> None:

@@ -39,7 +39,7 @@ def heldout_metrics(
     columns: dict[str, list[Tensor]] = {"loss": [], "kl_to_teacher": [], "top1_agreement": []}
     counts = []
     for part in blocks.split(batch_size):
-        inputs = {name: value.to(device) for name, value in part.inputs().items()}
+        inputs = part.inputs(device)
         targets = part.labels[:, 1:].to(device)
         valid = targets != IGNORE_INDEX
         found = fused_loss(
@@ -66,6 +66,8 @@ def heldout_metrics(
         if sums
     ]
     loss = metrics[0]
+    if not blocks.bytes_per_token:
+        return metrics
     nats_to_bits_per_byte = 1 / (math.log(2) * blocks.bytes_per_token)
     bits = {
         "metric": "bits_per_byte",

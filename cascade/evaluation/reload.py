@@ -67,6 +67,7 @@ def check_reload(
 
 
 _process: subprocess.Popen[str] | None = None
+_errors = tempfile.TemporaryFile("w+", errors="replace")
 
 
 def start_fresh_process() -> subprocess.Popen[str]:
@@ -80,21 +81,33 @@ def start_fresh_process() -> subprocess.Popen[str]:
             [sys.executable, "-P", str(Path(__file__).with_name("fresh.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=_errors,
             text=True,
         )
     return _process
 
 
 def _ask(request: dict[str, str]) -> int:
-    """Exit status of what the process did; -1 if it ended itself."""
+    """Exit status of what the process did.
+
+    Raises:
+        ReloadError: it ended itself.
+    """
     process = start_fresh_process()
     if process.stdin is None or process.stdout is None:
         raise ValueError("the process has pipes")
+    line = ""
     try:
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
+        line = process.stdout.readline()
     except BrokenPipeError:
-        return -1
-    line = process.stdout.readline()
-    return int(json.loads(line)["status"]) if line else -1
+        line = ""
+    finally:
+        if not line:  # interrupted, or dead: an answer that comes later must not be taken for the next one's
+            process.kill()
+            process.wait()
+    if not line:
+        _errors.seek(0)
+        raise ReloadError(f"the process that reloads checkpoints has ended:\n{_errors.read()[-3000:]}")
+    return int(json.loads(line)["status"])

@@ -62,11 +62,11 @@ def _summed_gradients(
     model: Any, weights: dict[str, nn.Parameter], blocks: TokenBlocks, batch_size: int, squared: bool
 ) -> dict[str, Tensor]:
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    batches = blocks.batches(batch_size)
+    batches = blocks.split(batch_size)
     device = next(model.parameters()).device
-    for ids, labels in batches:
-        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        loss = nn.functional.cross_entropy(logits, labels[:, 1:].to(device).flatten(), ignore_index=IGNORE_INDEX)
+    for part in batches:
+        logits = model(**part.inputs(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, part.labels[:, 1:].to(device).flatten(), ignore_index=IGNORE_INDEX)
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for total, gradient in zip(sums.values(), gradients, strict=True):
             total += gradient.float().square() if squared else gradient.float()

@@ -98,9 +98,9 @@ def _without(depth: int, start: int, count: int) -> Tensor:
 def _loss(model: Any, blocks: TokenBlocks, without: Iterable[int], batch_size: int) -> float:
     device, total, count = next(model.parameters()).device, 0.0, 0
     with skipped(model, without):
-        for ids, labels in blocks.batches(batch_size):
-            logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
-            targets = labels[:, 1:].to(device).flatten()
+        for part in blocks.split(batch_size):
+            logits = model(**part.inputs(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
+            targets = part.labels[:, 1:].to(device).flatten()
             loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
             total += float(loss)
             count += int((targets != IGNORE_INDEX).sum())
@@ -110,10 +110,10 @@ def _loss(model: Any, blocks: TokenBlocks, without: Iterable[int], batch_size: i
 @torch.inference_mode()
 def _logit_error(model: Any, blocks: TokenBlocks, without: Iterable[int], batch_size: int) -> float:
     device, missed, energy = next(model.parameters()).device, 0.0, 0.0
-    for ids, _ in blocks.batches(batch_size):
-        full = model(input_ids=ids.to(device), use_cache=False).logits.float()
+    for part in blocks.split(batch_size):
+        full = model(**part.inputs(device), use_cache=False).logits.float()
         with skipped(model, without):
-            cut = model(input_ids=ids.to(device), use_cache=False).logits.float()
+            cut = model(**part.inputs(device), use_cache=False).logits.float()
         missed += float((full - cut).square().sum())
         energy += float(full.square().sum())
     return missed / energy

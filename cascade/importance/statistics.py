@@ -81,13 +81,13 @@ def collect_statistics(
     axes = probe_axes(model.config)
     sums = Sums(model, axes, head_contributions)
     device = device or next(model.parameters()).device
-    batches = blocks.batches(batch_size)
+    batches = blocks.split(batch_size)
     seen = 0
     with torch.inference_mode(), sums.hooked():
-        for number, (ids, _) in enumerate(batches):
-            sums.second_moments, sums.batch_size = seen < covariance_blocks, len(ids)
-            run_body(model, ids.to(device))
-            seen += len(ids)
+        for number, part in enumerate(batches):
+            sums.second_moments, sums.batch_size = seen < covariance_blocks, len(part)
+            run_body(model, **part.inputs(device))
+            seen += len(part)
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
     _require_finite(sums)
@@ -97,8 +97,8 @@ def collect_statistics(
         rotation = sums.principal_axes()
         turned = RotatedEnergies(model, sums.norms, rotation)
         with torch.inference_mode(), turned.hooked():
-            for ids, _ in batches[: -(-covariance_blocks // batch_size)]:
-                run_body(model, ids.to(device))
+            for part in batches[: -(-covariance_blocks // batch_size)]:
+                run_body(model, **part.inputs(device))
         rotated = turned.finish()
     return _finished(sums, rotation, rotated, dims_of(model.config), blocks.input_ids.numel(), len(blocks))
 

@@ -79,11 +79,11 @@ def observe(config: Any, layers_prefix: str) -> Behaviour:
         raise UserError(f"model type '{config.model_type}': a tiny model of it cannot be run: {error}") from error
 
 
-def run_body(model: nn.Module, ids: Tensor) -> Any:
-    """One forward pass of the model without its head, and without a cache."""
+def run_body(model: nn.Module, **inputs: Tensor) -> Any:
+    """One forward pass of the model without its head, and without a cache, on the device of its weights or inputs."""
     body: Any = model.base_model
     cacheless = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
-    return body(input_ids=ids, **cacheless)
+    return body(**inputs, **cacheless)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -136,7 +136,7 @@ class _Look:
         seen: list[Tensor] = []
         with _output_hook(watched, lambda args, output: seen.append(args[0] if at_input else output)):
             with torch.no_grad():
-                run_body(self.model, self.ids)
+                run_body(self.model, input_ids=self.ids)
         return seen[0]
 
     def reads_stream(self, linear: dict[str, nn.Module]) -> dict[str, bool]:
@@ -147,7 +147,7 @@ class _Look:
             handles.append(module.register_forward_pre_hook(_keeper(inputs, name)))
             handles.append(module.register_forward_hook(lambda module, args, output: torch.zeros_like(output)))
         with torch.no_grad():
-            run_body(self.model, self.ids)
+            run_body(self.model, input_ids=self.ids)
         for handle in handles:
             handle.remove()
         return {name: bool(tensor.abs().max() > 0) for name, tensor in inputs.items()}
@@ -159,7 +159,7 @@ class _Look:
         handles = [module.register_forward_pre_hook(_keeper(inputs, name)) for name, module in linear.items()]
         handles += [module.register_forward_hook(_output_keeper(outputs, name)) for name, module in norms.items()]
         with torch.no_grad():
-            run_body(self.model, self.ids)
+            run_body(self.model, input_ids=self.ids)
         for handle in handles:
             handle.remove()
         places = {tensor.data_ptr(): name for name, tensor in outputs.items()}

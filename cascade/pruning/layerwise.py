@@ -18,7 +18,7 @@ class Stream:
         self.after = hidden  # past the layer that is being refitted, and those that are dropped behind it
 
     @classmethod
-    def of(cls, model: nn.Module, ids: Tensor) -> "Stream":
+    def of(cls, model: nn.Module, **inputs: Tensor) -> "Stream":
         """At the first layer's input."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: list[Tensor] = []
@@ -32,7 +32,7 @@ class Stream:
         layers: Any = model.get_submodule(probe_axes(model.config).layers_prefix)
         handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
         try:
-            run_body(model, ids)
+            run_body(model, **inputs)
         finally:
             for handle in handles:
                 handle.remove()

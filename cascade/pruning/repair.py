@@ -69,7 +69,8 @@ def repair(
     refit = _Refit(student, model, plan, how, report)
     device = next(model.parameters()).device
     pairs = [
-        (Stream.of(model, ids.to(device)), Stream.of(student, ids.to(device))) for ids, _ in blocks.batches(batch_size)
+        (Stream.of(model, **part.inputs(device)), Stream.of(student, **part.inputs(device)))
+        for part in blocks.split(batch_size)
     ]
     for parent, _ in pairs:
         refit.go_on(parent, range(plan.layers[0]))

@@ -13,10 +13,10 @@ WITHOUT_EFFECT = ("microbatch_size", "save_every_minutes", "gradient_checkpointi
 class FeatureLosses(Section):
     """Losses on what happens inside, beside the logits."""
 
-    hidden: Literal["auto", "cosine", "mse"] | None = "auto"
+    hidden: Literal["auto", "none", "cosine", "mse"] = "auto"
     """Of hidden states, layer by layer, along the layers and channels that the cut has kept. auto: cosine for members
     that are cut, none for a `student`."""
-    embedding: Literal["cosine", "mse"] | None = None
+    embedding: Literal["none", "cosine", "mse"] = "none"
     """Of what enters the first layer."""
     relations: list[Literal["qq", "kk", "vv", "qk"]] = []
     """Who attends to whom in the last layer (MiniLM): queries with queries, keys with keys, ..."""

@@ -258,6 +258,8 @@ class Recipe(Section):
                 raise ValueError(
                     f"members: {member.name}: unknown seed '{member.seed}'; use previous, parent or another member"
                 )
+        if self.parent.pretrain is not None and (self.data.messages_field or self.data.streaming):
+            raise ValueError("parent.pretrain reads texts, all at once; remove data.messages_field and data.streaming")
         if len(set(self.baselines)) < len(self.baselines):
             raise ValueError("baselines: one of them stands twice")
         if self.members and self.distill is None:
