@@ -8,6 +8,7 @@ import torch
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.distillation.schedule import Schedule
+from cascade.inputs import text_data
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -20,7 +21,6 @@ from cascade.models.checkpoint import (
 from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
-from cascade.stages import text_data
 
 
 def existing_parent(recipe: Recipe) -> ModelSource | None:

@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cascade.checks import check_family
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.estimates import parent_seconds
 from cascade.evaluation.harness import find_tasks
-from cascade.family import ResolvedMember, check_family, resolve_family, run_folder_of
+from cascade.family import ResolvedMember, resolve_family, run_folder_of
+from cascade.inputs import text_data
 from cascade.latencies import find_latencies
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
@@ -19,7 +21,6 @@ from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
-from cascade.stages import text_data
 
 
 def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
+from cascade.checks import check_family
 from cascade.distillation import parallel
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
-from cascade.family import FoundShape, ResolvedMember, check_family, resolve_family, run_folder_of
+from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
+from cascade.inputs import data_fingerprint, task_fingerprint
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.member import Shared, evaluation_settings, find_shape, make_member
 from cascade.models.checkpoint import (
@@ -30,10 +32,8 @@ from cascade.recipe.schema import Recipe
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.stages import (
-    data_fingerprint,
     make_data,
     make_evaluation,
-    task_fingerprint,
 )
 from cascade.store import append_event, locked, output_digest, write_atomically
 from cascade.yaml_reader import write_yaml

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cascade.checks import require_context
 from cascade.data.blocks import TokenBlocks, pack_documents
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.range_test import find_learning_rate
@@ -13,7 +14,7 @@ from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import heldout_blocks
-from cascade.family import hidden_score, require_context
+from cascade.family import hidden_score
 from cascade.importance.offload import blocks_at_once, offloaded
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics

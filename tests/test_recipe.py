@@ -191,7 +191,8 @@ def test_a_rotation_is_automatic_where_it_is_legal_and_its_own_head_is_cheap():
 
 
 def _family(tmp_path, parent, members, **sections):
-    from cascade.family import check_family, resolve_family
+    from cascade.checks import check_family
+    from cascade.family import resolve_family
     from cascade.parent import parent_config
 
     path = tmp_path / "recipe.json"

@@ -164,6 +164,7 @@ def test_killed_while_training_it_goes_on_from_the_last_state_to_the_same_bits(
     recipe_folder, tiny_family, tmp_path, monkeypatch
 ):
     from cascade.distillation import trainer
+    from cascade.distillation.optimizer import Optimizer
 
     folder, original, saved = tmp_path / "run", trainer.save_state, []
     recipe = load_recipe(recipe_folder / "tiny.yaml", ("distill.save_every_minutes=0.0",))
@@ -180,11 +181,8 @@ def test_killed_while_training_it_goes_on_from_the_last_state_to_the_same_bits(
     assert saved[0].parent == folder / "stages" and list(saved[0].glob("step-*"))
     steps = []
     with monkeypatch.context() as patch:
-        patch.setattr(
-            trainer,
-            "_set_rate",
-            lambda optimizer, rate, own=trainer._set_rate: (steps.append(rate), own(optimizer, rate)),
-        )
+        own = Optimizer.set_rate
+        patch.setattr(Optimizer, "set_rate", lambda optimizer, rate: (steps.append(rate), own(optimizer, rate)))
         run_recipe(recipe, output=folder)
     assert settled(folder) == settled(tiny_family)
     for name in ("big", "small"):

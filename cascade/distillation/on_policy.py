@@ -78,6 +78,15 @@ class Rollouts:
         return int.from_bytes(digest[:8], "big") / 2**64
 
 
+def own_batch(
+    rollouts: Rollouts | None, student: nn.Module, given: TokenBlocks, objective: Objective, step: int
+) -> tuple[TokenBlocks, Objective, bool]:
+    """(the step's batch, what it is judged by, whether it is the student's own)."""
+    if rollouts is None or not rollouts.due(step):
+        return given, objective, False
+    return rollouts.batch(student, given, step), rollouts.objective(objective), True
+
+
 def end_tokens(teacher: Any) -> list[int]:
     """What ends a text of the teacher's, and so of its student's: a student's own settings may be lost by a cut."""
     ends = getattr(teacher, "generation_config", None) and teacher.generation_config.eos_token_id

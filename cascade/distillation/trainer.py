@@ -23,7 +23,7 @@ from cascade.distillation.average import Average
 from cascade.distillation.batch import FORWARD_KL, selection_losses
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import Objective
-from cascade.distillation.on_policy import OnPolicy, Rollouts, end_tokens
+from cascade.distillation.on_policy import OnPolicy, Rollouts, end_tokens, own_batch
 from cascade.distillation.optimizer import build_optimizer
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.state import Progress, Trained, load_state, save_state
@@ -78,15 +78,12 @@ def distill(
 ) -> TrainingMetrics:
     """Train `student` in place on `num_tokens` tokens (rounded up to whole steps of `batch_size` blocks).
 
-    Without a teacher the loss is cross-entropy alone. The loss of a step is the sum over its valid target
-    tokens divided by their number in the *whole* step, so that the split into microbatches and processes changes
-    nothing; `features` are scaled by what the step before came to, for the same reason. `first_position` is the place
-    in the endless, seeded block order where reading starts. With `on_policy` some steps' batches are the student's own.
-    With a `state_folder` the training's state is kept there, and a training that finds one goes on from it, to the same
-    bits. `optimizer` is a name from `OPTIMIZERS`; with `ema_decay` the student ends as the running average of its
-    weights. With `gradient_checkpointing` layers are computed again in the backward pass instead of kept; `compiled`
-    compiles each layer. Out of memory, the microbatch is halved and the step repeated. `on_step(done, all)` is called
-    after each step, `on_log` with each entry of the log.
+    Without a teacher the loss is cross-entropy alone. A step's loss is the sum over its tokens that count, divided by
+    their number in the *whole* step, so that the split into microbatches and processes changes nothing; `features` are
+    scaled by what the step before came to. `first_position` is where reading starts in the endless, seeded block order.
+    With a `state_folder` a training that finds its state there goes on from it, to the same bits. With `ema_decay` the
+    student ends as the running average of its weights. Out of memory, the microbatch is halved and the step repeated.
+    `on_step(done, all)` is called after each step, `on_log` with each entry of the log.
 
     Raises:
         TrainingError: a loss or gradient is not finite (raised before the optimizer step, so weights are intact), or
@@ -106,15 +103,11 @@ def distill(
         "schedule": repr(schedule), "max_grad_norm": max_grad_norm, "optimizer": optimizer, "ema_decay": ema_decay,
         "features": None if features is None else repr(features.features), "on_policy": repr(on_policy),
     }  # fmt: skip
-    average = None if ema_decay is None else Average(student, ema_decay)
     updates = build_optimizer(optimizer, student, learning_rate, weight_decay)
-    trained = Trained(student, updates, average)
+    trained = Trained(student, updates, None if ema_decay is None else Average(student, ema_decay))
     rollouts = None if on_policy is None else Rollouts(on_policy, seed, trained.buffer, end_tokens(teacher))
-    found = None if state_folder is None else load_state(state_folder, trained, settings)
-    progress = found or Progress(0, fitting_microbatch(state_folder, microbatch_size), [], settings)
+    progress = _progress(state_folder, trained, microbatch_size, settings, log_path)
     curve, microbatch_size = progress.curve, progress.microbatch_size
-    for entry in curve:
-        _log(log_path, entry, None)
     started = saved = time.perf_counter()
     with _ways(student, gradient_checkpointing, compiled, features):
         student.train()
@@ -124,27 +117,14 @@ def distill(
             updates.set_rate(rate)
             with torch.random.fork_rng():
                 torch.manual_seed(_draws(seed, step))  # dropout is a function of the step, as the blocks are
-                batch, wanted, own = blocks.rows(rows), objective, rollouts is not None and rollouts.due(step)
-                if rollouts is not None and own:
-                    batch, wanted = rollouts.batch(student, batch, step), rollouts.objective(objective)
+                batch, wanted, own = own_batch(rollouts, student, blocks.rows(rows), objective, step)
                 task = Task(student, teacher, batch, wanted, features, _scales(features, curve, own), rows)
                 losses, microbatch_size = fitting_step(task, microbatch_size, state_folder)
-            grad_norm = float(parallel.whole(nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)))
-            _require_finite(step, losses["loss"], grad_norm, rows)
-            updates.step()
-            updates.zero_grad()
-            if average is not None:
-                average.update(student, step + 1)
-            entry = {
-                "step": step + 1,
-                "num_tokens": (step + 1) * batch_size * blocks.block_size,
-                **losses,
-                **({} if rollouts is None else {"on_policy": float(own)}),
-                "learning_rate": rate,
-                "grad_norm": grad_norm,
-                "microbatch_size": microbatch_size,
-                "seconds": time.perf_counter() - started,
-            }
+            grad_norm = _update(trained, max_grad_norm, step, losses["loss"], rows)
+            entry = {"step": step + 1, "num_tokens": (step + 1) * batch_size * blocks.block_size, **losses}
+            entry |= {"learning_rate": rate, "grad_norm": grad_norm, "microbatch_size": microbatch_size}
+            entry |= {"on_policy": float(own)} if rollouts is not None else {}
+            entry["seconds"] = time.perf_counter() - started
             last = step + 1 == num_steps
             if last and average is not None:
                 average.put_into(student)
@@ -160,6 +140,36 @@ def distill(
                 on_step(step + 1, num_steps)
     student.eval()
     return _metrics(curve, num_steps, batch_size * blocks.block_size, time.perf_counter() - started)
+
+
+def _progress(
+    state_folder: Path | None,
+    trained: Trained,
+    microbatch_size: int,
+    settings: dict[str, Any],
+    log_path: Path | None,
+) -> Progress:
+    """How far an earlier attempt came, its log written again; else the start."""
+    found = None if state_folder is None else load_state(state_folder, trained, settings)
+    for entry in found.curve if found else []:
+        _log(log_path, entry, None)
+    return found or Progress(0, fitting_microbatch(state_folder, microbatch_size), [], settings)
+
+
+def _update(trained: Trained, max_grad_norm: float, step: int, loss: float, rows: Tensor) -> float:
+    """The optimizer's step on clipped gradients, if all is finite; returns their norm before."""
+    clipped = nn.utils.clip_grad_norm_(trained.student.parameters(), max_grad_norm)
+    grad_norm = float(parallel.whole(clipped))
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NotFiniteError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the optimizer step. "
+            f"Blocks of this batch: {rows.tolist()}. Try a lower learning_rate or look at those blocks."
+        )
+    trained.optimizer.step()
+    trained.optimizer.zero_grad()
+    if trained.average is not None:
+        trained.average.update(trained.student, step + 1)
+    return grad_norm
 
 
 def _metrics(curve: list[dict[str, float]], num_steps: int, step_tokens: int, seconds: float) -> TrainingMetrics:
@@ -195,14 +205,6 @@ def _scales(features: FeatureLoss | None, curve: list[dict[str, float]], own: bo
     alike = (entry for entry in reversed(curve) if bool(entry.get("on_policy", 0.0)) == own)
     last = next(alike, None)
     return features.scales(last or {}) if last is not None or not features.features.balanced else None
-
-
-def _require_finite(step: int, loss: float, grad_norm: float, rows: Tensor) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NotFiniteError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the optimizer step. "
-            f"Blocks of this batch: {rows.tolist()}. Try a lower learning_rate or look at those blocks."
-        )
 
 
 def _draws(seed: int, step: int) -> int:

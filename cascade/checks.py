@@ -1,0 +1,72 @@
+"""What would stop a run later, found before anything is computed."""
+
+from typing import Any
+
+from cascade.distillation import parallel
+from cascade.distillation.optimizer import require_optimizer
+from cascade.distillation.relations import fitting_heads
+from cascade.errors import UserError
+from cascade.family import ResolvedMember
+from cascade.models.architecture import model_class_of
+from cascade.models.axes import probe_axes
+from cascade.models.dims import dims_of
+from cascade.models.packing import require_document_masks
+from cascade.pruning.proof import prove_cuts
+from cascade.pruning.rotation import require_rotatable
+from cascade.pruning.shape import CUT_DIMS
+from cascade.recipe.distill import Distill
+from cascade.recipe.schema import Recipe
+from cascade.report.trackers import require_trackers
+
+
+def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMember]) -> dict[str, float]:
+    """The proof of the cut, along every axis that some member is cut along, on a tiny twin; empty if none is cut.
+
+    Raises:
+        UserError: the cut is not exact for this architecture, or the blocks are longer than the parent's context.
+    """
+    require_context(parent_config, recipe.data.block_size, "data.block_size")
+    if recipe.data.masks_documents:
+        for config in [parent_config, *(one.config for one in members if not one.seed)]:
+            require_document_masks(config)
+    if recipe.distill is not None:
+        _require_trainable(recipe.distill, parent_config, members)
+    if recipe.prune.hidden == "pca":
+        require_rotatable(parent_config, probe_axes(parent_config))
+    if any(one.seed for one in members) and not model_class_of(parent_config).can_generate():
+        raise UserError(
+            f"parent: model type '{parent_config.model_type}' as {model_class_of(parent_config).__name__} is no causal "
+            "language model; recipes recover and evaluate those. `cascade prune` cuts it on its own"
+        )
+    before = dims_of(parent_config).as_dict()
+    cut = {name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < before[name] for one in members)}
+    for one in members:
+        if one.target is not None and one.target.bounds() and (recipe.prune.search or len(one.hidden_choices) > 1):
+            cut |= {name for name in CUT_DIMS if name not in (one.target.dims or {})}  # what may be tried
+    rotated = any(one.seed and "pca" in (one.hidden, *one.hidden_choices) for one in members)
+    return prove_cuts(parent_config, along=sorted(cut), rotated=rotated) if cut else {}
+
+
+def _require_trainable(distill: Distill, parent_config: Any, members: list[ResolvedMember]) -> None:
+    """Refuse now what would stop the training of a member later."""
+    require_trackers(distill.trackers)
+    require_optimizer(distill.optimizer)
+    own = distill.on_policy
+    if own is not None:
+        require_context(parent_config, own.max_new_tokens + 1, "distill.on_policy.max_new_tokens")
+        if parallel.world_size() > 1:
+            raise UserError("distill.on_policy: a student shared out to several processes cannot write; use one")
+    if distill.features.relations:
+        for one in members:
+            fitting_heads(distill.features.relation_heads, [one.dims, dims_of(parent_config)])
+
+
+def require_context(config: Any, block_size: int, place: str) -> None:
+    """Refuse blocks that are longer than the positions a model has.
+
+    Raises:
+        UserError: they are.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context and block_size > context:
+        raise UserError(f"{place}: {block_size} is longer than the parent's context of {context} tokens")

@@ -1,0 +1,67 @@
+"""What a recipe reads besides models: its text as the data package takes it, and digests of text and tasks."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from cascade.data.sources import TextData
+from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
+from cascade.errors import UserError
+from cascade.evaluation.harness import find_tasks
+from cascade.models.checkpoint import file_sha256
+from cascade.recipe.schema import Data, Recipe
+
+
+def text_data(data: Data) -> TextData:
+    """The recipe's data section as the data package takes it."""
+    splits = {
+        "train": data.train,
+        "calibration": data.calibration,
+        "selection": data.selection,
+        "heldout": data.heldout,
+    }
+    given = {name: tuple(values) for name, values in splits.items() if values}
+    return TextData(
+        source=data.source,
+        files=given if data.source == "files" else {},
+        text_field=data.text_field,
+        dataset=data.dataset,
+        revision=data.revision,
+        dataset_config=data.dataset_config,
+        hub_splits={name: values[0] for name, values in given.items()} if data.source == "hub" else None,
+        messages_field=data.messages_field,
+        weights=tuple(data.weights),
+        streaming=data.streaming,
+    )
+
+
+def data_fingerprint(data: Data) -> str:
+    """sha256 of the source's content: of local files and the standard library; a hub dataset's revision."""
+    digest = hashlib.sha256()
+    if data.source == "stdlib":
+        for path, text in stdlib_documents():
+            digest.update(f"{path}:{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
+        digest.update(file_sha256(FROZEN_HELDOUT).encode())
+    for split, names in text_data(data).files.items():
+        for name in names:
+            if not Path(name).is_file():
+                raise UserError(f"data.{split}: {name}: no such file")
+            digest.update(f"{split}:{file_sha256(Path(name))}\n".encode())
+    digest.update(json.dumps([data.dataset, data.dataset_config, data.revision, text_data(data).hub_splits]).encode())
+    return digest.hexdigest()
+
+
+def task_fingerprint(recipe: Recipe) -> str:
+    """sha256 of the tasks' definitions and data files; an lm-eval task of its own by name."""
+    digest = hashlib.sha256()
+    for task in find_tasks(recipe.evaluate.tasks, [Path(folder) for folder in recipe.evaluate.task_folders]):
+        if isinstance(task, str):
+            digest.update(task.encode())
+            continue
+        files = task["dataset_kwargs"].get("data_files") or {}
+        for part in files.values() if isinstance(files, dict) else [files]:
+            for file in part if isinstance(part, list) else [part]:
+                digest.update(file_sha256(Path(file)).encode())
+        arguments = {key: value for key, value in task["dataset_kwargs"].items() if key != "data_files"}
+        digest.update(json.dumps(task | {"dataset_kwargs": arguments}, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
