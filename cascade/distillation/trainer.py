@@ -120,14 +120,11 @@ def distill(
                 batch, wanted, own = own_batch(rollouts, student, blocks.rows(rows), objective, step)
                 task = Task(student, teacher, batch, wanted, features, _scales(features, curve, own), rows)
                 losses, microbatch_size = fitting_step(task, microbatch_size, state_folder)
-            grad_norm = _update(trained, max_grad_norm, step, losses["loss"], rows)
+            last = step + 1 == num_steps
+            grad_norm = _update(trained, max_grad_norm, step, losses["loss"], rows, last)
             entry = {"step": step + 1, "num_tokens": (step + 1) * batch_size * blocks.block_size, **losses}
             entry |= {"learning_rate": rate, "grad_norm": grad_norm, "microbatch_size": microbatch_size}
-            entry |= {"on_policy": float(own)} if rollouts is not None else {}
-            entry["seconds"] = time.perf_counter() - started
-            last = step + 1 == num_steps
-            if last and average is not None:
-                average.put_into(student)
+            entry |= {"on_policy": float(own), "seconds": time.perf_counter() - started}
             if selection is not None and (last or (step + 1) % selection_every == 0):
                 entry |= selection_losses(student, teacher, selection, microbatch_size)
             curve.append(entry)
@@ -156,8 +153,8 @@ def _progress(
     return found or Progress(0, fitting_microbatch(state_folder, microbatch_size), [], settings)
 
 
-def _update(trained: Trained, max_grad_norm: float, step: int, loss: float, rows: Tensor) -> float:
-    """The optimizer's step on clipped gradients, if all is finite; returns their norm before."""
+def _update(trained: Trained, max_grad_norm: float, step: int, loss: float, rows: Tensor, last: bool) -> float:
+    """The optimizer's step on clipped gradients, if all is finite, and the average's; returns their norm before."""
     clipped = nn.utils.clip_grad_norm_(trained.student.parameters(), max_grad_norm)
     grad_norm = float(parallel.whole(clipped))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -169,6 +166,8 @@ def _update(trained: Trained, max_grad_norm: float, step: int, loss: float, rows
     trained.optimizer.zero_grad()
     if trained.average is not None:
         trained.average.update(trained.student, step + 1)
+        if last:
+            trained.average.put_into(trained.student)
     return grad_norm
 
 
