@@ -151,12 +151,12 @@ def test_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, c
     expected = distill(plain, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
     original = step.batch_losses
 
-    def short_of_memory(student, teacher, ids, labels, objective):
-        if torch.is_grad_enabled() and len(ids) > 2:
+    def short_of_memory(student, teacher, batch, *rest, **options):
+        if torch.is_grad_enabled() and len(batch) > 2:
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
-        return original(student, teacher, ids, labels, objective)
+        return original(student, teacher, batch, *rest, **options)
 
     monkeypatch.setattr(step, "batch_losses", short_of_memory)
     found = distill(squeezed, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
@@ -168,7 +168,7 @@ def test_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, c
 
 def test_a_block_that_does_not_fit_and_other_runtime_errors_stop_the_training(monkeypatch):
     def fails(message):
-        def losses(*args):
+        def losses(*args, **options):
             raise RuntimeError(message)
 
         return losses

@@ -34,8 +34,13 @@ def batch_losses(
     batch: TokenBlocks,
     objective: Objective,
     features: FeatureLoss | None = None,
+    *,
+    keep: bool = True,
 ) -> BatchLosses:
-    """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk."""
+    """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk.
+
+    With `keep` what the teacher shows is kept, if it is one that is remembered: the batch will be read again.
+    """
     device = next(student.parameters()).device
     inputs = batch.inputs(device)
     next_BS = batch.labels[:, 1:].to(device)
@@ -51,10 +56,10 @@ def batch_losses(
         if teacher is None:
             student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
         elif features is None:
-            teacher_ND, teacher_head = of_counted(teacher_hidden(teacher, **inputs)), head_of(teacher)
+            teacher_ND, teacher_head = of_counted(teacher_hidden(teacher, inputs, keep=keep)), head_of(teacher)
             student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
         else:
-            hidden_BSD, theirs = features.of_teacher(teacher, inputs)
+            hidden_BSD, theirs = features.of_teacher(teacher, inputs, keep=keep)
             teacher_ND, teacher_head = of_counted(hidden_BSD), head_of(teacher)
             with features.watching(student, teacher=False) as ours:
                 student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))

@@ -116,7 +116,7 @@ class FeatureLoss:
             for handle in handles:
                 handle.remove()
 
-    def of_teacher(self, teacher: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Seen]:
+    def of_teacher(self, teacher: nn.Module, inputs: dict[str, Tensor], *, keep: bool) -> tuple[Tensor, Seen]:
         """What the teacher's head would read of `inputs`, [B, S, D], and what the losses need of its layers."""
 
         def look() -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class FeatureLoss:
             return {"hidden": hidden} | points | seen.projections
 
         what = f"{sorted({self.origin.points[place] for place in self.places})} {bool(self.features.relations)}"
-        found = remembered(teacher, inputs, what, look)
+        found = remembered(teacher, inputs, what, look, keep=keep)
         points = {int(name.split()[1]): value for name, value in found.items() if name.startswith("point")}
         return found["hidden"], Seen(points, {name: found[name] for name in "qkv" if name in found})
 

@@ -49,17 +49,23 @@ def remember(teacher: nn.Module, limit_bytes: int = LIMIT_BYTES) -> nn.Module:
     return teacher
 
 
-def teacher_hidden(teacher: nn.Module, **inputs: Tensor) -> Tensor:
-    """[B, S, D]: what the teacher's head would read of `inputs`."""
-    found = remembered(teacher, inputs, "hidden", lambda: {"hidden": last_hidden(teacher, **inputs, use_cache=False)})
-    return found["hidden"]
+def teacher_hidden(teacher: nn.Module, inputs: dict[str, Tensor], *, keep: bool = True) -> Tensor:
+    """[B, S, D]: what the teacher's head would read of `inputs`; `keep` as in `remembered`."""
+
+    def look() -> dict[str, Tensor]:
+        return {"hidden": last_hidden(teacher, **inputs, use_cache=False)}
+
+    return remembered(teacher, inputs, "hidden", look, keep=keep)["hidden"]
 
 
 @torch.no_grad()
 def remembered(
-    teacher: nn.Module, inputs: dict[str, Tensor], what: str, look: Callable[[], dict[str, Tensor]]
+    teacher: nn.Module, inputs: dict[str, Tensor], what: str, look: Callable[[], dict[str, Tensor]], *, keep: bool
 ) -> dict[str, Tensor]:
-    """What `look` sees of the teacher on `inputs`, from memory where the same (`what`) was seen of the same batch."""
+    """What `look` sees of the teacher on `inputs`, from memory where the same (`what`) was seen of the same batch.
+
+    Without `keep` nothing new is kept: what is read once must not push out what comes back.
+    """
     memory = _memories.get(teacher)
     if memory is None or parallel.world_size() > 1:  # a sharded teacher is asked by all processes or by none
         return look()
@@ -67,7 +73,8 @@ def remembered(
     found = memory.find(key)
     if found is None:
         found = look()
-        memory.keep(key, found)
+        if keep:
+            memory.keep(key, found)
     return found
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -108,9 +108,12 @@ def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
-def shard(model: nn.Module) -> nn.Module:
-    """Shard the model's parameters over all processes, layer by layer; one that is sharded already stays as it is."""
-    if world_size() == 1 or isinstance(model, FSDPModule):
+_Model = TypeVar("_Model", nn.Module, nn.Module | None)
+
+
+def shard(model: _Model) -> _Model:
+    """Shard a model's parameters over all processes, layer by layer; one that is sharded already stays as it is."""
+    if model is None or world_size() == 1 or isinstance(model, FSDPModule):
         return model
     layers: Any = model.get_submodule(probe_axes(model.config).layers_prefix)
     for layer in layers:

@@ -79,6 +79,7 @@ def find_learning_rate(
                 learning_rate=rate,
                 selection=selection,
                 selection_every=steps,
+                keep=True,
                 **options,
             )
         except NotFiniteError:  # it ran off; what else stops a training stops the search

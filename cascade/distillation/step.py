@@ -36,6 +36,8 @@ class Task:
     """What each feature loss is multiplied by; None: from this step's own losses, measured first."""
     rows: Tensor
     """The blocks' numbers, for messages."""
+    keep: bool = False
+    """Whether the batch will be read again, by another training."""
 
 
 def fitting_step(task: Task, microbatch_size: int, state_folder: Path | None) -> tuple[dict[str, float], int]:
@@ -120,7 +122,7 @@ def _losses(
     share = parallel.world_size() / total_valid
     for number, part in enumerate(parts):
         parallel.sync_gradients(task.student, number == len(parts) - 1)
-        found = batch_losses(task.student, task.teacher, part, task.objective, task.features)
+        found = batch_losses(task.student, task.teacher, part, task.objective, task.features, keep=task.keep)
         if scales is not None:
             loss: Any = found.fused.loss
             for name, value in found.features.items():

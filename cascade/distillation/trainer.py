@@ -68,6 +68,7 @@ def distill(
     on_policy: OnPolicy | None = None,
     seed: int = 0,
     first_position: int = 0,
+    keep: bool = False,
     selection: TokenBlocks | None = None,
     selection_every: int = 25,
     log_path: Path | None = None,
@@ -82,8 +83,8 @@ def distill(
     their number in the *whole* step, so that the split into microbatches and processes changes nothing; `features` are
     scaled by what the step before came to. `first_position` is where reading starts in the endless, seeded block order.
     With a `state_folder` a training that finds its state there goes on from it, to the same bits. With `ema_decay` the
-    student ends as the running average of its weights. Out of memory, the microbatch is halved and the step repeated.
-    `on_step(done, all)` is called after each step, `on_log` with each entry of the log.
+    student ends as the running average of its weights. `on_step(done, all)` is called after each step, `on_log` with
+    each entry of the log. `keep`: another training reads the same blocks, so what a remembered teacher shows is kept.
 
     Raises:
         TrainingError: a loss or gradient is not finite (raised before the optimizer step, so weights are intact), or
@@ -95,8 +96,7 @@ def distill(
         raise UserError("feature losses and on-policy batches need a teacher")
     num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
     parallel.require_even(batch_size)
-    student = parallel.shard(student)
-    teacher = None if teacher is None else parallel.shard(teacher)
+    student, teacher = parallel.shard(student), parallel.shard(teacher)
     settings = {
         "num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
         "first_position": first_position, "weight_decay": weight_decay, "objective": repr(objective),
@@ -118,7 +118,7 @@ def distill(
             with torch.random.fork_rng():
                 torch.manual_seed(_draws(seed, step))  # dropout is a function of the step, as the blocks are
                 batch, wanted, own = own_batch(rollouts, student, blocks.rows(rows), objective, step)
-                task = Task(student, teacher, batch, wanted, features, _scales(features, curve, own), rows)
+                task = Task(student, teacher, batch, wanted, features, _scales(features, curve, own), rows, keep)
                 losses, microbatch_size = fitting_step(task, microbatch_size, state_folder)
             last = step + 1 == num_steps
             grad_norm = _update(trained, max_grad_norm, step, losses["loss"], rows, last)

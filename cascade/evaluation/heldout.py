@@ -47,7 +47,7 @@ def heldout_metrics(
             head_of(model),
             targets[valid],
             Objective(),
-            teacher_hidden=None if teacher is None else _before_last(teacher_hidden(teacher, **inputs))[valid],
+            teacher_hidden=None if teacher is None else _before_last(teacher_hidden(teacher, inputs))[valid],
             teacher_head=None if teacher is None else head_of(teacher),
         )
         values = {"loss": found.cross_entropy}
