@@ -27,9 +27,14 @@ def test_the_python_example_runs_as_printed():
 
 def test_the_recipe_example_is_valid(tmp_path):
     from cascade.recipe.load import load_recipe
+    from cascade.yaml_reader import read_yaml, write_yaml
 
-    example, section = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
+    example, section, other = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
+    (tmp_path / "other.yaml").write_text(other)
     (tmp_path / "mine.yaml").write_text(example + section)
+    load_recipe(tmp_path / "mine.yaml")
+    whole = read_yaml(tmp_path / "mine.yaml").data | read_yaml(tmp_path / "other.yaml").data
+    (tmp_path / "mine.yaml").write_text(write_yaml(whole))
     assert [member.name for member in load_recipe(tmp_path / "mine.yaml").members] == [
         "mine-60",
         "mine-30",
