@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cascade.distillation import parallel
+from cascade import parallel
 from cascade.distillation.optimizer import require_optimizer
 from cascade.distillation.relations import fitting_heads
 from cascade.errors import UserError

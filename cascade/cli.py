@@ -76,7 +76,7 @@ def run(
 
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
-    from cascade.distillation import parallel
+    from cascade import parallel
     from cascade.report.records import load_family
     from cascade.report.tables import plain_table, quality_table, size_table
     from cascade.run import run_recipe

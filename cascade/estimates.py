@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from cascade.distillation.fused import CPU_CHUNK_BYTES
+from cascade.distillation.memory import LIMIT_BYTES
 from cascade.distillation.range_test import FEWEST_STEPS, SHARE
 from cascade.models.axes import probe_axes
 from cascade.models.dims import ModelDims, dims_of
@@ -19,16 +21,19 @@ BASE_PROCESS_BYTES = 600_000_000
 def peak_memory(recipe: Recipe, distill: Distill, dims: ModelDims, count: int, parent_count: int) -> float:
     """Estimated bytes while training.
 
-    Weights, gradients and AdamW's two moments of the student, the teacher's weights, what the backward pass keeps of
-    each layer, and four copies of the logits of a microbatch.
+    Weights, gradients, the optimizer's moments and the average of the student, the teacher's weights, what the backward
+    pass keeps of each layer (and the feature losses of its hidden states), the head's gradient, a chunk of both models'
+    logits, and what is remembered of the teacher.
     """
     tokens = distill.microbatch_size * recipe.data.block_size
-    kept_per_token = dims.num_hidden_layers * (
-        12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
-    )
-    return (
-        BASE_PROCESS_BYTES + 16.0 * count + 4.0 * parent_count + 4.0 * tokens * (kept_per_token + 4 * dims.vocab_size)
-    )
+    kept_per_layer = 12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
+    if distill.features.hidden != "none":
+        kept_per_layer += 3 * dims.hidden_size
+    moments = {"adamw": 8.0, "adamw_8bit": 2.1, "muon": 8.0}[distill.optimizer]
+    per_weight = 8.0 + moments + (4.0 if distill.ema_decay else 0.0)
+    head = 4.0 * dims.vocab_size * dims.hidden_size + 2.0 * CPU_CHUNK_BYTES
+    kept = 4.0 * tokens * dims.num_hidden_layers * kept_per_layer
+    return BASE_PROCESS_BYTES + per_weight * count + 4.0 * parent_count + kept + head + LIMIT_BYTES
 
 
 def stage_seconds(

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from cascade import parallel
 from cascade.checks import check_family
-from cascade.distillation import parallel
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from cascade import __version__
-from cascade.distillation import parallel
+from cascade import __version__, parallel
 from cascade.progress import OnStep, RunProgress
 from cascade.store import COST_FILE, append_event, drop_partials, is_committed, stage_key, staged
 
@@ -41,7 +40,7 @@ STAGE_FORMATS = {
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
-_TOGETHER = ("rate", "distill", "baseline-ce")
+_TOGETHER = ("statistics", "rate", "distill", "baseline-ce")
 """Stages that several processes make together; the others are the first one's."""
 
 _DONE, _JOIN = 0, 1

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from cascade import parallel
 from cascade.cutting import feature_loss, load_plans, training_options
 from cascade.data.blocks import load_blocks, save_blocks
 from cascade.data.prepare import prepare_blocks
-from cascade.distillation import parallel
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
 from cascade.evaluation.evaluate import default_device, evaluate

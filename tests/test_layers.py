@@ -13,6 +13,7 @@ ORDER = [
     "yaml_reader",
     "store",
     "models",
+    "parallel",
     "data",
     "importance",
     "pruning",

@@ -46,6 +46,7 @@ def test_two_processes_train_as_one_does_with_a_tied_head_uneven_blocks_and_accu
         run(tmp_path / name, processes=processes, microbatch=microbatch, **options)
     one, other, two = (tmp_path / name for name in ("one", "one-by-one", "two"))
     assert distance(two, one, "gradients") < 1e-6
+    assert distance(two, one, "statistics") < 1e-6
     assert distance(two, one) < 1e-5
     assert distance(two, one) < 2 * distance(other, one)  # as far apart as one process is from itself
     for key in ("loss", "divergence", "cross_entropy", "hidden_loss", "relations_loss"):

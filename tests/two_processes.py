@@ -8,12 +8,13 @@ import torch
 from conftest import make_blocks, make_model
 from safetensors.torch import save_file
 
+from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.distillation import parallel
 from cascade.distillation.features import FeatureLoss, Features
 from cascade.distillation.optimizer import Optimizer
 from cascade.distillation.origin import Origin
 from cascade.distillation.trainer import distill
+from cascade.importance.statistics import collect_statistics, save_statistics
 
 
 def uneven_blocks() -> TokenBlocks:
@@ -49,6 +50,10 @@ def train(
 
     parallel.join()
     student, teacher = make_model("llama", seed=2, tied=tied), make_model("llama", seed=1, tied=tied)
+    # Second moments are taken of one batch only, which the second process does not see.
+    statistics = collect_statistics(teacher, make_blocks(count=9, seed=3), batch_size=2, covariance_blocks=2)
+    if parallel.rank() == 0:
+        save_statistics(statistics, output / "statistics.safetensors")
     features = FeatureLoss(Features(hidden="cosine", relations=("vv",)), Origin((0, 1, 2, 3)), student, teacher)
     metrics = distill(
         student, teacher, uneven_blocks(), num_tokens=8 * 16 * num_steps, batch_size=8, microbatch_size=microbatch,

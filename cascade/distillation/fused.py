@@ -13,7 +13,7 @@ from cascade.distillation.divergences import DIVERGENCES, Options
 from cascade.distillation.head import Head
 from cascade.errors import UserError
 
-_CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 25, 1 << 29
+CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 25, 1 << 29
 _CPU_ROWS_BYTES = 1 << 20
 """What is worked on between two matrix products on a CPU at a time: it stays in the cache."""
 
@@ -83,7 +83,7 @@ def fused_loss(
 
 def chunk_rule(num_tokens: int, vocabulary: int, device: torch.device) -> int:
     """Tokens whose logits exist at a time: a power of two, 32 MB of them on a CPU and 512 MB on a GPU."""
-    limit = (_CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES) // (4 * vocabulary)
+    limit = (CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES) // (4 * vocabulary)
     return max(16, min(1 << max(0, limit.bit_length() - 1), 1 << max(0, num_tokens - 1).bit_length()))
 
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cascade.distillation import parallel
+from cascade import parallel
 from cascade.distillation.head import last_hidden
 
 LIMIT_BYTES = 1 << 28

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.distillation import parallel
 from cascade.distillation.fused import Objective
 from cascade.errors import UserError
 

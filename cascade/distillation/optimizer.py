@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.distillation import parallel
+from cascade import parallel
 from cascade.errors import UserError
 from cascade.models.axes import probe_axes
 

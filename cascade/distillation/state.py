@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cascade.distillation import parallel
+from cascade import parallel
 from cascade.distillation.average import Average
 from cascade.distillation.optimizer import Optimizer
 from cascade.store import is_committed, staged, verify_folder

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.distillation import parallel
 from cascade.distillation.batch import batch_losses, sums_of
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import Objective

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cascade import parallel
 from cascade.data.blocks import TokenBlocks
 from cascade.data.order import blocks_at
-from cascade.distillation import parallel
 from cascade.distillation.average import Average
 from cascade.distillation.batch import FORWARD_KL, selection_losses
 from cascade.distillation.features import FeatureLoss

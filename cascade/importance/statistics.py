@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cascade import parallel
 from cascade.data.blocks import TokenBlocks
 from cascade.errors import UserError
 from cascade.importance.sums import RotatedEnergies, Sums
@@ -72,7 +73,7 @@ def collect_statistics(
 
     The stream's covariance, which costs a matrix product per norm, is taken on `covariance_blocks` blocks; the energies
     along its principal axes then take a second pass over those. `device` is where the model computes, if not where its
-    weights are (`offloaded`).
+    weights are (`offloaded`). Several processes share the blocks; each gets the whole statistics.
 
     Raises:
         UserError: the architecture's axes cannot be explained.
@@ -82,14 +83,14 @@ def collect_statistics(
     sums = Sums(model, axes, head_contributions)
     device = device or next(model.parameters()).device
     batches = blocks.split(batch_size)
-    seen = 0
     with torch.inference_mode(), sums.hooked():
         for number, part in enumerate(batches):
-            sums.second_moments, sums.batch_size = seen < covariance_blocks, len(part)
-            run_body(model, **part.inputs(device))
-            seen += len(part)
+            sums.second_moments, sums.batch_size = number * batch_size < covariance_blocks, len(part)
+            if number % parallel.world_size() == parallel.rank():
+                run_body(model, **part.inputs(device))
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
+    sums.sums = parallel.summed(sums.sums)
     _require_finite(sums)
     rotation = torch.zeros(0, 0, dtype=torch.float64)
     rotated: dict[str, Tensor] = {}
@@ -97,8 +98,9 @@ def collect_statistics(
         rotation = sums.principal_axes()
         turned = RotatedEnergies(model, sums.norms, rotation)
         with torch.inference_mode(), turned.hooked():
-            for part in batches[: -(-covariance_blocks // batch_size)]:
+            for part in batches[parallel.rank() : -(-covariance_blocks // batch_size) : parallel.world_size()]:
                 run_body(model, **part.inputs(device))
+        turned.sums = parallel.summed(turned.sums)
         rotated = turned.finish()
     return _finished(sums, rotation, rotated, dims_of(model.config), blocks.input_ids.numel(), len(blocks))
 

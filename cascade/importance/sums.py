@@ -24,7 +24,6 @@ class Sums:
         self.layers = list(model.get_submodule(axes.layers_prefix).children())
         self.sums: dict[str, Tensor] = {}
         self.second_moments, self.batch_size = False, 0
-        self.covariance_count = 0
         self.last_tokens: list[Tensor] = []
         self.lengths: dict[str, Tensor] = {}
         self.writers = {
@@ -175,7 +174,9 @@ class Sums:
 
     def principal_axes(self) -> Tensor:
         """[D, D] float64: eigenvectors of the stream's covariance as columns, largest eigenvalue first."""
-        vectors: Tensor = torch.linalg.eigh(self.sums["covariance:the stream"] / self.covariance_count).eigenvectors
+        vectors: Tensor = torch.linalg.eigh(
+            self.sums["covariance:the stream"] / self.sums["covariance count"]
+        ).eigenvectors
         # An axis has no sign of its own: its largest part is made positive, whatever rounding would have it.
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
         axes: Tensor = (vectors * largest.sign()).flip(1).contiguous()
@@ -186,7 +187,7 @@ class Sums:
         tokens = stream.flatten(0, -2).double()
         tokens = tokens / tokens.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-15)
         self._add("covariance:the stream", tokens.T @ tokens)
-        self.covariance_count += len(tokens)
+        self._add("covariance count", torch.tensor(float(len(tokens)), dtype=torch.float64))
 
     def _add(self, name: str, value: Tensor) -> None:
         if name in self.sums:
@@ -202,7 +203,7 @@ class RotatedEnergies:
         self.model, self.rotation = model, rotation.float()
         self.names = [name for name in norms if model.get_parameter(name).numel() == len(rotation)]
         self.sums = {name: torch.zeros(len(rotation), dtype=torch.float64) for name in self.names}
-        self.count = 0
+        self.sums["count"] = torch.zeros((), dtype=torch.float64)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -219,13 +220,13 @@ class RotatedEnergies:
 
     def finish(self) -> dict[str, Tensor]:
         """By norm weight, [D]: mean over tokens of (x Q)_d^2 / mean(x^2)."""
-        return {name: (total * len(self.names) / self.count).float() for name, total in self.sums.items()}
+        return {name: (self.sums[name] * len(self.names) / self.sums["count"]).float() for name in self.names}
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self.rotation = self.rotation.to(args[0].device)
             squares = (args[0].float().flatten(0, -2) @ self.rotation).square()
             self.sums[name] += (squares.mean(-1).clamp_min(1e-30).reciprocal() @ squares).double().cpu()
-            self.count += len(squares)
+            self.sums["count"] += len(squares)
 
         return hook

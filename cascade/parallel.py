@@ -111,6 +111,24 @@ def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
 _Model = TypeVar("_Model", nn.Module, nn.Module | None)
 
 
+def summed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor's sum over all processes, on the CPU; one that a process does not have counts as zeros there.
+
+    All processes have to ask.
+    """
+    if world_size() == 1:
+        return values
+    shapes: list[dict[str, Any]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(shapes, {name: (tuple(value.shape), value.dtype) for name, value in values.items()})
+    known = {name: shape for one in shapes for name, shape in one.items()}
+    found = {}
+    for name, (shape, dtype) in sorted(known.items()):
+        total = values[name].to("cpu", torch.float64) if name in values else torch.zeros(shape, dtype=torch.float64)
+        dist.all_reduce(total)
+        found[name] = total.to(dtype)
+    return {name: found[name] for name in [*values, *sorted(known.keys() - values.keys())]}
+
+
 def shard(model: _Model) -> _Model:
     """Shard a model's parameters over all processes, layer by layer; one that is sharded already stays as it is."""
     if model is None or world_size() == 1 or isinstance(model, FSDPModule):
