@@ -91,6 +91,7 @@ def collect_statistics(
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
     sums.sums = parallel.summed(sums.sums)
+    sums.complete_lengths()
     _require_finite(sums)
     rotation = torch.zeros(0, 0, dtype=torch.float64)
     rotated: dict[str, Tensor] = {}

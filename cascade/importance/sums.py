@@ -56,6 +56,11 @@ class Sums:
             for handle in handles:
                 handle.remove()
 
+    def complete_lengths(self) -> None:
+        """Those that no batch has brought: of several processes, one can be left without."""
+        for name in (name for names in self.writers.values() for name in names if name not in self.lengths):
+            self._add_lengths(name)
+
     def per_layer(self, kind: str) -> Tensor:
         """[L, ...] of one kind of sum."""
         prefix = self.axes.layers_prefix
