@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -163,6 +164,22 @@ def test_layers_that_are_computed_again_give_the_same_training():
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(thrifty.state_dict()[name], value, rtol=1e-4, atol=1e-6)
     assert not thrifty.is_gradient_checkpointing
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_train_as_they_are_and_are_left_as_they_were():
+    blocks, teacher = make_blocks(count=24), make_model(seed=1)
+    plain, compiled = make_model(seed=2), make_model(seed=2)
+    torch._dynamo.utils.counters.clear()
+    first = train(plain, teacher, blocks)
+    assert not torch._dynamo.utils.counters["frames"]
+    second = train(compiled, teacher, blocks, compiled=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 1
+    assert [entry["loss"] for entry in first.curve] == pytest.approx([e["loss"] for e in second.curve], rel=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    assert all(layer._compiled_call_impl is None for layer in compiled.model.layers)
 
 
 @given(start=st.integers(0, 200), count=st.integers(1, 30), num_blocks=st.integers(1, 40), seed=st.integers(0, 9))

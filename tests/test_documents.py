@@ -144,12 +144,18 @@ def test_a_row_that_is_no_conversation_is_named(tokenizer, row):
         list(chat_documents([row], tokenizer, "data.train"))
 
 
+def chats(path, count):
+    """A file of two-turn conversations, as data."""
+    turns = (
+        [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"it is {number}"}]
+        for number in range(count)
+    )
+    path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    return TextData("files", {"train": (str(path),)}, messages_field="messages")
+
+
 def test_chat_files_become_blocks_whose_conversations_are_kept_apart(tokenizer, tmp_path):
-    with (tmp_path / "chat.jsonl").open("w") as file:
-        for number in range(60):
-            turn = [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"it is {number}"}]
-            file.write(json.dumps({"messages": turn}) + "\n")
-    data = TextData("files", {"train": (str(tmp_path / "chat.jsonl"),)}, messages_field="messages")
+    data = chats(tmp_path / "chat.jsonl", 60)
     blocks = prepare_blocks(data, "train", tokenizer, block_size=32, document_masks=True)
     assert 0.1 < (blocks.labels != IGNORE_INDEX).float().mean() < 0.9
     assert (blocks.position_ids[:, 0] == 0).all()
@@ -225,11 +231,7 @@ def test_streamed_text_gives_the_blocks_of_text_read_at_once_and_goes_on_where_i
 
 
 def test_streamed_chat_and_its_splits_are_those_of_chat_read_at_once(tokenizer, tmp_path):
-    with (tmp_path / "chat.jsonl").open("w") as file:
-        for number in range(400):
-            turn = [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": f"it is {number}"}]
-            file.write(json.dumps({"messages": turn}) + "\n")
-    data = TextData("files", {"train": (str(tmp_path / "chat.jsonl"),)}, messages_field="messages")
+    data = chats(tmp_path / "chat.jsonl", 400)
     for split in ("train", "selection"):
         options = {"block_size": 32, "max_blocks": 50, "document_masks": True}
         streamed = prepare_blocks(dataclasses.replace(data, streaming=True), split, tokenizer, **options)

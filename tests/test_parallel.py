@@ -1,10 +1,13 @@
 """Two processes do what one does, and go on after a death as if nothing had been."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -77,8 +80,6 @@ def test_two_processes_that_died_go_on_to_the_same_bits_and_one_can_take_over(tm
     # Right after a look at the selection loss, which leaves gathered parameters behind.
     assert run(tmp_path / "dead", processes=2, state=state, die_after=5, check=False) != 0
     assert sorted(path.name for path in state.glob("step-*")) == ["step-000000004", "step-000000005"]
-    import shutil
-
     shutil.copytree(state, tmp_path / "copy")
     run(tmp_path / "resumed", processes=2, state=state)
     run(tmp_path / "alone", processes=1, state=tmp_path / "copy")
@@ -106,20 +107,19 @@ def test_a_family_made_by_two_processes_is_that_of_one_but_for_rounding(recipe_f
 
 @pytest.mark.nightly
 def test_a_family_that_two_processes_left_unfinished_is_gone_on_with_from_its_training_state(recipe_folder, tmp_path):
-    import os
-    import signal
-    import time
-
     folder = tmp_path / "run"
     options = ["--output", str(folder), "--only", "big", "--set", "distill.save_every_minutes=0.0"]
     options += ["--set", "distill.tokens=12_800"]
     command = [sys.executable, *STARTED, "-m", "cascade", "run", str(recipe_folder / "tiny.yaml"), *options]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not list(folder.glob("stages/.partial-big.distill-*/step-00000001*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(first.pid, signal.SIGKILL)
+    workers = psutil.Process(first.pid).children(recursive=True)  # torchrun gives them sessions of their own
+    for process in (first, *workers):
+        process.kill()
     first.wait()
+    psutil.wait_procs(workers, timeout=60)
     states = sorted(folder.glob("stages/.partial-big.distill-*/step-*"))
     assert states, "it was to be killed while it trained"
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -4,13 +4,17 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from cascade.errors import UserError
+from cascade.report import trackers
 from cascade.report.plots import short_number, size_quality_curve
 from cascade.report.records import family_csv, family_json, load_family
+from cascade.report.trackers import require_trackers, tracked
 from cascade.report.write import report_html, report_markdown
 
 CHROMIUM = shutil.which("chromium")
@@ -85,6 +89,43 @@ def test_rows_without_metrics_still_make_a_csv(tiny_family):
     rows = load_family(tiny_family)["rows"]
     rows[1]["metrics"] = []
     assert family_csv(rows).count("\n") == len(rows) + 1
+
+
+def test_tensorboard_gets_every_entry_of_the_log_under_its_step(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with tracked(["tensorboard"], project="family", run="big.distill", folder=tmp_path, settings={}) as log:
+        for step in (1, 2):
+            log({"step": step, "loss": 3.0 / step, "learning_rate": 0.5})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "big.distill")).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "learning_rate"}
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(monkeypatch, caplog):
+    sent = []
+
+    def fails(values, step):
+        raise ConnectionError("no route")
+
+    openers = {"wandb": lambda *_: fails, "trackio": lambda *_: lambda values, step: sent.append(step)}
+    monkeypatch.setattr(trackers, "_OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
+    monkeypatch.setattr(trackers, "require_trackers", lambda names: None)
+    with tracked(["wandb", "trackio"], project="f", run="r", folder=Path(), settings={}) as log:
+        log({"step": 1, "loss": 1.0})
+        log({"step": 2, "loss": 1.0})
+    assert sent == [1, 2]
+    assert caplog.text.count("wandb failed and is left out from here on: no route") == 1
+    opened = tracked(["mlflow"], project="f", run="r", folder=Path(), settings={})
+    with pytest.raises(UserError, match="mlflow cannot be opened: no route"), opened:
+        pass
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"distill.trackers: unknown tracker 'comet'; known: tensorboard, trackio"):
+        require_trackers(["comet"])
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UserError, match=r"mlflow is not installed; pip install 'cascade-distill\[mlflow\]'"):
+        require_trackers(["mlflow"])
 
 
 def test_the_notebook_compares_families_without_torch(tiny_family, tmp_path):

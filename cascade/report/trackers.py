@@ -1,6 +1,7 @@
 """Where a training's log goes besides log.jsonl: TensorBoard, trackio, Weights & Biases, MLflow; none by default."""
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 from cascade.errors import UserError
 
+_logger = logging.getLogger(__name__)
+
 Log = Callable[[dict[str, float]], None]
 
-_PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
-TRACKERS = tuple(_PACKAGES)
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")  # each the name of its package
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -21,10 +23,10 @@ def require_trackers(names: Sequence[str]) -> None:
         UserError: one is unknown or not installed.
     """
     for name in names:
-        if name not in _PACKAGES:
+        if name not in TRACKERS:
             raise UserError(f"distill.trackers: unknown tracker '{name}'; known: {', '.join(TRACKERS)}")
         try:
-            importlib.import_module(_PACKAGES[name])
+            importlib.import_module(name)
         except ImportError as error:
             raise UserError(
                 f"distill.trackers: {name} is not installed; pip install 'cascade-distill[{name}]', or leave it out"
@@ -37,24 +39,39 @@ def tracked(
 ) -> Iterator[Log | None]:
     """A function that takes one entry of the log, and passes it on to every tracker; None without any.
 
-    `folder` is for those that write files of their own (TensorBoard).
+    `folder` is for those that write files of their own (TensorBoard). A tracker that fails later on (a server that is
+    gone) is warned about and left out: the training goes on, and log.jsonl has every entry.
+
+    Raises:
+        UserError: one is unknown, not installed, or cannot be opened.
     """
     if not names:
         yield None
         return
     require_trackers(names)
     with ExitStack() as stack:
-        logs = [_OPENERS[name](stack, project, run, folder, settings) for name in names]
+        logs = {name: _opened(name, stack, project, run, folder, settings) for name in names}
 
         def log(entry: dict[str, float]) -> None:
             values = {key: value for key, value in entry.items() if key != "step"}
-            for one in logs:
-                one(values, int(entry["step"]))
+            for name, send in list(logs.items()):
+                try:
+                    send(values, int(entry["step"]))
+                except Exception as error:  # of any kind: they are other people's clients and networks
+                    _logger.warning("distill.trackers: %s failed and is left out from here on: %s", name, error)
+                    del logs[name]
 
         yield log
 
 
 _Send = Callable[[dict[str, float], int], Any]
+
+
+def _opened(name: str, *settings: Any) -> _Send:
+    try:
+        return _OPENERS[name](*settings)
+    except Exception as error:
+        raise UserError(f"distill.trackers: {name} cannot be opened: {error}") from error
 
 
 def _tensorboard(stack: ExitStack, project: str, run: str, folder: Path, settings: dict[str, Any]) -> _Send:
