@@ -41,7 +41,8 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     before = dims_of(parent_config).as_dict()
     cut = {name for name in CUT_DIMS if any(one.seed and one.dims.as_dict()[name] < before[name] for one in members)}
     for one in members:
-        if one.target is not None and one.target.bounds() and (recipe.prune.search or len(one.hidden_choices) > 1):
+        tried = one.member.start == "prune" and (recipe.prune.search or len(one.hidden_choices) > 1)
+        if tried and one.target is not None and one.target.bounds():
             cut |= {name for name in CUT_DIMS if name not in (one.target.dims or {})}  # what may be tried
     rotated = any(one.seed and "pca" in (one.hidden, *one.hidden_choices) for one in members)
     return prove_cuts(parent_config, along=sorted(cut), rotated=rotated) if cut else {}

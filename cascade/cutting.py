@@ -32,6 +32,7 @@ from cascade.pruning.plan import PruningPlan, load_plan, plan_pruning, save_plan
 from cascade.pruning.repair import Repair, repair
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
+from cascade.starts import plan_layers
 
 REPAIRS = {
     "sequential": Repair(),
@@ -123,7 +124,20 @@ def make_cut(
 ) -> None:
     """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
     model = load_model(seed).to(default_device())
-    plan = _plan(recipe, model, member.dims, statistics, data, member.hidden)
+    _save_cut(folder, recipe, model, _plan(recipe, model, member.dims, statistics, data, member.hidden), data, teacher)
+
+
+def make_layers(
+    folder: Path, recipe: Recipe, member: ResolvedMember, seed: ModelSource, data: Path, teacher: nn.Module
+) -> None:
+    """What make_cut writes, of whole layers that are spread evenly: no statistics, nothing scored."""
+    model = load_model(seed).to(default_device())
+    _save_cut(folder, recipe, model, plan_layers(model.config, member.dims, member.name), data, teacher)
+
+
+def _save_cut(
+    folder: Path, recipe: Recipe, model: nn.Module, plan: PruningPlan, data: Path, teacher: nn.Module
+) -> None:
     save_plan(plan, folder / "plan.json")
     pruned = prune(model, plan).to(default_device())
     save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)

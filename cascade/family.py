@@ -16,6 +16,7 @@ from cascade.pruning.shape import solve_shape
 from cascade.pruning.target import Latency, Target
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Member, Recipe
+from cascade.starts import plan_layers, student_config
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class ResolvedMember:
 
     member: Member
     target: Target | None
-    """What its shape is solved by; None for a student that already exists."""
+    """What its shape is solved by; None where that is given."""
     seed: str
-    """'parent', a member's name, or '' for a student that already exists"""
+    """'parent', a member's name, or '' for one that is not cut"""
     config: Any
     """The member's config, of the shape solved for (per-layer lists are settled by the plan)."""
     parent_config: Any
@@ -94,6 +95,8 @@ def resolve_family(
         seed, seed_config = _seed(member, resolved, parent_config, pinned_seeds or {})
         target, found = targets.get(member.name), (found_shapes or {}).get(member.name)
         config = _shape(recipe, member, target, seed_config, parent_config, found)
+        if member.start == "layers":
+            plan_layers(seed_config, dims_of(config), member.name)
         before = 0
         if seed in resolved:
             before = resolved[seed].first_position + resolved[seed].num_steps * recipe.distill.batch_size
@@ -110,7 +113,10 @@ def _wanted(member: Member, target: Target | None, parent_config: Any, total: in
     if target is not None:
         dims = _solved(member, target, parent_config, parent_config)
         return float(probe_axes(parent_config).num_parameters(dims))
-    config = load_config(resolve_model(member.student))
+    if member.config:
+        config = student_config(member.config, parent_config, member.name)
+    else:
+        config = load_config(resolve_model(member.student))
     return float(probe_axes(config).num_parameters(dims_of(config)))
 
 
@@ -119,6 +125,9 @@ def _seed(
 ) -> tuple[str, Any]:
     if member.student:
         return "", load_config(resolve_model(member.student))
+    if member.start == "random":
+        own = student_config(member.config, parent_config, member.name) if member.config else parent_config
+        return "", own
     seed = member.seed
     if seed == "previous":
         cut = [name for name, other in resolved.items() if other.seed]
@@ -140,8 +149,18 @@ def _shape(
 ) -> Any:
     if target is None:
         return seed_config
-    config = shape_config(seed_config, found.hidden if found else hidden_score(recipe.prune.hidden, parent_config))
+    hidden = found.hidden if found else _hidden_of(recipe, member, parent_config)
+    config = shape_config(seed_config, hidden)
     return config_with_dims(config, found.dims if found else _solved(member, target, config, parent_config))
+
+
+def _hidden_of(recipe: Recipe, member: Member, parent_config: Any) -> str:
+    """Nothing is rotated where no channels are cut, or none by scores."""
+    target = member.target
+    stays = target is None or (not target.has_bounds() and "hidden_size" not in target.dims)
+    if member.start != "prune" or (recipe.prune.hidden == "auto" and stays):
+        return "activation_norm"
+    return hidden_score(recipe.prune.hidden, parent_config)
 
 
 def hidden_score(wanted: str, parent_config: Any) -> str:
@@ -167,9 +186,9 @@ LARGEST_UNTIED_SHARE = 0.15
 """Of the parent's parameters: tied embeddings up to this share are untied by `prune.hidden: auto`."""
 
 
-def hidden_choices(wanted: str, parent_config: Any, target: Target | None) -> tuple[str, ...]:
-    """The scores of hidden channels to choose among by trying; explicit dims leave nothing to choose."""
-    if target is None or not target.bounds() or wanted != "auto":
+def hidden_choices(wanted: str, parent_config: Any) -> tuple[str, ...]:
+    """The scores of hidden channels to choose among by trying, where there is a size to meet."""
+    if wanted != "auto":
         return (hidden_score(wanted, parent_config),)
     try:
         require_rotatable(parent_config, probe_axes(parent_config))
@@ -225,14 +244,16 @@ def _resolve(
     flops = float(axes.flops_per_token(dims, recipe.data.block_size))
     parent_flops = float(parent_axes.flops_per_token(parent, recipe.data.block_size))
     stored_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.save.dtype) or dtype_bytes(parent_config)
-    choices = hidden_choices(recipe.prune.hidden, parent_config, target)
+    hidden = found.hidden if found else _hidden_of(recipe, member, parent_config)
+    several = member.start == "prune" and target is not None and target.bounds()
+    choices = hidden_choices(recipe.prune.hidden, parent_config) if several else (hidden,)
     return ResolvedMember(
         member=member,
         target=target,
         seed=seed,
         config=config,
         parent_config=parent_config,
-        hidden=found.hidden if found else hidden_score(recipe.prune.hidden, parent_config),
+        hidden=hidden,
         hidden_choices=choices,
         dims=dims,
         num_parameters=count,
@@ -244,7 +265,12 @@ def _resolve(
         peak_memory_bytes=peak_memory(recipe, distill, dims, count, int(parent_axes.num_parameters(parent))),
         disk_bytes=count * (4 + stored_bytes * (1 + len(recipe.baselines))),
         seconds=stage_seconds(
-            recipe, flops, parent_flops, num_steps * step_tokens, cut=bool(seed), choices=len(choices)
+            recipe,
+            flops,
+            parent_flops,
+            num_steps * step_tokens,
+            cut=bool(seed) and member.start == "prune",
+            choices=len(choices),
         ),
     )
 

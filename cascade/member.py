@@ -1,24 +1,16 @@
 """One member: its stages, and what each of them depends on."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cascade.cutting import make_candidate, make_cut, make_repaired, make_statistics, statistics_options
-from cascade.distillation.memory import remember
-from cascade.evaluation.evaluate import default_device
-from cascade.family import FoundShape, ResolvedMember
+from cascade.family import ResolvedMember
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
     fingerprint,
-    load_model,
-    load_tokenizer,
-    require_same_vocabulary,
-    resolve_model,
 )
 from cascade.progress import OnStep
 from cascade.publish import FinishedMember, baseline_row
@@ -26,46 +18,19 @@ from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
 from cascade.runner import StageRunner
-from cascade.search import Candidate, search_shape
+from cascade.seeding import Shared, make_start
 from cascade.stages import make_baseline, make_evaluation, make_rate, make_recovered
 from cascade.store import output_digest
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all members of a run read."""
-
-    parent: ModelSource
-    data: Path
-    evaluation: Path
-    """The parent's own evaluation."""
-    digests: dict[str, str]
-    """Of the text's source, the parent, the packed blocks and the tasks."""
-    teachers: list[nn.Module]
-    """The parent's model, once it has been needed."""
-
-    def teacher(self) -> nn.Module:
-        """The parent's model, loaded once and frozen."""
-        if not self.teachers:
-            self.teachers.append(remember(load_model(self.parent).to(default_device()).requires_grad_(False)))
-        return self.teachers[0]
 
 
 def make_member(
     runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: FinishedMember | None
 ) -> FinishedMember:
     """All stages of one member; `seed` is None where that is the parent."""
-    seed_folder = seed.distilled if seed else None
-    before: list[Path] | None = seed.lineage if seed else []
-    cut = _make_cut(runner, recipe, shared, member, seed_folder) if member.seed else None
-    repaired = _make_repaired(runner, recipe, shared, member, seed_folder, cut) if cut else None
-    lineage = None if cut is None or before is None else [*before, cut]
-    made_start = repaired or cut
-    start = ModelSource(made_start / CHECKPOINT, member.name) if made_start else resolve_model(member.member.student)
-    if made_start is None:
-        require_same_vocabulary(load_tokenizer(shared.parent), load_tokenizer(start), f"members: {member.name}")
+    begun = make_start(runner, recipe, shared, member, seed)
+    start, lineage = begun.source, begun.lineage
     inputs = {
-        "start": output_digest(made_start) if made_start else fingerprint(start),
+        "start": begun.digest,
         "teacher": shared.digests["parent"],
         "data": shared.digests["data"],
     }
@@ -95,7 +60,7 @@ def make_member(
     )
     rows = []
     for kind in recipe.baselines:
-        made = {"cut": cut, "repaired": repaired}.get(kind)
+        made = {"cut": begun.cut, "repaired": begun.repaired}.get(kind)
         if made is None and kind != "ce":
             continue
         checkpoint = start if made is None else ModelSource(made / CHECKPOINT, member.name)
@@ -120,7 +85,7 @@ def make_member(
             reference=distilled / "reference.safetensors",
         ),
     )
-    return FinishedMember(cut, repaired, rate, distilled, evaluation, rows, lineage)
+    return FinishedMember(begun.cut, begun.repaired, rate, distilled, evaluation, rows, lineage)
 
 
 def _make_rate(
@@ -170,105 +135,6 @@ def _make_baseline(
         lambda folder, on_step: make_baseline(folder, recipe, checkpoint, shared.parent, shared.teacher()),
     )
     return baseline_row(member, kind, [folder, made] if kind == "ce" and made else [folder])
-
-
-def find_shape(
-    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: FinishedMember | None
-) -> list[Candidate]:
-    """The shapes that were tried for a member, the chosen one first; empty where there is nothing to choose."""
-    choosing = recipe.prune.search is not None or len(member.hidden_choices) > 1
-    if not choosing or member.target is None or not member.target.bounds():
-        return []
-    folder = seed.distilled if seed else None
-    source, statistics = _source(shared, member, folder), _make_statistics(runner, recipe, shared, member, folder)
-
-    def make(shape: FoundShape, num_tokens: int) -> Any:
-        return lambda folder, on_step: make_candidate(
-            folder,
-            recipe,
-            shape.dims,
-            source,
-            statistics,
-            shared.data,
-            shared.teacher(),
-            hidden=shape.hidden,
-            lineage=seed.lineage if seed else [],
-            num_tokens=num_tokens,
-            on_step=on_step,
-        )
-
-    return search_shape(runner, recipe, member, source, _cut_inputs(shared, folder, statistics), make)
-
-
-def _source(shared: Shared, member: ResolvedMember, seed: Path | None) -> ModelSource:
-    return shared.parent if seed is None else ModelSource(seed / CHECKPOINT, member.seed)
-
-
-def _seed_digest(shared: Shared, seed: Path | None) -> str:
-    return shared.digests["parent"] if seed is None else output_digest(seed)
-
-
-def _cut_inputs(shared: Shared, seed: Path | None, statistics: Path) -> dict[str, str]:
-    return {
-        "statistics": output_digest(statistics),
-        "seed": _seed_digest(shared, seed),
-        "teacher": shared.digests["parent"],
-        "data": shared.digests["data"],
-    }
-
-
-def _make_statistics(
-    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
-) -> Path:
-    source = _source(shared, member, seed)
-    return runner.run(
-        member.name,
-        "statistics",
-        recipe.calibration.model_dump() | statistics_options(recipe, member.hidden_choices),
-        {"seed": _seed_digest(shared, seed), "data": shared.digests["data"]},
-        lambda folder, on_step: make_statistics(folder, recipe, source, shared.data, on_step, member.hidden_choices),
-        label=member.seed,
-    )
-
-
-def _make_cut(runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None) -> Path:
-    source, statistics = _source(shared, member, seed), _make_statistics(runner, recipe, shared, member, seed)
-    return runner.run(
-        member.name,
-        "prune",
-        recipe.prune.model_dump(exclude={"repair", "search"})
-        | {
-            "hidden": member.hidden,
-            "dims": member.dims.as_dict(),
-            "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
-        },
-        _cut_inputs(shared, seed, statistics),
-        lambda folder, on_step: make_cut(folder, recipe, member, source, statistics, shared.data, shared.teacher()),
-    )
-
-
-def _make_repaired(
-    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None, cut: Path
-) -> Path | None:
-    if recipe.prune.repair.method == "none":
-        return None
-    source = _source(shared, member, seed)
-    return runner.run(
-        member.name,
-        "repair",
-        recipe.prune.repair.model_dump()
-        | {
-            "batch_size": recipe.calibration.batch_size,
-            "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
-        },
-        {
-            "cut": output_digest(cut),
-            "seed": _seed_digest(shared, seed),
-            "teacher": shared.digests["parent"],
-            "data": shared.digests["data"],
-        },
-        lambda folder, on_step: make_repaired(folder, recipe, source, cut, shared.data, shared.teacher(), on_step),
-    )
 
 
 def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation.trainer import TrainingMetrics, distill
-from cascade.errors import UserError
-from cascade.models.architecture import model_from_config
+from cascade.models.architecture import config_from_values, model_from_config
 
 END_TOKEN = "<|endoftext|>"
 
@@ -52,15 +51,8 @@ def pretrained_config(values: dict[str, Any], *, vocab_size: int, end_token_id: 
     Raises:
         UserError: no or an unknown model_type, or values that its config class refuses.
     """
-    values = dict(values)
-    model_type = values.pop("model_type", None)
-    if not isinstance(model_type, str):
-        raise UserError("parent.pretrain.config: `model_type` is missing, such as llama")
     special = {"bos_token_id": end_token_id, "eos_token_id": end_token_id, "pad_token_id": None}
-    try:
-        return AutoConfig.for_model(model_type, **(special | values | {"vocab_size": vocab_size}))
-    except Exception as error:  # transformers' strict dataclasses raise several unrelated classes
-        raise UserError(f"parent.pretrain.config: {error}") from error
+    return config_from_values(special | values | {"vocab_size": vocab_size}, "parent.pretrain.config")
 
 
 def pretrain(

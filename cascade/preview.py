@@ -108,7 +108,7 @@ def preview_text(found: dict[str, Any]) -> str:
         table.append(
             [
                 member["name"],
-                member["seed"] or "(given)",
+                member["seed"] or f"({member['init']})",
                 *_shape_cells(member["dims"]),
                 f"{member['num_parameters']:,}",
                 f"{member['fraction_of_parent']:.0%}",
@@ -149,6 +149,7 @@ def _member_record(member: ResolvedMember, total: int) -> dict[str, Any]:
     return {
         "name": member.name,
         "seed": member.seed or None,
+        "init": member.member.start,
         "dims": member.dims.as_dict(),
         "num_parameters": member.num_parameters,
         "num_parameters_non_embedding": member.num_parameters_non_embedding,

@@ -14,7 +14,7 @@ from cascade.estimates import parent_seconds
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.inputs import data_fingerprint, task_fingerprint
 from cascade.latencies import find_latencies, keep_latencies
-from cascade.member import Shared, evaluation_settings, find_shape, make_member
+from cascade.member import evaluation_settings, make_member
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -31,6 +31,7 @@ from cascade.publish import FinishedMember, publish_member, teacher_row, write_r
 from cascade.recipe.schema import Recipe
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
+from cascade.seeding import Shared, find_shape
 from cascade.stages import (
     make_data,
     make_evaluation,

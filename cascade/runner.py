@@ -28,6 +28,7 @@ STAGE_FORMATS = {
     "statistics": 3,
     "candidate": 2,
     "finalist": 2,
+    "init": 1,
     "prune": 3,
     "repair": 2,
     "rate": 1,
@@ -46,6 +47,7 @@ _TOGETHER = ("statistics", "rate", "distill", "baseline-ce")
 _DONE, _JOIN = 0, 1
 
 _MADE_WITH = {
+    "init": "prune",
     "candidate": "prune",
     "finalist": "prune",
     "rate": "distill",

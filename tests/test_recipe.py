@@ -81,7 +81,19 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path):
         ),
         ("{params: 0.5}", "{params: 0.5}\n    seed: nobody", "unknown seed 'nobody'"),
         ("{params: 0.5}", "{}", "give `params`, another bound, or `dims`"),
-        ("    target: {params: 0.5}\n", "", "give either `target` or `student`"),
+        ("    target: {params: 0.5}\n", "", "give one of `target`, `student` and `config`"),
+        ("target: {params: 0.5}", "config: {model_type: llama}\n    student: x", "give one of `target`, `student` and"),
+        (
+            "target: {params: 0.5}",
+            "config: {model_type: llama}\n    init: layers",
+            "does not go with `config`; use random",
+        ),
+        (
+            "target: {params: 0.5}",
+            "config: {model_type: llama}\n    seed: parent",
+            "not cut, so it has no `seed`; remove",
+        ),
+        ("{params: 0.5}", "{params: 0.5}\n    init: checkpoint", "with `target`; use prune or layers or random"),
         ("{source: stdlib}", "{source: files}", "source files needs `train`"),
         ("{source: stdlib}", "{source: hub, dataset: a/b, train: train}", "pinned `revision`"),
         (

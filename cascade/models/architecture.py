@@ -1,11 +1,12 @@
 """Which model class a config belongs to, and which architectures are refused, each with what is missing."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from cascade.errors import UserError
 
@@ -34,6 +35,22 @@ def model_class_of(config: Any) -> Any:
         f"model type '{config.model_type}' with architectures {getattr(config, 'architectures', None)}: "
         "transformers has no class for it without remote code"
     )
+
+
+def config_from_values(values: Mapping[str, Any], place: str) -> Any:
+    """The transformers config of a `model_type` and its own keys.
+
+    Raises:
+        UserError: no or an unknown model_type, or values that its config class refuses; `place` is named.
+    """
+    rest = dict(values)
+    model_type = rest.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise UserError(f"{place}: `model_type` is missing, such as llama")
+    try:
+        return AutoConfig.for_model(model_type, **rest)
+    except Exception as error:  # transformers' strict dataclasses raise several unrelated classes
+        raise UserError(f"{place}: {error}") from error
 
 
 def model_from_config(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:

@@ -158,6 +158,13 @@ class Member(Section):
     """What to cut to."""
     student: str = ""
     """Instead of a target: an existing checkpoint of any shape with the teacher's vocabulary; no cut."""
+    config: dict[str, object] = {}
+    """Instead of a target: a transformers config of any shape (model_type and the architecture's own keys), filled with
+    random weights. Vocabulary, special tokens and context are the teacher's where it does not say."""
+    init: Literal["prune", "layers", "random", "checkpoint"] | None = None
+    """What the student starts from. prune (with a target): what is cut from its seed by scores; layers: whole layers of
+    its seed, evenly spread, as DistilBERT does; random: nothing but the target's or the config's shape; checkpoint: the
+    `student`. Not given: the first of these that the other keys allow."""
     seed: str = "previous"
     """What it is cut from: previous (the next larger member), parent, or a member's name."""
     tokens: PositiveInt | None = None
@@ -172,11 +179,23 @@ class Member(Section):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Member":
-        if (self.target is None) == (not self.student):
-            raise ValueError("give either `target` or `student`")
-        if self.student and self.seed != "previous":
-            raise ValueError("a `student` is not cut, so it has no `seed`; remove it")
+        if [self.target is not None, bool(self.student), bool(self.config)].count(True) != 1:
+            raise ValueError("give one of `target`, `student` and `config`")
+        key = "target" if self.target else "student" if self.student else "config"
+        if self.start not in STARTS[key]:
+            raise ValueError(f"init '{self.init}' does not go with `{key}`; use {' or '.join(STARTS[key])}")
+        if self.seed != "previous" and self.start not in ("prune", "layers"):
+            raise ValueError(f"what starts from init '{self.start}' is not cut, so it has no `seed`; remove it")
         return self
+
+    @property
+    def start(self) -> str:
+        """What the student starts from: `init`, or what the other keys imply."""
+        return self.init or ("prune" if self.target else "checkpoint" if self.student else "random")
+
+
+STARTS = {"target": ("prune", "layers", "random"), "student": ("checkpoint",), "config": ("random",)}
+"""What a member can start from, by what says its size."""
 
 
 class Calibration(Section):

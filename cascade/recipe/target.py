@@ -49,7 +49,11 @@ class TargetSize(Section):
 
     @model_validator(mode="after")
     def _something(self) -> "TargetSize":
-        bounds = (self.params, self.params_non_embedding, self.flops_per_token, self.memory_bytes, self.decode_ms)
-        if all(bound is None for bound in bounds) and not self.dims:
+        if not self.has_bounds() and not self.dims:
             raise ValueError("give `params`, another bound, or `dims`")
         return self
+
+    def has_bounds(self) -> bool:
+        """Whether it says more than explicit dims."""
+        bounds = (self.params, self.params_non_embedding, self.flops_per_token, self.memory_bytes, self.decode_ms)
+        return any(bound is not None for bound in bounds)
