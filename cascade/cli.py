@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,16 @@ from cascade.cli_options import (
     POSITIVE,
     RECIPE,
     SET,
+    CommandGroup,
     dims_of_texts,
     finish,
+    interruptible,
     quiet_libraries,
 )
-from cascade.errors import RunError, UserError
+from cascade.errors import UserError
 
 
-class _Group(click.Group):
-    """Turns the program's own errors into messages and exit codes."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().main(*args, **kwargs)
-        except UserError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(2)
-        except RunError as error:
-            click.echo(f"Stopped: {error}\nWhat is finished is kept; the same command goes on from there.", err=True)
-            sys.exit(1)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Turn one language model into a family of smaller ones."""
@@ -81,11 +68,8 @@ def run(
     from cascade.report.tables import plain_table, quality_table, size_table
     from cascade.run import run_recipe
 
-    try:
+    with interruptible():
         folder = run_recipe(loaded, output=output, only=only, from_stage=from_stage)
-    except KeyboardInterrupt:
-        click.echo("\nStopped. What is finished is kept; the same command goes on from there.", err=True)
-        sys.exit(130)
     first = parallel.rank() == 0
     parallel.leave()
     if not first:
@@ -114,6 +98,33 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 
     found = preview(loaded, output)
     click.echo(json.dumps(found) if as_json else preview_text(found))
+
+
+@main.command()
+@RECIPE
+@OUTPUT
+@SET
+@click.option(
+    "--filter",
+    "filter_path",
+    default="",
+    metavar="FILE.py:NAME",
+    help="A function (messages, answer) -> bool of your own: which answers to keep.",
+)
+@JSON
+def generate(recipe: str, output: str | None, overrides: tuple[str, ...], filter_path: str, as_json: bool) -> None:
+    """Let the teacher of RECIPE's `generate` section write its dataset, or go on where it was stopped.
+
+    `cascade run` does so by itself; with --filter, give the dataset that is printed to a recipe as data.train.
+    """
+    from cascade.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    quiet_libraries()
+    from cascade.run import run_generate
+
+    with interruptible():
+        finish(run_generate(loaded, output=output, filter_path=filter_path), as_json)
 
 
 @main.command()

@@ -1,11 +1,14 @@
 """What the commands share: options, and how a result is printed."""
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from cascade.errors import UserError
+from cascade.errors import RunError, UserError
 
 POSITIVE = click.IntRange(min=1)
 ABOVE_ZERO = click.FloatRange(min=0, min_open=True, max=1e15)
@@ -32,6 +35,31 @@ DATA = click.option(
 BLOCK = click.option(
     "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
 )
+
+
+class CommandGroup(click.Group):
+    """Turns the program's own errors into messages and exit codes."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's own."""
+        try:
+            return super().main(*args, **kwargs)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+        except RunError as error:
+            click.echo(f"Stopped: {error}\nWhat is finished is kept; the same command goes on from there.", err=True)
+            sys.exit(1)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nStopped. What is finished is kept; the same command goes on from there.", err=True)
+        sys.exit(130)
 
 
 def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:

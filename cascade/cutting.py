@@ -45,7 +45,7 @@ def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
     """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found."""
     of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
     of_schedule = {"schedule", "warmup_fraction", "final_learning_rate_fraction", "decay_fraction"}
-    elsewhere = {"tokens", "selection_blocks", "features", "on_policy", "trackers", "compile"}
+    elsewhere = {"tokens", "teacher", "selection_blocks", "features", "on_policy", "trackers", "compile"}
     schedule = Schedule(
         settings.schedule, settings.warmup_fraction, settings.final_learning_rate_fraction, settings.decay_fraction
     )
@@ -197,14 +197,15 @@ def make_candidate(
     losses: dict[str, Any] = {"repaired": _selection(student, teacher, recipe, data), "recovered": None}
     before = load_plans(lineage)
     if num_tokens and recipe.distill is not None:
+        expert = teacher if recipe.distill.teacher == "parent" else None
         distill(
             student,
-            teacher,
+            expert,
             load_blocks(data / "train.safetensors"),
             num_tokens=num_tokens,
             seed=recipe.seed,
             on_step=on_step,
-            features=feature_loss(recipe.distill, None if before is None else [*before, plan], student, teacher),
+            features=feature_loss(recipe.distill, None if before is None else [*before, plan], student, expert),
             **training_options(recipe.distill, _finalist_rate(recipe, num_tokens)),
         )
         losses["recovered"] = _selection(student, teacher, recipe, data)

@@ -30,6 +30,7 @@ def text_data(data: Data) -> TextData:
         dataset_config=data.dataset_config,
         hub_splits={name: values[0] for name, values in given.items()} if data.source == "hub" else None,
         messages_field=data.messages_field,
+        chat_template=data.template == "model",
         weights=tuple(data.weights),
         streaming=data.streaming,
     )

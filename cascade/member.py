@@ -37,7 +37,7 @@ def make_member(
     rate, learning_rate = _make_rate(runner, recipe, shared, member, start, inputs, lineage)
     settings = _training_settings(recipe, member) | {"learning_rate": learning_rate}
 
-    def recover(folder: Path, on_step: OnStep, teacher: nn.Module | None) -> None:
+    def recover(folder: Path, on_step: OnStep, teacher: nn.Module | None, stage: str) -> None:
         make_recovered(
             folder,
             recipe,
@@ -47,6 +47,7 @@ def make_member(
             shared.data,
             teacher,
             on_step,
+            stage=stage,
             lineage=lineage,
             learning_rate=learning_rate,
         )
@@ -56,7 +57,7 @@ def make_member(
         "distill",
         settings,
         inputs,
-        lambda folder, on_step: recover(folder, on_step, shared.teacher()),
+        lambda folder, on_step: recover(folder, on_step, _expert(recipe, shared), "distill"),
     )
     rows = []
     for kind in recipe.baselines:
@@ -66,7 +67,11 @@ def make_member(
         checkpoint = start if made is None else ModelSource(made / CHECKPOINT, member.name)
         if kind == "ce":
             made = runner.run(
-                member.name, "baseline-ce", settings, inputs, lambda folder, on_step: recover(folder, on_step, None)
+                member.name,
+                "baseline-ce",
+                settings,
+                inputs,
+                lambda folder, on_step: recover(folder, on_step, None, "baseline-ce"),
             )
             checkpoint = ModelSource(made / CHECKPOINT, member.name)
         rows.append(_make_baseline(runner, recipe, shared, member, kind, checkpoint, made))
@@ -88,6 +93,11 @@ def make_member(
     return FinishedMember(begun.cut, begun.repaired, rate, distilled, evaluation, rows, lineage)
 
 
+def _expert(recipe: Recipe, shared: Shared) -> nn.Module | None:
+    """Whose probabilities the members learn; None where they learn from the text alone."""
+    return shared.teacher() if recipe.distill and recipe.distill.teacher == "parent" else None
+
+
 def _make_rate(
     runner: StageRunner,
     recipe: Recipe,
@@ -107,7 +117,7 @@ def _make_rate(
         _training_settings(recipe, member),
         inputs,
         lambda folder, on_step: make_rate(
-            folder, recipe, member, start, shared.parent, shared.data, shared.teacher(), on_step, lineage=lineage
+            folder, recipe, member, start, shared.parent, shared.data, _expert(recipe, shared), on_step, lineage=lineage
         ),
     )
     return folder, float(json.loads((folder / "rate.json").read_text())["learning_rate"])

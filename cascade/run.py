@@ -1,5 +1,6 @@
 """The loop over members: knows the stages and what each depends on, and no mathematics."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from cascade.checks import check_family
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
+from cascade.generating import reading, run_generation
 from cascade.inputs import data_fingerprint, task_fingerprint
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.member import evaluation_settings, make_member
@@ -84,6 +86,31 @@ def run_recipe(
     return folder
 
 
+def run_generate(
+    recipe: Recipe, *, output: str | Path | None = None, filter_path: str = "", console: Console | None = None
+) -> dict[str, Any]:
+    """Only the dataset of a recipe's `generate` section; returns where it is and what is in it.
+
+    Raises:
+        UserError: the recipe has no such section, or it cannot be done.
+        RunError: the endpoint fails or its budget is spent; what was answered is kept.
+    """
+    if recipe.generate is None:
+        raise UserError("the recipe has no `generate` section")
+    folder = run_folder_of(recipe, output)
+    check_ownership(folder, recipe)
+    with locked(folder), RunProgress(console or Console(stderr=True), recipe.name, {}) as progress:
+        write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, [])))
+        runner = StageRunner(folder, progress, None, frozenset())
+        made = run_generation(runner, recipe, make_parent(runner, recipe), filter_path)
+    record: dict[str, Any] = json.loads((made / "provenance.json").read_text())
+    shown = {"dataset": str(made / "dataset.jsonl"), "teacher": record["teacher"], "prompts": record["prompts"]}
+    counts = {name: record[name] for name in ("answers", "rows")}
+    dropped = {f"dropped ({reason})": count for reason, count in record["dropped"].items()}
+    found: dict[str, Any] = shown | counts | dropped | record["spent"]
+    return found
+
+
 def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str]) -> Path:
     """The run as another process than the first sees it: it only takes part in what is done together."""
     parallel.barrier()  # until the first has the lock and has kept what it measured
@@ -102,7 +129,10 @@ def _make_family(
     wanted: list[ResolvedMember],
     latencies: dict[str, DecodeLatency],
 ) -> None:
-    shared = _prepare(runner, recipe)
+    parent = make_parent(runner, recipe)
+    if recipe.generate is not None:
+        recipe = reading(recipe, run_generation(runner, recipe, parent))
+    shared = _prepare(runner, recipe, parent)
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
     finished: dict[str, FinishedMember] = {}
     shapes: dict[str, FoundShape] = {}
@@ -133,18 +163,26 @@ def _make_family(
             write_report(runner.folder, recipe, members, teacher, finished)
 
 
-def _prepare(runner: StageRunner, recipe: Recipe) -> Shared:
-    """The stages that all members share: parent, data, the parent's evaluation."""
+def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
+    """The stages that all members share: data, the parent's evaluation."""
     source = data_fingerprint(recipe.data)
-    parent = _make_parent(runner, recipe, source)
     tokenizer = load_tokenizer(parent, vocab_size=dims_of(load_config(parent)).vocab_size)
     digests = {"source": source, "parent": fingerprint(parent), "tasks": task_fingerprint(recipe)}
     data = runner.run(
         "parent",
         "data",
         recipe.data.model_dump(
-            include={"source", "text_field", "messages_field", "weights", "streaming", "block_size", "max_tokens"}
-        )
+            include={
+                "source",
+                "text_field",
+                "messages_field",
+                "template",
+                "weights",
+                "streaming",
+                "block_size",
+                "max_tokens",
+            }
+        )  # fmt: skip
         | {"document_masks": recipe.data.masks_documents},
         {name: digests[name] for name in ("source", "parent")},
         lambda folder, on_step: make_data(folder, recipe, tokenizer),
@@ -161,7 +199,8 @@ def _prepare(runner: StageRunner, recipe: Recipe) -> Shared:
     return Shared(parent, data, evaluation, digests | {"data": output_digest(data)}, [])
 
 
-def _make_parent(runner: StageRunner, recipe: Recipe, source_digest: str) -> ModelSource:
+def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
+    """The parent as a folder of safetensors: found, trained, or converted."""
     found = existing_parent(recipe)
     if found is None and recipe.parent.pretrain is not None:
         settings = recipe.parent.pretrain.model_dump(exclude={"microbatch_size"}) | {
@@ -175,7 +214,7 @@ def _make_parent(runner: StageRunner, recipe: Recipe, source_digest: str) -> Mod
             "parent",
             "pretrain",
             settings,
-            {"source": source_digest},
+            {"source": data_fingerprint(recipe.data)},
             lambda folder, on_step: make_pretrained(folder, recipe, on_step),
         )
         return ModelSource(folder / CHECKPOINT, recipe.name)

@@ -24,6 +24,7 @@ STAGES = ("statistics", "prune", "repair", "distill", "evaluate", "report")
 STAGE_FORMATS = {
     "pretrain": 1,
     "convert": 1,
+    "generate": 1,
     "data": 1,
     "statistics": 3,
     "candidate": 2,

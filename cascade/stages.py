@@ -70,13 +70,14 @@ def make_recovered(
     teacher: nn.Module | None,
     on_step: OnStep,
     *,
+    stage: str,
     lineage: Sequence[Path] | None,
     learning_rate: float,
 ) -> None:
     """The recovered member as a stock checkpoint, its training log, and logits for the reload gate.
 
     `lineage` are the folders of the cuts that lead from the parent to it, None where it was not cut from it. Without a
-    teacher it is the cross-entropy baseline.
+    teacher it learns from the text alone, as the cross-entropy baseline does. `stage` names the training's log.
     """
     settings = recipe.distill
     if settings is None:
@@ -89,11 +90,10 @@ def make_recovered(
     options = training_options(settings, learning_rate)
     if teacher is None:
         options["on_policy"] = None
-    kind = "distill" if teacher is not None else "baseline-ce"
     with tracked(
         settings.trackers if parallel.rank() == 0 else [],
         project=recipe.name,
-        run=f"{member.name}.{kind}",
+        run=f"{member.name}.{stage}",
         folder=folder.parent.parent,
         settings=settings.model_dump() | {"learning_rate": learning_rate},
     ) as on_log:
@@ -134,7 +134,7 @@ def make_rate(
     start: ModelSource,
     parent: ModelSource,
     data: Path,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     on_step: OnStep,
     *,
     lineage: Sequence[Path] | None,
@@ -146,7 +146,8 @@ def make_rate(
     options = training_options(settings, 0.0)
     for own in ("learning_rate", "selection_every", "save_every_minutes", "ema_decay"):
         options.pop(own)
-    student, teacher = load_model(start).to(default_device()), _own_teacher(teacher, parent)
+    student = load_model(start).to(default_device())
+    teacher = None if teacher is None else _own_teacher(teacher, parent)
     found = find_learning_rate(
         student,
         teacher,

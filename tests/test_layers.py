@@ -11,6 +11,7 @@ PACKAGE = ROOT / "cascade"
 ORDER = [
     "errors",
     "yaml_reader",
+    "recipe",
     "store",
     "models",
     "parallel",
@@ -21,7 +22,6 @@ ORDER = [
     "distillation",
     "evaluation",
     "report",
-    "recipe",
     "inputs",
     "estimates",
     "starts",
@@ -36,6 +36,7 @@ ORDER = [
     "latencies",
     "runner",
     "search",
+    "generating",
     "publish",
     "seeding",
     "member",

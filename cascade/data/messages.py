@@ -6,24 +6,57 @@ A conversation is a list of {"role": ..., "content": ...}.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cascade.data.blocks import IGNORE_INDEX
+from cascade.data.blocks import IGNORE_INDEX, end_token
 from cascade.errors import UserError
 
 Conversation = list[dict[str, Any]]
 
 
-def conversation_tokens(messages: Conversation, tokenizer: Any) -> tuple[list[int], list[int]]:
+def conversation_tokens(
+    messages: Conversation, tokenizer: Any, *, template: bool = True
+) -> tuple[list[int], list[int]]:
     """(ids, labels) of one conversation; labels are IGNORE_INDEX outside the assistant's turns.
 
     A turn of the assistant is what the template adds to the conversation before it, opened for an answer; a token
-    counts if it ends in one.
+    counts if it ends in one. Without `template` the messages' texts follow one another, and an end token them. What
+    ends a message that is marked as `truncated` does not count: it would teach to stop there.
 
     Raises:
         UserError: the tokenizer has no chat template, or the template refuses the messages, or writes what came before
             a turn differently once the turn follows.
     """
+    whole, turns = _templated(messages, tokenizer) if template else _joined(messages)
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = list(found["input_ids"])
+    labels = [
+        token if any(start < end <= stop for start, stop in turns) else IGNORE_INDEX
+        for token, (_, end) in zip(ids, found["offset_mapping"], strict=True)
+    ]
+    if not template:
+        last = messages[-1]
+        counts = last["role"] == "assistant" and not last.get("truncated")
+        ids.append(end_token(tokenizer, "data.template: none"))
+        labels.append(ids[-1] if counts else IGNORE_INDEX)
+    return ids, labels
+
+
+def _joined(messages: Conversation) -> tuple[str, list[tuple[int, int]]]:
+    """(the texts one after another, where the assistant's stand)."""
+    turns, length = [], 0
+    for message in messages:
+        end = length + len(message["content"])
+        turns += [(length, end)] if message["role"] == "assistant" else []
+        length = end
+    return "".join(message["content"] for message in messages), turns
+
+
+def _templated(messages: Conversation, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """(the conversation as the template writes it, where the assistant's turns stand)."""
     if not tokenizer.chat_template:
-        raise UserError("the parent's tokenizer has no chat template")
+        raise UserError(
+            "the parent's tokenizer has no chat template; with data.template: none the messages' texts follow one "
+            "another"
+        )
     whole = _written(messages, tokenizer)
     turns = []
     for number, message in enumerate(messages):
@@ -38,17 +71,14 @@ def conversation_tokens(messages: Conversation, tokenizer: Any) -> tuple[list[in
                 "the parent's chat template writes earlier turns differently once a later one follows (message "
                 f"{number + 1}); what counts cannot be told apart"
             )
-        turns.append((len(before), len(after)))
-    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    labels = [
-        token if any(start < end <= stop for start, stop in turns) else IGNORE_INDEX
-        for token, (_, end) in zip(found["input_ids"], found["offset_mapping"], strict=True)
-    ]
-    return list(found["input_ids"]), labels
+        place = after.find(message["content"], len(before))
+        cut = message.get("truncated") and place >= 0
+        turns.append((len(before), place + len(message["content"]) if cut else len(after)))
+    return whole, turns
 
 
 def chat_documents(
-    conversations: Iterable[Conversation], tokenizer: Any, name: str
+    conversations: Iterable[Conversation], tokenizer: Any, name: str, *, template: bool = True
 ) -> Iterator[tuple[list[int], list[int] | None, int]]:
     """What `pack_tokens` takes, one document per conversation.
 
@@ -69,7 +99,7 @@ def chat_documents(
         if not good:
             raise UserError(f"{name}: expected a list of {{role, content}} messages, found {str(messages)[:200]}")
         try:
-            ids, labels = conversation_tokens(messages, tokenizer)
+            ids, labels = conversation_tokens(messages, tokenizer, template=template)
         except UserError as error:
             raise UserError(f"{name}: {error}. The conversation: {str(messages)[:200]}") from error
         yield ids, labels, sum(len(one["content"].encode()) for one in messages)

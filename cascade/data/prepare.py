@@ -41,7 +41,8 @@ def prepare_blocks(
         options: dict[str, Any] = {"block_size": block_size, "max_blocks": limit, "document_masks": document_masks}
         place = name if only is None else f"{name}: {only[0]}"
         if data.messages_field:
-            return pack_tokens(chat_documents(documents, tokenizer, place), name=place, **options)
+            conversations = chat_documents(documents, tokenizer, place, template=data.chat_template)
+            return pack_tokens(conversations, name=place, **options)
         return pack_documents(documents, tokenizer, name=place, **options)
 
     if data.streaming:

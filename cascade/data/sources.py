@@ -41,6 +41,8 @@ class TextData:
     """source hub: the dataset's own split names by ours"""
     messages_field: str = ""
     """Documents are conversations, in this field, instead of texts."""
+    chat_template: bool = True
+    """Whether conversations go through the model's template; else their texts follow one another"""
     weights: tuple[float, ...] = ()
     """Of the files of 'train': shares of its tokens; by their size where not given"""
     streaming: bool = False
@@ -101,9 +103,18 @@ def belongs(data: TextData, split: str, document: Any, elsewhere: frozenset[str]
     own, text = data.own_splits, _as_text(document)
     if split == "train" or split not in own:
         shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
-        if split_of_text(text, shares=shares) != split:
+        if split_of_text(_asked(document), shares=shares) != split:
             return False
     return text not in elsewhere
+
+
+def _asked(document: Document) -> str:
+    """What decides the split: of a conversation all before its first answer; answers to one prompt stay together."""
+    if isinstance(document, str):
+        return document
+    roles = [one.get("role") if isinstance(one, dict) else None for one in document]
+    before = document[: roles.index("assistant")] if "assistant" in roles else []
+    return _as_text(before or document)
 
 
 def _as_text(document: Document) -> str:

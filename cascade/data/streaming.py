@@ -86,7 +86,7 @@ def _batches(data: TextData, split: str, cursor: dict[str, Any]) -> Iterator[tup
 def _tokens(documents: list[Any], data: TextData, tokenizer: Any, split: str) -> Tensor:
     """int32 [3, T] of these documents."""
     pieces = (
-        chat_documents(documents, tokenizer, f"data.{split}")
+        chat_documents(documents, tokenizer, f"data.{split}", template=data.chat_template)
         if data.messages_field
         else encoded(documents, tokenizer, f"data.{split}")
     )

@@ -108,12 +108,18 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         data = data.model_copy(
             update={name: [_absolute(value, folder) for value in getattr(data, name)] for name in names}
         )
+    generate = recipe.generate
+    if generate is not None:
+        paths = {name: [_absolute(value, folder) for value in getattr(generate, name)] for name in ("prompts", "text")}
+        teacher = generate.teacher if generate.teacher == "parent" else _model_path(generate.teacher, folder)
+        generate = generate.model_copy(update=paths | {"teacher": teacher})
     folders = [_absolute(value, folder) for value in recipe.evaluate.task_folders]
     parent = recipe.parent.model_copy(update={"model": _model_path(recipe.parent.model, folder)})
     members = [member.model_copy(update={"student": _model_path(member.student, folder)}) for member in recipe.members]
     return recipe.model_copy(
         update={
             "data": data,
+            "generate": generate,
             "parent": parent,
             "members": members,
             "evaluate": recipe.evaluate.model_copy(update={"task_folders": folders}),

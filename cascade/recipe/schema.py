@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cascade.recipe.distill import Distill
+from cascade.recipe.generate import Generate
 from cascade.recipe.prune import Prune
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
@@ -81,8 +82,9 @@ def _parent(value: object) -> object:
 class Data(Section):
     """The text."""
 
-    source: Literal["stdlib", "files", "hub"]
-    """stdlib: the Python standard library's source; files: local JSONL(.gz), Parquet, text; hub: a hub dataset."""
+    source: Literal["stdlib", "files", "hub", "generated"]
+    """stdlib: the Python standard library's source; files: local JSONL(.gz), Parquet, text; hub: a hub dataset;
+    generated: what the section `generate` has written, its splits cut by prompt."""
     train: Paths = []
     """source files: paths, relative to the recipe's folder; source hub: the dataset's split name"""
     calibration: Paths = []
@@ -98,6 +100,8 @@ class Data(Section):
     messages_field: str = ""
     """Instead of text: the field with chat messages ({role, content}). They go through the parent's own chat template;
     only what the assistant says counts for the loss."""
+    template: Literal["model", "none"] = "model"
+    """How messages become text. model: by the parent's chat template; none: one after another, and an end token."""
     streaming: bool = False
     """Read documents one after another, only as many as max_tokens take; for text that does not
     fit into memory. The training text is then the start of the files, in their order."""
@@ -117,7 +121,8 @@ class Data(Section):
     @property
     def masks_documents(self) -> bool:
         """Whether the documents of a block are kept apart."""
-        return bool(self.messages_field) if self.document_masks is None else self.document_masks
+        chats = bool(self.messages_field) or self.source == "generated"
+        return chats if self.document_masks is None else self.document_masks
 
     @model_validator(mode="after")
     def _complete(self) -> "Data":
@@ -125,7 +130,7 @@ class Data(Section):
             raise ValueError(
                 f"`weights`: {len(self.weights)} numbers for {len(self.train)} entries of `train` (source files only)"
             )
-        if self.streaming and (self.source == "stdlib" or self.weights):
+        if self.streaming and (self.source in ("stdlib", "generated") or self.weights):
             raise ValueError("`streaming` is for source files or hub, and without `weights`")
         if self.source == "stdlib" and self.messages_field:
             raise ValueError("source stdlib has no chat messages; remove `messages_field`")
@@ -135,13 +140,17 @@ class Data(Section):
             "selection": self.selection,
             "heldout": self.heldout,
         }
-        if self.source == "stdlib" and any(splits.values()):
-            raise ValueError("source stdlib has splits of its own; remove train, calibration, selection and heldout")
+        if self.source in ("stdlib", "generated") and any(splits.values()):
+            raise ValueError(
+                f"source {self.source} has splits of its own; remove train, calibration, selection and heldout"
+            )
+        if self.source == "generated" and (self.messages_field or self.template != "model"):
+            raise ValueError("source generated knows its messages and template; remove `messages_field` and `template`")
         if self.source != "hub" and (self.dataset or self.revision or self.dataset_config):
             raise ValueError(f"source {self.source} has no `dataset`, `revision` or `dataset_config`; remove them")
         if self.revision and not COMMIT.fullmatch(self.revision):
             raise ValueError(f"revision '{self.revision}' can move; give the commit's 40 hexadecimal digits")
-        if self.source != "stdlib" and not self.train:
+        if self.source in ("files", "hub") and not self.train:
             raise ValueError(f"source {self.source} needs `train`")
         if self.source == "hub" and not (self.dataset and self.revision):
             raise ValueError("source hub needs `dataset` and a pinned `revision`")
@@ -235,6 +244,8 @@ class Recipe(Section):
     name: str
     parent: Annotated[Parent, BeforeValidator(_parent)]
     data: Data
+    generate: Generate | None = None
+    """Text that a teacher writes; read with data.source: generated."""
     members: list[Member] = []
     distill: Distill | None = None
     calibration: Calibration = Calibration()
@@ -277,6 +288,13 @@ class Recipe(Section):
                 raise ValueError(
                     f"members: {member.name}: unknown seed '{member.seed}'; use previous, parent or another member"
                 )
+        if (self.generate is not None) != (self.data.source == "generated"):
+            raise ValueError("`generate` and data.source: generated belong together")
+        if self.parent.pretrain is not None and self.generate is not None:
+            raise ValueError("parent.pretrain reads the texts of data.source; train the parent in a run of its own")
+        if self.distill is not None and self.distill.teacher == "text":
+            if self.distill.on_policy is not None or "ce" in self.baselines:
+                raise ValueError("with distill.teacher: text there is no other loss; remove on_policy and baseline ce")
         if self.parent.pretrain is not None and (self.data.messages_field or self.data.streaming):
             raise ValueError("parent.pretrain reads texts, all at once; remove data.messages_field and data.streaming")
         if len(set(self.baselines)) < len(self.baselines):

@@ -1,0 +1,143 @@
+"""The stage that writes the text of data.source: generated, and the recipe that reads it."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from cascade.errors import UserError
+from cascade.evaluation.evaluate import default_device
+from cascade.models.checkpoint import ModelSource, file_sha256, fingerprint, load_model, load_tokenizer, resolve_model
+from cascade.progress import OnStep
+from cascade.recipe.generate import Generate
+from cascade.recipe.schema import Recipe
+from cascade.runner import StageRunner
+from cascade.store import COST_FILE
+from cascade.teacher.filters import Keep
+from cascade.teacher.generate import Teacher, collect_prompts, generate, save_dataset
+from cascade.teacher.prompts import Prompt
+
+ANSWERS = "answers"
+"""The folder of a run that keeps every answer as it came, whatever is asked for later."""
+
+_HOW_ASKED = {"concurrency", "timeout_seconds", "max_retries", "max_backoff_seconds", "allow_http", "key_env"}
+
+
+def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, filter_path: str = "") -> Path:
+    """The stage's folder: dataset.jsonl, provenance.json."""
+    settings = recipe.generate
+    if settings is None:
+        raise ValueError("the recipe has no `generate` section")
+    prompts = collect_prompts(settings, recipe.data.text_field)
+    return runner.run(
+        "parent",
+        "generate",
+        _key_settings(settings) | {"seed": recipe.seed},
+        {
+            "prompts": hashlib.sha256(json.dumps([one.messages for one in prompts]).encode()).hexdigest(),
+            "teacher": "" if settings.endpoint else fingerprint(_source(settings, parent)),
+            "parent": fingerprint(parent) if settings.filters.max_perplexity else "",
+            "filter": _filter_digest(filter_path),
+        },
+        lambda folder, on_step: make_generated(
+            folder, recipe, settings, prompts, parent, runner.folder / ANSWERS, filter_path, on_step
+        ),
+    )
+
+
+def make_generated(
+    folder: Path,
+    recipe: Recipe,
+    settings: Generate,
+    prompts: list[Prompt],
+    parent: ModelSource,
+    answers: Path,
+    filter_path: str,
+    on_step: OnStep,
+) -> None:
+    """The dataset and where it comes from; `answers` is the folder that keeps what was answered."""
+    teacher = None if settings.endpoint else _teacher(_source(settings, parent))
+    judge = _teacher(parent) if settings.filters.max_perplexity else None
+    dataset = generate(
+        settings,
+        prompts,
+        answers,
+        teacher=teacher,
+        judge=judge,
+        seed=recipe.seed,
+        keep=load_filter(filter_path) if filter_path else None,
+        on_step=on_step,
+    )
+    source = _source(settings, parent)
+    provenance: dict[str, Any] = {
+        "teacher": f"{settings.endpoint.model} at {settings.endpoint.url}" if settings.endpoint else source.reference,
+        "teacher_sha256": None if settings.endpoint else fingerprint(source),
+        "prompts": len(prompts),
+        "settings": _key_settings(settings) | {"seed": recipe.seed},
+        "filter": filter_path or None,
+    }
+    save_dataset(dataset, folder, provenance)
+    (folder / COST_FILE).write_text(json.dumps({"money": dataset.spent["money"]}))
+
+
+def reading(recipe: Recipe, generated: Path) -> Recipe:
+    """The recipe with the generated conversations as its text."""
+    chat = json.loads((generated / "provenance.json").read_text())["chat"]
+    data = recipe.data.model_copy(
+        update={
+            "source": "files",
+            "train": [str(generated / "dataset.jsonl")],
+            "messages_field": "messages",
+            "template": "model" if chat else "none",
+        }
+    )
+    return recipe.model_copy(update={"data": data})
+
+
+def load_filter(path: str) -> Keep:
+    """The function of FILE.py:NAME. It is code: it runs because the user named it on the command line.
+
+    Raises:
+        UserError: there is no such file or function.
+    """
+    file, _, name = path.rpartition(":")
+    if not file or not Path(file).is_file():
+        raise UserError(f"--filter {path}: expected FILE.py:FUNCTION; no such file '{file}'")
+    spec = importlib.util.spec_from_file_location("cascade_filter", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--filter {path}: '{file}' is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--filter {path}: it cannot be imported: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UserError(f"--filter {path}: there is no function '{name}' in it")
+    keep: Keep = found
+    return keep
+
+
+def _key_settings(settings: Generate) -> dict[str, Any]:
+    """All that changes the dataset: not how an endpoint is reached, nor a budget that only stops."""
+    record = settings.model_dump(exclude={"endpoint", "prompts", "text", "batch_size"})
+    endpoint = settings.endpoint
+    if endpoint is None:
+        return record | {"batch_size": settings.batch_size}
+    without = _HOW_ASKED | ({"budget"} if endpoint.budget.when_spent == "stop" else set())
+    return record | {"endpoint": endpoint.model_dump(exclude=without)}
+
+
+def _filter_digest(path: str) -> str:
+    file = path.rpartition(":")[0]
+    return f"{path}:{file_sha256(Path(file))}" if file and Path(file).is_file() else path
+
+
+def _source(settings: Generate, parent: ModelSource) -> ModelSource:
+    return parent if settings.teacher == "parent" else resolve_model(settings.teacher)
+
+
+def _teacher(source: ModelSource) -> Teacher:
+    model = load_model(source).to(default_device()).requires_grad_(False)
+    return Teacher(model, load_tokenizer(source), fingerprint(source))

@@ -1,0 +1,135 @@
+"""The `generate` section: text that a teacher writes, to train on."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class Budget(Section):
+    """What may be spent on an endpoint, over all starts of the run together."""
+
+    requests: PositiveInt | None = None
+    """Requests sent, those that failed and were tried again included."""
+    tokens: PositiveInt | None = None
+    """Prompt and answer tokens, as the endpoint counts them."""
+    money: PositiveFloat | None = None
+    """In the currency of the prices."""
+    price_per_million_prompt: Annotated[float, Field(ge=0)] = 0.0
+    """Of a million prompt tokens."""
+    price_per_million_answer: Annotated[float, Field(ge=0)] = 0.0
+    """Of a million answer tokens."""
+    when_spent: Literal["stop", "go_on"] = "stop"
+    """stop: the run ends, to go on once the budget is raised; go_on: with the answers that were paid for."""
+
+    @model_validator(mode="after")
+    def _priced(self) -> "Budget":
+        if self.money is not None and not (self.price_per_million_prompt or self.price_per_million_answer):
+            raise ValueError("a budget in money needs price_per_million_prompt or price_per_million_answer")
+        return self
+
+
+class Endpoint(Section):
+    """A server with OpenAI's interface."""
+
+    url: str
+    """Up to and without `/chat/completions`, such as https://api.openai.com/v1."""
+    model: str
+    """The name that the server knows the model by."""
+    api: Literal["chat", "completions"] = "chat"
+    """chat: messages; completions: a prompt's text is continued."""
+    key_env: str = ""
+    """The environment variable that holds the key; the key itself is never in a recipe and never written anywhere."""
+    concurrency: PositiveInt = 4
+    """Requests under way at a time."""
+    timeout_seconds: PositiveFloat = 120.0
+    """Without an answer for so long, a request is tried again."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Of one request, after 408, 409, 429 and 5xx answers, broken connections and answers that cannot be read."""
+    max_backoff_seconds: PositiveFloat = 60.0
+    """Longest pause between two tries; a server's Retry-After is kept to as long as it is at most ten times that."""
+    extra_body: dict[str, object] = {}
+    """Further keys of every request, such as {reasoning_effort: low}; they win over ours."""
+    allow_http: bool = False
+    """Plain http to other machines than this one."""
+    budget: Budget = Budget()
+
+    @field_validator("key_env")
+    @classmethod
+    def _a_name(cls, value: str) -> str:
+        if value and not value.replace("_", "a").isalnum():
+            raise ValueError("the NAME of an environment variable, not a key")
+        return value
+
+
+class Filters(Section):
+    """Which answers are kept; each that is not is counted under its reason."""
+
+    min_words: Annotated[int, Field(ge=0)] = 1
+    max_words: PositiveInt | None = None
+    truncated: Literal["keep", "drop"] = "keep"
+    """Answers that ended at max_new_tokens."""
+    max_repetition: Fraction | None = 0.5
+    """Share of an answer's four-word runs that stood in it before."""
+    duplicates: Literal["keep", "exact", "near"] = "exact"
+    """exact: the same answer but for case and white space, to whatever prompt; near: three quarters of its five-word
+    runs in an answer that is kept."""
+    max_perplexity: PositiveFloat | None = None
+    """Of the answer after its prompt, by the parent."""
+
+
+class Generate(Section):
+    """Prompts, who answers them, and what is kept."""
+
+    teacher: str = "parent"
+    """parent, or a model's reference; not used with an endpoint."""
+    endpoint: Endpoint | None = None
+    """Ask a server instead of a model here."""
+    prompts: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """JSONL files, each line with a `prompt` (a text) or `messages`."""
+    templates: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Prompts with {names} in them, filled in with `values`, every combination once."""
+    values: dict[str, list[str]] = {}
+    """name -> what may stand there."""
+    text: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Files of text (as data.train takes them); the first words of each document are a prompt."""
+    text_words: PositiveInt = 16
+    """Words of each document of `text`."""
+    stdlib: bool = False
+    """Prompts from the standard library's source: the first lines of its functions."""
+    system: str = ""
+    """A system message before every prompt; chat only."""
+    chat: bool | None = None
+    """Prompts go through the chat template. Not given: where the teacher has one, or the endpoint's api is chat."""
+    num_prompts: PositiveInt | None = None
+    """How many, drawn evenly from all; all where not given."""
+    answers: PositiveInt = 1
+    """Of each prompt."""
+    max_new_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0: the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: all; a model here only."""
+    batch_size: PositiveInt = 16
+    """Answers written at a time by a model here."""
+    filters: Filters = Filters()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Generate":
+        if not (self.prompts or self.templates or self.text or self.stdlib):
+            raise ValueError("no prompts: give `prompts`, `templates`, `text` or `stdlib`")
+        if self.endpoint is not None and self.teacher != "parent":
+            raise ValueError("give either a `teacher` or an `endpoint`")
+        if self.endpoint is not None and self.top_k:
+            raise ValueError("`top_k` is not in OpenAI's interface; where the server takes it, use endpoint.extra_body")
+        if self.system and self.chat is False:
+            raise ValueError("a `system` message needs chat")
+        if self.answers > 1 and self.temperature == 0:
+            raise ValueError("several `answers` at temperature 0 would be the same; give a temperature")
+        return self

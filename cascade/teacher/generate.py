@@ -1,0 +1,206 @@
+"""A dataset that a teacher writes: prompts -> answers -> filters -> conversations, each with where it comes from.
+
+Sequence-level distillation (Kim and Rush, https://arxiv.org/abs/1606.07947): the student then learns from the text.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cascade.errors import RunError, UserError
+from cascade.recipe.generate import Generate
+from cascade.teacher.answers import AnswerLog, Request, requests_of
+from cascade.teacher.endpoint import BudgetSpent, Spending, ask
+from cascade.teacher.filters import Filter, Keep, perplexity
+from cascade.teacher.local import write
+from cascade.teacher.prompts import Prompt, beginnings, filled, prompts_of, read_prompts, stdlib_functions
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that answers here."""
+
+    model: nn.Module
+    tokenizer: Any
+    digest: str
+    """Of its weights and tokenizer: what its answers depend on."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What came of it."""
+
+    rows: list[dict[str, Any]]
+    """messages (the last is the teacher's), prompt_id, answer (its number)"""
+    chat: bool
+    """Whether the messages belong into a chat template; else their texts follow one another."""
+    dropped: dict[str, int]
+    """reason -> answers"""
+    asked: int
+    spent: dict[str, float]
+    """requests, prompt_tokens, answer_tokens, money; all of them 0 for a model here but the tokens"""
+
+
+def collect_prompts(settings: Generate, text_field: str = "text") -> list[Prompt]:
+    """All prompts that the settings name.
+
+    Raises:
+        UserError: a file or template cannot be used, or there is no prompt.
+    """
+    texts: list[Any] = [one for path in settings.prompts for one in read_prompts(Path(path))]
+    texts += filled(settings.templates, settings.values)
+    if settings.text:
+        texts += beginnings(settings.text, text_field, settings.text_words)
+    if settings.stdlib:
+        texts += stdlib_functions()
+    return prompts_of(texts, system=settings.system, count=settings.num_prompts)
+
+
+def is_chat(settings: Generate, tokenizer: Any | None) -> bool:
+    """Whether prompts go through a chat template (None: the server's).
+
+    Raises:
+        UserError: chat is asked for where there is none.
+    """
+    if settings.endpoint is not None:
+        chat = settings.endpoint.api == "chat"
+        if settings.chat is not None and settings.chat != chat:
+            raise UserError(
+                f"generate.chat: {settings.chat} contradicts generate.endpoint.api: {settings.endpoint.api}"
+            )
+        return chat
+    template = tokenizer is not None and bool(tokenizer.chat_template)
+    if settings.chat and not template:
+        raise UserError("generate.chat: the teacher's tokenizer has no chat template; leave `chat` and `system` out")
+    if settings.system and not template:
+        raise UserError(
+            "generate.system: the teacher's tokenizer has no chat template, so there are no system messages"
+        )
+    return template if settings.chat is None else settings.chat
+
+
+def generate(
+    settings: Generate,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    teacher: Teacher | None = None,
+    judge: Teacher | None = None,
+    seed: int = 0,
+    keep: Keep | None = None,
+    on_step: OnStep | None = None,
+) -> Dataset:
+    """The dataset; what `folder` already has answers to is not asked again.
+
+    `teacher` writes where the settings have no endpoint; `judge` is the model of filters.max_perplexity; `keep` is a
+    filter of the caller's own.
+
+    Raises:
+        RunError: the endpoint fails or the budget is spent (what was answered is kept), or no answer is left.
+        UserError: see `collect_prompts`, `is_chat`, `ask` and `write`.
+    """
+    endpoint = settings.endpoint
+    if (teacher is None) == (endpoint is None):
+        raise ValueError("text comes either from a teacher here or from an endpoint")
+    chat = is_chat(settings, teacher.tokenizer if teacher else None)
+    sampling: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p}
+    who: dict[str, Any] = {"seed": seed, "chat": chat, "max_new_tokens": settings.max_new_tokens} | sampling
+    if endpoint is not None:
+        who |= endpoint.model_dump(include={"url", "model", "api", "extra_body"})
+    elif teacher is not None:
+        who |= {"teacher": teacher.digest, "top_k": settings.top_k, "batch_size": settings.batch_size}
+    wanted = requests_of(prompts, settings.answers, who)
+    log = AnswerLog(folder / "answers.jsonl")
+
+    def report(done: int) -> None:
+        if on_step is not None:
+            on_step(done, len(wanted))
+
+    money = 0.0
+    if endpoint is not None:
+        spending = Spending(folder / "spending.json", endpoint)
+        asked = sampling | {"max_tokens": settings.max_new_tokens}
+        try:
+            ask(endpoint, wanted, log, spending, sampling=asked, on_answer=report)
+        except BudgetSpent as error:
+            answered = sum(one.key in log.answers for one in wanted)
+            if endpoint.budget.when_spent == "stop" or not answered:
+                raise BudgetSpent(f"{error}; {answered:,} of {len(wanted):,} answers are there and kept") from error
+        money = spending.money
+    elif teacher is not None:
+        local = sampling | {"top_k": settings.top_k, "max_new_tokens": settings.max_new_tokens}
+        write(
+            teacher.model,
+            teacher.tokenizer,
+            wanted,
+            log,
+            chat=chat,
+            sampling=local,
+            batch_size=settings.batch_size,
+            on_answer=report,
+        )
+    return _dataset(settings, wanted, log, chat, money, judge, keep)
+
+
+def _dataset(
+    settings: Generate,
+    wanted: Sequence[Request],
+    log: AnswerLog,
+    chat: bool,
+    money: float,
+    judge: Teacher | None,
+    keep: Keep | None,
+) -> Dataset:
+    perplexity_of = None
+    if judge is not None:
+        own = bool(judge.tokenizer.chat_template) and chat
+        perplexity_of = lambda prompt, text: perplexity(judge.model, judge.tokenizer, prompt, text, chat=own)  # noqa: E731
+    judged = Filter(settings.filters, perplexity_of=perplexity_of, keep=keep)
+    rows: list[dict[str, Any]] = []
+    dropped: dict[str, int] = {}
+    answers = [(request, log.answers[request.key]) for request in wanted if request.key in log.answers]
+    for request, answer in answers:
+        reason = judged.reason_against(request, answer)
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
+            continue
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if answer.finish_reason == "length":
+            message["truncated"] = True
+        rows.append(
+            {
+                "messages": [*request.prompt.messages, message],
+                "prompt_id": request.prompt.id,
+                "answer": request.number,
+            }
+            | ({"logprobs": answer.logprobs} if answer.logprobs else {})
+        )
+    if not rows:
+        shown = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
+        raise RunError(f"generate: none of {len(answers):,} answers is left ({shown}); look at generate.filters")
+    spent = {
+        "prompt_tokens": sum(answer.prompt_tokens for _, answer in answers),
+        "answer_tokens": sum(answer.answer_tokens for _, answer in answers),
+        "money": money,
+    }
+    return Dataset(rows, chat, dropped, len(answers), spent)
+
+
+def save_dataset(dataset: Dataset, folder: Path, provenance: dict[str, Any]) -> None:
+    """dataset.jsonl, and provenance.json: who wrote it, how, what was dropped, what it cost."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in dataset.rows)
+    (folder / "dataset.jsonl").write_text("".join(lines), encoding="utf-8")
+    record = provenance | {
+        "chat": dataset.chat,
+        "answers": dataset.asked,
+        "rows": len(dataset.rows),
+        "dropped": dataset.dropped,
+        "spent": dataset.spent,
+    }
+    (folder / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")

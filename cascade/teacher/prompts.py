@@ -1,0 +1,133 @@
+"""What a teacher is asked: prompts from files, templates, the beginnings of texts, the standard library."""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from cascade.data.sources import TextData, read_documents
+from cascade.errors import UserError
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to ask: a conversation that waits for an answer. Without a chat its texts are joined."""
+
+    messages: Messages
+
+    @property
+    def id(self) -> str:
+        """A function of the content alone."""
+        return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()[:16]
+
+    @property
+    def text(self) -> str:
+        """The contents, one after another."""
+        return "".join(one["content"] for one in self.messages)
+
+
+def prompts_of(texts: Sequence[str | Messages], *, system: str = "", count: int | None = None) -> list[Prompt]:
+    """Prompts without repetition, `count` of them spread evenly, each after the `system` message.
+
+    Raises:
+        UserError: there is none.
+    """
+    before = [{"role": "system", "content": system}] if system else []
+    asked = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in texts]
+    unique = {prompt.id: prompt for prompt in (Prompt([*before, *one]) for one in asked)}
+    found = list(unique.values())
+    if not found:
+        raise UserError("generate: there is not one prompt")
+    if count is None or count >= len(found):
+        return found
+    return [found[number * len(found) // count] for number in range(count)]
+
+
+def read_prompts(path: Path) -> Iterator[str | Messages]:
+    """The `prompt` or `messages` of each line of a JSONL(.gz) file.
+
+    Raises:
+        UserError: naming the line that is malformed.
+    """
+    if not path.is_file():
+        raise UserError(f"generate.prompts: {path}: no such file")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _prompt_of(line, f"{path}:{number}")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"generate.prompts: {path}: cannot be read: {error}") from error
+
+
+def _prompt_of(line: str, place: str) -> str | Messages:
+    wanted = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"generate.prompts: {place}: not JSON ({error}); {wanted}") from error
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str) and record["prompt"].strip():
+        return str(record["prompt"])
+    messages = record.get("messages") if isinstance(record, dict) else None
+    good = isinstance(messages, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in messages
+    )
+    if not good or not messages:
+        raise UserError(f"generate.prompts: {place}: {line.strip()[:80]!r}; {wanted}")
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"generate.prompts: {place}: its last message is the assistant's already; remove it")
+    return [{"role": one["role"], "content": one["content"]} for one in messages]
+
+
+def filled(templates: Sequence[str], values: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Every template with every combination of the values that it names.
+
+    Raises:
+        UserError: a name without values, or values without a name.
+    """
+    used: set[str] = set()
+    for template in templates:
+        try:
+            fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        except ValueError as error:
+            raise UserError(f"generate.templates: {template!r}: {error}; write {{{{ and }}}} for braces") from error
+        names = sorted(fields)
+        unknown = [name for name in names if not values.get(name)]
+        if unknown:
+            raise UserError(
+                f"generate.templates: {template!r} names {{{unknown[0]}}}, which has no values; give "
+                f"generate.values: {{{unknown[0] or 'name'}: [...]}}, or write {{{{ and }}}} for braces"
+            )
+        used |= set(names)
+        for chosen in product(*(values[name] for name in names)):
+            texts = dict(zip(names, chosen, strict=True))
+            yield "".join(
+                before + (texts[name] if name is not None else "") for before, name, _, _ in Formatter().parse(template)
+            )
+    if values.keys() - used:
+        raise UserError(f"generate.values: no template names {{{min(values.keys() - used)}}}")
+
+
+def beginnings(files: Sequence[str], text_field: str, num_words: int) -> list[str]:
+    """The first words of each document, white space as it stood; what follows them is for the teacher to write."""
+    data = TextData("files", {"train": tuple(files)}, text_field=text_field)
+    found = (re.match(rf"\s*(?:\S+\s+){{{num_words - 1}}}\S+", text) for text in read_documents(data, "train"))
+    return [match.group() for match in found if match]
+
+
+def stdlib_functions() -> list[str]:
+    """The first line of each top-level function of the standard library's training part: a body is to be written.
+
+    Without its line break, which tokenizers like to join to what follows.
+    """
+    texts = read_documents(TextData("stdlib", {}), "train")
+    return [match.group() for text in texts for match in re.finditer(r"^def [^\n]*:$", text, re.MULTILINE)]

@@ -1,0 +1,183 @@
+"""Teachers behind an endpoint: nothing paid for is lost, nothing is asked twice, no key gets out."""
+
+import json
+import time
+
+import pytest
+from endpoint_server import chat_answer, serving
+
+from cascade.errors import UserError
+from cascade.recipe.generate import Endpoint
+from cascade.teacher.answers import AnswerLog, requests_of
+from cascade.teacher.endpoint import BudgetSpent, EndpointError, Spending, ask, check_endpoint
+from cascade.teacher.prompts import prompts_of
+
+KEY = "sk-secret-0123456789"
+QUICK = {"max_backoff_seconds": 0.01, "timeout_seconds": 5.0, "concurrency": 3, "key_env": "TEST_ENDPOINT_KEY"}
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("TEST_ENDPOINT_KEY", KEY)
+
+
+def asked(url, folder, count=6, **settings):
+    """Ask for answers to so many prompts; the log."""
+    endpoint = Endpoint(url=url, model="teacher", **(QUICK | settings))
+    wanted = requests_of(prompts_of([f"question {number}" for number in range(count)]), 1, {})
+    log = AnswerLog(folder / "answers.jsonl")
+    ask(endpoint, wanted, log, Spending(folder / "spending.json", endpoint), sampling={"temperature": 0.5})
+    return wanted, AnswerLog(folder / "answers.jsonl").answers
+
+
+def echo(body, number=0):
+    return 200, {}, chat_answer(f"answer to {body['messages'][-1]['content']}")
+
+
+def test_every_prompt_gets_its_own_answer_and_the_key_travels_in_one_header_only(tmp_path):
+    with serving(echo) as (url, received):
+        wanted, answers = asked(url, tmp_path)
+    for request in wanted:
+        assert answers[request.key].text == f"answer to {request.prompt.text}"
+        assert (answers[request.key].prompt_tokens, answers[request.key].answer_tokens) == (5, 7)
+    assert len(received) == 6 and {path for path, _, _ in received} == {"/v1/chat/completions"}
+    for _, headers, body in received:
+        assert headers["Authorization"] == f"Bearer {KEY}" and KEY not in json.dumps(body)
+        assert body["model"] == "teacher" and body["temperature"] == 0.5
+    assert all(KEY not in path.read_text() for path in tmp_path.iterdir())
+
+
+FAULTS = {
+    "429": (429, {}, b"slow down"),
+    "429 with Retry-After": (429, {"Retry-After": "0.01"}, b"slow down"),
+    "500": (500, {}, b"oops"),
+    "503": (503, {}, b"<html>busy</html>"),
+    "reset in the body": "reset",
+    "not JSON": (200, {}, b"<html>hello</html>"),
+    "an error with status 200": (200, {}, {"error": {"message": "overloaded"}}),
+    "no choices": (200, {}, {"choices": []}),
+    "a list": (200, {}, [1]),
+    "content is a number": (200, {}, {"choices": [{"message": {"content": 3}}]}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_passes_is_tried_again(tmp_path, fault):
+    with serving(lambda body, number: FAULTS[fault] if number % 2 == 0 else echo(body)) as (url, received):
+        wanted, answers = asked(url, tmp_path, concurrency=1)
+    assert all(answers[request.key].text == f"answer to {request.prompt.text}" for request in wanted)
+    assert len(received) == 12
+    assert json.loads((tmp_path / "spending.json").read_text())["requests"] == 12
+
+
+def test_a_server_that_never_answers_is_given_up_within_its_timeout(tmp_path):
+    with serving(lambda body, number: ("hang", 3.0)) as (url, _):
+        started = time.monotonic()
+        with pytest.raises(EndpointError, match="no answer after 2 tries; the last: ReadTimeout"):
+            asked(url, tmp_path, count=1, timeout_seconds=0.2, max_retries=1)
+        assert time.monotonic() - started < 2.5
+
+
+def test_what_was_answered_before_a_failure_is_kept_and_only_the_rest_is_asked_for(tmp_path):
+    with serving(lambda body, number: echo(body) if number < 4 else (500, {}, b"down")) as (url, _):
+        with pytest.raises(EndpointError, match="no answer after 2 tries; the last: 500 down"):
+            asked(url, tmp_path, count=10, max_retries=1, concurrency=1)
+    kept = AnswerLog(tmp_path / "answers.jsonl").answers
+    assert len(kept) == 4
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"key": "half of a li')  # as a death leaves it
+    with serving(echo) as (url, received):
+        wanted, answers = asked(url, tmp_path, count=10)
+    assert len(received) == 6 and len(answers) == 10
+    assert {body["messages"][-1]["content"] for _, _, body in received} == {
+        request.prompt.text for request in wanted if request.key not in kept
+    }
+
+
+@pytest.mark.parametrize(
+    ("budget", "sent"),
+    [
+        ({"requests": 3}, 3),
+        ({"tokens": 30}, 3),
+        ({"money": 0.03, "price_per_million_prompt": 1000.0, "price_per_million_answer": 1000.0}, 3),
+    ],
+)
+def test_a_budget_is_kept_over_all_starts(tmp_path, budget, sent):
+    with serving(echo) as (url, received):
+        for _ in range(2):
+            with pytest.raises(BudgetSpent, match=r"generate.endpoint.budget.\w+: [\d.]+ is spent; raise it"):
+                asked(url, tmp_path, concurrency=1, budget=budget)
+        assert len(received) == sent
+        assert len(AnswerLog(tmp_path / "answers.jsonl").answers) == sent
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"the key is not accepted \(401 wrong key \[key\]\); look at \$TEST_ENDPOINT_KEY"),
+        (404, r"404 wrong key \[key\]; look at generate.endpoint.url and model 'teacher'"),
+        (302, "answers with a redirect .* which is not followed"),
+    ],
+)
+def test_what_will_not_pass_stops_at_once_without_showing_the_key(tmp_path, status, message):
+    content = f"wrong key {KEY}".encode()
+    with serving(lambda body, number: (status, {"Location": "http://127.0.0.2/"}, content)) as (url, received):
+        with pytest.raises(UserError, match=message) as raised:
+            asked(url, tmp_path, concurrency=1)
+    assert len(received) == 1 and KEY not in str(raised.value)
+
+
+def test_a_prompt_that_is_refused_does_not_stop_the_others(tmp_path):
+    def respond(body, number):
+        return (400, {}, b"too long") if body["messages"][-1]["content"] == "question 2" else echo(body)
+
+    with serving(respond) as (url, _):
+        wanted, answers = asked(url, tmp_path)
+    reasons = [answers[request.key].finish_reason for request in wanted]
+    assert reasons == ["stop", "stop", "refused", "stop", "stop", "stop"]
+
+
+def test_refusals_from_the_start_are_no_matter_of_the_prompts(tmp_path):
+    with serving(lambda body, number: (422, {}, b"unknown field: seed")) as (url, received):
+        with pytest.raises(UserError, match="the first 5 prompts were refused: 422 unknown field: seed"):
+            asked(url, tmp_path, count=20, concurrency=1)
+    assert len(received) == 5
+
+
+def test_a_pause_that_is_too_long_ends_the_run_instead(tmp_path):
+    with serving(lambda body, number: (429, {"Retry-After": "3600"}, b"")) as (url, _):
+        with pytest.raises(EndpointError, match="asks to come back in 3600 seconds"):
+            asked(url, tmp_path, count=1)
+
+
+def test_an_endpoint_that_is_down_is_named(tmp_path):
+    with serving(echo) as (url, _):
+        pass
+    with pytest.raises(EndpointError, match=rf"{url}/chat/completions: no answer after 2 tries; .*refused"):
+        asked(url, tmp_path, max_retries=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "ftp://host/v1"}, "expected https://HOST/v1"),
+        ({"url": "http://example.com/v1"}, "plain http would show key and text"),
+        ({"url": "http://169.254.169.254/v1"}, "link-local"),
+        ({"url": "https://user:pw@host/v1"}, "no user, password or query"),
+        ({"key_env": "NOT_SET_ANYWHERE"}, "the environment variable NOT_SET_ANYWHERE is not set"),
+    ],
+)
+def test_addresses_and_keys_that_cannot_be_right_are_refused_before_anything_is_sent(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_endpoint(Endpoint(**({"url": "https://host/v1", "model": "m"} | settings)))
+
+
+def test_a_completion_endpoint_gets_text_and_its_text_is_taken(tmp_path):
+    def respond(body, number):
+        return 200, {}, {"choices": [{"text": body["prompt"].upper(), "finish_reason": "length"}]}
+
+    with serving(respond) as (url, received):
+        wanted, answers = asked(url, tmp_path, api="completions", extra_body={"echo": False})
+    assert {path for path, _, _ in received} == {"/v1/completions"} and received[0][2]["echo"] is False
+    assert [answers[one.key].text for one in wanted] == [one.prompt.text.upper() for one in wanted]
+    assert all(answers[one.key].answer_tokens == 3 for one in wanted)  # ten letters, uncounted by the server
