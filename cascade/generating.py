@@ -10,7 +10,7 @@ from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
 from cascade.models.checkpoint import ModelSource, file_sha256, fingerprint, load_model, load_tokenizer, resolve_model
 from cascade.progress import OnStep
-from cascade.recipe.generate import Generate
+from cascade.recipe.generate import HOW_ASKED, Generate
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
 from cascade.store import COST_FILE
@@ -20,8 +20,6 @@ from cascade.teacher.prompts import Prompt
 
 ANSWERS = "answers"
 """The folder of a run that keeps every answer as it came, whatever is asked for later."""
-
-_HOW_ASKED = {"concurrency", "timeout_seconds", "max_retries", "max_backoff_seconds", "allow_http", "key_env"}
 
 
 def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, filter_path: str = "") -> Path:
@@ -125,8 +123,10 @@ def _key_settings(settings: Generate) -> dict[str, Any]:
     endpoint = settings.endpoint
     if endpoint is None:
         return record | {"batch_size": settings.batch_size}
-    without = _HOW_ASKED | ({"budget"} if endpoint.budget.when_spent == "stop" else set())
-    return record | {"endpoint": endpoint.model_dump(exclude=without)}
+    asked = endpoint.model_dump(exclude=set(HOW_ASKED))
+    # A budget that only stops changes nothing; one that cuts the answers short does.
+    cut = {} if endpoint.budget.when_spent == "stop" else {"budget": endpoint.budget.model_dump()}
+    return record | {"endpoint": asked | cut}
 
 
 def _filter_digest(path: str) -> str:

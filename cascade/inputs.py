@@ -9,7 +9,8 @@ from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
 from cascade.errors import UserError
 from cascade.evaluation.harness import find_tasks
 from cascade.models.checkpoint import file_sha256
-from cascade.recipe.schema import Data, Recipe
+from cascade.recipe.data import Data
+from cascade.recipe.schema import Recipe
 
 
 def text_data(data: Data) -> TextData:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from cascade.errors import UserError
 from cascade.family import ResolvedMember
 from cascade.recipe.distill import WITHOUT_EFFECT
+from cascade.recipe.generate import HOW_ASKED
 from cascade.recipe.schema import Recipe
 from cascade.yaml_reader import read_yaml
 
@@ -16,6 +17,7 @@ _MAY_CHANGE = (
     "evaluate",
     "baselines",
     "parent.pretrain.microbatch_size",
+    *(f"generate.endpoint.{key}" for key in HOW_ASKED),
     *(f"distill.{key}" for key in WITHOUT_EFFECT),
 )
 """Keys whose change loses no finished training: what is measured, and how much memory a step takes."""
@@ -55,8 +57,10 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
     before, now = _flat(_recorded(folder)), _flat(_without_nulls(recipe.model_dump(mode="json")))
     new_members = {member.name for member in recipe.members} - pinned_names(folder)
     differing = []
+    # Until something has read the text, it may become another: the answers themselves are kept apart.
+    unread = () if any(folder.glob("stages/parent.data-*/MANIFEST.json")) else ("generate.",)
     for key in sorted(before.keys() | now.keys()):
-        if key.startswith(_MAY_CHANGE) or before.get(key) == now.get(key):
+        if key.startswith(_MAY_CHANGE + unread) or before.get(key) == now.get(key):
             continue
         parts = key.split(".")
         if parts[0] == "members" and (parts[1] in new_members or (parts[-1] == "seed" and now.get(key) == "previous")):

@@ -21,6 +21,7 @@ from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
+from cascade.teacher.generate import planned
 
 
 def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     source = existing_parent(recipe)
     if source is not None:
         tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
-    for split in ("train", "calibration", "selection"):
+    for split in ("train", "calibration", "selection") if recipe.generate is None else ():
         if source is None:
             read_documents(text_data(recipe.data), split)
         else:
@@ -58,6 +59,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             "num_parameters": total,
             "flops_per_token": float(axes.flops_per_token(dims, recipe.data.block_size)),
         },
+        "generate": None if recipe.generate is None else planned(recipe.generate, recipe.data.text_field),
         "proof": proof,
         "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()},
         "search": recipe.prune.search is not None,
@@ -120,6 +122,8 @@ def preview_text(found: dict[str, Any]) -> str:
             ]
         )
     lines = [plain_table(table), ""]
+    if found["generate"]:
+        lines.append(_asked(found["generate"]))
     disk = sum(member["disk_bytes"] for member in found["members"])
     lines.append(f"Run directory {found['run']}: needs {_bytes(disk)} of {_bytes(found['disk_free_bytes'])} free.")
     lines.append(
@@ -143,6 +147,14 @@ def preview_text(found: dict[str, Any]) -> str:
             f"Cut proven on a tiny twin: pruned equals silenced to {worst:.0e} along {', '.join(found['proof'])}."
         )
     return "\n".join(lines)
+
+
+def _asked(planned: dict[str, Any]) -> str:
+    line = (
+        f"Text: {planned['prompts']:,} prompts, {planned['answers']:,} answers of at most {planned['max_new_tokens']} "
+        f"tokens from {planned['teacher']}"
+    )
+    return line + (f", for at most {planned['money']:,.2f} and the prompts." if planned["money"] else ".")
 
 
 def _member_record(member: ResolvedMember, total: int) -> dict[str, Any]:

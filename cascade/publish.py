@@ -79,7 +79,7 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
     return _row(member, "member", "done") | {
         "checkpoint": f"members/{member.name}",
         "bytes": weight_bytes(finished.distilled / CHECKPOINT),
-        "tokens": {"hop": member.num_tokens, "cumulative": chain, "teacher_labelled": member.num_tokens},
+        "tokens": {"hop": member.num_tokens, "cumulative": chain, "teacher_labelled": _labelled(recipe, member)},
         "cost": {
             "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
             "flops": member.num_tokens * (3 * member.flops_per_token + teacher_flops),
@@ -93,6 +93,11 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
         "metrics": _read(finished.evaluation / "eval.json")["metrics"],
         "speed": _speed(finished.evaluation),
     }
+
+
+def _labelled(recipe: Recipe, member: ResolvedMember) -> int:
+    """Tokens whose probabilities the teacher has given."""
+    return member.num_tokens if recipe.distill and recipe.distill.teacher == "parent" else 0
 
 
 def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:

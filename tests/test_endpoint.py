@@ -9,8 +9,9 @@ from endpoint_server import chat_answer, serving
 from cascade.errors import UserError
 from cascade.recipe.generate import Endpoint
 from cascade.teacher.answers import AnswerLog, requests_of
-from cascade.teacher.endpoint import BudgetSpent, EndpointError, Spending, ask, check_endpoint
+from cascade.teacher.endpoint import EndpointError, ask, check_endpoint
 from cascade.teacher.prompts import prompts_of
+from cascade.teacher.spending import BudgetSpent, Spending
 
 KEY = "sk-secret-0123456789"
 QUICK = {"max_backoff_seconds": 0.01, "timeout_seconds": 5.0, "concurrency": 3, "key_env": "TEST_ENDPOINT_KEY"}

@@ -169,7 +169,10 @@ def blocks_of(
     )
     kept = (labels[:, 1:] != IGNORE_INDEX).any(1).nonzero()[:, 0]
     if len(kept) == 0:
-        raise UserError(f"{name}: no token counts for the loss; is there a message of the assistant?")
+        raise UserError(
+            f"{name}: no token of {count} blocks counts for the loss; give more text, or look whether the "
+            "conversations have an answer of the assistant"
+        )
     return blocks if len(kept) == count else blocks.rows(kept)
 
 

@@ -2,13 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+from cascade.recipe.section import Fraction, Paths, PositiveFloat, PositiveInt, Section
 
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+HOW_ASKED = (
+    "concurrency", "timeout_seconds", "max_retries", "max_backoff_seconds", "allow_http", "key_env", "budget"
+)  # fmt: skip
+"""Keys of an endpoint that change no answer."""
 
 
 class Budget(Section):
@@ -74,8 +75,8 @@ class Filters(Section):
     max_words: PositiveInt | None = None
     truncated: Literal["keep", "drop"] = "keep"
     """Answers that ended at max_new_tokens."""
-    max_repetition: Fraction | None = 0.5
-    """Share of an answer's four-word runs that stood in it before."""
+    max_repetition: Fraction = 0.5
+    """Share of an answer's four-word runs that stood in it before; 1: any."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
     """exact: the same answer but for case and white space, to whatever prompt; near: three quarters of its five-word
     runs in an answer that is kept."""
@@ -90,13 +91,13 @@ class Generate(Section):
     """parent, or a model's reference; not used with an endpoint."""
     endpoint: Endpoint | None = None
     """Ask a server instead of a model here."""
-    prompts: Annotated[list[str], BeforeValidator(_as_list)] = []
+    prompts: Paths = []
     """JSONL files, each line with a `prompt` (a text) or `messages`."""
-    templates: Annotated[list[str], BeforeValidator(_as_list)] = []
+    templates: Paths = []
     """Prompts with {names} in them, filled in with `values`, every combination once."""
     values: dict[str, list[str]] = {}
     """name -> what may stand there."""
-    text: Annotated[list[str], BeforeValidator(_as_list)] = []
+    text: Paths = []
     """Files of text (as data.train takes them); the first words of each document are a prompt."""
     text_words: PositiveInt = 16
     """Words of each document of `text`."""

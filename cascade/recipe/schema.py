@@ -8,21 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from cascade.recipe.data import Data
 from cascade.recipe.distill import Distill
 from cascade.recipe.generate import Generate
 from cascade.recipe.prune import Prune
-from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+from cascade.recipe.section import COMMIT, Fraction, Paths, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Paths = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 class Tokenizer(Section):
@@ -77,86 +70,6 @@ class Parent(Section):
 
 def _parent(value: object) -> object:
     return {"model": value} if isinstance(value, str) else value
-
-
-class Data(Section):
-    """The text."""
-
-    source: Literal["stdlib", "files", "hub", "generated"]
-    """stdlib: the Python standard library's source; files: local JSONL(.gz), Parquet, text; hub: a hub dataset;
-    generated: what the section `generate` has written, its splits cut by prompt."""
-    train: Paths = []
-    """source files: paths, relative to the recipe's folder; source hub: the dataset's split name"""
-    calibration: Paths = []
-    """What statistics are taken on; cut from train where empty."""
-    selection: Paths = []
-    """What choices are made on; cut from train where empty."""
-    heldout: Paths = []
-    """What results are reported on; cut from train where empty."""
-    weights: list[PositiveFloat] = []
-    """source files: of each entry of `train`, its share of the training tokens; by their size where not given. Short
-    sources are repeated, so that none is cut short."""
-    text_field: str = "text"
-    messages_field: str = ""
-    """Instead of text: the field with chat messages ({role, content}). They go through the parent's own chat template;
-    only what the assistant says counts for the loss."""
-    template: Literal["model", "none"] = "model"
-    """How messages become text. model: by the parent's chat template; none: one after another, and an end token."""
-    streaming: bool = False
-    """Read documents one after another, only as many as max_tokens take; for text that does not
-    fit into memory. The training text is then the start of the files, in their order."""
-    document_masks: bool | None = None
-    """Whether the documents of a block do not see each other. Not given: conversations do not, texts do."""
-    dataset: str = ""
-    """source hub: the dataset's id"""
-    revision: str = ""
-    """source hub: a commit"""
-    dataset_config: str = ""
-    """source hub: the dataset's configuration name"""
-    block_size: Annotated[int, Field(ge=8)] = 256
-    """Tokens per block; documents are packed with an end token between them."""
-    max_tokens: PositiveInt = 20_000_000
-    """Training tokens to prepare at most; training past the end starts over in another order."""
-
-    @property
-    def masks_documents(self) -> bool:
-        """Whether the documents of a block are kept apart."""
-        chats = bool(self.messages_field) or self.source == "generated"
-        return chats if self.document_masks is None else self.document_masks
-
-    @model_validator(mode="after")
-    def _complete(self) -> "Data":
-        if self.weights and (self.source != "files" or len(self.weights) != len(self.train)):
-            raise ValueError(
-                f"`weights`: {len(self.weights)} numbers for {len(self.train)} entries of `train` (source files only)"
-            )
-        if self.streaming and (self.source in ("stdlib", "generated") or self.weights):
-            raise ValueError("`streaming` is for source files or hub, and without `weights`")
-        if self.source == "stdlib" and self.messages_field:
-            raise ValueError("source stdlib has no chat messages; remove `messages_field`")
-        splits = {
-            "train": self.train,
-            "calibration": self.calibration,
-            "selection": self.selection,
-            "heldout": self.heldout,
-        }
-        if self.source in ("stdlib", "generated") and any(splits.values()):
-            raise ValueError(
-                f"source {self.source} has splits of its own; remove train, calibration, selection and heldout"
-            )
-        if self.source == "generated" and (self.messages_field or self.template != "model"):
-            raise ValueError("source generated knows its messages and template; remove `messages_field` and `template`")
-        if self.source != "hub" and (self.dataset or self.revision or self.dataset_config):
-            raise ValueError(f"source {self.source} has no `dataset`, `revision` or `dataset_config`; remove them")
-        if self.revision and not COMMIT.fullmatch(self.revision):
-            raise ValueError(f"revision '{self.revision}' can move; give the commit's 40 hexadecimal digits")
-        if self.source in ("files", "hub") and not self.train:
-            raise ValueError(f"source {self.source} needs `train`")
-        if self.source == "hub" and not (self.dataset and self.revision):
-            raise ValueError("source hub needs `dataset` and a pinned `revision`")
-        if self.source == "hub" and any(len(names) > 1 for names in splits.values()):
-            raise ValueError("source hub takes one split name for each of train, calibration, selection and heldout")
-        return self
 
 
 class Member(Section):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +21,7 @@ import requests
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Endpoint
 from cascade.teacher.answers import Answer, AnswerLog, Request
+from cascade.teacher.spending import Spending
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Answers that may be others a moment later."""
@@ -38,54 +38,6 @@ _MOST_BYTES = 64_000_000
 
 class EndpointError(RunError):
     """The endpoint does not answer; what it has answered before is kept."""
-
-
-class BudgetSpent(RunError):
-    """Nothing more may be asked; what was answered is kept."""
-
-
-class Spending:
-    """What was spent, over all starts: kept in a file, before a request is sent."""
-
-    def __init__(self, path: Path, endpoint: Endpoint) -> None:
-        self.path, self.budget = path, endpoint.budget
-        self.spent = {"requests": 0, "prompt_tokens": 0, "answer_tokens": 0}
-        if path.exists():
-            self.spent |= json.loads(path.read_text())
-        self._lock = threading.Lock()
-
-    @property
-    def money(self) -> float:
-        """In the currency of the prices."""
-        prices = self.budget.price_per_million_prompt, self.budget.price_per_million_answer
-        return (self.spent["prompt_tokens"] * prices[0] + self.spent["answer_tokens"] * prices[1]) / 1e6
-
-    def send(self) -> None:
-        """Count a request that is about to be sent.
-
-        Raises:
-            BudgetSpent: it may not be.
-        """
-        with self._lock:
-            tokens = self.spent["prompt_tokens"] + self.spent["answer_tokens"]
-            limits = {"requests": self.spent["requests"], "tokens": tokens, "money": self.money}
-            for name, value in limits.items():
-                limit = getattr(self.budget, name)
-                if limit is not None and value >= limit:
-                    raise BudgetSpent(f"generate.endpoint.budget.{name}: {limit:g} is spent; raise it to go on")
-            self._add({"requests": 1})
-
-    def receive(self, prompt_tokens: int, answer_tokens: int) -> None:
-        """Count what an answer has cost."""
-        with self._lock:
-            self._add({"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens})
-
-    def _add(self, more: dict[str, int]) -> None:
-        self.spent = {name: value + more.get(name, 0) for name, value in self.spent.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps(self.spent) + "\n")
-        temporary.replace(self.path)
 
 
 def check_endpoint(endpoint: Endpoint) -> str:

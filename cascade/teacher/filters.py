@@ -69,7 +69,7 @@ class Filter:
             return "too long"
         if settings.truncated == "drop" and answer.finish_reason == "length":
             return "truncated"
-        if settings.max_repetition is not None and repetition(text) > settings.max_repetition:
+        if repetition(text) > settings.max_repetition:
             return "repetitive"
         plain = " ".join(words).lower()
         if settings.duplicates != "keep" and plain in self.exact:

@@ -14,10 +14,11 @@ from torch import nn
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Generate
 from cascade.teacher.answers import AnswerLog, Request, requests_of
-from cascade.teacher.endpoint import BudgetSpent, Spending, ask
+from cascade.teacher.endpoint import ask, check_endpoint
 from cascade.teacher.filters import Filter, Keep, perplexity
 from cascade.teacher.local import write
 from cascade.teacher.prompts import Prompt, beginnings, filled, prompts_of, read_prompts, stdlib_functions
+from cascade.teacher.spending import BudgetSpent, Spending
 
 OnStep = Callable[[int, int], None]
 
@@ -60,6 +61,25 @@ def collect_prompts(settings: Generate, text_field: str = "text") -> list[Prompt
     if settings.stdlib:
         texts += stdlib_functions()
     return prompts_of(texts, system=settings.system, count=settings.num_prompts)
+
+
+def planned(settings: Generate, text_field: str = "text") -> dict[str, Any]:
+    """How much would be asked, of whom, and what the answers may cost at most, without asking.
+
+    Raises:
+        UserError: the prompts, the endpoint's address or its key cannot be used.
+    """
+    prompts, endpoint = collect_prompts(settings, text_field), settings.endpoint
+    most = len(prompts) * settings.answers * settings.max_new_tokens
+    if endpoint is not None:
+        check_endpoint(endpoint)
+    return {
+        "prompts": len(prompts),
+        "answers": len(prompts) * settings.answers,
+        "max_new_tokens": settings.max_new_tokens,
+        "teacher": settings.teacher if endpoint is None else f"{endpoint.model} at {endpoint.url}",
+        "money": 0.0 if endpoint is None else most * endpoint.budget.price_per_million_answer / 1e6,
+    }
 
 
 def is_chat(settings: Generate, tokenizer: Any | None) -> bool:
