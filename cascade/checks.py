@@ -7,7 +7,7 @@ from cascade.distillation.optimizer import require_optimizer
 from cascade.distillation.relations import fitting_heads
 from cascade.errors import UserError
 from cascade.family import ResolvedMember
-from cascade.models.architecture import model_class_of
+from cascade.models.architecture import is_classifier, model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
 from cascade.models.packing import require_document_masks
@@ -25,7 +25,10 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     Raises:
         UserError: the cut is not exact for this architecture, or the blocks are longer than the parent's context.
     """
-    require_context(parent_config, recipe.data.block_size, "data.block_size")
+    if not recipe.classifies:
+        require_context(parent_config, recipe.data.block_size, "data.block_size")
+    elif recipe.task == "text_classification":
+        require_context(parent_config, recipe.data.max_length, "data.max_length")
     if recipe.data.masks_documents:
         for config in [parent_config, *(one.config for one in members if not one.seed)]:
             require_document_masks(config)
@@ -33,7 +36,8 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
         _require_trainable(recipe.distill, parent_config, members)
     if recipe.prune.hidden == "pca":
         require_rotatable(parent_config, probe_axes(parent_config))
-    if any(one.seed for one in members) and not model_class_of(parent_config).can_generate():
+    made = is_classifier(parent_config) if recipe.classifies else model_class_of(parent_config).can_generate()
+    if any(one.seed for one in members) and not made:
         raise UserError(
             f"parent: model type '{parent_config.model_type}' as {model_class_of(parent_config).__name__} is no causal "
             "language model; recipes recover and evaluate those. `cascade prune` cuts it on its own"

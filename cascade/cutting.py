@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cascade.data.blocks import load_blocks
+from cascade.data.examples import load_training
 from cascade.distillation.batch import selection_losses
 from cascade.distillation.divergences import Options
 from cascade.distillation.features import FeatureLoss, Features
@@ -45,7 +46,17 @@ def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
     """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found."""
     of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
     of_schedule = {"schedule", "warmup_fraction", "final_learning_rate_fraction", "decay_fraction"}
-    elsewhere = {"tokens", "teacher", "selection_blocks", "features", "on_policy", "trackers", "compile"}
+    elsewhere = {
+        "tokens",
+        "examples",
+        "teacher",
+        "selection_blocks",
+        "selection_examples",
+        "features",
+        "on_policy",
+        "trackers",
+        "compile",
+    }
     schedule = Schedule(
         settings.schedule, settings.warmup_fraction, settings.final_learning_rate_fraction, settings.decay_fraction
     )
@@ -201,7 +212,7 @@ def make_candidate(
         distill(
             student,
             expert,
-            load_blocks(data / "train.safetensors"),
+            load_training(data / "train.safetensors"),
             num_tokens=num_tokens,
             seed=recipe.seed,
             on_step=on_step,
@@ -242,11 +253,18 @@ def _plan(recipe: Recipe, model: nn.Module, dims: ModelDims, statistics: Path, d
     return plan_pruning(scores, model.config, dims, statistics=found, merge_heads=wanted.merge_heads)
 
 
+def selection_size(recipe: Recipe) -> int:
+    """Blocks, or examples, that choices are made on."""
+    if recipe.distill is None:
+        raise ValueError("a recipe with members has a distill section")
+    return recipe.distill.selection_examples if recipe.classifies else recipe.distill.selection_blocks
+
+
 def _selection(model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path) -> dict[str, Any]:
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
-    blocks = load_blocks(data / "selection.safetensors").take(settings.selection_blocks)
+    blocks = load_training(data / "selection.safetensors").take(selection_size(recipe))
     losses = selection_losses(model, teacher, blocks, settings.microbatch_size)
     model.eval()
     return {"loss": losses["selection_loss"], "kl_to_teacher": losses.get("selection_kl")}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import UserError
-from cascade.estimates import dtype_bytes, peak_memory, stage_seconds
+from cascade.estimates import dtype_bytes, flops_of, peak_memory, stage_seconds
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_config, resolve_model
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
@@ -16,7 +16,7 @@ from cascade.pruning.shape import solve_shape
 from cascade.pruning.target import Latency, Target
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Member, Recipe
-from cascade.starts import plan_layers, student_config
+from cascade.starts import plan_layers, require_same_classes, student_config
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class ResolvedMember:
     num_parameters: int
     num_parameters_non_embedding: int
     flops_per_token: float
-    """Forward, at the recipe's block size."""
+    """Forward, at the recipe's block size; of an example where it classifies."""
     num_steps: int
     num_tokens: int
-    """Training tokens, in whole steps."""
+    """Training tokens (examples where it classifies), in whole steps."""
     first_position: int
     """Blocks that the chain of seeds has read before."""
     peak_memory_bytes: float
@@ -233,16 +233,18 @@ def _resolve(
 ) -> ResolvedMember:
     axes, dims = probe_axes(config), dims_of(config)
     parent_axes, parent = probe_axes(parent_config), dims_of(parent_config)
+    require_same_classes(config, parent_config, member.name)
     if dims.vocab_size != parent.vocab_size:
         raise UserError(
             f"members: {member.name}: the student has {dims.vocab_size} tokens in its vocabulary, the teacher "
             f"{parent.vocab_size}; logits can only be compared over the same vocabulary"
         )
-    step_tokens = distill.batch_size * recipe.data.block_size
-    num_steps = math.ceil((member.tokens or distill.tokens) / step_tokens)
+    # A classifier's examples count as one token each, whatever their length.
+    step_tokens = distill.batch_size * (1 if recipe.classifies else recipe.data.block_size)
+    budget = member.tokens or member.examples or distill.tokens or distill.examples or 0
+    num_steps = math.ceil(budget / step_tokens)
     count = int(axes.num_parameters(dims))
-    flops = float(axes.flops_per_token(dims, recipe.data.block_size))
-    parent_flops = float(parent_axes.flops_per_token(parent, recipe.data.block_size))
+    flops, parent_flops = flops_of(recipe, config), flops_of(recipe, parent_config)
     stored_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.save.dtype) or dtype_bytes(parent_config)
     hidden = found.hidden if found else _hidden_of(recipe, member, parent_config)
     several = member.start == "prune" and target is not None and target.bounds()

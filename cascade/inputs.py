@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
+from cascade.data.examples import LabelledData, class_names
 from cascade.data.sources import TextData
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
 from cascade.errors import UserError
@@ -37,6 +39,29 @@ def text_data(data: Data) -> TextData:
     )
 
 
+def labelled_data(data: Data, task: str) -> LabelledData:
+    """The examples of a recipe that classifies."""
+    return LabelledData(
+        text_data(data),
+        images=task == "image_classification",
+        label_field=data.label_field,
+        image_field=data.image_field,
+        unlabelled=tuple(data.unlabelled),
+        train_examples=data.train_examples,
+    )
+
+
+def classes_of(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the classes, as the training labels have them."""
+    data = recipe.data.model_copy(update={"train_examples": None})
+    return _classes(data.model_dump_json(), recipe.task, data_fingerprint(data))
+
+
+@lru_cache(maxsize=8)
+def _classes(data: str, task: str, fingerprint: str) -> tuple[str, ...]:
+    return tuple(class_names(labelled_data(Data.model_validate_json(data), task)))
+
+
 def data_fingerprint(data: Data) -> str:
     """sha256 of the source's content: of local files and the standard library; a hub dataset's revision."""
     digest = hashlib.sha256()
@@ -44,7 +69,8 @@ def data_fingerprint(data: Data) -> str:
         for path, text in stdlib_documents():
             digest.update(f"{path}:{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
         digest.update(file_sha256(FROZEN_HELDOUT).encode())
-    for split, names in text_data(data).files.items():
+    files = text_data(data).files | ({"unlabelled": tuple(data.unlabelled)} if data.unlabelled else {})
+    for split, names in files.items():
         for name in names:
             if not Path(name).is_file():
                 raise UserError(f"data.{split}: {name}: no such file")

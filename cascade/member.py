@@ -148,7 +148,7 @@ def _make_baseline(
 
 
 def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]:
-    settings = recipe.distill.model_dump(exclude={"tokens", *WITHOUT_EFFECT}) if recipe.distill else {}
+    settings = recipe.distill.model_dump(exclude={"tokens", "examples", *WITHOUT_EFFECT}) if recipe.distill else {}
     return settings | {
         "num_tokens": member.num_tokens,
         "first_position": member.first_position,

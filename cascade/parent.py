@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from cascade.classifier import checked_classes, fitted_config, made_dtype
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.distillation.schedule import Schedule
@@ -25,7 +26,7 @@ from cascade.recipe.schema import Recipe
 
 def existing_parent(recipe: Recipe) -> ModelSource | None:
     """The model that the recipe names; None if it is to be trained."""
-    if recipe.parent.pretrain is not None:
+    if recipe.parent.pretrain is not None or recipe.parent.fit is not None:
         return None
     return resolve_model(recipe.parent.model, revision=recipe.parent.revision)
 
@@ -34,12 +35,15 @@ def parent_config(recipe: Recipe) -> Any:
     """The parent's transformers config, known before any weight."""
     source = existing_parent(recipe)
     if source is not None:
-        return load_config(source)
+        config = load_config(source)
+        return checked_classes(recipe, config) if recipe.classifies else config
+    if recipe.parent.fit is not None:
+        return fitted_config(recipe, recipe.parent.fit)
     settings = recipe.parent.pretrain
     if settings is None:
         raise ValueError("a parent is either found or trained")
     config = pretrained_config(dict(settings.config), vocab_size=settings.tokenizer.vocab_size)
-    config.dtype = _dtype(recipe)
+    config.dtype = made_dtype(recipe)
     return config
 
 
@@ -67,7 +71,7 @@ def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
         schedule=Schedule("cosine", settings.warmup_fraction, settings.final_learning_rate_fraction),
         **{name: value for name, value in settings.model_dump().items() if name not in own},
     )
-    save_checkpoint(model, folder / CHECKPOINT, companions=None, dtype=_dtype(recipe))
+    save_checkpoint(model, folder / CHECKPOINT, companions=None, dtype=made_dtype(recipe))
     tokenizer.save_pretrained(folder / CHECKPOINT)
 
 
@@ -75,8 +79,3 @@ def make_converted(folder: Path, source: ModelSource) -> None:
     """A GGUF parent as a safetensors checkpoint, in float32: exactly the values that the file stands for."""
     save_checkpoint(load_model(source), folder / CHECKPOINT, companions=None, dtype=torch.float32)
     load_tokenizer(source).save_pretrained(folder / CHECKPOINT)
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    dtype: torch.dtype = torch.bfloat16 if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
-    return dtype

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from cascade.checks import check_family
+from cascade.data.examples import read_examples
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
-from cascade.estimates import parent_seconds
+from cascade.estimates import flops_of, parent_seconds
 from cascade.evaluation.harness import find_tasks
 from cascade.family import ResolvedMember, resolve_family, run_folder_of
-from cascade.inputs import text_data
+from cascade.inputs import labelled_data, text_data
 from cascade.latencies import find_latencies
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
@@ -35,9 +36,14 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     config = parent_config(recipe)
     axes, dims = probe_axes(config), dims_of(config)
     source = existing_parent(recipe)
-    if source is not None:
+    if source is not None and dims.vocab_size:
         tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
-    for split in ("train", "calibration", "selection") if recipe.generate is None else ():
+    splits = ("train", "calibration", "selection") if recipe.generate is None else ()
+    if recipe.classifies:
+        for split in ("train", "selection"):
+            read_examples(labelled_data(recipe.data, recipe.task), split)
+        splits = ()
+    for split in splits:
         if source is None:
             read_documents(text_data(recipe.data), split)
         else:
@@ -57,11 +63,13 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "parent": {
             "dims": dims.as_dict(),
             "num_parameters": total,
-            "flops_per_token": float(axes.flops_per_token(dims, recipe.data.block_size)),
+            "flops_per_token": flops_of(recipe, config),
         },
         "generate": None if recipe.generate is None else planned(recipe.generate, recipe.data.text_field),
         "proof": proof,
-        "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()},
+        "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()}
+        if dims.vocab_size
+        else {},
         "search": recipe.prune.search is not None,
         "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1],
         "members": [_member_record(member, total) for member in members],
@@ -129,7 +137,10 @@ def preview_text(found: dict[str, Any]) -> str:
     lines.append(
         f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
     )
-    lines.append("Each axis can be cut to: " + "; ".join(f"{k}: {v}" for k, v in found["legal_values"].items()) + ".")
+    if found["legal_values"]:
+        lines.append(
+            "Each axis can be cut to: " + "; ".join(f"{k}: {v}" for k, v in found["legal_values"].items()) + "."
+        )
     if found["hidden_tried"]:
         lines.append(
             f"prune.hidden: auto cuts and repairs {', '.join(found['hidden_tried'])} both ways, with the stream "

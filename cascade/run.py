@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cascade import parallel
 from cascade.checks import check_family
+from cascade.classifier import make_fitted
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
@@ -23,6 +24,7 @@ from cascade.models.checkpoint import (
     fingerprint,
     load_config,
     load_tokenizer,
+    resolve_model,
 )
 from cascade.models.dims import dims_of
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
@@ -34,10 +36,7 @@ from cascade.recipe.schema import Recipe
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import Shared, find_shape
-from cascade.stages import (
-    make_data,
-    make_evaluation,
-)
+from cascade.stages import CLASSIFYING, make_data, make_evaluation
 from cascade.store import append_event, locked, output_digest, write_atomically
 from cascade.yaml_reader import write_yaml
 
@@ -166,7 +165,8 @@ def _make_family(
 def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
     """The stages that all members share: data, the parent's evaluation."""
     source = data_fingerprint(recipe.data)
-    tokenizer = load_tokenizer(parent, vocab_size=dims_of(load_config(parent)).vocab_size)
+    vocab_size = dims_of(load_config(parent)).vocab_size
+    tokenizer = load_tokenizer(parent, vocab_size=vocab_size) if vocab_size else None
     digests = {"source": source, "parent": fingerprint(parent), "tasks": task_fingerprint(recipe)}
     data = runner.run(
         "parent",
@@ -183,9 +183,10 @@ def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared
                 "max_tokens",
             }
         )  # fmt: skip
-        | {"document_masks": recipe.data.masks_documents},
+        | {"document_masks": recipe.data.masks_documents}
+        | (recipe.data.model_dump(include=CLASSIFYING) | {"task": recipe.task} if recipe.classifies else {}),
         {name: digests[name] for name in ("source", "parent")},
-        lambda folder, on_step: make_data(folder, recipe, tokenizer),
+        lambda folder, on_step: make_data(folder, recipe, parent, tokenizer),
     )
     evaluation = runner.run(
         "parent",
@@ -218,6 +219,8 @@ def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
             lambda folder, on_step: make_pretrained(folder, recipe, on_step),
         )
         return ModelSource(folder / CHECKPOINT, recipe.name)
+    if recipe.parent.fit is not None:
+        return _fitted(runner, recipe)
     if found is None:
         raise ValueError("a parent is either found or trained")
     if not found.gguf_file:
@@ -230,6 +233,23 @@ def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
         lambda folder, on_step: make_converted(folder, found),
     )
     return ModelSource(folder / CHECKPOINT, found.reference)
+
+
+def _fitted(runner: StageRunner, recipe: Recipe) -> ModelSource:
+    data, model = recipe.data, recipe.parent.model
+    settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
+    settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
+    folder = runner.run(
+        "parent",
+        "fit",
+        settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
+        {
+            "source": data_fingerprint(data),
+            "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
+        },
+        lambda folder, on_step: make_fitted(folder, recipe, on_step),
+    )
+    return ModelSource(folder / CHECKPOINT, model or recipe.name)
 
 
 def _with_seeds(members: list[ResolvedMember], only: Sequence[str]) -> list[ResolvedMember]:

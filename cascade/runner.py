@@ -23,6 +23,7 @@ STAGES = ("statistics", "prune", "repair", "distill", "evaluate", "report")
 
 STAGE_FORMATS = {
     "pretrain": 1,
+    "fit": 1,
     "convert": 1,
     "generate": 1,
     "data": 1,

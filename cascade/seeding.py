@@ -67,7 +67,8 @@ def make_start(
     how = member.member.start
     if how == "checkpoint":
         source = resolve_model(member.member.student)
-        require_same_vocabulary(load_tokenizer(shared.parent), load_tokenizer(source), f"members: {member.name}")
+        if member.dims.vocab_size:
+            require_same_vocabulary(load_tokenizer(shared.parent), load_tokenizer(source), f"members: {member.name}")
         return Start(source, fingerprint(source), None, None, None)
     if how == "random":
         folder = runner.run(

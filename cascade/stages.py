@@ -11,18 +11,21 @@ import torch
 from torch import nn
 
 from cascade import parallel
-from cascade.cutting import feature_loss, load_plans, training_options
-from cascade.data.blocks import load_blocks, save_blocks
+from cascade.classifier import examples_of
+from cascade.cutting import feature_loss, load_plans, selection_size, training_options
+from cascade.data.blocks import IGNORE_INDEX, pack_documents, save_blocks
+from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
+from cascade.estimates import flops_of
 from cascade.evaluation.evaluate import default_device, evaluate
-from cascade.evaluation.heldout import heldout_blocks, heldout_metrics
+from cascade.evaluation.heldout import heldout_blocks, heldout_examples, heldout_metrics
 from cascade.evaluation.reload import write_reference
 from cascade.evaluation.retention import with_retention
 from cascade.family import ResolvedMember
-from cascade.inputs import text_data
-from cascade.models.axes import probe_axes
+from cascade.inputs import labelled_data, text_data
+from cascade.models.architecture import reads_images
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -32,16 +35,27 @@ from cascade.models.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
-from cascade.models.dims import dims_of
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
 from cascade.report.trackers import tracked
 from cascade.store import COST_FILE, partial_of
 
+CLASSIFYING = {"label_field", "image_field", "train_examples", "max_length"}
+"""Keys of data that only a recipe that classifies reads."""
 
-def make_data(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
-    """train, calibration and selection blocks. Held-out text is not touched here."""
+
+def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any) -> None:
+    """train, calibration and selection blocks, or labelled examples. The held-out split is not touched here."""
     data = recipe.data
+    if recipe.classifies:
+        for split in ("train", "selection"):
+            examples = examples_of(recipe, load_config(parent), split, tokenizer)
+            save_examples(examples, folder / f"{split}.safetensors")
+        if tokenizer is not None:  # what statistics are taken on: the same texts, packed
+            texts = [text for text, _ in read_examples(labelled_data(data, recipe.task), "train")]
+            packed = pack_documents(texts, tokenizer, block_size=data.max_length, name="data.train")
+            save_blocks(packed, folder / "calibration.safetensors")
+        return
     limits = {
         "train": max(1, data.max_tokens // data.block_size),
         "calibration": None,
@@ -85,8 +99,10 @@ def make_recovered(
     student = load_model(start).to(default_device())
     if teacher is not None:
         teacher = _own_teacher(teacher, parent)
-    blocks = load_blocks(data / "train.safetensors")
-    selection = load_blocks(data / "selection.safetensors").take(settings.selection_blocks)
+    blocks = load_training(data / "train.safetensors")
+    if teacher is None and isinstance(blocks, Examples):
+        blocks = blocks.rows((blocks.labels != IGNORE_INDEX).nonzero()[:, 0])  # the others have nothing to say
+    selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
     options = training_options(settings, learning_rate)
     if teacher is None:
         options["on_policy"] = None
@@ -120,11 +136,8 @@ def make_recovered(
     dtype = stored_dtype(parent) if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
     rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
     write_reference(rounded, folder / "reference.safetensors")
-    config = load_config(parent)
-    per_token = (
-        probe_axes(config).flops_per_token(dims_of(config), recipe.data.block_size) if teacher is not None else 0.0
-    )
-    _write_json(folder / COST_FILE, {"teacher_flops_per_token": float(per_token)})
+    per_token = flops_of(recipe, load_config(parent)) if teacher is not None else 0.0
+    _write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token})
 
 
 def make_rate(
@@ -151,9 +164,9 @@ def make_rate(
     found = find_learning_rate(
         student,
         teacher,
-        load_blocks(data / "train.safetensors"),
+        load_training(data / "train.safetensors"),
         num_tokens=member.num_tokens,
-        selection=load_blocks(data / "selection.safetensors").take(settings.selection_blocks),
+        selection=load_training(data / "selection.safetensors").take(selection_size(recipe)),
         seed=recipe.seed,
         first_position=member.first_position,
         on_try=on_step,
@@ -174,12 +187,11 @@ def make_evaluation(
 ) -> None:
     """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json."""
     settings = recipe.evaluate
-    tokenizer = load_tokenizer(checkpoint)
     result = evaluate(
         checkpoint,
         tasks=settings.tasks,
         teacher=teacher,
-        heldout=_heldout(recipe, tokenizer),
+        heldout=_heldout(recipe, checkpoint),
         task_folders=[Path(task_folder) for task_folder in settings.task_folders],
         limit=settings.limit,
         num_fewshot=settings.num_fewshot,
@@ -202,7 +214,7 @@ def make_baseline(
 ) -> None:
     """Held-out metrics of a model that is only there to be compared with."""
     model = load_model(checkpoint).to(default_device())
-    metrics = heldout_metrics(model, teacher, _heldout(recipe, load_tokenizer(parent)))
+    metrics = heldout_metrics(model, teacher, _heldout(recipe, parent))
     _write_json(folder / "eval.json", {"metrics": metrics, "items": {}})
 
 
@@ -213,7 +225,11 @@ def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:
     return load_model(parent).to(default_device()).requires_grad_(False)
 
 
-def _heldout(recipe: Recipe, tokenizer: Any) -> Any:
+def _heldout(recipe: Recipe, checkpoint: ModelSource) -> Any:
+    config = load_config(checkpoint)
+    tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
+    if recipe.classifies:
+        return heldout_examples(lambda split: examples_of(recipe, config, split, tokenizer))
     return heldout_blocks(
         text_data(recipe.data),
         tokenizer,

@@ -8,23 +8,51 @@ from torch import Tensor
 
 from cascade.errors import UserError
 from cascade.importance.scores import Scores
-from cascade.models.architecture import config_from_values, model_from_config
+from cascade.models.architecture import (
+    as_classifier,
+    config_from_values,
+    is_classifier,
+    model_from_config,
+    reads_images,
+)
 from cascade.models.checkpoint import CHECKPOINT, save_checkpoint
 from cascade.models.dims import ModelDims, dims_of
 from cascade.pruning.plan import PruningPlan, plan_pruning
 
-_OF_THE_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "dtype")
+_OF_THE_TEXT = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "dtype")
+_OF_THE_IMAGE = ("image_size", "num_channels", "dtype")
 
 
 def student_config(values: dict[str, object], teacher_config: Any, name: str) -> Any:
-    """The transformers config of a member's `config`: what it does not say of vocabulary and context is the teacher's.
+    """The transformers config of a member's `config`; its classes, and what it leaves out of the input, the teacher's.
 
     Raises:
         UserError: no or an unknown model_type, or values that its config class refuses.
     """
-    given = {key: getattr(teacher_config, key, None) for key in _OF_THE_TEXT} | values
-    vocab_size = int(dims_of(teacher_config).vocab_size)
-    return config_from_values({"vocab_size": vocab_size} | given, f"members: {name}: config")
+    place, images = f"members: {name}: config", reads_images(teacher_config)
+    inherited = {key: getattr(teacher_config, key, None) for key in (_OF_THE_IMAGE if images else _OF_THE_TEXT)}
+    config = config_from_values(inherited | values, place)
+    if not is_classifier(teacher_config):
+        return config
+    task = "image_classification" if images else "text_classification"
+    return as_classifier(config, task, list(teacher_config.id2label.values()), place)
+
+
+def require_same_classes(config: Any, parent_config: Any, name: str) -> None:
+    """Refuse a classifier of other classes, or of images of another size, than its teacher.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not is_classifier(parent_config):
+        return
+    ours, theirs = config.num_labels, parent_config.num_labels
+    if ours != theirs:
+        raise UserError(f"members: {name}: the student has {ours} classes, the teacher {theirs}")
+    for key in ("image_size", "num_channels") if reads_images(parent_config) else ():
+        ours, theirs = getattr(config, key, None), getattr(parent_config, key, None)
+        if ours != theirs:
+            raise UserError(f"members: {name}: the student's {key} is {ours}, the teacher's {theirs}")
 
 
 def make_random(folder: Path, config: Any, seed: int) -> None:

@@ -44,6 +44,10 @@ class TokenBlocks:
         """Tokens per block."""
         return self.input_ids.shape[1]
 
+    def num_counted(self) -> int:
+        """Tokens that are predicted and count: what a step's loss is divided by."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
     def take(self, count: int) -> "TokenBlocks":
         """`count` blocks spread evenly over all of them (all, if there are fewer), so that every document counts."""
         if count >= len(self):

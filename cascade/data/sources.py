@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.data.splits import SPLITS, drop_near_copies, split_of_text
+from cascade.data.splits import SPLIT_SHARE, SPLITS, drop_near_copies, split_of_text
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
 from cascade.errors import UserError
 
@@ -18,9 +18,6 @@ _READERS = {
     ".md": "text",
     ".py": "text",
 }
-
-SPLIT_SHARE = 0.03
-"""Fraction of the training documents that goes to each other split that has no files of its own."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def _read(data: TextData, names: Sequence[str]) -> list[Any]:
     documents: list[Any] = []
     field = data.messages_field or data.text_field
     for name in names:
-        rows = (_load_hub if data.source == "hub" else _load_file)(data, name, load_dataset)
+        rows = (_load_hub if data.source == "hub" else _load_table)(data, name, load_dataset)
         if field not in rows.column_names:
             key = "messages_field" if data.messages_field else "text_field"
             raise UserError(f"{name}: no field '{field}'; it has: {', '.join(rows.column_names)}. Set data.{key}.")
@@ -152,7 +149,7 @@ def open_stream(data: TextData, name: str) -> Any:
     from datasets import load_dataset
 
     field = data.messages_field or data.text_field
-    rows = (_load_hub if data.source == "hub" else _load_file)(data, name, load_dataset, streaming=True)
+    rows = (_load_hub if data.source == "hub" else _load_table)(data, name, load_dataset, streaming=True)
     first = next(iter(rows), None)
     if first is not None and field not in first:
         key = "messages_field" if data.messages_field else "text_field"
@@ -160,7 +157,18 @@ def open_stream(data: TextData, name: str) -> Any:
     return rows
 
 
-def _load_file(data: TextData, name: str, load_dataset: Any, **options: Any) -> Any:
+def load_file(data: TextData, name: str) -> Any:
+    """The rows of a file, or of a split of the hub's dataset: `column_names`, and columns by name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from datasets import load_dataset
+
+    return (_load_hub if data.source == "hub" else _load_table)(data, name, load_dataset)
+
+
+def _load_table(data: TextData, name: str, load_dataset: Any, **options: Any) -> Any:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"data: {name}: no such file")

@@ -8,6 +8,9 @@ import hashlib
 
 SPLITS = ("train", "calibration", "selection", "heldout")
 
+SPLIT_SHARE = 0.03
+"""Fraction of the training documents that goes to each other split that has no files of its own."""
+
 _SHINGLE_LINES = 4
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.data.examples import Examples
+from cascade.distillation.classes import example_losses
 from cascade.distillation.features import FeatureLoss, Seen
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
@@ -31,7 +33,7 @@ class BatchLosses(NamedTuple):
 def batch_losses(
     student: nn.Module,
     teacher: nn.Module | None,
-    batch: TokenBlocks,
+    batch: TokenBlocks | Examples,
     objective: Objective,
     features: FeatureLoss | None = None,
     *,
@@ -39,9 +41,13 @@ def batch_losses(
 ) -> BatchLosses:
     """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk.
 
-    With `keep` what the teacher shows is kept, if it is one that is remembered: the batch will be read again.
+    Labelled examples are seen as they are. With `keep` what the teacher shows is kept, if it is one that is remembered:
+    the batch will be read again.
     """
     device = next(student.parameters()).device
+    if isinstance(batch, Examples):
+        with _autocast(device):
+            return BatchLosses(*example_losses(student, teacher, batch, objective, features, keep=keep))
     inputs = batch.inputs(device)
     next_BS = batch.labels[:, 1:].to(device)
     counts_BS = next_BS != IGNORE_INDEX
@@ -110,7 +116,7 @@ def sums_of(found: BatchLosses, with_teacher: bool) -> dict[str, float]:
 
 @torch.no_grad()
 def selection_losses(
-    student: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks, batch_size: int
+    student: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks | Examples, batch_size: int
 ) -> dict[str, float]:
     """{'selection_loss', 'selection_kl' (with a teacher)}: nats per token over `blocks`; student left in train mode."""
     student.eval()

@@ -63,6 +63,16 @@ class Seen:
     projections: dict[str, Tensor] = field(default_factory=dict)
     """q, k, v: [B, S, W]"""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by name."""
+        return {f"point {number}": value for number, value in self.points.items()} | self.projections
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "Seen":
+        """What `tensors` gave; other names are left out."""
+        points = {int(name.split()[1]): value for name, value in tensors.items() if name.startswith("point ")}
+        return cls(points, {name: tensors[name] for name in "qkv" if name in tensors})
+
 
 class FeatureLoss:
     """The losses of `Features` for one student and its teacher.
@@ -122,13 +132,14 @@ class FeatureLoss:
         def look() -> dict[str, Tensor]:
             with self.watching(teacher, teacher=True) as seen:
                 hidden = last_hidden(teacher, **inputs, use_cache=False)
-            points = {f"point {number}": value for number, value in seen.points.items()}
-            return {"hidden": hidden} | points | seen.projections
+            return {"hidden": hidden} | seen.tensors()
 
-        what = f"{sorted({self.origin.points[place] for place in self.places})} {bool(self.features.relations)}"
-        found = remembered(teacher, inputs, what, look, keep=keep)
-        points = {int(name.split()[1]): value for name, value in found.items() if name.startswith("point")}
-        return found["hidden"], Seen(points, {name: found[name] for name in "qkv" if name in found})
+        found = remembered(teacher, inputs, self.wanted(), look, keep=keep)
+        return found["hidden"], Seen.of(found)
+
+    def wanted(self) -> str:
+        """What is asked of a teacher, as a text: the same text, the same tensors."""
+        return f"{sorted({self.origin.points[place] for place in self.places})} {bool(self.features.relations)}"
 
     def losses(
         self, student: Seen, teacher: Seen, counted_BS: Tensor, visible: Callable[[], Tensor]

@@ -87,7 +87,7 @@ def _key(inputs: dict[str, Tensor], what: str) -> bytes:
     for name, value in sorted(inputs.items()):
         digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}:".encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
-    device = inputs["input_ids"].device.type
+    device = next(iter(inputs.values())).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest.update(f"{autocast}:{torch.get_num_threads()}".encode())
     return digest.digest()

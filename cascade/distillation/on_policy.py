@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.data.examples import Examples
 from cascade.distillation.fused import Objective
 from cascade.errors import UserError
 
@@ -79,10 +80,10 @@ class Rollouts:
 
 
 def own_batch(
-    rollouts: Rollouts | None, student: nn.Module, given: TokenBlocks, objective: Objective, step: int
-) -> tuple[TokenBlocks, Objective, bool]:
+    rollouts: Rollouts | None, student: nn.Module, given: TokenBlocks | Examples, objective: Objective, step: int
+) -> tuple[TokenBlocks | Examples, Objective, bool]:
     """(the step's batch, what it is judged by, whether it is the student's own)."""
-    if rollouts is None or not rollouts.due(step):
+    if rollouts is None or not rollouts.due(step) or isinstance(given, Examples):
         return given, objective, False
     return rollouts.batch(student, given, step), rollouts.objective(objective), True
 

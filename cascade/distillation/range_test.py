@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from cascade.data.blocks import TokenBlocks
+from cascade.data.examples import Examples
 from cascade.distillation.trainer import distill
 from cascade.errors import NotFiniteError, TrainingError
 
@@ -46,10 +47,10 @@ class RangeTest:
 def find_learning_rate(
     student: nn.Module,
     teacher: nn.Module | None,
-    blocks: TokenBlocks,
+    blocks: TokenBlocks | Examples,
     *,
     num_tokens: int,
-    selection: TokenBlocks,
+    selection: TokenBlocks | Examples,
     batch_size: int = 8,
     on_try: Callable[[int, int], None] | None = None,
     **options: Any,

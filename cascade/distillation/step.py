@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.data.examples import Examples
 from cascade.distillation.batch import batch_losses, sums_of
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import Objective
@@ -28,8 +30,8 @@ class Task:
 
     student: nn.Module
     teacher: nn.Module | None
-    batch: TokenBlocks
-    """The whole step's blocks, of all processes."""
+    batch: TokenBlocks | Examples
+    """The whole step's blocks or examples, of all processes."""
     objective: Objective
     features: FeatureLoss | None
     scales: dict[str, float] | None
@@ -86,6 +88,8 @@ def _note(state_folder: Path | None, microbatch_size: int, smaller: int) -> str:
 
 def _nothing_fits(task: Task) -> str:
     size = task.batch.block_size
+    if isinstance(task.batch, Examples):
+        return "out of memory with a single example; a shorter data.max_length, or a larger machine, would help"
     return (
         f"out of memory with a single block of {size} tokens; what would help: data.block_size {size // 2}, "
         "gradient_checkpointing: true, optimizer: adamw_8bit, more processes, or a larger machine"
@@ -99,7 +103,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _accumulate(task: Task, microbatch_size: int) -> dict[str, float]:
     """Gradients of one step into `.grad`; its losses in nats per token, over all processes' tokens that count."""
-    total_valid = int((task.batch.labels[:, 1:] != IGNORE_INDEX).sum())
+    total_valid = task.batch.num_counted()
     if total_valid == 0:
         raise TrainingError(
             f"no token of blocks {task.rows.tolist()} counts for the loss (all labels are {IGNORE_INDEX})"
@@ -114,7 +118,7 @@ def _accumulate(task: Task, microbatch_size: int) -> dict[str, float]:
 
 
 def _losses(
-    task: Task, parts: list[TokenBlocks], scales: dict[str, float] | None, total_valid: int
+    task: Task, parts: Sequence[TokenBlocks | Examples], scales: dict[str, float] | None, total_valid: int
 ) -> dict[str, float]:
     """Mean losses of a step; with `scales` also its gradients."""
     sums: dict[str, float] = {}

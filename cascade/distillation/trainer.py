@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cascade import parallel
 from cascade.data.blocks import TokenBlocks
+from cascade.data.examples import Examples
 from cascade.data.order import blocks_at
 from cascade.distillation.average import Average
 from cascade.distillation.batch import FORWARD_KL, selection_losses
@@ -50,7 +51,7 @@ class TrainingMetrics:
 def distill(
     student: nn.Module,
     teacher: nn.Module | None,
-    blocks: TokenBlocks,
+    blocks: TokenBlocks | Examples,
     *,
     num_tokens: int,
     batch_size: int = 8,
@@ -69,7 +70,7 @@ def distill(
     seed: int = 0,
     first_position: int = 0,
     keep: bool = False,
-    selection: TokenBlocks | None = None,
+    selection: TokenBlocks | Examples | None = None,
     selection_every: int = 25,
     log_path: Path | None = None,
     state_folder: Path | None = None,
@@ -78,6 +79,8 @@ def distill(
     on_log: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainingMetrics:
     """Train `student` in place on `num_tokens` tokens (rounded up to whole steps of `batch_size` blocks).
+
+    Given `Examples` instead of blocks, it is a classifier that is trained, and an example counts as one token.
 
     Without a teacher the loss is cross-entropy alone. A step's loss is the sum over its tokens that count, divided by
     their number in the *whole* step, so that the split into microbatches and processes changes nothing; `features` are
@@ -180,20 +183,19 @@ def _metrics(curve: list[dict[str, float]], num_steps: int, step_tokens: int, se
 @contextmanager
 def _ways(model: Any, gradient_checkpointing: bool, compiled: bool, features: FeatureLoss | None) -> Iterator[None]:
     """How the model's layers are computed meanwhile."""
-    layers: Any = list(model.get_submodule(probe_axes(model.config).layers_prefix))
-    if features is not None and features.features.relations:
+    layers: Any = list(model.get_submodule(probe_axes(model.config).layers_prefix)) if compiled else []
+    if compiled and features is not None and features.features.relations:
         layers.pop()  # what is watched inside a layer cannot be seen once it is compiled
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if compiled:
-        for layer in layers:
-            layer.compile()
+    for layer in layers:
+        layer.compile()
     try:
         yield
     finally:
         if gradient_checkpointing:
             model.gradient_checkpointing_disable()
-        for layer in layers if compiled else ():
+        for layer in layers:
             layer._compiled_call_impl = None
 
 

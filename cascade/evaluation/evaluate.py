@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from cascade.data.blocks import TokenBlocks
+from cascade.data.examples import Examples
+from cascade.evaluation.classes import class_metrics
 from cascade.evaluation.harness import run_tasks
 from cascade.evaluation.heldout import heldout_metrics
 from cascade.evaluation.reload import check_reload, start_fresh_process
@@ -34,7 +36,7 @@ def evaluate(
     *,
     tasks: Sequence[str] = (),
     teacher: nn.Module | None = None,
-    heldout: TokenBlocks | None = None,
+    heldout: TokenBlocks | Examples | None = None,
     task_folders: Sequence[Path] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -56,7 +58,12 @@ def evaluate(
     if measured:
         start_fresh_process()
     model = load_model(source).to(default_device())
-    metrics = heldout_metrics(model, teacher, heldout) if heldout is not None else []
+    metrics: list[dict[str, Any]] = []
+    items: dict[str, list[float]] = {}
+    if isinstance(heldout, Examples):
+        metrics, items = class_metrics(model, teacher, heldout)
+    elif heldout is not None:
+        metrics = heldout_metrics(model, teacher, heldout)
     tokenizer = load_tokenizer(source) if tasks else None
     results = run_tasks(
         model,
@@ -71,7 +78,7 @@ def evaluate(
     speed: dict[str, float] = {}
     if measured:
         speed = check_reload(source.folder, reference)
-    return Evaluation(metrics + results.metrics, results.items, results.raw, speed)
+    return Evaluation(metrics + results.metrics, items | results.items, results.raw, speed)
 
 
 def default_device() -> torch.device:

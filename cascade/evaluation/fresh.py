@@ -18,8 +18,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.models.llama import modeling_llama  # noqa: F401 - most of what any architecture imports
+
+_AUTO: dict[str, Any] = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForImageClassification": AutoModelForImageClassification,
+    "ForMaskedLM": AutoModelForMaskedLM,
+}
 
 
 def measure(folder: str, request: str, answer: str) -> None:
@@ -27,21 +39,31 @@ def measure(folder: str, request: str, answer: str) -> None:
     tensors = load_file(request)
     prompt_tokens, new_tokens, threads = (int(number) for number in tensors["sizes"])
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    model = _load(folder)
     result: dict[str, float] = {}
     with torch.inference_mode():
-        if "ids" in tensors:
-            logits = model(input_ids=tensors["ids"], use_cache=False).logits
+        if "logits" in tensors:
+            inputs = {name: tensors[name] for name in ("input_ids", "pixel_values") if name in tensors}
+            logits = model(**inputs).logits
             result["reload_difference"] = float(
                 (logits - tensors["logits"]).abs().max() / tensors["logits"].abs().max()
             )
-        limit = getattr(model.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
-        prompt_tokens = min(prompt_tokens, limit - new_tokens)
-        prompt = torch.zeros(1, prompt_tokens, dtype=torch.int64) + 1
-        result["prefill_tokens_per_s"] = prompt_tokens / _median_seconds(lambda: model(input_ids=prompt))
-        result["decode_tokens_per_s"] = new_tokens / _median_seconds(lambda: _decode(model, prompt, new_tokens))
+        if model.main_input_name == "input_ids":
+            limit = getattr(model.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
+            prompt_tokens = min(prompt_tokens, limit - new_tokens)
+            prompt = torch.zeros(1, prompt_tokens, dtype=torch.int64) + 1
+            result["prefill_tokens_per_s"] = prompt_tokens / _median_seconds(lambda: model(input_ids=prompt))
+            if model.can_generate():
+                result["decode_tokens_per_s"] = new_tokens / _median_seconds(lambda: _decode(model, prompt, new_tokens))
     result["peak_memory_bytes"] = _peak_memory_bytes()
     Path(answer).write_text(json.dumps(result))
+
+
+def _load(folder: str) -> Any:
+    """As its users will: by the Auto class of its kind."""
+    kind = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
+    auto = next((auto for name, auto in _AUTO.items() if kind.endswith(name)), AutoModelForCausalLM)
+    return auto.from_pretrained(folder).float().eval()
 
 
 def _peak_memory_bytes() -> int:

@@ -4,17 +4,20 @@ Shapes: B = batch, S = block size, V = vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.data.examples import Examples
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData
 from cascade.distillation.fused import Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
+from cascade.evaluation.classes import class_metrics
 
 
 def heldout_blocks(
@@ -27,11 +30,25 @@ def heldout_blocks(
     return blocks.take(max_blocks)
 
 
-@torch.no_grad()
+def heldout_examples(read: Callable[[str], Examples]) -> Examples:
+    """The held-out split as labelled examples; `read` gives that of a split; read by this package only."""
+    return read("heldout")
+
+
 def heldout_metrics(
+    model: nn.Module, teacher: nn.Module | None, data: TokenBlocks | Examples, *, batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """Metrics of task 'heldout' with standard errors: `block_metrics`, or `class_metrics` of labelled examples."""
+    if isinstance(data, Examples):
+        return class_metrics(model, teacher, data)[0]
+    return block_metrics(model, teacher, data, batch_size=batch_size)
+
+
+@torch.no_grad()
+def block_metrics(
     model: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks, *, batch_size: int = 8
 ) -> list[dict[str, Any]]:
-    """Metrics of task 'heldout', with standard errors over blocks: loss and KL in nats per token, bits per byte.
+    """Loss and KL in nats per token, bits per byte; standard errors over blocks.
 
     Every token counts equally; the blocks' own means only give the standard error.
     """

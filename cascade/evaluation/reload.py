@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade.errors import RunError
+from cascade.models.architecture import reads_images
 
 RELOAD_TOLERANCE = 1e-5
 """Largest difference, relative to the largest logit, that counts as the same logits in float32."""
@@ -25,16 +26,22 @@ class ReloadError(RunError):
 
 
 def write_reference(model: nn.Module, path: Path) -> None:
-    """Logits of a model in memory on fixed random ids, for `check_reload` to compare with.
+    """Logits of a model in memory on fixed random ids or pixels, for `check_reload` to compare with.
 
     `model` holds the values that were saved: rounded to the stored dtype. They are compared in float32.
     """
     config: Any = model.config
-    ids = torch.randint(0, config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    if reads_images(config):
+        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+        inputs = {"pixel_values": torch.randn(2, config.num_channels, *size, generator=generator)}
+    else:
+        length = min(48, getattr(config, "max_position_embeddings", None) or 48)
+        inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
     device = next(model.parameters()).device
     with torch.inference_mode():
-        logits: Tensor = model.float()(input_ids=ids.to(device), use_cache=False).logits
-    save_file({"ids": ids, "logits": logits.float().cpu().contiguous()}, path)
+        logits: Tensor = model.float()(**{name: value.to(device) for name, value in inputs.items()}).logits
+    save_file(inputs | {"logits": logits.float().cpu().contiguous()}, path)
 
 
 def check_reload(
@@ -42,7 +49,8 @@ def check_reload(
 ) -> dict[str, float]:
     """Load `folder` in a fresh process; returns the speed measured there and, given a reference, 'reload_difference'.
 
-    Speeds are medians in tokens/s of a batch of one on the CPU; memory is the process's peak, in bytes.
+    Speeds are medians in tokens/s of a batch of one on the CPU (prefill alone for a model that does not write, neither
+    for one that reads images); memory is the process's peak, in bytes.
 
     Raises:
         ReloadError: it does not load, or its logits differ from the reference by more than RELOAD_TOLERANCE.

@@ -1,12 +1,18 @@
 """Which model class a config belongs to, and which architectures are refused, each with what is missing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PreTrainedModel,
+)
 
 from cascade.errors import UserError
 
@@ -35,6 +41,42 @@ def model_class_of(config: Any) -> Any:
         f"model type '{config.model_type}' with architectures {getattr(config, 'architectures', None)}: "
         "transformers has no class for it without remote code"
     )
+
+
+CLASSIFIERS = {
+    "text_classification": ("ForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "image_classification": ("ForImageClassification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+}
+"""task -> how its classes' names end, and transformers' own list of them."""
+
+
+def as_classifier(config: Any, task: str, classes: Sequence[str], place: str) -> Any:
+    """The config with a head for these classes; changed in place.
+
+    Raises:
+        UserError: transformers has no such model of this type.
+    """
+    suffix, known = CLASSIFIERS[task]
+    if type(config) not in known:
+        raise UserError(
+            f"{place}: transformers has no {suffix.removeprefix('For')} model of type '{config.model_type}'"
+        )
+    kind: Any = known[type(config)]
+    config.architectures = [(kind[0] if isinstance(kind, tuple) else kind).__name__]
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: number for number, name in enumerate(classes)}
+    return config
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether the config is that of a model with a head for classes."""
+    names = getattr(config, "architectures", None) or [""]
+    return any(names[0].endswith(suffix) for suffix, _ in CLASSIFIERS.values())
+
+
+def reads_images(config: Any) -> bool:
+    """Whether the model takes pixels instead of tokens."""
+    return getattr(config, "vocab_size", None) is None and getattr(config, "image_size", None) is not None
 
 
 def config_from_values(values: Mapping[str, Any], place: str) -> Any:

@@ -6,6 +6,7 @@ comes from a look at a tiny model at work (`behaviour.py`) and, for the order in
 """
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import Any
 from transformers.initialization import no_init_weights
 
 from cascade.errors import UserError
-from cascade.models.architecture import model_from_config, require_supported
+from cascade.models.architecture import build_on_meta, model_from_config, reads_images, require_supported
 from cascade.models.behaviour import Behaviour, observe
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.parts import Axis, Part
 from cascade.models.twin import probe_values
 
 # Legal in every architecture tried, all different, so that no two axes have one length by accident.
@@ -48,42 +50,6 @@ _FUSED_LAYOUTS = {
     "query_key_value": (_H,),
     "gate_up_proj": (_I, _I),
 }
-
-
-@dataclass(frozen=True)
-class Part:
-    """A run of consecutive units along an axis."""
-
-    dim: str | None
-    """The dimension whose units these are, or None for a fixed length."""
-    rows: int
-    """Rows of one unit (of the whole part where it is fixed), in head_dims where `of_head_dim`."""
-    of_head_dim: bool = False
-
-    def rows_per_unit(self, dims: ModelDims) -> int:
-        """Consecutive rows that one unit takes."""
-        return self.rows * dims.head_dim if self.of_head_dim else self.rows
-
-    def length(self, dims: ModelDims) -> Any:
-        """Rows of the part under `dims`."""
-        rows = self.rows_per_unit(dims)
-        return rows if self.dim is None else rows * getattr(dims, self.dim)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of one weight: one part, or several where a weight is fused."""
-
-    parts: tuple[Part, ...]
-
-    @property
-    def dim(self) -> str | None:
-        """The dimension of the first part: the query heads' where q, k and v are fused."""
-        return self.parts[0].dim
-
-    def length(self, dims: ModelDims) -> Any:
-        """The axis's length under `dims`."""
-        return sum(part.length(dims) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -182,6 +148,36 @@ class ModelAxes:
         return count
 
 
+@dataclass(frozen=True)
+class CountedAxes(ModelAxes):
+    """Of a model that reads no text, and is not cut: its weights are counted as they are, whatever the dims."""
+
+    total: int = 0
+    """Parameters."""
+    products: int = 0
+    """Weights of matrix products, once for each patch of an image."""
+
+    def num_parameters(self, dims: ModelDims) -> Any:
+        """All of them."""
+        return self.total
+
+    def num_parameters_non_embedding(self, dims: ModelDims) -> Any:
+        """All of them: there is no vocabulary."""
+        return self.total
+
+    def flops_per_token(self, dims: ModelDims, context: int) -> Any:
+        """Of one image: two for each weight of a matrix at each patch."""
+        return 2.0 * self.products
+
+
+def _counted(config: Any) -> CountedAxes:
+    shapes = [tuple(one.shape) for one in build_on_meta(config).parameters()]
+    positions = (int(config.image_size) // int(getattr(config, "patch_size", 1) or 1)) ** 2
+    products = positions * sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+    nothing = Behaviour({}, frozenset(), frozenset(), frozenset(), {}, {}, False, 0.0)
+    return CountedAxes({}, "", {}, nothing, False, sum(math.prod(shape) for shape in shapes), products)
+
+
 def probe_axes(config: Any) -> ModelAxes:
     """The axes of every weight of the architecture of `config`.
 
@@ -190,6 +186,8 @@ def probe_axes(config: Any) -> ModelAxes:
             units of another kind (experts, states).
     """
     require_supported(config)
+    if reads_images(config):
+        return _counted(config)
     return _probe(config.__class__, config.to_json_string(use_diff=False), tuple(config.architectures or ()))
 
 

@@ -30,6 +30,7 @@ _COMPANIONS = (
     "added_tokens.json",
     "chat_template*",
     "generation_config.json",
+    "preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
 )
@@ -113,6 +114,28 @@ def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn
             f"{', '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}"
         )
     return model.eval()
+
+
+def load_with_new_head(source: ModelSource, config: Any) -> nn.Module:
+    """The body of a model under a new, random head of `config`, in float32.
+
+    Raises:
+        UserError: more than the head is missing.
+    """
+    kind = model_class_of(config)
+    try:
+        model, found = kind.from_pretrained(
+            source.folder, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(f"{source.reference}: the model cannot be loaded: {_cause(source, error)}") from error
+    body = [name for name in found["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")]
+    body = [name for name in body if ".pooler." not in name]  # some are trained with it, some without
+    if body:
+        raise UserError(f"{source.reference}: its weights do not fill its body; missing: {', '.join(sorted(body)[:5])}")
+    result: nn.Module = model
+    return result
 
 
 def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, dtype: torch.dtype) -> nn.Module:

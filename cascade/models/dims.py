@@ -32,6 +32,7 @@ class ModelDims:
     head_dim: int
     """Channels of one head."""
     vocab_size: int
+    """0 where a model reads no text."""
 
     def as_dict(self) -> dict[str, int]:
         """By Hugging Face name, in a fixed order."""
@@ -51,6 +52,8 @@ def dims_of(config: Any) -> ModelDims:
     values: dict[str, Any] = {name: getattr(config, _key_of(config, name), None) for name in DIM_NAMES}
     if values["intermediate_size"] is None and values["hidden_size"] is not None and hasattr(config, "n_inner"):
         values["intermediate_size"] = 4 * values["hidden_size"]  # GPT-2's default
+    if values["vocab_size"] is None and getattr(config, "image_size", None) is not None:
+        values["vocab_size"] = 0  # it reads no text
     missing = [name for name in DIM_NAMES if values[name] is None and name not in ("num_key_value_heads", "head_dim")]
     if missing:
         raise UserError(f"model type '{config.model_type}' has no {', '.join(missing)} in its config; it cannot be cut")

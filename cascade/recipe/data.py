@@ -10,9 +10,10 @@ from cascade.recipe.section import COMMIT, Paths, PositiveFloat, PositiveInt, Se
 class Data(Section):
     """The text."""
 
-    source: Literal["stdlib", "files", "hub", "generated"]
+    source: Literal["stdlib", "files", "hub", "generated", "digits"]
     """stdlib: the Python standard library's source; files: local JSONL(.gz), Parquet, text; hub: a hub dataset;
-    generated: what the section `generate` has written, its splits cut by prompt."""
+    generated: what the section `generate` has written, its splits cut by prompt; digits: the handwritten digits that
+    scikit-learn ships, for image_classification."""
     train: Paths = []
     """source files: paths, relative to the recipe's folder; source hub: the dataset's split name"""
     calibration: Paths = []
@@ -25,6 +26,17 @@ class Data(Section):
     """source files: of each entry of `train`, its share of the training tokens; by their size where not given. Short
     sources are repeated, so that none is cut short."""
     text_field: str = "text"
+    label_field: str = "label"
+    """Classification: the field with the class, a name or a number."""
+    image_field: str = "image"
+    """image_classification: the field with rows of pixels, a picture, or the path of one."""
+    unlabelled: Paths = []
+    """Classification: files whose examples only the teacher labels."""
+    train_examples: PositiveInt | None = None
+    """Classification: so many labelled examples for the members, spread evenly; all where not given. A parent that is
+    fitted has all of them."""
+    max_length: PositiveInt = 128
+    """text_classification: tokens of an example at most."""
     messages_field: str = ""
     """Instead of text: the field with chat messages ({role, content}). They go through the parent's own chat template;
     only what the assistant says counts for the loss."""
@@ -58,7 +70,7 @@ class Data(Section):
             raise ValueError(
                 f"`weights`: {len(self.weights)} numbers for {len(self.train)} entries of `train` (source files only)"
             )
-        if self.streaming and (self.source in ("stdlib", "generated") or self.weights):
+        if self.streaming and (self.source not in ("files", "hub") or self.weights):
             raise ValueError("`streaming` is for source files or hub, and without `weights`")
         if self.source == "stdlib" and self.messages_field:
             raise ValueError("source stdlib has no chat messages; remove `messages_field`")
@@ -68,12 +80,14 @@ class Data(Section):
             "selection": self.selection,
             "heldout": self.heldout,
         }
-        if self.source in ("stdlib", "generated") and any(splits.values()):
+        if self.source in ("stdlib", "generated", "digits") and any(splits.values()):
             raise ValueError(
                 f"source {self.source} has splits of its own; remove train, calibration, selection and heldout"
             )
         if self.source == "generated" and (self.messages_field or self.template != "model"):
             raise ValueError("source generated knows its messages and template; remove `messages_field` and `template`")
+        if self.unlabelled and self.source != "files":
+            raise ValueError("`unlabelled` names files; it goes with source files")
         if self.source != "hub" and (self.dataset or self.revision or self.dataset_config):
             raise ValueError(f"source {self.source} has no `dataset`, `revision` or `dataset_config`; remove them")
         if self.revision and not COMMIT.fullmatch(self.revision):

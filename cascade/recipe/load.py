@@ -104,7 +104,7 @@ def _is_branch(part: Any) -> bool:
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     data = recipe.data
     if data.source == "files":
-        names = ("train", "calibration", "selection", "heldout")
+        names = ("train", "calibration", "selection", "heldout", "unlabelled")
         data = data.model_copy(
             update={name: [_absolute(value, folder) for value in getattr(data, name)] for name in names}
         )

@@ -14,6 +14,7 @@ from cascade.recipe.generate import Generate
 from cascade.recipe.prune import Prune
 from cascade.recipe.section import COMMIT, Fraction, Paths, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
+from cascade.recipe.task import require_task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -47,6 +48,24 @@ class Pretrain(Section):
     """Optimizer steps between two looks at the selection loss."""
 
 
+class Fit(Section):
+    """A parent that learns its classes first, from the labels: a head is put on `model`, or a model is made."""
+
+    config: dict[str, object] = {}
+    """Instead of a `model`: the transformers config of one with random weights; the classes come from the data."""
+    examples: PositiveInt
+    """Training examples."""
+    batch_size: PositiveInt = 32
+    """Examples per optimizer step."""
+    microbatch_size: PositiveInt = 32
+    """Examples per forward pass."""
+    learning_rate: Literal["auto"] | PositiveFloat = "auto"
+    """The schedule's peak; auto: 5e-5 for a given model, 1e-3 for one that is made."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup_fraction: Fraction = 0.1
+    final_learning_rate_fraction: Fraction = 0.0
+
+
 class Parent(Section):
     """The first model of the family, and the teacher of every member."""
 
@@ -56,11 +75,16 @@ class Parent(Section):
     """A commit of the hub; required for hub ids."""
     pretrain: Pretrain | None = None
     """Train the parent instead."""
+    fit: Fit | None = None
+    """Classification: train the parent on the labels first."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Parent":
-        if bool(self.model) == (self.pretrain is not None):
-            raise ValueError("give either `model` or `pretrain`")
+        made = bool(self.fit and self.fit.config)
+        if [bool(self.model), self.pretrain is not None, made].count(True) != 1:
+            raise ValueError("give one of `model`, `pretrain` and fit.config")
+        if self.fit is not None and self.pretrain is not None:
+            raise ValueError("`pretrain` makes a language model, `fit` a classifier; give one")
         if self.revision is not None and (self.model.startswith("builtin:") or not self.model):
             raise ValueError("only a hub model has a `revision`; remove it")
         if self.revision is not None and not COMMIT.fullmatch(self.revision):
@@ -91,6 +115,8 @@ class Member(Section):
     """What it is cut from: previous (the next larger member), parent, or a member's name."""
     tokens: PositiveInt | None = None
     """Training tokens, where they differ from distill.tokens."""
+    examples: PositiveInt | None = None
+    """Training examples, where they differ from distill.examples."""
 
     @field_validator("name")
     @classmethod
@@ -155,6 +181,9 @@ class Recipe(Section):
     """A whole family."""
 
     name: str
+    task: Literal["language", "text_classification", "image_classification"] = "language"
+    """What the models do. Classification: the teacher's class probabilities are learned, from labelled or unlabelled
+    examples; an image model is not cut."""
     parent: Annotated[Parent, BeforeValidator(_parent)]
     data: Data
     generate: Generate | None = None
@@ -214,4 +243,10 @@ class Recipe(Section):
             raise ValueError("baselines: one of them stands twice")
         if self.members and self.distill is None:
             raise ValueError("`distill` is missing; members need at least distill.tokens")
+        require_task(self)
         return self
+
+    @property
+    def classifies(self) -> bool:
+        """Whether examples have classes."""
+        return self.task != "language"

@@ -1,0 +1,131 @@
+"""A parent that classifies, and the examples that it and its students read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.data.blocks import IGNORE_INDEX
+from cascade.data.examples import Examples, image_examples, read_examples, text_examples
+from cascade.distillation.schedule import Schedule
+from cascade.distillation.trainer import distill
+from cascade.errors import UserError
+from cascade.inputs import classes_of, labelled_data
+from cascade.models.architecture import as_classifier, config_from_values, is_classifier, model_from_config
+from cascade.models.checkpoint import (
+    CHECKPOINT,
+    load_config,
+    load_tokenizer,
+    load_with_new_head,
+    resolve_model,
+    save_checkpoint,
+)
+from cascade.progress import OnStep
+from cascade.recipe.schema import Fit, Recipe
+from cascade.store import partial_of
+
+
+def made_dtype(recipe: Recipe) -> torch.dtype:
+    """What a language model that is made here is stored in."""
+    dtype: torch.dtype = torch.bfloat16 if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
+    return dtype
+
+
+def checked_classes(recipe: Recipe, config: Any) -> Any:
+    """The config of a parent that classifies already, if it does so into the data's classes.
+
+    Raises:
+        UserError: it does not.
+    """
+    classes = classes_of(recipe)
+    if not is_classifier(config):
+        raise UserError(
+            f"parent: {recipe.parent.model} is no classifier; add parent.fit, and it learns the classes first"
+        )
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    if config.num_labels != len(classes):
+        raise UserError(f"parent: {config.num_labels} classes ({', '.join(names[:9])}), the data {len(classes)}")
+    if set(names) != set(classes) and not all(name.isdigit() for name in classes):
+        raise UserError(f"parent: its classes are {', '.join(names[:9])}; the data's are {', '.join(classes[:9])}")
+    return config
+
+
+def fitted_config(recipe: Recipe, settings: Fit) -> Any:
+    """The config of a parent that learns its classes here.
+
+    Raises:
+        UserError: transformers has no classifier of this type.
+    """
+    if settings.config:
+        config = config_from_values(settings.config, "parent.fit.config")
+    else:
+        config = load_config(resolve_model(recipe.parent.model, revision=recipe.parent.revision))
+    place = "parent.fit.config" if settings.config else f"parent.model: {recipe.parent.model}"
+    config = as_classifier(config, recipe.task, classes_of(recipe), place)
+    config.dtype = torch.float32 if recipe.save.dtype == "parent" else made_dtype(recipe)
+    return config
+
+
+def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
+    """The parent with its classes learned from the labels alone; its log as JSON lines."""
+    settings = recipe.parent.fit
+    if settings is None:
+        raise ValueError("the recipe's parent is not to be fitted")
+    config = fitted_config(recipe, settings)
+    torch.manual_seed(recipe.seed)
+    if settings.config:
+        tokenizer, model = None, model_from_config(config)
+        if recipe.task == "text_classification":
+            raise UserError("parent.fit.config: a text classifier that is made has no tokenizer; give parent.model")
+    else:
+        source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
+        tokenizer = None if recipe.task == "image_classification" else load_tokenizer(source)
+        model = load_with_new_head(source, config)
+    train, selection = (
+        examples_of(recipe, config, split, tokenizer, for_parent=True) for split in ("train", "selection")
+    )
+    train = train.rows((train.labels != IGNORE_INDEX).nonzero()[:, 0])
+    rate = settings.learning_rate
+    distill(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        None,
+        train,
+        num_tokens=settings.examples,
+        batch_size=settings.batch_size,
+        microbatch_size=settings.microbatch_size,
+        learning_rate=(1e-3 if settings.config else 5e-5) if rate == "auto" else rate,
+        schedule=Schedule("cosine", settings.warmup_fraction, settings.final_learning_rate_fraction),
+        weight_decay=settings.weight_decay,
+        seed=recipe.seed,
+        selection=selection,
+        log_path=folder / "log.jsonl",
+        state_folder=partial_of(folder),
+        on_step=on_step,
+    )
+    companions = None if settings.config else source.folder
+    save_checkpoint(model, folder / CHECKPOINT, companions=companions, dtype=config.dtype)
+
+
+def examples_of(recipe: Recipe, config: Any, split: str, tokenizer: Any, *, for_parent: bool = False) -> Examples:
+    """One split's examples as tensors, their classes numbered as the config of the parent has them.
+
+    A parent that is fitted sees all labels, its students those of data.train_examples.
+
+    Raises:
+        UserError: they cannot be read, or are images of another size than the parent's.
+    """
+    data = recipe.data.model_copy(update={"train_examples": None}) if for_parent else recipe.data
+    raw, classes = read_examples(labelled_data(data, recipe.task), split), list(classes_of(recipe))
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    classes = names if set(names) == set(classes) else classes
+    if recipe.task == "text_classification":
+        return text_examples(raw, classes, tokenizer, recipe.data.max_length)
+    examples = image_examples(raw, classes)
+    found = tuple(examples.tensors["pixel_values"].shape[1:])
+    size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+    if found != (config.num_channels, *size):
+        raise UserError(
+            f"data: images of {found[0]} channels, {found[1]} x {found[2]}; the parent takes {config.num_channels} "
+            f"channels, {size[0]} x {size[1]}"
+        )
+    return examples

@@ -1,0 +1,209 @@
+"""Labelled examples -> tensors: texts or images, each with a class; without a label they are there for their teacher.
+
+Shapes: N = examples, S = tokens, H, W = pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks
+from cascade.data.images import open_image
+from cascade.data.sources import TextData, load_file
+from cascade.data.splits import SPLIT_SHARE, SPLITS, split_of_text
+from cascade.errors import UserError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a classifier reads."""
+
+    tensors: dict[str, Tensor]
+    """The model's inputs: input_ids and attention_mask int64 [N, S], or pixel_values float32 [N, C, H, W]."""
+    labels: Tensor
+    """int64 [N]; IGNORE_INDEX where there is none."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def block_size(self) -> int:
+        """An example counts as one, however long it is."""
+        return 1
+
+    def num_counted(self) -> int:
+        """How many a step's loss is divided by."""
+        return len(self)
+
+    def rows(self, rows: Tensor) -> "Examples":
+        """The examples of these numbers; of texts only the columns that they fill."""
+        tensors = {name: value[rows] for name, value in self.tensors.items()}
+        if "attention_mask" in tensors:
+            longest = max(1, int(tensors["attention_mask"].sum(1).max()))
+            tensors = {name: value[:, :longest] for name, value in tensors.items()}
+        return Examples(tensors, self.labels[rows])
+
+    def take(self, count: int) -> "Examples":
+        """`count` examples spread evenly over all of them (all, if there are fewer)."""
+        return self if count >= len(self) else self.rows(torch.arange(count) * len(self) // count)
+
+    def inputs(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """What a model takes."""
+        return {name: value.to(device) for name, value in self.tensors.items()}
+
+    def split(self, batch_size: int) -> "list[Examples]":
+        """In stored order, `batch_size` at a time; the last may be fewer."""
+        return [self.rows(rows) for rows in torch.arange(len(self)).split(batch_size)]
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Where examples come from."""
+
+    text: TextData
+    """Its files, by split."""
+    images: bool
+    label_field: str = "label"
+    image_field: str = "image"
+    unlabelled: tuple[str, ...] = ()
+    """Files whose examples are trained on without their labels, if they have any."""
+    train_examples: int | None = None
+    """So many labelled ones of the training split, spread evenly; all where not given."""
+
+
+Raw = tuple[Any, str | None]
+"""(text, or pixels [C, H, W] from 0 to 1; the label's name)"""
+
+
+def read_examples(data: LabelledData, split: str) -> list[Raw]:
+    """The examples of one split, as they stand there.
+
+    Raises:
+        UserError: a file is missing or malformed, or a field is, or nothing is left.
+    """
+    if data.text.source == "digits":
+        found = [one for one in _digits() if _split(one, {"selection": 0.1, "heldout": 0.3}) == split]
+        return _spread(found, data.train_examples if split == "train" else None)
+    own = data.text.own_splits
+    shares = {name: SPLIT_SHARE for name in SPLITS if name not in own and name != "train"}
+    raw = [one for name in data.text.names_of(split) for one in _read(data, name, labelled=True)]
+    if split == "train" or split not in own:
+        raw = [one for one in raw if _split(one, shares) == split]
+    if not raw:
+        raise UserError(f"data: no examples for the {split} split; give more, or data.{split} files of its own")
+    if split != "train":
+        return raw
+    extra = [one for name in data.unlabelled for one in _read(data, name, labelled=False)]
+    return _spread(raw, data.train_examples) + extra
+
+
+def class_names(data: LabelledData) -> list[str]:
+    """The labels of the training split: whole numbers in their order (0 to the largest), names in the alphabet's."""
+    found = {label for _, label in read_examples(data, "train") if label is not None}
+    if all(label.isdigit() for label in found):
+        return [str(number) for number in range(max(int(label) for label in found) + 1)]
+    return sorted(found)
+
+
+def text_examples(raw: Sequence[Raw], classes: Sequence[str], tokenizer: Any, max_length: int) -> Examples:
+    """Texts as the tokenizer writes them, cut at `max_length` tokens and padded at the end.
+
+    Raises:
+        UserError: a label is not among the classes.
+    """
+    texts, pad = [text for text, _ in raw], tokenizer.pad_token_id or 0
+    found = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+    longest = max(map(len, found))
+    ids = torch.full((len(found), longest), pad)
+    mask = torch.zeros(len(found), longest, dtype=torch.int64)
+    for row, own in enumerate(found):
+        ids[row, : len(own)] = torch.tensor(own)
+        mask[row, : len(own)] = 1
+    return Examples({"input_ids": ids, "attention_mask": mask}, _labels(raw, classes))
+
+
+def image_examples(raw: Sequence[Raw], classes: Sequence[str]) -> Examples:
+    """Pixels from -1 to 1.
+
+    Raises:
+        UserError: the images are not all of one size, or a label is not among the classes.
+    """
+    first = raw[0][0].shape
+    other = next((pixels.shape for pixels, _ in raw if pixels.shape != first), None)
+    if other is not None:
+        raise UserError(
+            f"data: images of {tuple(first)} and of {tuple(other)} (channels, height, width); bring them to one size"
+        )
+    return Examples({"pixel_values": torch.stack([pixels for pixels, _ in raw]) * 2 - 1}, _labels(raw, classes))
+
+
+def save_examples(examples: Examples, path: Path) -> None:
+    """One safetensors file."""
+    save_file(examples.tensors | {"labels": examples.labels}, path)
+
+
+def load_training(path: Path) -> TokenBlocks | Examples:
+    """What `save_blocks` or `save_examples` wrote."""
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        if not names & {"attention_mask", "pixel_values"}:
+            return load_blocks(path)
+        tensors = {name: file.get_tensor(name) for name in names}
+    return Examples({name: value for name, value in tensors.items() if name != "labels"}, tensors["labels"])
+
+
+def _labels(raw: Sequence[Raw], classes: Sequence[str]) -> Tensor:
+    number = {name: place for place, name in enumerate(classes)}
+    unknown = next((label for _, label in raw if label is not None and label not in number), None)
+    if unknown is not None:
+        raise UserError(f"data: the label '{unknown}' is none of the {len(classes)} classes {', '.join(classes)[:200]}")
+    return torch.tensor([IGNORE_INDEX if label is None else number[label] for _, label in raw])
+
+
+def _read(data: LabelledData, name: str, *, labelled: bool) -> list[Raw]:
+    rows = load_file(data.text, name)
+    field = data.image_field if data.images else data.text.text_field
+    for wanted in (field, data.label_field) if labelled else (field,):
+        if wanted not in rows.column_names:
+            raise UserError(f"data: {name}: no field '{wanted}'; it has: {', '.join(rows.column_names)}")
+    labels = rows[data.label_field] if labelled else [None] * len(rows)
+    found: list[Raw] = []
+    for number, (content, label) in enumerate(zip(rows[field], labels, strict=True), start=1):
+        place = f"data: {name}: row {number}"
+        if labelled and (label is None or str(label) == ""):
+            raise UserError(f"{place}: has no label; files without labels go into data.unlabelled")
+        if not data.images and not isinstance(content, str):
+            raise UserError(f"{place}: field '{field}' is no text: {str(content)[:80]}")
+        found.append((open_image(content, place, Path(name).parent) if data.images else content, _name(label)))
+    return found
+
+
+def _name(label: Any) -> str | None:
+    return None if label is None else str(label)
+
+
+def _split(example: Raw, shares: dict[str, float]) -> str:
+    content, _ = example
+    text = content if isinstance(content, str) else content.numpy().tobytes().hex()
+    return split_of_text(text, shares=shares)
+
+
+def _spread(raw: list[Raw], count: int | None) -> list[Raw]:
+    if count is None or count >= len(raw):
+        return raw
+    return [raw[number * len(raw) // count] for number in range(count)]
+
+
+def _digits() -> list[Raw]:
+    """The 1,797 handwritten digits, 8 x 8 pixels, that scikit-learn ships (UCI, Alpaydin and Kaynak 1998)."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
+    return list(zip(pixels, [str(label) for label in found.target], strict=True))

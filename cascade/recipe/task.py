@@ -1,0 +1,61 @@
+"""Which keys go with which task."""
+
+from typing import Any
+
+
+def require_task(recipe: Any) -> None:
+    """Refuse keys of a Recipe that its task has no use for.
+
+    Raises:
+        ValueError: one of them is given, or one is missing.
+    """
+    distill, data, parent = recipe.distill, recipe.data, recipe.parent
+    budget = "examples" if recipe.classifies else "tokens"
+    other = "tokens" if recipe.classifies else "examples"
+    for name, section in (("distill", distill), *((f"members: {one.name}", one) for one in recipe.members)):
+        if section is not None and getattr(section, other) is not None:
+            raise ValueError(f"{name}.{other}: task {recipe.task} counts {budget}; give `{budget}`")
+    if distill is not None and getattr(distill, budget) is None:
+        raise ValueError(f"distill.{budget} is missing")
+    if not recipe.classifies:
+        wrong = {
+            "parent.fit": parent.fit,
+            "data.unlabelled": data.unlabelled,
+            "data.train_examples": data.train_examples,
+            "data.source: digits": data.source == "digits",
+        }
+        _refuse(wrong, recipe.task)
+        return
+    wrong = {
+        "parent.pretrain": parent.pretrain,
+        "generate": recipe.generate,
+        "data.messages_field": data.messages_field,
+        "data.streaming": data.streaming,
+        "data.weights": data.weights,
+        "data.document_masks": data.document_masks,
+        "data.source: stdlib": data.source == "stdlib",
+        "data.source: digits": data.source == "digits" and recipe.task != "image_classification",
+        "evaluate.tasks": recipe.evaluate.tasks,
+        "prune.search": recipe.prune.search,
+        "distill.on_policy": distill is not None and distill.on_policy,
+        "distill.teacher: text": distill is not None and distill.teacher != "parent",
+    }
+    _refuse(wrong, recipe.task)
+    if recipe.task == "image_classification":
+        asked = distill is not None and (
+            distill.features.hidden not in ("auto", "none")
+            or distill.features.embedding != "none"
+            or distill.features.relations
+        )
+        cut = [one.name for one in recipe.members if one.target is not None]
+        if cut:
+            raise ValueError(
+                f"members: {cut[0]}: image models are not cut; give `config` or `student` instead of `target`"
+            )
+        _refuse({"distill.features": asked}, recipe.task)
+
+
+def _refuse(wrong: dict[str, Any], task: str) -> None:
+    given = [name for name, value in wrong.items() if value]
+    if given:
+        raise ValueError(f"{given[0]} does not go with task: {task}; remove it")
