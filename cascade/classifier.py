@@ -39,9 +39,7 @@ def checked_classes(recipe: Recipe, config: Any) -> Any:
     """
     classes = classes_of(recipe)
     if not is_classifier(config):
-        raise UserError(
-            f"parent: {recipe.parent.model} is no classifier; add parent.fit, and it learns the classes first"
-        )
+        raise UserError(f"parent: {recipe.parent.model} is no classifier; with parent.fit it learns the classes first")
     names = [str(config.id2label[number]) for number in range(config.num_labels)]
     if config.num_labels != len(classes):
         raise UserError(f"parent: {config.num_labels} classes ({', '.join(names[:9])}), the data {len(classes)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
+from cascade.models.architecture import auto_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load_config
 from cascade.models.dims import dims_of
@@ -136,6 +137,7 @@ def publish_member(
         "parent_sha256": fingerprint(parent),
         "teacher": parent.reference,
         "seed": member.seed or None,
+        "auto_class": auto_class_of(member.config),
         "tokens": row["tokens"],
         "stages": {
             name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}

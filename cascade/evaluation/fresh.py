@@ -50,10 +50,11 @@ def measure(folder: str, request: str, answer: str) -> None:
             )
         if model.main_input_name == "input_ids":
             limit = getattr(model.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
-            prompt_tokens = min(prompt_tokens, limit - new_tokens)
+            writes = model.can_generate()
+            prompt_tokens = min(prompt_tokens, max(1, limit - new_tokens) if writes else limit)
             prompt = torch.zeros(1, prompt_tokens, dtype=torch.int64) + 1
             result["prefill_tokens_per_s"] = prompt_tokens / _median_seconds(lambda: model(input_ids=prompt))
-            if model.can_generate():
+            if writes:
                 result["decode_tokens_per_s"] = new_tokens / _median_seconds(lambda: _decode(model, prompt, new_tokens))
     result["peak_memory_bytes"] = _peak_memory_bytes()
     Path(answer).write_text(json.dumps(result))

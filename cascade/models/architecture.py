@@ -68,6 +68,13 @@ def as_classifier(config: Any, task: str, classes: Sequence[str], place: str) ->
     return config
 
 
+def auto_class_of(config: Any) -> str:
+    """The transformers class that loads such a model, by its user."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    kinds = ("ForSequenceClassification", "ForImageClassification", "ForMaskedLM")
+    return f"AutoModel{next((kind for kind in kinds if name.endswith(kind)), 'ForCausalLM')}"
+
+
 def is_classifier(config: Any) -> bool:
     """Whether the config is that of a model with a head for classes."""
     names = getattr(config, "architectures", None) or [""]

@@ -6,12 +6,22 @@ from typing import Any
 from cascade.report.records import Row
 from cascade.report.tables import markdown_table, quality_table, stage_table
 
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForImageClassification": "image-classification",
+}
+
 
 def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: str) -> str:
     """README.md of a member. Texts from outside stand in quotes or code blocks only."""
+    auto = lineage.get("auto_class", "AutoModelForCausalLM")
+    images = auto == "AutoModelForImageClassification"
+    unit = "tokens" if auto == "AutoModelForCausalLM" else "examples"
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES[auto],
         "base_model": lineage["parent"],
         "base_model_relation": "finetune",
         "tags": ["cascade", "pruned", "distilled"],
@@ -26,11 +36,11 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
                 f"---\n{head}\n---",
                 f"# {row['name']}",
                 f"{row['num_parameters']:,} parameters ({share:.0%} of its parent), {origin} and recovered by "
-                f"distillation from `{lineage['parent']}` on {row['tokens']['hop']:,} tokens "
+                f"distillation from `{lineage['parent']}` on {row['tokens']['hop']:,} {unit} "
                 f"({row['tokens']['cumulative']:,} along its chain).",
-                "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                'model = AutoModelForCausalLM.from_pretrained(".")\n'
-                'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+                f"```python\nfrom transformers import {auto}{'' if images else ', AutoTokenizer'}\n\n"
+                f'model = {auto}.from_pretrained(".")\n'
+                + ("```" if images else 'tokenizer = AutoTokenizer.from_pretrained(".")\n```'),
                 "## Quality",
                 markdown_table(quality_table([teacher, row])),
                 "## Cut and recovery",
