@@ -7,7 +7,7 @@ from cascade.distillation.optimizer import require_optimizer
 from cascade.distillation.relations import fitting_heads
 from cascade.errors import UserError
 from cascade.family import ResolvedMember
-from cascade.models.architecture import is_classifier, model_class_of
+from cascade.models.architecture import guesses, is_classifier, model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
 from cascade.models.packing import require_document_masks
@@ -37,6 +37,7 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     if recipe.prune.hidden == "pca":
         require_rotatable(parent_config, probe_axes(parent_config))
     made = is_classifier(parent_config) if recipe.classifies else model_class_of(parent_config).can_generate()
+    made = made or (recipe.task == "masked_language" and guesses(parent_config))
     if any(one.seed for one in members) and not made:
         raise UserError(
             f"parent: model type '{parent_config.model_type}' as {model_class_of(parent_config).__name__} is no causal "

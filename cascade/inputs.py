@@ -4,9 +4,13 @@ import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import LabelledData, class_names
+from cascade.data.masking import masked_blocks
 from cascade.data.sources import TextData
+from cascade.data.splits import SPLITS
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
 from cascade.errors import UserError
 from cascade.evaluation.harness import find_tasks
@@ -37,6 +41,14 @@ def text_data(data: Data) -> TextData:
         weights=tuple(data.weights),
         streaming=data.streaming,
     )
+
+
+def as_guessed(recipe: Recipe, blocks: TokenBlocks, split: str, tokenizer: Any) -> TokenBlocks:
+    """A split's blocks as the recipe's task reads them: with hidden tokens where those are to be guessed."""
+    if recipe.task != "masked_language":
+        return blocks
+    copies = recipe.data.mask_copies if split == "train" else 1
+    return masked_blocks(blocks, tokenizer, seed=recipe.seed + SPLITS.index(split), copies=copies)
 
 
 def labelled_data(data: Data, task: str) -> LabelledData:

@@ -165,7 +165,7 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
         "document_masks": recipe.data.masks_documents,
         "text_field": recipe.data.text_field,
         "messages_field": recipe.data.messages_field,
-    }
+    } | ({"task": recipe.task, "seed": recipe.seed} if recipe.task != "language" else {})
     if heldout_only:
         return heldout
     return heldout | recipe.evaluate.model_dump(exclude={"task_folders"}) | {"seed": recipe.seed}

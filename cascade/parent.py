@@ -9,7 +9,8 @@ from cascade.classifier import checked_classes, fitted_config, made_dtype
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.distillation.schedule import Schedule
-from cascade.inputs import text_data
+from cascade.inputs import as_guessed, text_data
+from cascade.models.architecture import as_masked, require_masked
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -36,6 +37,8 @@ def parent_config(recipe: Recipe) -> Any:
     source = existing_parent(recipe)
     if source is not None:
         config = load_config(source)
+        if recipe.task == "masked_language":
+            require_masked(config, f"parent: {recipe.parent.model}")
         return checked_classes(recipe, config) if recipe.classifies else config
     if recipe.parent.fit is not None:
         return fitted_config(recipe, recipe.parent.fit)
@@ -44,7 +47,7 @@ def parent_config(recipe: Recipe) -> Any:
         raise ValueError("a parent is either found or trained")
     config = pretrained_config(dict(settings.config), vocab_size=settings.tokenizer.vocab_size)
     config.dtype = made_dtype(recipe)
-    return config
+    return as_masked(config, "parent.pretrain.config") if recipe.task == "masked_language" else config
 
 
 def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
@@ -56,16 +59,20 @@ def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     texts = read_documents(data, "train")
     config = parent_config(recipe)
     tokenizer = train_tokenizer(
-        texts, vocab_size=settings.tokenizer.vocab_size, model_max_length=config.max_position_embeddings
+        texts,
+        vocab_size=settings.tokenizer.vocab_size,
+        model_max_length=config.max_position_embeddings,
+        masks=recipe.task == "masked_language",
     )
     own = {"config", "tokenizer", "tokens", "block_size", "warmup_fraction", "final_learning_rate_fraction"}
     packing: dict[str, Any] = {"block_size": settings.block_size, "document_masks": recipe.data.masks_documents}
+    selection = prepare_blocks(data, "selection", tokenizer, **packing)
     model, _ = pretrain(
         config,
-        prepare_blocks(data, "train", tokenizer, **packing),
+        as_guessed(recipe, prepare_blocks(data, "train", tokenizer, **packing), "train", tokenizer),
         num_tokens=settings.tokens,
         seed=recipe.seed,
-        selection=prepare_blocks(data, "selection", tokenizer, **packing).take(48),
+        selection=as_guessed(recipe, selection.take(48), "selection", tokenizer),
         log_path=folder / "log.jsonl",
         on_step=on_step,
         schedule=Schedule("cosine", settings.warmup_fraction, settings.final_learning_rate_fraction),

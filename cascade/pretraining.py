@@ -12,14 +12,16 @@ from cascade.data.blocks import TokenBlocks
 from cascade.distillation.trainer import TrainingMetrics, distill
 from cascade.models.architecture import config_from_values, model_from_config
 
-END_TOKEN = "<|endoftext|>"
+END_TOKEN, MASK_TOKEN = "<|endoftext|>", "<|mask|>"
 
 # A line break keeps its indentation with it, so that depth in code is one token; names split at underscores.
 _PIECES = r"\n[ ]*| ?_?[^\W\d_]+|\d| ?[^\s\w]+|\s+|_+"
 
 
-def train_tokenizer(texts: list[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of exactly the bytes, the end token and the commonest merges of `texts`."""
+def train_tokenizer(
+    texts: list[str], *, vocab_size: int, model_max_length: int, masks: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of exactly the bytes, the end token (a mask, too) and the commonest merges."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -32,7 +34,7 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, model_max_length: int)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_TOKEN],
+        special_tokens=[END_TOKEN, MASK_TOKEN] if masks else [END_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -42,6 +44,7 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, model_max_length: int)
         bos_token=END_TOKEN,
         eos_token=END_TOKEN,
         model_max_length=model_max_length,
+        **({"mask_token": MASK_TOKEN} if masks else {}),
     )
 
 

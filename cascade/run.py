@@ -184,6 +184,7 @@ def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared
             }
         )  # fmt: skip
         | {"document_masks": recipe.data.masks_documents}
+        | ({"mask_copies": recipe.data.mask_copies, "seed": recipe.seed} if recipe.task == "masked_language" else {})
         | (recipe.data.model_dump(include=CLASSIFYING) | {"task": recipe.task} if recipe.classifies else {}),
         {name: digests[name] for name in ("source", "parent")},
         lambda folder, on_step: make_data(folder, recipe, parent, tokenizer),
@@ -211,6 +212,8 @@ def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
             "weights": recipe.data.weights,
             "document_masks": recipe.data.masks_documents,
         }
+        if recipe.task == "masked_language":
+            settings |= {"task": recipe.task, "mask_copies": recipe.data.mask_copies}
         folder = runner.run(
             "parent",
             "pretrain",

@@ -24,7 +24,7 @@ from cascade.evaluation.heldout import heldout_blocks, heldout_examples, heldout
 from cascade.evaluation.reload import write_reference
 from cascade.evaluation.retention import with_retention
 from cascade.family import ResolvedMember
-from cascade.inputs import labelled_data, text_data
+from cascade.inputs import as_guessed, labelled_data, text_data
 from cascade.models.architecture import reads_images
 from cascade.models.checkpoint import (
     CHECKPOINT,
@@ -71,7 +71,7 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
             document_masks=data.masks_documents,
             stream_folder=partial_of(folder),
         )
-        save_blocks(blocks, folder / f"{split}.safetensors")
+        save_blocks(as_guessed(recipe, blocks, split, tokenizer), folder / f"{split}.safetensors")
 
 
 def make_recovered(
@@ -230,13 +230,14 @@ def _heldout(recipe: Recipe, checkpoint: ModelSource) -> Any:
     tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
     if recipe.classifies:
         return heldout_examples(lambda split: examples_of(recipe, config, split, tokenizer))
-    return heldout_blocks(
+    blocks = heldout_blocks(
         text_data(recipe.data),
         tokenizer,
         block_size=recipe.data.block_size,
         max_blocks=recipe.evaluate.heldout_blocks,
         document_masks=recipe.data.masks_documents,
     )
+    return as_guessed(recipe, blocks, "heldout", tokenizer)
 
 
 def _write_json(path: Path, value: Any) -> None:

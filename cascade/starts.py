@@ -10,7 +10,9 @@ from cascade.errors import UserError
 from cascade.importance.scores import Scores
 from cascade.models.architecture import (
     as_classifier,
+    as_masked,
     config_from_values,
+    guesses,
     is_classifier,
     model_from_config,
     reads_images,
@@ -32,6 +34,8 @@ def student_config(values: dict[str, object], teacher_config: Any, name: str) ->
     place, images = f"members: {name}: config", reads_images(teacher_config)
     inherited = {key: getattr(teacher_config, key, None) for key in (_OF_THE_IMAGE if images else _OF_THE_TEXT)}
     config = config_from_values(inherited | values, place)
+    if guesses(teacher_config):
+        return as_masked(config, place)
     if not is_classifier(teacher_config):
         return config
     task = "image_classification" if images else "text_classification"

@@ -29,6 +29,7 @@ ORDER = [
     "checks",
     "progress",
     "pretraining",
+    "classifier",
     "cutting",
     "stages",
     "parent",

@@ -35,6 +35,8 @@ class TokenBlocks:
     position_ids: Tensor | None = None
     """int64 [N, S]: each token's place in its document, from the block's start on; None where the documents of a block
     see each other."""
+    masked: bool = False
+    """Whether labels are for the tokens that stand there (and are hidden in `input_ids`), not for what follows."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -46,7 +48,15 @@ class TokenBlocks:
 
     def num_counted(self) -> int:
         """Tokens that are predicted and count: what a step's loss is divided by."""
-        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+        return int((self.targets() != IGNORE_INDEX).sum())
+
+    def targets(self) -> Tensor:
+        """int64 [N, S] or [N, S - 1]: what is to be predicted at each place that predicts (`predicting`)."""
+        return self.labels if self.masked else self.labels[:, 1:]
+
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """Of [N, S, ...] the places that predict: all, or all but the last."""
+        return hidden if self.masked else hidden[:, :-1]
 
     def take(self, count: int) -> "TokenBlocks":
         """`count` blocks spread evenly over all of them (all, if there are fewer), so that every document counts."""
@@ -57,7 +67,7 @@ class TokenBlocks:
     def rows(self, rows: Tensor) -> "TokenBlocks":
         """The blocks of these numbers."""
         positions = None if self.position_ids is None else self.position_ids[rows]
-        return TokenBlocks(self.input_ids[rows], self.labels[rows], self.bytes_per_token, positions)
+        return TokenBlocks(self.input_ids[rows], self.labels[rows], self.bytes_per_token, positions, self.masked)
 
     def inputs(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """What a model takes: a document's places start again at 0, which transformers reads as a mask between them."""
@@ -194,7 +204,7 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
         tensors["labels"] = blocks.labels.to(torch.int32)
     if blocks.position_ids is not None:
         tensors["position_ids"] = blocks.position_ids.to(torch.int32)
-    save_file(tensors, path, metadata={"bytes_per_token": repr(blocks.bytes_per_token)})
+    save_file(tensors, path, metadata={"bytes_per_token": repr(blocks.bytes_per_token), "masked": str(blocks.masked)})
 
 
 def load_blocks(path: Path) -> TokenBlocks:
@@ -202,8 +212,14 @@ def load_blocks(path: Path) -> TokenBlocks:
     with safe_open(path, framework="pt") as file:
         found = {name: file.get_tensor(name).to(torch.int64) for name in file.keys()}
         ids = found["input_ids"]
-        bytes_per_token = float(file.metadata()["bytes_per_token"])
-        return TokenBlocks(ids, found.get("labels", ids), bytes_per_token, found.get("position_ids"))
+        about = file.metadata()
+        return TokenBlocks(
+            ids,
+            found.get("labels", ids),
+            float(about["bytes_per_token"]),
+            found.get("position_ids"),
+            about.get("masked") == "True",
+        )
 
 
 def batched(values: Iterable[_T], size: int) -> Iterator[list[_T]]:

@@ -49,12 +49,12 @@ def batch_losses(
         with _autocast(device):
             return BatchLosses(*example_losses(student, teacher, batch, objective, features, keep=keep))
     inputs = batch.inputs(device)
-    next_BS = batch.labels[:, 1:].to(device)
+    next_BS = batch.targets().to(device)
     counts_BS = next_BS != IGNORE_INDEX
     counted = counts_BS.flatten().nonzero()[:, 0]
 
     def of_counted(hidden_BSD: Tensor) -> Tensor:
-        return hidden_BSD[:, :-1].flatten(0, 1)[counted]
+        return batch.predicting(hidden_BSD).flatten(0, 1)[counted]
 
     teacher_ND, teacher_head, inside = None, None, {}
     ours, theirs = Seen(), Seen()
@@ -70,9 +70,8 @@ def batch_losses(
             with features.watching(student, teacher=False) as ours:
                 student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
     if features is not None and teacher is not None:  # in float32, as everything from here on
-        inside = features.losses(
-            ours, theirs, torch.nn.functional.pad(counts_BS, (0, 1)), lambda: visible(student, inputs)
-        )
+        all_BS = torch.nn.functional.pad(counts_BS, (0, inputs["input_ids"].shape[1] - counts_BS.shape[1]))
+        inside = features.losses(ours, theirs, all_BS, lambda: visible(student, inputs))
     fused = fused_loss(
         student_ND,
         head_of(student),

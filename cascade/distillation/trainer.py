@@ -80,9 +80,7 @@ def distill(
 ) -> TrainingMetrics:
     """Train `student` in place on `num_tokens` tokens (rounded up to whole steps of `batch_size` blocks).
 
-    Given `Examples` instead of blocks, it is a classifier that is trained, and an example counts as one token.
-
-    Without a teacher the loss is cross-entropy alone. A step's loss is the sum over its tokens that count, divided by
+    `Examples` instead of blocks train a classifier; each counts as one token. Without a teacher the loss is cross-entropy alone. A step's loss is the sum over its tokens that count, divided by
     their number in the *whole* step, so that the split into microbatches and processes changes nothing; `features` are
     scaled by what the step before came to. `first_position` is where reading starts in the endless, seeded block order.
     With a `state_folder` a training that finds its state there goes on from it, to the same bits. With `ema_decay` the

@@ -57,14 +57,14 @@ def block_metrics(
     counts = []
     for part in blocks.split(batch_size):
         inputs = part.inputs(device)
-        targets = part.labels[:, 1:].to(device)
+        targets = part.targets().to(device)
         valid = targets != IGNORE_INDEX
         found = fused_loss(
-            _before_last(last_hidden(model, **inputs, use_cache=False))[valid],
+            part.predicting(last_hidden(model, **inputs, use_cache=False)).float()[valid],
             head_of(model),
             targets[valid],
             Objective(),
-            teacher_hidden=None if teacher is None else _before_last(teacher_hidden(teacher, inputs))[valid],
+            teacher_hidden=None if teacher is None else part.predicting(teacher_hidden(teacher, inputs)).float()[valid],
             teacher_head=None if teacher is None else head_of(teacher),
         )
         values = {"loss": found.cross_entropy}
@@ -114,8 +114,3 @@ def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> dict[st
         "retention": None,
         "retention_interval": None,
     }
-
-
-def _before_last(hidden_BSD: Tensor) -> Tensor:
-    """[B, S - 1, D]: at every position that has a next token."""
-    return hidden_BSD[:, :-1].float()

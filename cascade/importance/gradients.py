@@ -65,8 +65,8 @@ def _summed_gradients(
     batches = blocks.split(batch_size)
     device = next(model.parameters()).device
     for part in batches:
-        logits = model(**part.inputs(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        loss = nn.functional.cross_entropy(logits, part.labels[:, 1:].to(device).flatten(), ignore_index=IGNORE_INDEX)
+        logits = part.predicting(model(**part.inputs(device), use_cache=False).logits).float().flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, part.targets().to(device).flatten(), ignore_index=IGNORE_INDEX)
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for total, gradient in zip(sums.values(), gradients, strict=True):
             total += gradient.float().square() if squared else gradient.float()

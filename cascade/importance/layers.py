@@ -99,8 +99,8 @@ def _loss(model: Any, blocks: TokenBlocks, without: Iterable[int], batch_size: i
     device, total, count = next(model.parameters()).device, 0.0, 0
     with skipped(model, without):
         for part in blocks.split(batch_size):
-            logits = model(**part.inputs(device), use_cache=False).logits[:, :-1].float().flatten(0, 1)
-            targets = part.labels[:, 1:].to(device).flatten()
+            logits = part.predicting(model(**part.inputs(device), use_cache=False).logits).float().flatten(0, 1)
+            targets = part.targets().to(device).flatten()
             loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
             total += float(loss)
             count += int((targets != IGNORE_INDEX).sum())

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     PreTrainedModel,
@@ -66,6 +67,36 @@ def as_classifier(config: Any, task: str, classes: Sequence[str], place: str) ->
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
     return config
+
+
+def as_masked(config: Any, place: str) -> Any:
+    """The config with a head that guesses hidden tokens; changed in place.
+
+    Raises:
+        UserError: transformers has no such model of this type.
+    """
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise UserError(f"{place}: transformers has no MaskedLM model of type '{config.model_type}'")
+    config.architectures = [MODEL_FOR_MASKED_LM_MAPPING[type(config)].__name__]
+    return config
+
+
+def guesses(config: Any) -> bool:
+    """Whether the config is that of a model that guesses hidden tokens."""
+    return str((getattr(config, "architectures", None) or [""])[0]).endswith("ForMaskedLM")
+
+
+def require_masked(config: Any, place: str) -> None:
+    """Refuse a model that does not guess hidden tokens.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not guesses(config):
+        raise UserError(
+            f"{place}: {', '.join(config.architectures or ['no architecture'])} has no head for hidden tokens; "
+            "task: masked_language needs a ForMaskedLM model"
+        )
 
 
 def auto_class_of(config: Any) -> str:

@@ -37,6 +37,8 @@ class Data(Section):
     fitted has all of them."""
     max_length: PositiveInt = 128
     """text_classification: tokens of an example at most."""
+    mask_copies: PositiveInt = 4
+    """masked_language: how often each training block is there, each time with other tokens to guess."""
     messages_field: str = ""
     """Instead of text: the field with chat messages ({role, content}). They go through the parent's own chat template;
     only what the assistant says counts for the loss."""

@@ -181,9 +181,9 @@ class Recipe(Section):
     """A whole family."""
 
     name: str
-    task: Literal["language", "text_classification", "image_classification"] = "language"
-    """What the models do. Classification: the teacher's class probabilities are learned, from labelled or unlabelled
-    examples; an image model is not cut."""
+    task: Literal["language", "masked_language", "text_classification", "image_classification"] = "language"
+    """What the models do. language: continue a text; masked_language: guess hidden tokens, as BERT; classification: the
+    teacher's class probabilities are learned, from labelled or unlabelled examples; an image model is not cut."""
     parent: Annotated[Parent, BeforeValidator(_parent)]
     data: Data
     generate: Generate | None = None
@@ -249,4 +249,4 @@ class Recipe(Section):
     @property
     def classifies(self) -> bool:
         """Whether examples have classes."""
-        return self.task != "language"
+        return self.task in ("text_classification", "image_classification")

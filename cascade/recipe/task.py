@@ -17,6 +17,16 @@ def require_task(recipe: Any) -> None:
             raise ValueError(f"{name}.{other}: task {recipe.task} counts {budget}; give `{budget}`")
     if distill is not None and getattr(distill, budget) is None:
         raise ValueError(f"distill.{budget} is missing")
+    if recipe.task == "masked_language":
+        wrong = {
+            "evaluate.tasks": recipe.evaluate.tasks,
+            "generate": recipe.generate,
+            "data.messages_field": data.messages_field,
+            "data.document_masks": data.document_masks,
+            "prune.search": recipe.prune.search,
+            "distill.on_policy": distill is not None and distill.on_policy,
+        }
+        _refuse(wrong, recipe.task)
     if not recipe.classifies:
         wrong = {
             "parent.fit": parent.fit,

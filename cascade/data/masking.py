@@ -1,0 +1,41 @@
+"""Blocks with hidden tokens to guess, as BERT learns (Devlin et al. 2018, https://arxiv.org/abs/1810.04805).
+
+Shapes: N = blocks, S = block size.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.errors import UserError
+
+SHARE, _AS_MASK, _AS_ANY = 0.15, 0.8, 0.1
+"""Of all tokens; of those, replaced by the mask token, and by any other. The rest stands as it is."""
+
+
+def masked_blocks(blocks: TokenBlocks, tokenizer: Any, *, seed: int, copies: int = 1) -> TokenBlocks:
+    """Each block `copies` times, each time with other tokens to guess; labels count at those alone.
+
+    Special tokens are never hidden; every block has at least one token to guess.
+
+    Raises:
+        UserError: the tokenizer has no mask token.
+    """
+    mask = tokenizer.mask_token_id
+    if mask is None:
+        raise UserError("task: masked_language: the parent's tokenizer has no mask token")
+    whole = blocks.rows(torch.arange(len(blocks)).repeat(copies))
+    generator = torch.Generator().manual_seed(seed)
+    ids = whole.input_ids.clone()
+    special = torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
+    draws = torch.rand(ids.shape, generator=generator).masked_fill(special, 2.0)
+    chosen = (draws < SHARE) | (draws == draws.min(1, keepdim=True).values)
+    chosen &= ~special
+    how = torch.rand(ids.shape, generator=generator)
+    others = torch.randint(0, len(tokenizer), ids.shape, generator=generator)
+    labels = torch.where(chosen, ids, IGNORE_INDEX)
+    ids = torch.where(chosen & (how < _AS_MASK), mask, ids)
+    ids = torch.where(chosen & (how >= 1 - _AS_ANY), others, ids)
+    return replace(whole, input_ids=ids, labels=labels, bytes_per_token=0.0, masked=True)
