@@ -58,14 +58,15 @@ def labelled_data(data: Data, task: str) -> LabelledData:
         images=task == "image_classification",
         label_field=data.label_field,
         image_field=data.image_field,
-        unlabelled=tuple(data.unlabelled),
+        unlabelled=tuple(name for name in data.unlabelled if name != "rest"),
         train_examples=data.train_examples,
+        rest="rest" in data.unlabelled,
     )
 
 
 def classes_of(recipe: Recipe) -> tuple[str, ...]:
     """The names of the classes, as the training labels have them."""
-    data = recipe.data.model_copy(update={"train_examples": None})
+    data = recipe.data.model_copy(update={"train_examples": None, "unlabelled": []})
     return _classes(data.model_dump_json(), recipe.task, data_fingerprint(data))
 
 
@@ -81,7 +82,8 @@ def data_fingerprint(data: Data) -> str:
         for path, text in stdlib_documents():
             digest.update(f"{path}:{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
         digest.update(file_sha256(FROZEN_HELDOUT).encode())
-    files = text_data(data).files | ({"unlabelled": tuple(data.unlabelled)} if data.unlabelled else {})
+    unlabelled = tuple(name for name in data.unlabelled if name != "rest")
+    files = text_data(data).files | ({"unlabelled": unlabelled} if unlabelled else {})
     for split, names in files.items():
         for name in names:
             if not Path(name).is_file():

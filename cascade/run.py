@@ -185,7 +185,7 @@ def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared
         )  # fmt: skip
         | {"document_masks": recipe.data.masks_documents}
         | ({"mask_copies": recipe.data.mask_copies, "seed": recipe.seed} if recipe.task == "masked_language" else {})
-        | (recipe.data.model_dump(include=CLASSIFYING) | {"task": recipe.task} if recipe.classifies else {}),
+        | (_classifying(recipe) if recipe.classifies else {}),
         {name: digests[name] for name in ("source", "parent")},
         lambda folder, on_step: make_data(folder, recipe, parent, tokenizer),
     )
@@ -199,6 +199,12 @@ def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared
         ),
     )
     return Shared(parent, data, evaluation, digests | {"data": output_digest(data)}, [])
+
+
+def _classifying(recipe: Recipe) -> dict[str, Any]:
+    """What a classifier's examples depend on besides their files."""
+    rest = "rest" in recipe.data.unlabelled
+    return recipe.data.model_dump(include=CLASSIFYING) | {"task": recipe.task, "rest": rest}
 
 
 def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:

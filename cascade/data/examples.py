@@ -75,6 +75,8 @@ class LabelledData:
     """Files whose examples are trained on without their labels, if they have any."""
     train_examples: int | None = None
     """So many labelled ones of the training split, spread evenly; all where not given."""
+    rest: bool = False
+    """Whether the others of the training split are there without their labels."""
 
 
 Raw = tuple[Any, str | None]
@@ -89,7 +91,7 @@ def read_examples(data: LabelledData, split: str) -> list[Raw]:
     """
     if data.text.source == "digits":
         found = [one for one in _digits() if _split(one, {"selection": 0.1, "heldout": 0.3}) == split]
-        return _spread(found, data.train_examples if split == "train" else None)
+        return _known(data, found) if split == "train" else found
     own = data.text.own_splits
     shares = {name: SPLIT_SHARE for name in SPLITS if name not in own and name != "train"}
     raw = [one for name in data.text.names_of(split) for one in _read(data, name, labelled=True)]
@@ -100,7 +102,7 @@ def read_examples(data: LabelledData, split: str) -> list[Raw]:
     if split != "train":
         return raw
     extra = [one for name in data.unlabelled for one in _read(data, name, labelled=False)]
-    return _spread(raw, data.train_examples) + extra
+    return _known(data, raw) + extra
 
 
 def class_names(data: LabelledData) -> list[str]:
@@ -194,10 +196,14 @@ def _split(example: Raw, shares: dict[str, float]) -> str:
     return split_of_text(text, shares=shares)
 
 
-def _spread(raw: list[Raw], count: int | None) -> list[Raw]:
+def _known(data: LabelledData, raw: list[Raw]) -> list[Raw]:
+    """Those that keep their labels, then the others without."""
+    count = data.train_examples
     if count is None or count >= len(raw):
         return raw
-    return [raw[number * len(raw) // count] for number in range(count)]
+    kept = [number * len(raw) // count for number in range(count)]
+    others = sorted(set(range(len(raw))) - set(kept)) if data.rest else []
+    return [raw[number] for number in kept] + [(raw[number][0], None) for number in others]
 
 
 def _digits() -> list[Raw]:

@@ -31,7 +31,7 @@ class Data(Section):
     image_field: str = "image"
     """image_classification: the field with rows of pixels, a picture, or the path of one."""
     unlabelled: Paths = []
-    """Classification: files whose examples only the teacher labels."""
+    """Classification: files whose examples only the teacher labels; `rest`: those that train_examples leaves out."""
     train_examples: PositiveInt | None = None
     """Classification: so many labelled examples for the members, spread evenly; all where not given. A parent that is
     fitted has all of them."""
@@ -88,8 +88,10 @@ class Data(Section):
             )
         if self.source == "generated" and (self.messages_field or self.template != "model"):
             raise ValueError("source generated knows its messages and template; remove `messages_field` and `template`")
-        if self.unlabelled and self.source != "files":
-            raise ValueError("`unlabelled` names files; it goes with source files")
+        if [name for name in self.unlabelled if name != "rest"] and self.source != "files":
+            raise ValueError("`unlabelled` names files; with another source than files it can only be `rest`")
+        if "rest" in self.unlabelled and self.train_examples is None:
+            raise ValueError("`unlabelled: rest` is what `train_examples` leaves out; give that, too")
         if self.source != "hub" and (self.dataset or self.revision or self.dataset_config):
             raise ValueError(f"source {self.source} has no `dataset`, `revision` or `dataset_config`; remove them")
         if self.revision and not COMMIT.fullmatch(self.revision):

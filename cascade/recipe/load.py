@@ -106,7 +106,10 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if data.source == "files":
         names = ("train", "calibration", "selection", "heldout", "unlabelled")
         data = data.model_copy(
-            update={name: [_absolute(value, folder) for value in getattr(data, name)] for name in names}
+            update={
+                name: [value if value == "rest" else _absolute(value, folder) for value in getattr(data, name)]
+                for name in names
+            }
         )
     generate = recipe.generate
     if generate is not None:
