@@ -66,6 +66,7 @@ def run(
     from cascade import parallel
     from cascade.report.records import load_family
     from cascade.report.tables import plain_table, quality_table, size_table
+    from cascade.report.verdicts import load_verdicts, verdict_table
     from cascade.run import run_recipe
 
     with interruptible():
@@ -76,9 +77,11 @@ def run(
         return
     family = load_family(folder)
     if as_json:
-        click.echo(json.dumps({"run": str(folder), "family": family}))
+        click.echo(json.dumps({"run": str(folder), "family": family, "verdicts": load_verdicts(folder)}))
         return
-    for table in (size_table(family["rows"]), quality_table(family["rows"])):
+    verdicts = load_verdicts(folder)
+    tables = [size_table(family["rows"]), quality_table(family["rows"])]
+    for table in [*tables, verdict_table(verdicts)] if verdicts else tables:
         click.echo("\n" + plain_table(table))
     click.echo(f"\nReport: {folder / 'report.html'}   members: {folder / 'members'}")
 

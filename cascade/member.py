@@ -168,4 +168,4 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
     } | ({"task": recipe.task, "seed": recipe.seed} if recipe.task != "language" else {})
     if heldout_only:
         return heldout
-    return heldout | recipe.evaluate.model_dump(exclude={"task_folders"}) | {"seed": recipe.seed}
+    return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}

@@ -1,6 +1,7 @@
 """`cascade plan`: everything that can be known and checked before any weight is loaded."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from cascade.recipe.schema import Recipe
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
 from cascade.teacher.generate import planned
+
+_LEAST_SHARE, _LEAST_HOP = 0.1, 2 / 3
 
 
 def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
@@ -129,7 +132,7 @@ def preview_text(found: dict[str, Any]) -> str:
                 _minutes(sum(member["seconds"].values())),
             ]
         )
-    lines = [plain_table(table), ""]
+    lines = [plain_table(table), "", *hops_too_large(found["members"])]
     if found["generate"]:
         lines.append(_asked(found["generate"]))
     disk = sum(member["disk_bytes"] for member in found["members"])
@@ -158,6 +161,26 @@ def preview_text(found: dict[str, Any]) -> str:
             f"Cut proven on a tiny twin: pruned equals silenced to {worst:.0e} along {', '.join(found['proof'])}."
         )
     return "\n".join(lines)
+
+
+def hops_too_large(members: Sequence[dict[str, Any]]) -> list[str]:
+    """What is worth a thought: a student below a tenth of its teacher, or more than a third cut at once."""
+    sizes = {"parent": 1.0} | {one["name"]: one["fraction_of_parent"] for one in members}
+    warnings = []
+    for one in members:
+        share, seed = one["fraction_of_parent"], one["seed"]
+        if share < _LEAST_SHARE:
+            warnings.append(
+                f"{one['name']} has {share:.1%} of its teacher: so small a student cannot follow all of it; members "
+                "between them, each the seed of the next, usually close part of the gap."
+            )
+        if seed and share / sizes[seed] < _LEAST_HOP:
+            between = (share * sizes[seed]) ** 0.5
+            warnings.append(
+                f"{one['name']} cuts {1 - share / sizes[seed]:.0%} of {seed} at once, more than a third: think of a "
+                f"member between them, of {between:.0%} of the parent."
+            )
+    return warnings
 
 
 def _asked(planned: dict[str, Any]) -> str:

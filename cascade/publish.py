@@ -17,9 +17,10 @@ from cascade.recipe.schema import Recipe
 from cascade.report.card import member_card
 from cascade.report.logs import training_logs
 from cascade.report.records import Row, load_family
+from cascade.report.verdicts import VERDICTS, judge
 from cascade.report.write import write_family
 from cascade.runner import read_cost
-from cascade.store import is_committed, output_digest, staged
+from cascade.store import is_committed, output_digest, staged, write_atomically
 from cascade.yaml_reader import write_yaml
 
 _BASELINES = {"cut": "cut only", "repaired": "cut and repaired", "ce": "cross-entropy"}
@@ -176,6 +177,8 @@ def write_report(
             rows[member.name] = [member_row(recipe, members, member, done), *done.baselines, *done.candidates]
     order = [rows[member.name] for member in members if member.name in rows]
     ordered = [row[0] for row in order] + [baseline for row in order for baseline in row[1:]]
+    verdicts = judge([teacher, *ordered], recipe.evaluate.at_least)
+    write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
     write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
 
 

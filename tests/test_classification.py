@@ -96,6 +96,7 @@ members:
 distill: {{examples: 512, learning_rate: 2e-3, temperature: 2, cross_entropy_weight: 0.3, batch_size: 16}}
 calibration: {{num_blocks: 8}}
 baselines: [cut, ce]
+evaluate: {{at_least: {{heldout/accuracy: 0.5}}}}
 """
     )
     return folder / "reviews.yaml"
@@ -116,6 +117,7 @@ def test_a_family_of_text_classifiers_is_fitted_cut_recovered_and_evaluated(fami
     assert rows["half"]["seed"] == "cut" and rows["other"]["tokens"]["hop"] == 512
     member = AutoModelForSequenceClassification.from_pretrained(family / "members" / "half")
     assert member.config.num_hidden_layers == 2 and set(member.config.label2id) == {"negative", "positive"}
+    assert "Good enough" in (family / "report.html").read_text()
     assert "text-classification" in (family / "members" / "half" / "README.md").read_text()
     assert "AutoModelForSequenceClassification" in (family / "members" / "half" / "README.md").read_text()
 

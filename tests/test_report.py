@@ -15,6 +15,7 @@ from cascade.report import trackers
 from cascade.report.plots import short_number, size_quality_curve
 from cascade.report.records import family_csv, family_json, load_family
 from cascade.report.trackers import require_trackers, tracked
+from cascade.report.verdicts import judge, verdict_table
 from cascade.report.write import report_html, report_markdown
 
 CHROMIUM = shutil.which("chromium")
@@ -89,6 +90,19 @@ def test_rows_without_metrics_still_make_a_csv(tiny_family):
     rows = load_family(tiny_family)["rows"]
     rows[1]["metrics"] = []
     assert family_csv(rows).count("\n") == len(rows) + 1
+
+
+def test_verdicts_follow_the_metrics_direction_and_say_what_was_not_measured(tiny_family):
+    rows = load_family(tiny_family)["rows"]
+    metric = next(one for one in rows[1]["metrics"] if one["metric"] == "loss")
+    wanted = {"heldout/loss": metric["value"] + 10, "heldout/top1_agreement": 0.9999, "heldout/none": 1.0}
+    found = {one["metric"]: one for one in judge(rows, wanted) if one["row"] == "big"}
+    assert {name: one["good"] for name, one in found.items()} == dict(zip(wanted, [True, False, None], strict=True))
+    assert {one["row"] for one in judge(rows, wanted)} == {"parent", "big", "small"}  # no baselines
+    table = verdict_table([found["heldout/loss"] | {"wanted": metric["value"] - metric["stderr"], "good": False}])
+    assert table[1][-1] == "no, but within two standard errors"
+    assert "Good enough" in report_markdown("f", rows, list(found.values()))
+    assert "Good enough" not in report_markdown("f", rows)
 
 
 def test_tensorboard_gets_every_entry_of_the_log_under_its_step(tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from cascade.errors import UserError
 from cascade.models.dims import dims_of
+from cascade.preview import hops_too_large
 from cascade.pruning.cut import prune
 from cascade.recipe.load import load_recipe
 from cascade.run import run_recipe
@@ -82,3 +83,14 @@ def test_a_family_of_every_start_is_made_and_recovered(recipe_folder, tiny_paren
     for name in ("random", "shape"):
         first, second = (load_file(one / "members" / name / "model.safetensors") for one in (folder, again))
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_plan_speaks_up_where_a_hop_is_large():
+    members = [
+        {"name": "a", "seed": "parent", "fraction_of_parent": 0.7, "init": "prune"},
+        {"name": "b", "seed": "a", "fraction_of_parent": 0.35, "init": "prune"},
+        {"name": "c", "seed": None, "fraction_of_parent": 0.05, "init": "random"},
+    ]
+    first, second = hops_too_large(members)
+    assert first.startswith("b cuts 50% of a at once") and "of 49% of the parent" in first
+    assert second.startswith("c has 5.0% of its teacher")

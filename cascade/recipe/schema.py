@@ -169,6 +169,9 @@ class Evaluate(Section):
     batch_size: PositiveInt = 16
     heldout_blocks: PositiveInt = 128
     """Blocks of the held-out split, spread over it."""
+    at_least: dict[str, float] = {}
+    """task/metric -> what is good enough, such as heldout/accuracy: 0.9 (at most, where lower is better); the report
+    says which members are."""
 
 
 class Save(Section):

@@ -1,5 +1,6 @@
 """family.json, family.csv, report.md and a self-contained report.html of one family."""
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
 from cascade.report.records import Row, family_csv, family_json, metric_names
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
+from cascade.report.verdicts import Verdict, load_verdicts, verdict_table
 from cascade.store import write_atomically
 
 _NOTES = (
@@ -26,27 +28,30 @@ _STYLE = (
 
 
 def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> None:
-    """Write all four files, each replaced in one step."""
+    """Write all four files, each replaced in one step; thresholds' verdicts come from the run directory."""
+    verdicts = load_verdicts(run_folder)
     write_atomically(run_folder / "family.json", family_json(name, rows))
     write_atomically(run_folder / "family.csv", family_csv(rows))
-    write_atomically(run_folder / "report.md", report_markdown(name, rows))
-    write_atomically(run_folder / "report.html", report_html(name, rows, curves))
+    write_atomically(run_folder / "report.md", report_markdown(name, rows, verdicts))
+    write_atomically(run_folder / "report.html", report_html(name, rows, curves, verdicts))
 
 
-def report_markdown(name: str, rows: list[Row]) -> str:
+def report_markdown(name: str, rows: list[Row], verdicts: Sequence[Verdict] = ()) -> str:
     """The tables as Markdown."""
     parts = [f"# Family {_plain(name)}", _NOTES]
-    for title, table in _tables(rows):
+    for title, table in _tables(rows, verdicts):
         parts += [f"## {title}", markdown_table(table)]
     return "\n\n".join(parts) + "\n"
 
 
-def report_html(name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> str:
+def report_html(
+    name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]], verdicts: Sequence[Verdict] = ()
+) -> str:
     """One HTML file with tables and curves; nothing is loaded from anywhere."""
     family = {"name": name, "rows": rows}
     body = [f"<h1>Family {escape(name)}</h1>", f"<p>{escape(_NOTES)}</p>", "<h2>Size against quality</h2>"]
     body += [f"<figure>{chart}</figure>" for chart in _charts(family)]
-    for title, table in _tables(rows):
+    for title, table in _tables(rows, verdicts):
         body += [f"<h2>{escape(title)}</h2>", _html_table(table)]
     chart = candidate_chart(rows)
     if chart:
@@ -61,12 +66,14 @@ def report_html(name: str, rows: list[Row], curves: dict[str, list[dict[str, flo
     )
 
 
-def _tables(rows: list[Row]) -> list[tuple[str, Table]]:
+def _tables(rows: list[Row], verdicts: Sequence[Verdict]) -> list[tuple[str, Table]]:
     tables = [
         ("Sizes", size_table(rows)),
         ("Cut and recovery", stage_table(rows)),
         ("Quality", quality_table(rows)),
     ]
+    if verdicts:
+        tables.append(("Good enough", verdict_table(verdicts)))
     shapes = shape_table(rows)
     return [*tables, ("Shapes tried", shapes)] if len(shapes) > 1 else tables
 
