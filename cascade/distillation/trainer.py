@@ -80,19 +80,18 @@ def distill(
 ) -> TrainingMetrics:
     """Train `student` in place on `num_tokens` tokens (rounded up to whole steps of `batch_size` blocks).
 
-    `Examples` instead of blocks train a classifier; each counts as one token. Without a teacher the loss is
-    cross-entropy. A step's loss is the sum over its tokens that count, divided by their number in the *whole* step, so
-    that the split into microbatches and processes changes nothing; `features` are scaled by the step before.
-    `first_position` is where reading starts in the endless, seeded block order. With a `state_folder` a training that
-    finds its state there goes on from it, to the same bits. With `ema_decay` the student ends as the running average
-    of its weights. `on_step(done, all)` is called after each step, `on_log` with each entry of the log. `keep`: another
-    training reads the same blocks, so what a remembered teacher shows is kept.
+    A classifier's `Examples` count as a token each. Without a teacher the loss is cross-entropy. A step's loss is the
+    sum over its tokens that count, divided by their number in the *whole* step, so that the split into microbatches
+    and processes changes nothing; `features` are scaled by the step before. `first_position` is where reading starts
+    in the endless, seeded block order. With a `state_folder` a training that finds its state there goes on from it,
+    to the same bits. With `ema_decay` the student ends as the running average of its weights. `on_step(done, all)` is
+    called after each step, `on_log` with each entry of the log. `keep`: another training reads the same blocks, so
+    what a remembered teacher shows is kept.
 
     Raises:
         TrainingError: a loss or gradient is not finite (raised before the optimizer step, so weights are intact), or
             not even a single block fits into memory.
-        UserError: the blocks of a step cannot be shared out evenly to the processes, or what is asked for needs a
-            teacher, a package or a single process.
+        UserError: a step's blocks cannot be shared out evenly, or a teacher, a package or a single process is needed.
     """
     if teacher is None and (features is not None or on_policy is not None):
         raise UserError("feature losses and on-policy batches need a teacher")
