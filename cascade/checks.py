@@ -57,6 +57,16 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     return prove_cuts(parent_config, along=sorted(cut), rotated=rotated) if cut else {}
 
 
+def require_one_process(recipe: Recipe) -> None:
+    """Refuse several processes where what is trained cannot be shared out.
+
+    Raises:
+        UserError: there are several.
+    """
+    if recipe.task == "image_classification" and parallel.world_size() > 1:
+        raise UserError("task: image_classification: image models are not shared out to several processes; use one")
+
+
 def _require_trainable(distill: Distill, parent_config: Any, members: list[ResolvedMember]) -> None:
     """Refuse now what would stop the training of a member later."""
     require_trackers(distill.trackers)

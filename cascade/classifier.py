@@ -11,7 +11,7 @@ from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.inputs import classes_of, labelled_data
-from cascade.models.architecture import as_classifier, config_from_values, is_classifier, model_from_config
+from cascade.models.architecture import as_classifier, config_from_values, image_shape, is_classifier, model_from_config
 from cascade.models.checkpoint import (
     CHECKPOINT,
     load_config,
@@ -120,10 +120,10 @@ def examples_of(recipe: Recipe, config: Any, split: str, tokenizer: Any, *, for_
         return text_examples(raw, classes, tokenizer, recipe.data.max_length)
     examples = image_examples(raw, classes)
     found = tuple(examples.tensors["pixel_values"].shape[1:])
-    size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
-    if found != (config.num_channels, *size):
+    wanted = image_shape(config)
+    if found != wanted:
         raise UserError(
-            f"data: images of {found[0]} channels, {found[1]} x {found[2]}; the parent takes {config.num_channels} "
-            f"channels, {size[0]} x {size[1]}"
+            f"data: images of {found[0]} channels, {found[1]} x {found[2]}; the parent takes {wanted[0]} channels, "
+            f"{wanted[1]} x {wanted[2]}"
         )
     return examples

@@ -15,7 +15,14 @@ from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
 from cascade.store import COST_FILE
 from cascade.teacher.filters import Keep
-from cascade.teacher.generate import Teacher, collect_prompts, generate, save_dataset
+from cascade.teacher.generate import (
+    Teacher,
+    collect_prompts,
+    generate,
+    is_chat,
+    require_every_split,
+    save_dataset,
+)
 from cascade.teacher.prompts import Prompt
 
 ANSWERS = "answers"
@@ -28,6 +35,7 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
     prompts = collect_prompts(settings, recipe.data.text_field)
+    check_generation(recipe, settings, prompts, load_tokenizer(parent))
     return runner.run(
         "parent",
         "generate",
@@ -42,6 +50,23 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
             folder, recipe, settings, prompts, parent, runner.folder / ANSWERS, filter_path, on_step
         ),
     )
+
+
+def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], tokenizer: Any) -> None:
+    """What would make the text useless once it is there; `tokenizer` is the parent's.
+
+    Raises:
+        UserError: too few prompts for the splits, or a chat that the parent has no template for.
+    """
+    require_every_split(prompts)
+    teacher = tokenizer
+    if settings.teacher != "parent":
+        teacher = load_tokenizer(resolve_model(settings.teacher))
+    if is_chat(settings, teacher) and recipe.data.template == "model" and not tokenizer.chat_template:
+        raise UserError(
+            "generate: the teacher's answers are a chat, and the parent's tokenizer has no chat template for it; with "
+            "data.template: none prompt and answer follow one another"
+        )
 
 
 def make_generated(
@@ -87,7 +112,7 @@ def reading(recipe: Recipe, generated: Path) -> Recipe:
             "source": "files",
             "train": [str(generated / "dataset.jsonl")],
             "messages_field": "messages",
-            "template": "model" if chat else "none",
+            "template": recipe.data.template if chat else "none",
         }
     )
     return recipe.model_copy(update={"data": data})
@@ -125,7 +150,8 @@ def _key_settings(settings: Generate) -> dict[str, Any]:
         return record | {"batch_size": settings.batch_size}
     asked = endpoint.model_dump(exclude=set(HOW_ASKED))
     # A budget that only stops changes nothing; one that cuts the answers short does.
-    cut = {} if endpoint.budget.when_spent == "stop" else {"budget": endpoint.budget.model_dump()}
+    limits = endpoint.budget.model_dump(include={"requests", "tokens", "money"})
+    cut = {} if endpoint.budget.when_spent == "stop" else {"budget": limits}
     return record | {"endpoint": asked | cut}
 
 

@@ -165,7 +165,12 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
         "document_masks": recipe.data.masks_documents,
         "text_field": recipe.data.text_field,
         "messages_field": recipe.data.messages_field,
-    } | ({"task": recipe.task, "seed": recipe.seed} if recipe.task != "language" else {})
+        "template": recipe.data.template,
+    }
+    if recipe.task != "language":
+        heldout |= {"task": recipe.task, "seed": recipe.seed}
+    if recipe.classifies:
+        heldout |= recipe.data.model_dump(include={"label_field", "image_field", "max_length"})
     if heldout_only:
         return heldout
     return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}

@@ -28,7 +28,8 @@ def resolved_recipe(recipe: Recipe, members: list[ResolvedMember]) -> dict[str, 
     record = recipe.model_dump(mode="json")
     seeds = {member.name: member.seed for member in members}
     for member in record["members"]:
-        member["seed"] = seeds.get(member["name"]) or "previous"
+        if member["name"] in seeds:
+            member["seed"] = seeds[member["name"]] or "previous"
     resolved: dict[str, Any] = _without_nulls(record)
     return resolved
 

@@ -12,6 +12,7 @@ from cascade.data.sources import read_documents
 from cascade.estimates import flops_of, parent_seconds
 from cascade.evaluation.harness import find_tasks
 from cascade.family import ResolvedMember, resolve_family, run_folder_of
+from cascade.generating import check_generation
 from cascade.inputs import labelled_data, text_data
 from cascade.latencies import find_latencies
 from cascade.models.axes import probe_axes
@@ -23,7 +24,7 @@ from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
-from cascade.teacher.generate import planned
+from cascade.teacher.generate import collect_prompts, planned
 
 _LEAST_SHARE, _LEAST_HOP = 0.1, 2 / 3
 
@@ -52,6 +53,11 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         else:
             size = recipe.data.block_size
             prepare_blocks(text_data(recipe.data), split, tokenizer, block_size=size, max_blocks=1)
+    asked = None
+    if recipe.generate is not None:
+        prompts = collect_prompts(recipe.generate, recipe.data.text_field)
+        check_generation(recipe, recipe.generate, prompts, tokenizer)
+        asked = planned(recipe.generate, len(prompts))
     find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
@@ -68,7 +74,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             "num_parameters": total,
             "flops_per_token": flops_of(recipe, config),
         },
-        "generate": None if recipe.generate is None else planned(recipe.generate, recipe.data.text_field),
+        "generate": asked,
         "proof": proof,
         "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()}
         if dims.vocab_size

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from cascade import parallel
-from cascade.checks import check_family
+from cascade.checks import check_family, require_one_process
 from cascade.classifier import make_fitted
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
@@ -63,6 +63,7 @@ def run_recipe(
     parallel.join()
     folder = run_folder_of(recipe, output)
     check_ownership(folder, recipe)
+    require_one_process(recipe)
     config = parent_config(recipe)
     if parallel.rank() > 0:
         return _follow_run(recipe, folder, config, only)
@@ -99,7 +100,8 @@ def run_generate(
     folder = run_folder_of(recipe, output)
     check_ownership(folder, recipe)
     with locked(folder), RunProgress(console or Console(stderr=True), recipe.name, {}) as progress:
-        write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, [])))
+        if not (folder / "recipe.yaml").exists():
+            write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, [])))
         runner = StageRunner(folder, progress, None, frozenset())
         made = run_generation(runner, recipe, make_parent(runner, recipe), filter_path)
     record: dict[str, Any] = json.loads((made / "provenance.json").read_text())
@@ -253,7 +255,7 @@ def _fitted(runner: StageRunner, recipe: Recipe) -> ModelSource:
         "fit",
         settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
         {
-            "source": data_fingerprint(data),
+            "source": data_fingerprint(data.model_copy(update={"unlabelled": []})),
             "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
         },
         lambda folder, on_step: make_fitted(folder, recipe, on_step),

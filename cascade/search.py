@@ -96,7 +96,7 @@ def search_shape(
 
 def candidate_settings(recipe: Recipe) -> dict[str, Any]:
     """What a candidate's result depends on besides its shape."""
-    distill = recipe.distill.model_dump(exclude={"tokens", *WITHOUT_EFFECT}) if recipe.distill else {}
+    distill = recipe.distill.model_dump(exclude={"tokens", "examples", *WITHOUT_EFFECT}) if recipe.distill else {}
     return recipe.prune.model_dump(exclude={"search"}) | {"distill": distill, "seed": recipe.seed}
 
 

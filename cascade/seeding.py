@@ -6,7 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from cascade.cutting import make_candidate, make_cut, make_layers, make_repaired, make_statistics, statistics_options
+from cascade.cutting import (
+    make_candidate,
+    make_cut,
+    make_layers,
+    make_repaired,
+    make_statistics,
+    selection_size,
+    statistics_options,
+)
 from cascade.distillation.memory import remember
 from cascade.evaluation.evaluate import default_device
 from cascade.family import FoundShape, ResolvedMember
@@ -155,7 +163,7 @@ def _take_layers(
     runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: Path | None
 ) -> Path:
     source = _source(shared, member, seed)
-    selection = recipe.distill.selection_blocks if recipe.distill else 0
+    selection = selection_size(recipe)
     return runner.run(
         member.name,
         "prune",
@@ -174,7 +182,7 @@ def _make_cut(runner: StageRunner, recipe: Recipe, shared: Shared, member: Resol
         | {
             "hidden": member.hidden,
             "dims": member.dims.as_dict(),
-            "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
+            "selection_blocks": selection_size(recipe),
         },
         _cut_inputs(shared, seed, statistics),
         lambda folder, on_step: make_cut(folder, recipe, member, source, statistics, shared.data, shared.teacher()),
@@ -193,7 +201,7 @@ def _make_repaired(
         recipe.prune.repair.model_dump()
         | {
             "batch_size": recipe.calibration.batch_size,
-            "selection_blocks": recipe.distill.selection_blocks if recipe.distill else 0,
+            "selection_blocks": selection_size(recipe),
         },
         {
             "cut": output_digest(cut),

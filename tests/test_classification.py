@@ -316,6 +316,7 @@ def test_classes_that_are_numbers_keep_their_numbers(tmp_path):
         ([[0, 1], [1]], "rows of pixels of different length"),
         ([[[[1]]]], r"expected pixels as \[height\]\[width\]"),
         ([[0, 300]], "pixels from 0 to 300"),
+        ([[0.0, 2.0]], "pixels from 0 to 2"),
         ("missing.png", "no picture that can be read"),
         (7, "neither rows of pixels nor a picture"),
     ],
@@ -344,6 +345,7 @@ def test_pictures_and_numbers_give_the_same_pixels(tmp_path):
         ("distill.examples=null", "distill.examples is missing"),
         ("evaluate.tasks=[hellaswag]", "evaluate.tasks does not go with task: text_classification"),
         ("task=language", "distill.examples: task language counts tokens; give `tokens`"),
+        ("prune.neurons=taylor", "prune.neurons: taylor does not go with task: text_classification"),
         ("task=image_classification", "members: half: image models are not cut"),
     ],
 )

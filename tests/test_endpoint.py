@@ -59,6 +59,7 @@ FAULTS = {
     "no choices": (200, {}, {"choices": []}),
     "a list": (200, {}, [1]),
     "content is a number": (200, {}, {"choices": [{"message": {"content": 3}}]}),
+    "a message that is a text": (200, {}, {"choices": [{"message": "hi"}]}),
 }
 
 
@@ -134,15 +135,50 @@ def test_a_prompt_that_is_refused_does_not_stop_the_others(tmp_path):
 
     with serving(respond) as (url, _):
         wanted, answers = asked(url, tmp_path)
-    reasons = [answers[request.key].finish_reason for request in wanted]
-    assert reasons == ["stop", "stop", "refused", "stop", "stop", "stop"]
+    assert [request.key in answers for request in wanted] == [True, True, False, True, True, True]
+    with serving(echo) as (url, received):
+        asked(url, tmp_path)
+    assert len(received) == 1  # the refused one is asked for again
 
 
-def test_refusals_from_the_start_are_no_matter_of_the_prompts(tmp_path):
-    with serving(lambda body, number: (422, {}, b"unknown field: seed")) as (url, received):
-        with pytest.raises(UserError, match="the first 5 prompts were refused: 422 unknown field: seed"):
+@pytest.mark.parametrize("first", [0, 3])
+def test_refusals_in_a_row_are_no_matter_of_the_prompts(tmp_path, first):
+    def respond(body, number):
+        return echo(body) if number < first else (400, {}, b"your credit balance is too low")
+
+    with serving(respond) as (url, received):
+        with pytest.raises(EndpointError, match="refused 5 prompts in a row: 400 your credit balance is too low"):
             asked(url, tmp_path, count=20, concurrency=1)
-    assert len(received) == 5
+    assert len(received) == first + 5
+    assert len(AnswerLog(tmp_path / "answers.jsonl").answers) == first  # no refusal is kept
+
+
+def test_the_first_reason_to_stop_is_told_though_other_threads_wait(tmp_path):
+    def respond(body, number):
+        if body["messages"][-1]["content"] == "question 0":
+            return 429, {}, b"busy"  # its thread waits in a pause while another one spends the budget
+        return echo(body)
+
+    with serving(respond) as (url, _):
+        started = time.monotonic()
+        with pytest.raises(BudgetSpent, match="budget.requests: 5 is spent"):
+            asked(url, tmp_path, count=20, max_backoff_seconds=60.0, budget={"requests": 5})
+        assert time.monotonic() - started < 20
+
+
+def test_what_is_paid_for_is_counted_even_if_it_cannot_be_used(tmp_path):
+    useless = {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 4}}
+    with serving(lambda body, number: (200, {}, useless) if number == 0 else echo(body)) as (url, _):
+        asked(url, tmp_path, count=1)
+    spent = json.loads((tmp_path / "spending.json").read_text())
+    assert spent == {"requests": 2, "prompt_tokens": 16, "answer_tokens": 11}
+
+
+def test_half_of_a_character_is_no_reason_to_lose_an_answer(tmp_path):
+    body = b'{"choices": [{"message": {"content": "good \\ud83d"}}]}'
+    with serving(lambda asked, number: (200, {}, body)) as (url, _):
+        wanted, answers = asked(url, tmp_path, count=1)
+    assert answers[wanted[0].key].text == "good ?"
 
 
 def test_a_pause_that_is_too_long_ends_the_run_instead(tmp_path):
@@ -166,11 +202,22 @@ def test_an_endpoint_that_is_down_is_named(tmp_path):
         ({"url": "http://169.254.169.254/v1"}, "link-local"),
         ({"url": "https://user:pw@host/v1"}, "no user, password or query"),
         ({"key_env": "NOT_SET_ANYWHERE"}, "the environment variable NOT_SET_ANYWHERE is not set"),
+        ({"key_env": "BROKEN_KEY"}, "BROKEN_KEY holds spaces, line breaks or"),
     ],
 )
-def test_addresses_and_keys_that_cannot_be_right_are_refused_before_anything_is_sent(settings, message):
-    with pytest.raises(UserError, match=message):
+def test_addresses_and_keys_that_cannot_be_right_are_refused_before_anything_is_sent(settings, message, monkeypatch):
+    monkeypatch.setenv("BROKEN_KEY", "sk-abc\nsecond-secret")
+    with pytest.raises(UserError, match=message) as raised:
         check_endpoint(Endpoint(**({"url": "https://host/v1", "model": "m"} | settings)))
+    assert "secret" not in str(raised.value)
+
+
+def test_keys_of_the_body_can_be_left_out_and_ours_cannot_be_taken(tmp_path):
+    with serving(echo) as (url, received):
+        asked(url, tmp_path, count=1, extra_body={"seed": None, "max_completion_tokens": 9})
+    assert "seed" not in received[0][2] and received[0][2]["max_completion_tokens"] == 9
+    with pytest.raises(ValueError, match="`n` cannot be set here"):
+        Endpoint(url=url, model="m", extra_body={"n": 3})
 
 
 def test_a_completion_endpoint_gets_text_and_its_text_is_taken(tmp_path):

@@ -133,12 +133,10 @@ def reasons(settings, texts, **options):
 
 def test_every_filter_drops_what_it_is_for_and_nothing_else():
     good = "the quick brown fox jumps over the lazy dog again"
-    assert reasons(Filters(), [good, "", good.upper() + "\n", "a b c d " * 9]) == [
-        "",
-        "empty",
-        "duplicate",
-        "repetitive",
-    ]
+    assert reasons(Filters(), [good, "", good, "a b c d " * 9]) == ["", "empty", "", "repetitive"]  # of other prompts
+    judged, (one, two) = Filter(Filters()), requests_of(prompts_of(["q"]), 2, {})
+    assert judged.reason_against(one, Answer("k", good, "stop", 1, 1)) == ""
+    assert judged.reason_against(two, Answer("k", good.upper() + "\n", "stop", 1, 1)) == "duplicate"
     assert reasons(Filters(min_words=3, max_words=5), ["one two", "a b c", "a b c d e f"]) == [
         "too short",
         "",
@@ -179,6 +177,10 @@ def test_only_the_answers_count_and_a_truncated_one_does_not_teach_to_stop():
     assert labels[-1] == ids[-1]
     messages[1]["truncated"] = True
     assert conversation_tokens(messages, tokenizer, template=False)[1][-1] == IGNORE_INDEX
+    trimming = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<end>{% endfor %}"
+    tokenizer.chat_template = trimming + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    _, labels = conversation_tokens(messages, tokenizer)
+    assert tokenizer.decode([one for one in labels if one != IGNORE_INDEX]) == "return x"
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}" + (
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
@@ -272,6 +274,48 @@ def test_a_student_learns_from_an_endpoints_answers_through_its_own_chat_templat
     provenance = json.loads(next((folder / "stages").glob("parent.generate-*/provenance.json")).read_text())
     assert provenance["teacher"] == f"big at {url}" and provenance["chat"] is True
     assert (folder / "members" / "small" / "model.safetensors").exists()
+
+
+def test_a_dataset_is_read_back_however_late_its_first_truncated_answer_stands(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"q{n}", "truncated": False},
+                          {"role": "assistant", "content": "word " * 700, "truncated": n == 3999}]} for n in range(4000)]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = TextData("files", {"train": (str(tmp_path / "d.jsonl"),)}, messages_field="messages")
+    assert sum(len(read_documents(data, split)) for split in SPLITS) == 4000
+
+
+def test_every_message_of_a_dataset_has_the_same_keys(teacher, tmp_path):
+    settings = Generate(prompts=["x"], max_new_tokens=4, filters=Filters(max_repetition=1.0))
+    for row in generate(settings, prompts_of(["a", "b", "c"]), tmp_path, teacher=teacher).rows:
+        assert all(set(one) == {"role", "content", "truncated"} for one in row["messages"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("generate.num_prompts=9", "9 prompts are too few: none of them falls to the"),
+        (
+            "generate.endpoint={url: 'http://127.0.0.1:1/v1', model: m}",
+            "the parent's tokenizer has no chat template for it",
+        ),
+        ("generate.chat=true", "the teacher's tokenizer has no chat template"),
+    ],
+)
+def test_the_plan_finds_what_would_make_the_text_useless(tiny_parent, tmp_path, change, message):
+    from cascade.preview import preview
+
+    (tmp_path / "w.yaml").write_text(WRITTEN.format(parent=tiny_parent, numbers=NUMBERS))
+    with pytest.raises(UserError, match=message):
+        preview(load_recipe(tmp_path / "w.yaml", [change]), tmp_path / "run")
+
+
+def test_a_run_goes_on_from_a_generated_text_with_members_of_a_seed_of_their_own(tiny_parent, tmp_path):
+    from cascade.ownership import check_ownership
+
+    (tmp_path / "w.yaml").write_text(WRITTEN.format(parent=tiny_parent, numbers=NUMBERS))
+    recipe = load_recipe(tmp_path / "w.yaml", ["members.0.seed=parent"])
+    run_generate(recipe, output=tmp_path / "run")
+    check_ownership(tmp_path / "run", recipe)
 
 
 def test_no_answer_left_is_said_with_the_reasons(teacher, tmp_path):

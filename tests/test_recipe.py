@@ -50,7 +50,10 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path):
     message = problems(tmp_path, text + "bogus: 1\n")
     assert "r.yaml:8:3: unknown key 'tokns'; did you mean 'tokens'?" in message
     assert "r.yaml:6:14: members.0.target.params: 3 is neither a fraction" in message
-    assert "r.yaml:3:8: data.source: Input should be 'stdlib', 'files', 'hub' or 'generated' (got 'web')" in message
+    assert (
+        "r.yaml:3:8: data.source: Input should be 'stdlib', 'files', 'hub', 'generated' or 'digits' (got 'web')"
+        in message
+    )
     assert "r.yaml:10:1: unknown key 'bogus'" in message
     assert "key 'distill.tokens' is missing" in message
 

@@ -128,6 +128,16 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(monkeypatch, capl
         log({"step": 1, "loss": 1.0})
         log({"step": 2, "loss": 1.0})
     assert sent == [1, 2]
+
+    def open_and_fail_at_the_end(stack, *_):
+        stack.callback(fails, {}, 0)
+        return lambda values, step: None
+
+    monkeypatch.setattr(trackers, "_OPENERS", {"wandb": open_and_fail_at_the_end})
+    with tracked(["wandb"], project="f", run="r", folder=Path(), settings={}) as log:
+        log({"step": 1, "loss": 1.0})
+    assert "one could not be ended: no route" in caplog.text
+    monkeypatch.setattr(trackers, "_OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
     assert caplog.text.count("wandb failed and is left out from here on: no route") == 1
     opened = tracked(["mlflow"], project="f", run="r", folder=Path(), settings={})
     with pytest.raises(UserError, match="mlflow cannot be opened: no route"), opened:

@@ -12,7 +12,7 @@ from cascade.errors import UserError
 def open_image(content: Any, place: str, folder: Path) -> Tensor:
     """float32 [C, H, W].
 
-    Numbers are rows of pixels ([H][W], or [C][H][W]) from 0 to 1, or whole ones from 0 to 255.
+    Numbers are rows of pixels ([H][W], or [C][H][W]): whole ones from 0 to 255, others from 0 to 1.
 
     Raises:
         UserError: it is none of these, or the file cannot be read; `place` is named.
@@ -38,13 +38,16 @@ def open_image(content: Any, place: str, folder: Path) -> Tensor:
 
 def _numbers(content: list[Any], place: str) -> Tensor:
     try:
-        values = torch.tensor(content, dtype=torch.float32)
+        found = torch.tensor(content)
     except (ValueError, TypeError) as error:
         raise UserError(f"{place}: rows of pixels of different length, or no numbers: {error}") from error
+    whole, values = not found.is_floating_point(), found.float()
     values = values[None] if values.ndim == 2 else values
     if values.ndim != 3 or not values.numel():
         raise UserError(f"{place}: expected pixels as [height][width] or [channels][height][width]")
     low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 255:
-        raise UserError(f"{place}: pixels from {low:g} to {high:g}; expected 0 to 1, or 0 to 255")
-    return values / 255 if high > 1 else values
+    if low < 0 or high > (255 if whole else 1):
+        raise UserError(
+            f"{place}: pixels from {low:g} to {high:g}; expected whole numbers to 255, or others from 0 to 1"
+        )
+    return values / 255 if whole else values

@@ -71,9 +71,12 @@ def _templated(messages: Conversation, tokenizer: Any) -> tuple[str, list[tuple[
                 "the parent's chat template writes earlier turns differently once a later one follows (message "
                 f"{number + 1}); what counts cannot be told apart"
             )
-        place = after.find(message["content"], len(before))
-        cut = message.get("truncated") and place >= 0
-        turns.append((len(before), place + len(message["content"]) if cut else len(after)))
+        end = len(after)
+        if message.get("truncated"):  # templates may trim what was said
+            said = message["content"].strip()
+            place = after.find(said, len(before))
+            end = place + len(said) if place >= 0 else len(before)
+        turns.append((len(before), end))
     return whole, turns
 
 

@@ -100,18 +100,18 @@ def belongs(data: TextData, split: str, document: Any, elsewhere: frozenset[str]
     own, text = data.own_splits, _as_text(document)
     if split == "train" or split not in own:
         shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
-        if split_of_text(_asked(document), shares=shares) != split:
+        if split_of_text(opening(document), shares=shares) != split:
             return False
     return text not in elsewhere
 
 
-def _asked(document: Document) -> str:
+def opening(document: Document) -> str:
     """What decides the split: of a conversation all before its first answer; answers to one prompt stay together."""
     if isinstance(document, str):
         return document
-    roles = [one.get("role") if isinstance(one, dict) else None for one in document]
-    before = document[: roles.index("assistant")] if "assistant" in roles else []
-    return _as_text(before or document)
+    said = [(one.get("role"), one.get("content")) if isinstance(one, dict) else (None, one) for one in document]
+    roles = [role for role, _ in said]
+    return json.dumps(said[: roles.index("assistant")] if "assistant" in roles[1:] else said)
 
 
 def _as_text(document: Document) -> str:

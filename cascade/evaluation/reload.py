@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade.errors import RunError
-from cascade.models.architecture import reads_images
+from cascade.models.architecture import image_shape, reads_images
 
 RELOAD_TOLERANCE = 1e-5
 """Largest difference, relative to the largest logit, that counts as the same logits in float32."""
@@ -33,8 +33,7 @@ def write_reference(model: nn.Module, path: Path) -> None:
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     if reads_images(config):
-        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
-        inputs = {"pixel_values": torch.randn(2, config.num_channels, *size, generator=generator)}
+        inputs = {"pixel_values": torch.randn(2, *image_shape(config), generator=generator)}
     else:
         length = min(48, getattr(config, "max_position_embeddings", None) or 48)
         inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}

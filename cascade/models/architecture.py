@@ -117,6 +117,13 @@ def reads_images(config: Any) -> bool:
     return getattr(config, "vocab_size", None) is None and getattr(config, "image_size", None) is not None
 
 
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a model reads."""
+    size = config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(config.num_channels), int(height), int(width)
+
+
 def config_from_values(values: Mapping[str, Any], place: str) -> Any:
     """The transformers config of a `model_type` and its own keys.
 

@@ -16,7 +16,7 @@ from typing import Any
 from transformers.initialization import no_init_weights
 
 from cascade.errors import UserError
-from cascade.models.architecture import build_on_meta, model_from_config, reads_images, require_supported
+from cascade.models.architecture import build_on_meta, image_shape, model_from_config, reads_images, require_supported
 from cascade.models.behaviour import Behaviour, observe
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.models.parts import Axis, Part
@@ -172,7 +172,10 @@ class CountedAxes(ModelAxes):
 
 def _counted(config: Any) -> CountedAxes:
     shapes = [tuple(one.shape) for one in build_on_meta(config).parameters()]
-    positions = (int(config.image_size) // int(getattr(config, "patch_size", 1) or 1)) ** 2
+    patch = getattr(config, "patch_size", None) or 1
+    rows, columns = patch if isinstance(patch, list | tuple) else (patch, patch)
+    _, height, width = image_shape(config)
+    positions = (height // rows) * (width // columns)
     products = positions * sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     nothing = Behaviour({}, frozenset(), frozenset(), frozenset(), {}, {}, False, 0.0)
     return CountedAxes({}, "", {}, nothing, False, sum(math.prod(shape) for shape in shapes), products)

@@ -86,8 +86,8 @@ class Data(Section):
             raise ValueError(
                 f"source {self.source} has splits of its own; remove train, calibration, selection and heldout"
             )
-        if self.source == "generated" and (self.messages_field or self.template != "model"):
-            raise ValueError("source generated knows its messages and template; remove `messages_field` and `template`")
+        if self.source == "generated" and self.messages_field:
+            raise ValueError("source generated knows its messages; remove `messages_field`")
         if [name for name in self.unlabelled if name != "rest"] and self.source != "files":
             raise ValueError("`unlabelled` names files; with another source than files it can only be `rest`")
         if "rest" in self.unlabelled and self.train_examples is None:

@@ -13,7 +13,10 @@ HOW_ASKED = (
 
 
 class Budget(Section):
-    """What may be spent on an endpoint, over all starts of the run together."""
+    """What may be spent on an endpoint, over all starts of the run together.
+
+    Looked at before a request is sent: those under way, `concurrency` at most, are still answered.
+    """
 
     requests: PositiveInt | None = None
     """Requests sent, those that failed and were tried again included."""
@@ -55,10 +58,19 @@ class Endpoint(Section):
     max_backoff_seconds: PositiveFloat = 60.0
     """Longest pause between two tries; a server's Retry-After is kept to as long as it is at most ten times that."""
     extra_body: dict[str, object] = {}
-    """Further keys of every request, such as {reasoning_effort: low}; they win over ours."""
+    """Further keys of every request, such as {reasoning_effort: low}; they win over ours, and null leaves ours out:
+    {max_tokens: null, max_completion_tokens: 512}."""
     allow_http: bool = False
     """Plain http to other machines than this one."""
     budget: Budget = Budget()
+
+    @field_validator("extra_body")
+    @classmethod
+    def _ours(cls, value: dict[str, object]) -> dict[str, object]:
+        taken = sorted(value.keys() & {"model", "messages", "prompt", "n", "stream"})
+        if taken:
+            raise ValueError(f"`{taken[0]}` cannot be set here; one answer a request, and the model by `model`")
+        return value
 
     @field_validator("key_env")
     @classmethod
@@ -78,8 +90,8 @@ class Filters(Section):
     max_repetition: Fraction = 0.5
     """Share of an answer's four-word runs that stood in it before; 1: any."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
-    """exact: the same answer but for case and white space, to whatever prompt; near: three quarters of its five-word
-    runs in an answer that is kept."""
+    """exact: the same answer to the same prompt, but for case and white space; near: three quarters of its five-word
+    runs in one answer that is kept, to whatever prompt."""
     max_perplexity: PositiveFloat | None = None
     """Of the answer after its prompt, by the parent."""
 

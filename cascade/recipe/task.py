@@ -47,6 +47,8 @@ def require_task(recipe: Any) -> None:
         "data.source: digits": data.source == "digits" and recipe.task != "image_classification",
         "evaluate.tasks": recipe.evaluate.tasks,
         "prune.search": recipe.prune.search,
+        f"prune.neurons: {recipe.prune.neurons}": recipe.prune.neurons in ("taylor", "hessian"),
+        f"prune.layers: {recipe.prune.layers}": recipe.prune.layers in ("removal_loss", "contiguous_loss"),
         "distill.on_policy": distill is not None and distill.on_policy,
         "distill.teacher: text": distill is not None and distill.teacher != "parent",
     }
@@ -62,7 +64,7 @@ def require_task(recipe: Any) -> None:
             raise ValueError(
                 f"members: {cut[0]}: image models are not cut; give `config` or `student` instead of `target`"
             )
-        _refuse({"distill.features": asked}, recipe.task)
+        _refuse({"distill.features": asked, "distill.compile": distill is not None and distill.compile}, recipe.task)
 
 
 def _refuse(wrong: dict[str, Any], task: str) -> None:

@@ -61,7 +61,18 @@ def tracked(
                     _logger.warning("distill.trackers: %s failed and is left out from here on: %s", name, error)
                     del logs[name]
 
-        yield log
+        try:
+            yield log
+        finally:
+            _close(stack.pop_all())
+
+
+def _close(stack: ExitStack) -> None:
+    """End what was opened; a tracker that cannot be ended must not cost the training that it watched."""
+    try:
+        stack.close()
+    except Exception as error:
+        _logger.warning("distill.trackers: one could not be ended: %s", error)
 
 
 _Send = Callable[[dict[str, float], int], Any]

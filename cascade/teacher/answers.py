@@ -35,7 +35,7 @@ class Answer:
     key: str
     text: str
     finish_reason: str
-    """'stop', 'length', or 'refused' where the server would not answer this prompt (then `text` says why)."""
+    """'stop', 'length', or 'refused' where the teacher would not answer (then `text` says why)."""
     prompt_tokens: int
     answer_tokens: int
     logprobs: list[Any] | None = None
@@ -76,8 +76,9 @@ class AnswerLog:
         lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            before, self._complete = "" if self._complete else "\n", False  # until it is known to be there
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines if self._complete else "\n" + lines)
+                file.write(before + lines)
                 file.flush()
                 os.fsync(file.fileno())
             self._complete = True

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -30,7 +30,7 @@ _THIS_PROMPT = (400, 413, 422)
 """Answers that may be about the prompt alone: too long, or not wanted."""
 
 _MOST_REFUSED = 5
-"""So many refusals before the first answer are no matter of the prompts."""
+"""So many refusals in a row are no matter of the prompts."""
 
 _MOST_BYTES = 64_000_000
 """Of one answer's body."""
@@ -70,6 +70,10 @@ def check_endpoint(endpoint: Endpoint) -> str:
     key = os.environ.get(endpoint.key_env, "").strip()
     if not key:
         raise UserError(f"generate.endpoint.key_env: the environment variable {endpoint.key_env} is not set")
+    if not all("!" <= letter <= "~" for letter in key):
+        raise UserError(
+            f"generate.endpoint.key_env: {endpoint.key_env} holds spaces, line breaks or other signs; no key"
+        )
     return key
 
 
@@ -81,10 +85,11 @@ def ask(
     *,
     sampling: dict[str, Any],
     on_answer: Callable[[int], None] | None = None,
-) -> None:
+) -> list[Answer]:
     """Ask for every request that the log has no answer to, and append each answer as it comes.
 
-    `on_answer(n)` is called with the number of answers so far.
+    `on_answer(n)` is called with the number of answers so far. Returns the refusals: they are not kept, as their reason
+    may be another than the prompt (an empty account, a model that is not loaded), and asked for again next time.
 
     Raises:
         BudgetSpent, EndpointError: with the first of them no more is sent; what is under way is waited for.
@@ -92,40 +97,43 @@ def ask(
     """
     client = _Client(endpoint, check_endpoint(endpoint), spending, sampling)
     missing = [one for one in wanted if one.key not in log.answers]
-    lock = threading.Lock()
+    done = len(wanted) - len(missing)
     refused: list[Answer] = []
+    lock = threading.Lock()
+
+    def take(answer: Answer, kept: bool) -> None:
+        nonlocal done
+        if kept:
+            log.add([answer])
+        with lock:
+            done += kept
+            client.refused_in_a_row = 0 if kept else client.refused_in_a_row + 1
+            refused.extend([] if kept else [answer])
+            if client.refused_in_a_row >= _MOST_REFUSED:
+                raise EndpointError(f"{client.url}: refused {_MOST_REFUSED} prompts in a row: {answer.text}")
+            if on_answer is not None:
+                on_answer(done)
 
     def one(request: Request) -> None:
         if client.stopped.is_set():
             return
         try:
-            answer = client.answer(request)
-        except BaseException:
-            client.stopped.set()
-            raise
-        with lock:
-            if answer.finish_reason == "refused":
-                refused.append(answer)
-                all_refused = len(refused) >= _MOST_REFUSED and not client.answered
-                if all_refused:
-                    client.stopped.set()
-                    raise UserError(f"generate.endpoint: the first {len(refused)} prompts were refused: {answer.text}")
-            else:
-                client.answered = True
-        log.add([answer])
-        if on_answer is not None:
-            on_answer(sum(one.key in log.answers for one in wanted))
+            found = client.answer(request)
+            if found is not None:
+                take(*found)
+        except BaseException as error:
+            client.fail(error)
 
     with ThreadPoolExecutor(endpoint.concurrency) as pool:
         futures = [pool.submit(one, request) for request in missing]
         try:
-            for future in futures:
-                future.result()
-        except BaseException:
+            wait(futures)
+        except BaseException:  # Ctrl-C: what is under way is waited for, the rest is not begun
             client.stopped.set()
-            for future in futures:
-                future.cancel()
             raise
+    if client.error is not None:
+        raise client.error
+    return refused
 
 
 class _Client:
@@ -134,13 +142,20 @@ class _Client:
     def __init__(self, endpoint: Endpoint, key: str, spending: Spending, sampling: dict[str, Any]) -> None:
         self.endpoint, self.key, self.spending, self.sampling = endpoint, key, spending, sampling
         self.stopped = threading.Event()
-        self.answered = False
-        self.local = threading.local()
+        self.error: BaseException | None = None
+        self.refused_in_a_row = 0
+        self.local, self.lock = threading.local(), threading.Lock()
         path = "chat/completions" if endpoint.api == "chat" else "completions"
         self.url = f"{endpoint.url.rstrip('/')}/{path}"
 
-    def answer(self, request: Request) -> Answer:
-        """One answer, however many tries it takes."""
+    def fail(self, error: BaseException) -> None:
+        """Stop all threads; the first reason is the one that is told."""
+        with self.lock:
+            self.error = self.error or error
+        self.stopped.set()
+
+    def answer(self, request: Request) -> tuple[Answer, bool] | None:
+        """(one answer, whether it is one to keep), however many tries it takes; None if all was stopped meanwhile."""
         retries = random.Random(request.seed)
         for tried in range(self.endpoint.max_retries + 1):
             self.spending.send()
@@ -148,17 +163,14 @@ class _Client:
             if status == 200:
                 found = self._read(request, body)
                 if isinstance(found, Answer):
-                    self.spending.receive(found.prompt_tokens, found.answer_tokens)
-                    return found
+                    return found, True
                 problem = found
             elif status in _THIS_PROMPT:
-                return Answer(request.key, self._said(status, body), "refused", 0, 0)
+                return Answer(request.key, self._said(status, body), "refused", 0, 0), False
             elif status and status not in _AGAIN:
                 raise self._hopeless(status, body)
-            if tried < self.endpoint.max_retries:
-                pause = self._pause(tried, headers, retries)
-                if self.stopped.wait(pause):
-                    raise EndpointError("stopped")
+            if tried < self.endpoint.max_retries and self.stopped.wait(self._pause(tried, headers, retries)):
+                return None
         raise EndpointError(
             f"{self.url}: no answer after {self.endpoint.max_retries + 1} tries; the last: "
             f"{self._clean(problem or self._said(status, body))}"
@@ -168,7 +180,7 @@ class _Client:
         """(status or 0, headers, body, what went wrong on the way)."""
         if not hasattr(self.local, "session"):
             self.local.session = requests.Session()
-            self.local.session.trust_env = False  # no .netrc passwords, no proxies that the recipe does not name
+            self.local.session.auth = lambda request: request  # else a .netrc's password goes along
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         seconds = self.endpoint.timeout_seconds
         deadline = time.monotonic() + seconds
@@ -189,6 +201,8 @@ class _Client:
                     if time.monotonic() > deadline:
                         return 0, {}, b"", f"no whole answer within {seconds:g} seconds"
                 return found.status_code, found.headers, body, ""
+        except (requests.exceptions.InvalidHeader, requests.exceptions.InvalidURL) as error:
+            raise UserError(f"{self.url}: cannot be asked ({type(error).__name__}); look at url and key") from None
         except requests.RequestException as error:
             return 0, {}, b"", f"{type(error).__name__}: {error}"
 
@@ -198,32 +212,37 @@ class _Client:
             asked["messages"] = request.prompt.messages
         else:
             asked["prompt"] = request.prompt.text
-        return asked | self.endpoint.extra_body
+        return {name: value for name, value in (asked | self.endpoint.extra_body).items() if value is not None}
 
     def _read(self, request: Request, body: bytes) -> Answer | str:
-        """The answer, or what is wrong with it."""
+        """The answer, or what is wrong with it; what it has cost is counted either way."""
         try:
             found = json.loads(body)
-        except ValueError as error:
-            return f"not JSON ({error}): {body[:200]!r}"
-        if not isinstance(found, dict) or found.get("error"):
-            return f"an error instead of an answer: {str(found)[:300]}"
+        except (ValueError, RecursionError) as error:
+            return f"not JSON ({error}): {self._clean(body.decode(errors='replace'))[:200]}"
+        shown = self._clean(str(found))[:300]
+        if not isinstance(found, dict):
+            return f"no answer: {shown}"
         choices = found.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
-        if choice is None:
-            return f"no choices in it: {str(found)[:300]}"
-        message = choice.get("message")
-        text = choice.get("text") if self.endpoint.api == "completions" else (message or {}).get("content")
-        if text is None and isinstance(message, dict) and message.get("refusal"):
-            return Answer(request.key, self._clean(str(message["refusal"])), "refused", *self._usage(found, ""))
-        if text is None:
-            text = ""
-        if not isinstance(text, str):
-            return f"its answer is no text: {str(choice)[:300]}"
-        logprobs = choice.get("logprobs")
-        kept = logprobs if isinstance(logprobs, dict) else None
+        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        said = choice.get("message")
+        message: dict[str, Any] = said if isinstance(said, dict) else {}
+        text = choice.get("text") if self.endpoint.api == "completions" else message.get("content")
         reason = str(choice.get("finish_reason") or "stop")
-        return Answer(request.key, text, reason, *self._usage(found, text), [kept] if kept else None)
+        if text is None and message.get("refusal"):
+            text, reason = message["refusal"], "refused"
+        usage = self._usage(found, text if isinstance(text, str) else "")
+        self.spending.receive(*usage)
+        if found.get("error"):
+            return f"an error instead of an answer: {shown}"
+        if text is None and (message or "text" in choice):
+            text = ""  # an answer without a word
+        if not isinstance(text, str):
+            return f"no answer in it: {shown}"
+        logprobs = choice.get("logprobs")
+        # Half of a surrogate pair, where a server has cut an answer, is no text.
+        whole = self._clean(text).encode("utf-8", "replace").decode()
+        return Answer(request.key, whole, reason, *usage, [logprobs] if isinstance(logprobs, dict) else None)
 
     def _usage(self, found: dict[str, Any], text: str) -> tuple[int, int]:
         """Prompt and answer tokens; a server that does not count is taken at four letters a token."""
@@ -265,7 +284,7 @@ class _Client:
         return UserError(f"{self.url}: {said}; look at generate.endpoint.url and model '{self.endpoint.model}'")
 
     def _said(self, status: int, body: bytes) -> str:
-        return self._clean(f"{status} {body[:300].decode(errors='replace')}".strip())
+        return f"{status} {self._clean(body.decode(errors='replace'))[:300]}".strip()
 
     def _clean(self, text: str) -> str:
         return text.replace(self.key, "[key]") if self.key else text

@@ -51,7 +51,7 @@ class Filter:
         keep: Keep | None = None,
     ) -> None:
         self.settings, self.perplexity_of, self.keep = settings, perplexity_of, keep
-        self.exact: set[str] = set()
+        self.exact: set[tuple[str, str]] = set()
         self.runs: dict[int, list[int]] = {}
         self.sizes: list[int] = []
 
@@ -72,7 +72,8 @@ class Filter:
         if repetition(text) > settings.max_repetition:
             return "repetitive"
         plain = " ".join(words).lower()
-        if settings.duplicates != "keep" and plain in self.exact:
+        asked = (request.prompt.id, plain)
+        if settings.duplicates != "keep" and asked in self.exact:
             return "duplicate"
         shingles = _shingles(plain.split()) if settings.duplicates == "near" else []
         if shingles and self._near(shingles):
@@ -82,7 +83,7 @@ class Filter:
             return "perplexity"
         if self.keep is not None and not self.keep(request.prompt.messages, text):
             return "own filter"
-        self.exact.add(plain)
+        self.exact.add(asked)
         for shingle in set(shingles):
             self.runs.setdefault(shingle, []).append(len(self.sizes))
         self.sizes.append(len(set(shingles)))

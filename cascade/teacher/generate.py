@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from cascade.data.sources import opening
+from cascade.data.splits import SPLIT_SHARE, SPLITS, split_of_text
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Generate
-from cascade.teacher.answers import AnswerLog, Request, requests_of
+from cascade.teacher.answers import Answer, AnswerLog, Request, requests_of
 from cascade.teacher.endpoint import ask, check_endpoint
 from cascade.teacher.filters import Filter, Keep, perplexity
 from cascade.teacher.local import write
@@ -63,19 +65,35 @@ def collect_prompts(settings: Generate, text_field: str = "text") -> list[Prompt
     return prompts_of(texts, system=settings.system, count=settings.num_prompts)
 
 
-def planned(settings: Generate, text_field: str = "text") -> dict[str, Any]:
+def require_every_split(prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts so few that training, calibration, selection and held-out text would not all have some.
+
+    Raises:
+        UserError: they are.
+    """
+    shares = {name: SPLIT_SHARE for name in SPLITS if name != "train"}
+    found = {split_of_text(opening([*one.messages, {"role": "assistant"}]), shares=shares) for one in prompts}
+    missing = [name for name in SPLITS if name not in found]
+    if missing:
+        raise UserError(
+            f"generate: {len(prompts)} prompts are too few: none of them falls to the {missing[0]} split, as 3 in 100 "
+            "do; give some hundred"
+        )
+
+
+def planned(settings: Generate, num_prompts: int) -> dict[str, Any]:
     """How much would be asked, of whom, and what the answers may cost at most, without asking.
 
     Raises:
-        UserError: the prompts, the endpoint's address or its key cannot be used.
+        UserError: the endpoint's address or its key cannot be used.
     """
-    prompts, endpoint = collect_prompts(settings, text_field), settings.endpoint
-    most = len(prompts) * settings.answers * settings.max_new_tokens
+    endpoint = settings.endpoint
+    most = num_prompts * settings.answers * settings.max_new_tokens
     if endpoint is not None:
         check_endpoint(endpoint)
     return {
-        "prompts": len(prompts),
-        "answers": len(prompts) * settings.answers,
+        "prompts": num_prompts,
+        "answers": num_prompts * settings.answers,
         "max_new_tokens": settings.max_new_tokens,
         "teacher": settings.teacher if endpoint is None else f"{endpoint.model} at {endpoint.url}",
         "money": 0.0 if endpoint is None else most * endpoint.budget.price_per_million_answer / 1e6,
@@ -142,12 +160,12 @@ def generate(
         if on_step is not None:
             on_step(done, len(wanted))
 
-    money = 0.0
+    money, refused = 0.0, list[Answer]()
     if endpoint is not None:
         spending = Spending(folder / "spending.json", endpoint)
         asked = sampling | {"max_tokens": settings.max_new_tokens}
         try:
-            ask(endpoint, wanted, log, spending, sampling=asked, on_answer=report)
+            refused = ask(endpoint, wanted, log, spending, sampling=asked, on_answer=report)
         except BudgetSpent as error:
             answered = sum(one.key in log.answers for one in wanted)
             if endpoint.budget.when_spent == "stop" or not answered:
@@ -165,13 +183,14 @@ def generate(
             batch_size=settings.batch_size,
             on_answer=report,
         )
-    return _dataset(settings, wanted, log, chat, money, judge, keep)
+    return _dataset(settings, wanted, log, refused, chat, money, judge, keep)
 
 
 def _dataset(
     settings: Generate,
     wanted: Sequence[Request],
     log: AnswerLog,
+    refused: Sequence[Answer],
     chat: bool,
     money: float,
     judge: Teacher | None,
@@ -183,27 +202,22 @@ def _dataset(
         perplexity_of = lambda prompt, text: perplexity(judge.model, judge.tokenizer, prompt, text, chat=own)  # noqa: E731
     judged = Filter(settings.filters, perplexity_of=perplexity_of, keep=keep)
     rows: list[dict[str, Any]] = []
-    dropped: dict[str, int] = {}
+    dropped: dict[str, int] = {"refused": len(refused)} if refused else {}
     answers = [(request, log.answers[request.key]) for request in wanted if request.key in log.answers]
     for request, answer in answers:
         reason = judged.reason_against(request, answer)
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
             continue
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
-        if answer.finish_reason == "length":
-            message["truncated"] = True
-        rows.append(
-            {
-                "messages": [*request.prompt.messages, message],
-                "prompt_id": request.prompt.id,
-                "answer": request.number,
-            }
-            | ({"logprobs": answer.logprobs} if answer.logprobs else {})
-        )
+        # The same keys in every message: readers that learn a file's columns from its start need them.
+        before = [one | {"truncated": False} for one in request.prompt.messages]
+        message = {"role": "assistant", "content": answer.text, "truncated": answer.finish_reason == "length"}
+        row = {"messages": [*before, message], "prompt_id": request.prompt.id, "answer": request.number}
+        rows.append(row)
     if not rows:
         shown = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
-        raise RunError(f"generate: none of {len(answers):,} answers is left ({shown}); look at generate.filters")
+        said = f" The endpoint: {refused[0].text}" if refused else ""
+        raise RunError(f"generate: none of {len(answers):,} answers is left ({shown}); look at generate.filters.{said}")
     spent = {
         "prompt_tokens": sum(answer.prompt_tokens for _, answer in answers),
         "answer_tokens": sum(answer.answer_tokens for _, answer in answers),

@@ -71,7 +71,7 @@ def write(
         written = _batch(model, tokenizer, batch, [ids[one.prompt.id] for one in batch], config)
         log.add([answer for answer in written if answer.key not in log.answers])
         if on_answer is not None:
-            on_answer(sum(one.key in log.answers for one in wanted))
+            on_answer(min(start + batch_size, len(ordered)))
 
 
 def _config(model: Any, tokenizer: Any, sampling: dict[str, Any]) -> GenerationConfig:

@@ -97,7 +97,10 @@ def filled(templates: Sequence[str], values: Mapping[str, Sequence[str]]) -> Ite
     used: set[str] = set()
     for template in templates:
         try:
-            fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+            parsed = [one for one in Formatter().parse(template) if one[1] is not None]
+            if any(form or conversion for _, _, form, conversion in parsed):
+                raise ValueError("only {name} is filled in, without ':' and '!'")
+            fields = {str(name) for _, name, _, _ in parsed}
         except ValueError as error:
             raise UserError(f"generate.templates: {template!r}: {error}; write {{{{ and }}}} for braces") from error
         names = sorted(fields)

@@ -4,8 +4,9 @@ import json
 import threading
 from pathlib import Path
 
-from cascade.errors import RunError
+from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Endpoint
+from cascade.store import write_atomically
 
 
 class BudgetSpent(RunError):
@@ -19,7 +20,10 @@ class Spending:
         self.path, self.budget = path, endpoint.budget
         self.spent = {"requests": 0, "prompt_tokens": 0, "answer_tokens": 0}
         if path.exists():
-            self.spent |= json.loads(path.read_text())
+            try:
+                self.spent |= json.loads(path.read_text())
+            except ValueError as error:
+                raise UserError(f"{path}: damaged ({error}); write there what was spent, or remove it") from error
         self._lock = threading.Lock()
 
     @property
@@ -51,6 +55,4 @@ class Spending:
     def _add(self, more: dict[str, int]) -> None:
         self.spent = {name: value + more.get(name, 0) for name, value in self.spent.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps(self.spent) + "\n")
-        temporary.replace(self.path)
+        write_atomically(self.path, json.dumps(self.spent) + "\n")
