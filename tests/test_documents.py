@@ -113,7 +113,7 @@ def test_blocks_in_which_nothing_counts_are_dropped_and_no_answers_at_all_refuse
     silent, spoken = ([1] * 8, [IGNORE_INDEX] * 8, 8), ([2] * 8, None, 8)
     blocks = pack_tokens([silent, spoken, silent, spoken], block_size=8)
     assert blocks.input_ids[:, 0].tolist() == [2, 2]
-    with pytest.raises(UserError, match="data.train: no token counts for the loss"):
+    with pytest.raises(UserError, match="data.train: no token of [0-9]+ blocks counts for the loss"):
         pack_tokens([silent, silent], block_size=8, name="data.train")
 
 
