@@ -29,10 +29,15 @@ def test_the_recipe_example_is_valid(tmp_path):
     from cascade.recipe.load import load_recipe
     from cascade.yaml_reader import read_yaml, write_yaml
 
-    example, section, other = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
+    example, section, generated, classified, other = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
     (tmp_path / "other.yaml").write_text(other)
     (tmp_path / "mine.yaml").write_text(example + section)
     load_recipe(tmp_path / "mine.yaml")
+    for block in (generated, classified):
+        (tmp_path / "block.yaml").write_text(block)
+        changed = read_yaml(tmp_path / "mine.yaml").data | read_yaml(tmp_path / "block.yaml").data | {"prune": {}}
+        (tmp_path / "changed.yaml").write_text(write_yaml(changed | {"baselines": ["cut"]}))
+        assert load_recipe(tmp_path / "changed.yaml").members
     whole = read_yaml(tmp_path / "mine.yaml").data | read_yaml(tmp_path / "other.yaml").data
     (tmp_path / "mine.yaml").write_text(write_yaml(whole))
     assert [member.name for member in load_recipe(tmp_path / "mine.yaml").members] == [
@@ -40,6 +45,8 @@ def test_the_recipe_example_is_valid(tmp_path):
         "mine-30",
         "wide",
         "other",
+        "new",
+        "shallow",
     ]
 
 

@@ -29,7 +29,9 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name == "distilbert" else name for name in SMALL]
+)
 def test_a_recipe_runs_as_it_is_written_but_smaller(name, tmp_path):
     recipe = load_recipe(RECIPES / f"{name}.yaml", SMALL[name])
     folder = run_recipe(recipe, output=tmp_path / "run")
