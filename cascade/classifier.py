@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from cascade.data.blocks import IGNORE_INDEX
 from cascade.data.examples import Examples, image_examples, read_examples, text_examples
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
@@ -73,8 +72,6 @@ def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     torch.manual_seed(recipe.seed)
     if settings.config:
         tokenizer, model = None, model_from_config(config)
-        if recipe.task == "text_classification":
-            raise UserError("parent.fit.config: a text classifier that is made has no tokenizer; give parent.model")
     else:
         source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
         tokenizer = None if recipe.task == "image_classification" else load_tokenizer(source)
@@ -82,12 +79,11 @@ def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     train, selection = (
         examples_of(recipe, config, split, tokenizer, for_parent=True) for split in ("train", "selection")
     )
-    train = train.rows((train.labels != IGNORE_INDEX).nonzero()[:, 0])
     rate = settings.learning_rate
     distill(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         None,
-        train,
+        train.labelled(),
         num_tokens=settings.examples,
         batch_size=settings.batch_size,
         microbatch_size=settings.microbatch_size,

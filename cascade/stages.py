@@ -13,7 +13,7 @@ from torch import nn
 from cascade import parallel
 from cascade.classifier import examples_of
 from cascade.cutting import feature_loss, load_plans, selection_size, training_options
-from cascade.data.blocks import IGNORE_INDEX, pack_documents, save_blocks
+from cascade.data.blocks import pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.range_test import find_learning_rate
@@ -101,7 +101,7 @@ def make_recovered(
         teacher = _own_teacher(teacher, parent)
     blocks = load_training(data / "train.safetensors")
     if teacher is None and isinstance(blocks, Examples):
-        blocks = blocks.rows((blocks.labels != IGNORE_INDEX).nonzero()[:, 0])  # the others have nothing to say
+        blocks = blocks.labelled()  # the others have nothing to say
     selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
     options = training_options(settings, learning_rate)
     if teacher is None:

@@ -345,6 +345,10 @@ def test_pictures_and_numbers_give_the_same_pixels(tmp_path):
         ("distill.examples=null", "distill.examples is missing"),
         ("evaluate.tasks=[hellaswag]", "evaluate.tasks does not go with task: text_classification"),
         ("task=language", "distill.examples: task language counts tokens; give `tokens`"),
+        (
+            "parent={fit: {examples: 9, config: {model_type: bert}}}",
+            "a text classifier made from nothing has no tokenizer",
+        ),
         ("prune.neurons=taylor", "prune.neurons: taylor does not go with task: text_classification"),
         ("task=image_classification", "members: half: image models are not cut"),
     ],

@@ -41,6 +41,10 @@ class Examples:
         """How many a step's loss is divided by."""
         return len(self)
 
+    def labelled(self) -> "Examples":
+        """Those that have a label."""
+        return self.rows((self.labels != IGNORE_INDEX).nonzero()[:, 0])
+
     def rows(self, rows: Tensor) -> "Examples":
         """The examples of these numbers; of texts only the columns that they fill."""
         tensors = {name: value[rows] for name, value in self.tensors.items()}

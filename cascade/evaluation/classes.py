@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.data.blocks import IGNORE_INDEX
 from cascade.data.examples import Examples
 from cascade.distillation.classes import class_losses
 from cascade.distillation.fused import Objective
+from cascade.evaluation.record import heldout_record
 
 _BINS = 15
 
@@ -26,7 +26,7 @@ def class_metrics(
     Accuracy (chance: always the commonest class), loss in nats, expected calibration error, and with a teacher the KL
     to it and how often both say the same.
     """
-    examples = examples.rows((examples.labels != IGNORE_INDEX).nonzero()[:, 0])
+    examples = examples.labelled()
     ours = class_logits(model, examples, batch_size=batch_size)
     theirs = None if teacher is None else class_logits(teacher, examples, batch_size=batch_size)
     found = class_losses(ours, theirs, examples.labels, Objective())
@@ -66,17 +66,5 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = _BINS) -> floa
 
 def _mean(name: str, values: Tensor, *, higher: bool = False) -> dict[str, Any]:
     count = len(values)
-    return {
-        "task": "heldout",
-        "metric": name,
-        "filter": None,
-        "value": float(values.mean()),
-        "stderr": float(values.std() / math.sqrt(count)) if count > 1 else None,
-        "n": count,
-        "higher_is_better": higher,
-        "chance": None,
-        "num_fewshot": None,
-        "limit": None,
-        "retention": None,
-        "retention_interval": None,
-    }
+    stderr = float(values.std() / math.sqrt(count)) if count > 1 else None
+    return heldout_record(name, float(values.mean()), stderr, count, higher=higher)

@@ -18,6 +18,7 @@ from cascade.distillation.fused import Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
 from cascade.evaluation.classes import class_metrics
+from cascade.evaluation.record import heldout_record
 
 
 def heldout_blocks(
@@ -100,17 +101,4 @@ def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> dict[st
     residuals = (sums - value * tokens) / tokens.mean()
     count = len(sums)
     stderr = float((residuals.square().sum() / (count * (count - 1))).sqrt()) if count > 1 else None
-    return {
-        "task": "heldout",
-        "metric": name,
-        "filter": None,
-        "value": value,
-        "stderr": stderr,
-        "n": int(tokens.sum()),
-        "higher_is_better": higher,
-        "chance": None,
-        "num_fewshot": None,
-        "limit": None,
-        "retention": None,
-        "retention_interval": None,
-    }
+    return heldout_record(name, value, stderr, int(tokens.sum()), higher=higher)

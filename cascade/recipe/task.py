@@ -53,6 +53,8 @@ def require_task(recipe: Any) -> None:
         "distill.teacher: text": distill is not None and distill.teacher != "parent",
     }
     _refuse(wrong, recipe.task)
+    if recipe.task == "text_classification" and parent.fit is not None and parent.fit.config:
+        raise ValueError("parent.fit.config: a text classifier made from nothing has no tokenizer; give parent.model")
     if recipe.task == "image_classification":
         asked = distill is not None and (
             distill.features.hidden not in ("auto", "none")
