@@ -152,6 +152,8 @@ def _key_settings(settings: Generate) -> dict[str, Any]:
     # A budget that only stops changes nothing; one that cuts the answers short does.
     limits = endpoint.budget.model_dump(include={"requests", "tokens", "money"})
     cut = {} if endpoint.budget.when_spent == "stop" else {"budget": limits}
+    if endpoint.top_logprobs is None:
+        asked.pop("top_logprobs")
     return record | {"endpoint": asked | cut}
 
 

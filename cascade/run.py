@@ -36,7 +36,7 @@ from cascade.recipe.schema import Recipe
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import Shared, find_shape
-from cascade.stages import CLASSIFYING, make_data, make_evaluation
+from cascade.stages import CLASSIFYING, make_data, make_evaluation, reads_logprobs
 from cascade.store import append_event, locked, output_digest, write_atomically
 from cascade.yaml_reader import write_yaml
 
@@ -187,6 +187,7 @@ def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared
         )  # fmt: skip
         | {"document_masks": recipe.data.masks_documents}
         | ({"mask_copies": recipe.data.mask_copies, "seed": recipe.seed} if recipe.task == "masked_language" else {})
+        | ({"listed": True} if reads_logprobs(recipe) else {})
         | (_classifying(recipe) if recipe.classifies else {}),
         {name: digests[name] for name in ("source", "parent")},
         lambda folder, on_step: make_data(folder, recipe, parent, tokenizer),

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from cascade import parallel
 from cascade.classifier import examples_of
 from cascade.cutting import feature_loss, load_plans, selection_size, training_options
-from cascade.data.blocks import pack_documents, save_blocks
+from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.range_test import find_learning_rate
@@ -63,7 +63,7 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
     }
     for split, limit in limits.items():
         blocks = prepare_blocks(
-            text_data(data),
+            replace(text_data(data), listed=reads_logprobs(recipe)),
             split,
             tokenizer,
             block_size=data.block_size,
@@ -72,6 +72,11 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
             stream_folder=partial_of(folder),
         )
         save_blocks(as_guessed(recipe, blocks, split, tokenizer), folder / f"{split}.safetensors")
+
+
+def reads_logprobs(recipe: Recipe) -> bool:
+    """Whether the members learn from log-probabilities that came with the text."""
+    return recipe.distill is not None and recipe.distill.teacher == "logprobs"
 
 
 def make_recovered(
@@ -103,6 +108,8 @@ def make_recovered(
     if teacher is None and isinstance(blocks, Examples):
         blocks = blocks.labelled()  # the others have nothing to say
     selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
+    if stage != "distill" and isinstance(blocks, TokenBlocks) and isinstance(selection, TokenBlocks):
+        blocks, selection = replace(blocks, listed=None), replace(selection, listed=None)
     options = training_options(settings, learning_rate)
     if teacher is None:
         options["on_policy"] = None

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import ROOT, make_model
 from endpoint_server import chat_answer, serving
 from hypothesis import given
 from hypothesis import strategies as st
@@ -252,7 +252,8 @@ def test_a_filter_of_ones_own_is_a_function_in_a_file(tiny_parent, tmp_path):
         run_generate(recipe, output=tmp_path / "run", filter_path=f"{tmp_path / 'mine.py'}:even")
 
 
-def test_a_student_learns_from_an_endpoints_answers_through_its_own_chat_template(tiny_parent, tmp_path):
+def test_a_student_learns_from_an_endpoints_answers_through_its_own_chat_template(tiny_parent, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
     from shutil import copytree
 
     parent = copytree(tiny_parent, tmp_path / "parent")
@@ -263,14 +264,24 @@ def test_a_student_learns_from_an_endpoints_answers_through_its_own_chat_templat
         return 200, {}, chat_answer("it is " + body["messages"][-1]["content"] + " " + "so " * (body["seed"] % 3))
 
     with serving(respond) as (url, received):
-        text = WRITTEN.format(parent=parent, numbers=NUMBERS)
-        text = text.replace("max_new_tokens: 24", f"endpoint: {{url: {url}, model: big}}")
-        (tmp_path / "w.yaml").write_text(text)
-        recipe = load_recipe(tmp_path / "w.yaml")
+        prompts = [f"{word} {number}" for word in ("the", "def", "class", "return") for number in range(40)]
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in prompts))
+        smaller = [
+            f"parent={parent}",
+            f"generate.endpoint.url={url}",
+            "generate.endpoint.model=big",
+            f"generate.prompts={tmp_path / 'prompts.jsonl'}",
+            "generate.filters={duplicates: exact}",
+            "data.block_size=16",
+            "members=[{name: small, target: {dims: {num_hidden_layers: 1}}, init: layers}]",
+            "distill={teacher: text, tokens: 128, learning_rate: 3e-3, batch_size: 4, microbatch_size: 4}",
+            "evaluate.heldout_blocks=2",
+        ]
+        recipe = load_recipe(ROOT / "recipes" / "black_box.yaml", smaller)
         folder = run_recipe(recipe, output=tmp_path / "run")
         count = len(received)
         run_recipe(recipe, output=tmp_path / "run")
-    assert count == len(received) == 640
+    assert count == len(received) == 320
     provenance = json.loads(next((folder / "stages").glob("parent.generate-*/provenance.json")).read_text())
     assert provenance["teacher"] == f"big at {url}" and provenance["chat"] is True
     assert (folder / "members" / "small" / "model.safetensors").exists()

@@ -3,11 +3,12 @@
 Shapes: N = blocks, S = block size (tokens), B = batch.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -20,6 +21,33 @@ _T = TypeVar("_T")
 
 IGNORE_INDEX = -100
 """Label of a token that no loss counts (padding, prompts), as in transformers."""
+
+Listed = list[tuple[int, float]]
+"""What a teacher says of one token: ids and their log-probabilities, as far as it is told."""
+
+
+class Tokenized(NamedTuple):
+    """One document."""
+
+    ids: list[int]
+    labels: list[int] | None
+    """None: the ids themselves."""
+    num_bytes: int
+    listed: list[Listed] | None = None
+
+
+@dataclass(frozen=True)
+class ListedTargets:
+    """What a teacher that is not here says of each token; the mass that is not listed is somewhere else."""
+
+    ids: Tensor
+    """int64 [N, S, K] of the token that stands there, as labels are; -1: none."""
+    log_p: Tensor
+    """float32 [N, S, K]; -inf where there is no id."""
+
+    def rows(self, rows: Tensor) -> "ListedTargets":
+        """Of the blocks of these numbers."""
+        return ListedTargets(self.ids[rows], self.log_p[rows])
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,8 @@ class TokenBlocks:
     position_ids: Tensor | None = None
     """int64 [N, S]: each token's place in its document, from the block's start on; None where the documents of a block
     see each other."""
+    listed: ListedTargets | None = None
+    """What a teacher that is not here says of each token, as far as it is told."""
     masked: bool = False
     """Whether labels are for the tokens that stand there (and are hidden in `input_ids`), not for what follows."""
 
@@ -67,7 +97,13 @@ class TokenBlocks:
     def rows(self, rows: Tensor) -> "TokenBlocks":
         """The blocks of these numbers."""
         positions = None if self.position_ids is None else self.position_ids[rows]
-        return TokenBlocks(self.input_ids[rows], self.labels[rows], self.bytes_per_token, positions, self.masked)
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            labels=self.labels[rows],
+            position_ids=positions,
+            listed=None if self.listed is None else self.listed.rows(rows),
+        )
 
     def inputs(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """What a model takes: a document's places start again at 0, which transformers reads as a mask between them."""
@@ -101,7 +137,7 @@ def pack_documents(
     )
 
 
-def encoded(texts: Iterable[str], tokenizer: Any, name: str) -> Iterator[tuple[list[int], None, int]]:
+def encoded(texts: Iterable[str], tokenizer: Any, name: str) -> Iterator[Tokenized]:
     """What `pack_tokens` takes, one document per text: its ids and the end token.
 
     Raises:
@@ -110,7 +146,7 @@ def encoded(texts: Iterable[str], tokenizer: Any, name: str) -> Iterator[tuple[l
     end = end_token(tokenizer, name)
     for some in batched(texts, 256):
         ids = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        yield from (([*own, end], None, len(text.encode())) for own, text in zip(ids, some, strict=True))
+        yield from (Tokenized([*own, end], None, len(text.encode())) for own, text in zip(ids, some, strict=True))
 
 
 def end_token(tokenizer: Any, name: str) -> int:
@@ -128,27 +164,32 @@ def end_token(tokenizer: Any, name: str) -> int:
 
 
 def pack_tokens(
-    documents: Iterable[tuple[list[int], list[int] | None, int]],
+    documents: Iterable[tuple[Any, ...]],
     *,
     block_size: int,
     max_blocks: int | None = None,
     document_masks: bool = False,
     name: str = "text",
 ) -> TokenBlocks:
-    """Blocks of (ids, labels or None for the ids themselves, bytes of text) documents, one after another.
+    """Blocks of `Tokenized` documents (or their parts as a tuple), one after another.
 
     Raises:
         UserError: they do not fill one block, or no token in them counts.
     """
     rows: list[list[int]] = [[], [], []]
     num_bytes = 0
-    for ids, labels, size in documents:
+    listed: list[Listed] = []
+    for document in documents:
+        ids, labels, size, theirs = Tokenized(*document)
         if max_blocks is not None and len(rows[0]) >= max_blocks * block_size:
             break
         append_document(rows, ids, labels)
+        listed += theirs or []
         num_bytes += size
     stream = torch.tensor(rows, dtype=torch.int64).view(3, -1)
-    return blocks_of(stream, num_bytes, block_size, max_blocks, document_masks, name)
+    if listed and len(listed) != stream.shape[1]:
+        raise ValueError("either all documents say what a teacher says of their tokens, or none")
+    return blocks_of(stream, num_bytes, block_size, max_blocks, document_masks, name, listed)
 
 
 def append_document(rows: list[list[int]], ids: list[int], labels: list[int] | None) -> None:
@@ -159,7 +200,13 @@ def append_document(rows: list[list[int]], ids: list[int], labels: list[int] | N
 
 
 def blocks_of(
-    stream: Tensor, num_bytes: int, block_size: int, max_blocks: int | None, document_masks: bool, name: str
+    stream: Tensor,
+    num_bytes: int,
+    block_size: int,
+    max_blocks: int | None,
+    document_masks: bool,
+    name: str,
+    listed: Sequence[Listed] = (),
 ) -> TokenBlocks:
     """A stream [3, T] of ids, labels and places, cut into blocks; those in which no token counts are dropped.
 
@@ -179,7 +226,11 @@ def blocks_of(
         labels = labels.masked_fill(places == 0, IGNORE_INDEX)
         places = from_block_start(places)
     blocks = TokenBlocks(
-        ids, labels, num_bytes / stream.shape[1] if all_count else 0.0, places if document_masks else None
+        ids,
+        labels,
+        num_bytes / stream.shape[1] if all_count else 0.0,
+        places if document_masks else None,
+        _as_targets(listed, count, block_size) if listed else None,
     )
     kept = (labels[:, 1:] != IGNORE_INDEX).any(1).nonzero()[:, 0]
     if len(kept) == 0:
@@ -188,6 +239,16 @@ def blocks_of(
             "conversations have an answer of the assistant"
         )
     return blocks if len(kept) == count else blocks.rows(kept)
+
+
+def _as_targets(listed: Sequence[Listed], count: int, block_size: int) -> ListedTargets:
+    """Lists, one a token, as tensors of `count` blocks."""
+    listed = listed[: count * block_size]
+    width = max(1, max(len(one) for one in listed))
+    padded = [[*one, *[(-1, -math.inf)] * (width - len(one))] for one in listed]
+    ids = torch.tensor([[number for number, _ in one] for one in padded])
+    log_p = torch.tensor([[value for _, value in one] for one in padded])
+    return ListedTargets(ids.view(count, block_size, width), log_p.view(count, block_size, width))
 
 
 def from_block_start(places: Tensor) -> Tensor:
@@ -204,20 +265,26 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
         tensors["labels"] = blocks.labels.to(torch.int32)
     if blocks.position_ids is not None:
         tensors["position_ids"] = blocks.position_ids.to(torch.int32)
+    if blocks.listed is not None:
+        tensors |= {"listed_ids": blocks.listed.ids.to(torch.int32), "listed_log_p": blocks.listed.log_p}
     save_file(tensors, path, metadata={"bytes_per_token": repr(blocks.bytes_per_token), "masked": str(blocks.masked)})
 
 
 def load_blocks(path: Path) -> TokenBlocks:
     """What `save_blocks` wrote."""
     with safe_open(path, framework="pt") as file:
-        found = {name: file.get_tensor(name).to(torch.int64) for name in file.keys()}
-        ids = found["input_ids"]
-        about = file.metadata()
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+        found = {name: tensor.to(torch.int64) for name, tensor in stored.items() if name != "listed_log_p"}
+        ids, about = found["input_ids"], file.metadata()
+        listed = None
+        if "listed_ids" in found:
+            listed = ListedTargets(found["listed_ids"], stored["listed_log_p"])
         return TokenBlocks(
             ids,
             found.get("labels", ids),
             float(about["bytes_per_token"]),
             found.get("position_ids"),
+            listed,
             about.get("masked") == "True",
         )
 

@@ -6,7 +6,8 @@ A conversation is a list of {"role": ..., "content": ...}.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cascade.data.blocks import IGNORE_INDEX, end_token
+from cascade.data.blocks import IGNORE_INDEX, Tokenized, end_token
+from cascade.data.listed import ListedReader
 from cascade.errors import UserError
 
 Conversation = list[dict[str, Any]]
@@ -81,9 +82,14 @@ def _templated(messages: Conversation, tokenizer: Any) -> tuple[str, list[tuple[
 
 
 def chat_documents(
-    conversations: Iterable[Conversation], tokenizer: Any, name: str, *, template: bool = True
-) -> Iterator[tuple[list[int], list[int] | None, int]]:
-    """What `pack_tokens` takes, one document per conversation.
+    conversations: Iterable[Conversation],
+    tokenizer: Any,
+    name: str,
+    *,
+    template: bool = True,
+    listed: ListedReader | None = None,
+) -> Iterator[Tokenized]:
+    """What `pack_tokens` takes, one document per conversation; with what `listed` reads in its last message.
 
     Raises:
         UserError: one is no list of messages, or cannot be written; it is shown.
@@ -105,7 +111,8 @@ def chat_documents(
             ids, labels = conversation_tokens(messages, tokenizer, template=template)
         except UserError as error:
             raise UserError(f"{name}: {error}. The conversation: {str(messages)[:200]}") from error
-        yield ids, labels, sum(len(one["content"].encode()) for one in messages)
+        theirs = None if listed is None else listed.read(messages[-1], ids, labels)
+        yield Tokenized(ids, labels, sum(len(one["content"].encode()) for one in messages), theirs)
 
 
 def _written(messages: Conversation, tokenizer: Any, **options: Any) -> str:

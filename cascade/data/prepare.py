@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cascade.data.blocks import TokenBlocks, pack_documents, pack_tokens
+from cascade.data.listed import ListedReader
 from cascade.data.messages import chat_documents
 from cascade.data.sources import TextData, read_documents
 from cascade.data.streaming import stream_blocks
@@ -41,8 +42,12 @@ def prepare_blocks(
         options: dict[str, Any] = {"block_size": block_size, "max_blocks": limit, "document_masks": document_masks}
         place = name if only is None else f"{name}: {only[0]}"
         if data.messages_field:
-            conversations = chat_documents(documents, tokenizer, place, template=data.chat_template)
-            return pack_tokens(conversations, name=place, **options)
+            listed = ListedReader(tokenizer) if data.listed else None
+            conversations = chat_documents(documents, tokenizer, place, template=data.chat_template, listed=listed)
+            blocks = pack_tokens(conversations, name=place, **options)
+            if listed is not None:
+                listed.require_agreement(place)
+            return blocks
         return pack_documents(documents, tokenizer, name=place, **options)
 
     if data.streaming:

@@ -40,6 +40,8 @@ class TextData:
     """Documents are conversations, in this field, instead of texts."""
     chat_template: bool = True
     """Whether conversations go through the model's template; else their texts follow one another"""
+    listed: bool = False
+    """Whether answers' `top_logprobs` are read as well"""
     weights: tuple[float, ...] = ()
     """Of the files of 'train': shares of its tokens; by their size where not given"""
     streaming: bool = False

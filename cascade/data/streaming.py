@@ -91,8 +91,8 @@ def _tokens(documents: list[Any], data: TextData, tokenizer: Any, split: str) ->
         else encoded(documents, tokenizer, f"data.{split}")
     )
     rows: list[list[int]] = [[], [], []]
-    for ids, labels, _ in pieces:
-        append_document(rows, ids, labels)
+    for one in pieces:
+        append_document(rows, one.ids, one.labels)
     return torch.tensor(rows, dtype=torch.int32).view(3, -1)
 
 

@@ -16,6 +16,7 @@ from cascade.distillation.classes import example_losses
 from cascade.distillation.features import FeatureLoss, Seen
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
+from cascade.distillation.listed import ListedRows
 from cascade.distillation.memory import teacher_hidden
 from cascade.models.architecture import model_class_of
 
@@ -40,6 +41,8 @@ def batch_losses(
     keep: bool = True,
 ) -> BatchLosses:
     """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk.
+
+    Without a teacher what the batch lists of one is learned from, if it does.
 
     Labelled examples are seen as they are. With `keep` what the teacher shows is kept, if it is one that is remembered:
     the batch will be read again.
@@ -72,6 +75,10 @@ def batch_losses(
     if features is not None and teacher is not None:  # in float32, as everything from here on
         all_BS = torch.nn.functional.pad(counts_BS, (0, inputs["input_ids"].shape[1] - counts_BS.shape[1]))
         inside = features.losses(ours, theirs, all_BS, lambda: visible(student, inputs))
+    listed = None
+    if batch.listed is not None and teacher is None:
+        ids, log_p = batch.listed.ids[:, 1:], batch.listed.log_p[:, 1:]
+        listed = ListedRows(*(one.flatten(0, 1).to(device)[counted] for one in (ids, log_p)))
     fused = fused_loss(
         student_ND,
         head_of(student),
@@ -79,6 +86,7 @@ def batch_losses(
         objective,
         teacher_hidden=teacher_ND,
         teacher_head=teacher_head,
+        listed=listed,
     )
     return BatchLosses(fused, inside)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cascade.distillation.divergences import DIVERGENCES, Options
 from cascade.distillation.head import Head
+from cascade.distillation.listed import ListedRows, listed_kl
 from cascade.errors import UserError
 
 CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 25, 1 << 29
@@ -57,11 +58,13 @@ def fused_loss(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
+    listed: ListedRows | None = None,
     chunk_size: int | None = None,
 ) -> FusedLoss:
     """Losses of N tokens from hidden states [N, D]; every target [N] counts: leave masked tokens out before.
 
-    Without a teacher the loss is cross-entropy. Vocabularies of different padding are compared over the common rows.
+    Instead of a teacher there may be what is `listed` of one (`listed_kl`, whatever divergence is named); without
+    either the loss is cross-entropy. Vocabularies of different padding are compared over the common rows.
 
     Raises:
         UserError: an unknown divergence, or a target beyond the common vocabulary.
@@ -77,7 +80,8 @@ def fused_loss(
     head = head.narrowed(vocabulary)
     chunk = chunk_size or chunk_rule(len(targets), vocabulary, hidden.device)
     teacher = None if teacher_hidden is None or teacher_head is None else (teacher_hidden.detach(), teacher_head)
-    loss, tokens = _Fused.apply(hidden, head.weight, head.bias, head, teacher, targets, objective, chunk)  # type: ignore[no-untyped-call]
+    known = teacher if teacher is not None else listed
+    loss, tokens = _Fused.apply(hidden, head.weight, head.bias, head, known, targets, objective, chunk)  # type: ignore[no-untyped-call]
     return FusedLoss(loss, *tokens.unbind())
 
 
@@ -97,7 +101,7 @@ class _Fused(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        teacher: tuple[Tensor, Head] | None,
+        known: tuple[Tensor, Head] | ListedRows | None,
         targets: Tensor,
         objective: Objective,
         chunk: int,
@@ -106,6 +110,8 @@ class _Fused(torch.autograd.Function):
         # Products are taken in the hidden states' dtype (16 bits under autocast), gradients of the weight in float32.
         original, weight, num_tokens = weight.dtype, weight.detach().to(hidden.dtype), len(targets)
         head = replace(head, weight=weight)
+        listed = known if isinstance(known, ListedRows) else None
+        teacher = None if isinstance(known, ListedRows) else known
         if teacher is not None:
             teacher = teacher[0], replace(teacher[1], weight=teacher[1].weight.detach().to(teacher[0].dtype))
         tokens = torch.zeros(4, num_tokens, dtype=torch.float32, device=hidden.device)
@@ -126,6 +132,7 @@ class _Fused(torch.autograd.Function):
                     logits[block],
                     head,
                     None if expected is None or teacher is None else (expected[block], teacher[1]),
+                    None if listed is None else listed.part(part).part(block),
                     targets[part][block],
                     objective,
                     tokens[:, part][:, block],
@@ -140,7 +147,7 @@ class _Fused(torch.autograd.Function):
                 grad_bias += logits.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = original, None if bias is None else bias.dtype
-        weight_of_ce = objective.cross_entropy_weight if teacher is not None else 1.0
+        weight_of_ce = objective.cross_entropy_weight if known is not None else 1.0
         loss = (1 - weight_of_ce) * tokens[0].sum() + weight_of_ce * tokens[1].sum()
         ctx.mark_non_differentiable(tokens)
         return loss, tokens
@@ -187,6 +194,7 @@ def _work(
     logits: Tensor,
     head: Head,
     teacher: tuple[Tensor, Head] | None,
+    listed: ListedRows | None,
     targets: Tensor,
     objective: Objective,
     tokens: Tensor,
@@ -201,6 +209,8 @@ def _work(
         tokens[3] = logits.argmax(-1) == expected.argmax(-1)
         plain = objective.temperature == 1 and objective.divergence == "forward_kl"
         (_forward_kl_in_place if plain else _any_divergence)(logits, expected, targets, objective, tokens)
+    elif listed is not None:
+        listed_kl(logits, listed, targets, objective.cross_entropy_weight, tokens)
     else:
         log_q = torch.log_softmax(logits, -1)
         tokens[1] = -log_q.gather(-1, targets[:, None])[:, 0]

@@ -41,6 +41,11 @@ class Task:
     keep: bool = False
     """Whether the batch will be read again, by another training."""
 
+    @property
+    def taught(self) -> bool:
+        """Whether there is more to learn from than the text."""
+        return self.teacher is not None or (isinstance(self.batch, TokenBlocks) and self.batch.listed is not None)
+
 
 def fitting_step(task: Task, microbatch_size: int, state_folder: Path | None) -> tuple[dict[str, float], int]:
     """(losses, microbatch that fitted): out of memory it is halved, and the step done again from its start.
@@ -132,6 +137,6 @@ def _losses(
             for name, value in found.features.items():
                 loss = loss + scales[name] * value
             (loss * share).backward()
-        for name, summed in sums_of(found, task.teacher is not None).items():
+        for name, summed in sums_of(found, task.taught).items():
             sums[name] = sums.get(name, 0.0) + summed / total_valid
     return parallel.total(sums, next(task.student.parameters()).device)

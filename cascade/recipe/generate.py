@@ -57,6 +57,8 @@ class Endpoint(Section):
     """Of one request, after 408, 409, 429 and 5xx answers, broken connections and answers that cannot be read."""
     max_backoff_seconds: PositiveFloat = 60.0
     """Longest pause between two tries; a server's Retry-After is kept to as long as it is at most ten times that."""
+    top_logprobs: Annotated[int, Field(ge=1, le=20)] | None = None
+    """Ask for the log-probabilities of so many of the likeliest tokens at each place, for distill.teacher: logprobs."""
     extra_body: dict[str, object] = {}
     """Further keys of every request, such as {reasoning_effort: low}; they win over ours, and null leaves ours out:
     {max_tokens: null, max_completion_tokens: 512}."""

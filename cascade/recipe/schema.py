@@ -14,7 +14,7 @@ from cascade.recipe.generate import Generate
 from cascade.recipe.prune import Prune
 from cascade.recipe.section import COMMIT, Fraction, Paths, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
-from cascade.recipe.task import require_task
+from cascade.recipe.task import require_task, require_teacher
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -237,9 +237,7 @@ class Recipe(Section):
             raise ValueError("`generate` and data.source: generated belong together")
         if self.parent.pretrain is not None and self.generate is not None:
             raise ValueError("parent.pretrain reads the texts of data.source; train the parent in a run of its own")
-        if self.distill is not None and self.distill.teacher == "text":
-            if self.distill.on_policy is not None or "ce" in self.baselines:
-                raise ValueError("with distill.teacher: text there is no other loss; remove on_policy and baseline ce")
+        require_teacher(self)
         if self.parent.pretrain is not None and (self.data.messages_field or self.data.streaming):
             raise ValueError("parent.pretrain reads texts, all at once; remove data.messages_field and data.streaming")
         if len(set(self.baselines)) < len(self.baselines):

@@ -69,6 +69,28 @@ def require_task(recipe: Any) -> None:
         _refuse({"distill.features": asked, "distill.compile": distill is not None and distill.compile}, recipe.task)
 
 
+def require_teacher(recipe: Any) -> None:
+    """Refuse what a teacher that is not here cannot do.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    distill, generate = recipe.distill, recipe.generate
+    if distill is None or distill.teacher == "parent":
+        return
+    place = f"distill.teacher: {distill.teacher}"
+    if distill.on_policy is not None:
+        raise ValueError(f"{place}: the parent does not judge; remove on_policy")
+    if distill.teacher == "text":
+        if "ce" in recipe.baselines:
+            raise ValueError(f"{place}: there is no other loss; remove baseline ce")
+        return
+    if generate is None or generate.endpoint is None or generate.endpoint.top_logprobs is None:
+        raise ValueError(f"{place}: it needs generate.endpoint.top_logprobs")
+    if distill.loss != "forward_kl" or distill.temperature != 1:
+        raise ValueError(f"{place}: the likeliest tokens' probabilities allow forward_kl at temperature 1 only")
+
+
 def _refuse(wrong: dict[str, Any], task: str) -> None:
     given = [name for name, value in wrong.items() if value]
     if given:

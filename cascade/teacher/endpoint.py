@@ -21,6 +21,7 @@ import requests
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Endpoint
 from cascade.teacher.answers import Answer, AnswerLog, Request
+from cascade.teacher.logprobs import top_logprobs
 from cascade.teacher.spending import Spending
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -208,10 +209,13 @@ class _Client:
 
     def _body(self, request: Request) -> dict[str, Any]:
         asked: dict[str, Any] = {"model": self.endpoint.model, "seed": request.seed} | self.sampling
+        count = self.endpoint.top_logprobs
         if self.endpoint.api == "chat":
             asked["messages"] = request.prompt.messages
+            asked |= {"logprobs": True, "top_logprobs": count} if count else {}
         else:
             asked["prompt"] = request.prompt.text
+            asked |= {"logprobs": count} if count else {}
         return {name: value for name, value in (asked | self.endpoint.extra_body).items() if value is not None}
 
     def _read(self, request: Request, body: bytes) -> Answer | str:
@@ -240,6 +244,11 @@ class _Client:
         if not isinstance(text, str):
             return f"no answer in it: {shown}"
         logprobs = choice.get("logprobs")
+        if self.endpoint.top_logprobs and text and not top_logprobs([logprobs]):
+            raise UserError(
+                f"{self.url}: the answers come without log-probabilities; leave generate.endpoint.top_logprobs out, "
+                "and give distill.teacher: text"
+            )
         # Half of a surrogate pair, where a server has cut an answer, is no text.
         whole = self._clean(text).encode("utf-8", "replace").decode()
         return Answer(request.key, whole, reason, *usage, [logprobs] if isinstance(logprobs, dict) else None)

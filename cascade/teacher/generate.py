@@ -19,6 +19,7 @@ from cascade.teacher.answers import Answer, AnswerLog, Request, requests_of
 from cascade.teacher.endpoint import ask, check_endpoint
 from cascade.teacher.filters import Filter, Keep, perplexity
 from cascade.teacher.local import write
+from cascade.teacher.logprobs import top_logprobs
 from cascade.teacher.prompts import Prompt, beginnings, filled, prompts_of, read_prompts, stdlib_functions
 from cascade.teacher.spending import BudgetSpent, Spending
 
@@ -151,6 +152,7 @@ def generate(
     who: dict[str, Any] = {"seed": seed, "chat": chat, "max_new_tokens": settings.max_new_tokens} | sampling
     if endpoint is not None:
         who |= endpoint.model_dump(include={"url", "model", "api", "extra_body"})
+        who |= {"top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {}
     elif teacher is not None:
         who |= {"teacher": teacher.digest, "top_k": settings.top_k, "batch_size": settings.batch_size}
     wanted = requests_of(prompts, settings.answers, who)
@@ -210,8 +212,12 @@ def _dataset(
             dropped[reason] = dropped.get(reason, 0) + 1
             continue
         # The same keys in every message: readers that learn a file's columns from its start need them.
-        before = [one | {"truncated": False} for one in request.prompt.messages]
-        message = {"role": "assistant", "content": answer.text, "truncated": answer.finish_reason == "length"}
+        before: list[dict[str, Any]] = [one | {"truncated": False} for one in request.prompt.messages]
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        message["truncated"] = answer.finish_reason == "length"
+        if settings.endpoint is not None and settings.endpoint.top_logprobs:
+            before = [one | {"top_logprobs": ""} for one in before]
+            message["top_logprobs"] = json.dumps(top_logprobs(answer.logprobs))
         row = {"messages": [*before, message], "prompt_id": request.prompt.id, "answer": request.number}
         rows.append(row)
     if not rows:
