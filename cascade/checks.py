@@ -7,10 +7,11 @@ from cascade.distillation.optimizer import require_optimizer
 from cascade.distillation.relations import fitting_heads
 from cascade.errors import UserError
 from cascade.family import ResolvedMember
-from cascade.models.architecture import guesses, is_classifier, model_class_of
+from cascade.models.architecture import build_on_meta, guesses, is_classifier, model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
 from cascade.models.packing import require_document_masks
+from cascade.models.quantised import GROUPS, group_size, is_rounded, require_torchao
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.rotation import require_rotatable
 from cascade.pruning.shape import CUT_DIMS
@@ -25,6 +26,11 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     Raises:
         UserError: the cut is not exact for this architecture, or the blocks are longer than the parent's context.
     """
+    if is_rounded(parent_config):
+        raise UserError(
+            f"parent: {recipe.parent.model}: its weights are rounded already (torchao); give the one it was made from, "
+            "and `finish` for rounded copies"
+        )
     if not recipe.classifies:
         require_context(parent_config, recipe.data.block_size, "data.block_size")
     elif recipe.task == "text_classification":
@@ -38,6 +44,8 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             raise UserError(f"evaluate.at_least: '{name}' is not task/metric of: {', '.join(sorted(known))}")
     if recipe.distill is not None:
         _require_trainable(recipe.distill, parent_config, members)
+    if recipe.finish:
+        _require_roundable(recipe, {"parent": parent_config} | {one.name: one.config for one in members})
     if recipe.prune.hidden == "pca":
         require_rotatable(parent_config, probe_axes(parent_config))
     made = is_classifier(parent_config) if recipe.classifies else model_class_of(parent_config).can_generate()
@@ -79,6 +87,15 @@ def _require_trainable(distill: Distill, parent_config: Any, members: list[Resol
     if distill.features.relations:
         for one in members:
             fitting_heads(distill.features.relation_heads, [one.dims, dims_of(parent_config)])
+
+
+def _require_roundable(recipe: Recipe, configs: dict[str, Any]) -> None:
+    """Refuse now the copies that could not be made of what a run has taken hours for."""
+    require_torchao()
+    for entry in recipe.finish:
+        for name in entry.members or configs:
+            model = build_on_meta(configs[name])
+            group_size(model, least=None if entry.quantise == "int8" else GROUPS[-1], place=f"finish: {name}")
 
 
 def require_context(config: Any, block_size: int, place: str) -> None:

@@ -1,6 +1,8 @@
 """What the commands share: options, and how a result is printed."""
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,9 @@ class CommandGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """As click's own."""
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        for name in ("torchao", "torch.utils._pytree"):  # what they say when they are imported is not about the run
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return super().main(*args, **kwargs)
         except UserError as error:
@@ -54,7 +59,10 @@ class CommandGroup(click.Group):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as a message."""
+    """Ctrl-C as a message; one progress of ours instead of one for each model that is read or written."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     try:
         yield
     except KeyboardInterrupt:

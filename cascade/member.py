@@ -14,12 +14,13 @@ from cascade.models.checkpoint import (
 )
 from cascade.progress import OnStep
 from cascade.publish import FinishedMember, baseline_row
+from cascade.quantising import make_copies
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
 from cascade.runner import StageRunner
 from cascade.seeding import Shared, make_start
-from cascade.stages import make_baseline, make_evaluation, make_rate, make_recovered
+from cascade.stages import evaluation_settings, make_baseline, make_evaluation, make_rate, make_recovered
 from cascade.store import output_digest
 
 
@@ -90,7 +91,9 @@ def make_member(
             reference=distilled / "reference.safetensors",
         ),
     )
-    return FinishedMember(begun.cut, begun.repaired, rate, distilled, evaluation, rows, lineage)
+    checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
+    copies = make_copies(runner, recipe, shared, member.name, checkpoint, output_digest(distilled))
+    return FinishedMember(begun.cut, begun.repaired, rate, distilled, evaluation, rows, lineage, copies=copies)
 
 
 def _expert(recipe: Recipe, shared: Shared) -> nn.Module | None:
@@ -155,22 +158,3 @@ def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]
         "seed": recipe.seed,
         "dtype": recipe.save.dtype,
     }
-
-
-def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[str, Any]:
-    """What an evaluation's key takes from the recipe; the tasks' contents are an input."""
-    heldout = {
-        "heldout_blocks": recipe.evaluate.heldout_blocks,
-        "block_size": recipe.data.block_size,
-        "document_masks": recipe.data.masks_documents,
-        "text_field": recipe.data.text_field,
-        "messages_field": recipe.data.messages_field,
-        "template": recipe.data.template,
-    }
-    if recipe.task != "language":
-        heldout |= {"task": recipe.task, "seed": recipe.seed}
-    if recipe.classifies:
-        heldout |= recipe.data.model_dump(include={"label_field", "image_field", "max_length"})
-    if heldout_only:
-        return heldout
-    return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}

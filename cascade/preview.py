@@ -82,6 +82,11 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "search": recipe.prune.search is not None,
         "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1],
         "members": [_member_record(member, total) for member in members],
+        "copies": [
+            f"{name}-{entry.suffix}"
+            for entry in recipe.finish
+            for name in entry.members or ["parent", *(member.name for member in members)]
+        ],
         "decode_ms": {
             member.name: float(latencies[member.name].milliseconds(probe_axes(member.config), member.dims))
             for member in members
@@ -146,6 +151,8 @@ def preview_text(found: dict[str, Any]) -> str:
     lines.append(
         f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
     )
+    if found["copies"]:
+        lines.append(f"Copies in fewer bits, their time and space not counted above: {', '.join(found['copies'])}.")
     if found["legal_values"]:
         lines.append(
             "Each axis can be cut to: " + "; ".join(f"{k}: {v}" for k, v in found["legal_values"].items()) + "."

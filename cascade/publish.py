@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,19 @@ _NO_SPEED = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_me
 
 
 @dataclass(frozen=True)
+class RoundedCopy:
+    """A copy of a member, or of the parent, in fewer bits."""
+
+    name: str
+    kind: str
+    """int8 or int4"""
+    made: Path
+    evaluation: Path
+    num_tokens: int
+    """Trained with rounded weights; 0: not at all."""
+
+
+@dataclass(frozen=True)
 class FinishedMember:
     """The folders of a member whose stages are all committed."""
 
@@ -43,6 +57,7 @@ class FinishedMember:
     """The folders of the cuts from the parent to it; None where it was not cut from the parent."""
     candidates: list[Row] = field(default_factory=list)
     """Shapes that a search tried."""
+    copies: list[RoundedCopy] = field(default_factory=list)
 
 
 def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
@@ -120,6 +135,52 @@ def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
     }
 
 
+def copy_row(owner: Row, copy: RoundedCopy) -> Row:
+    """The row of a copy, from that of what it is a copy of."""
+    labelled, cumulative = copy.num_tokens, owner["tokens"]["cumulative"] + copy.num_tokens
+    return owner | {
+        "name": copy.name,
+        "role": "quantised",
+        "status": copy.kind,
+        "checkpoint": f"members/{copy.name}",
+        "bytes": weight_bytes(copy.made / CHECKPOINT),
+        "tokens": {"hop": copy.num_tokens, "cumulative": cumulative, "teacher_labelled": labelled},
+        "cost": {
+            "seconds": sum(read_cost(folder)["seconds"] for folder in (copy.made, copy.evaluation)),
+            "flops": None,
+            "money": None,
+        },
+        "stages": {"cut": None, "repaired": None, "recovered": None},
+        "metrics": _read(copy.evaluation / "eval.json")["metrics"],
+        "speed": _speed(copy.evaluation),
+    }
+
+
+def publish_copies(
+    run_folder: Path, recipe_yaml: str, owner: Row, copies: Sequence[RoundedCopy], teacher: Row, parent: ModelSource
+) -> None:
+    """members/NAME of each copy, with its card and results."""
+    for copy in copies:
+        row = copy_row(owner, copy)
+        lineage = {
+            "name": copy.name,
+            "parent": parent.reference,
+            "parent_sha256": fingerprint(parent),
+            "teacher": parent.reference,
+            "seed": None,
+            "copy_of": owner["name"],
+            "quantised": copy.kind,
+            "auto_class": auto_class_of(load_config(ModelSource(copy.made / CHECKPOINT, copy.name))),
+            "tokens": row["tokens"],
+            "stages": {
+                name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
+                for name, folder in (("quantised", copy.made), ("evaluation", copy.evaluation))
+            },
+        }
+        card = member_card(row, teacher, lineage, recipe_yaml)
+        _publish(run_folder / "members" / copy.name, copy.made / CHECKPOINT, copy.evaluation, lineage, card)
+
+
 def publish_member(
     run_folder: Path,
     recipe: Recipe,
@@ -131,7 +192,6 @@ def publish_member(
 ) -> None:
     """members/NAME: the checkpoint with its card, lineage and results, replaced in one step."""
     row = member_row(recipe, members, member, finished)
-    checkpoint = finished.distilled / CHECKPOINT
     lineage = {
         "name": member.name,
         "parent": parent.reference,
@@ -147,17 +207,23 @@ def publish_member(
         },
         "plan": f"stages/{finished.cut.name}/plan.json" if finished.cut else None,
     }
+    recipe_yaml = write_yaml(resolved_recipe(recipe, members))
+    card = member_card(row, teacher, lineage, recipe_yaml)
     final = run_folder / "members" / member.name
+    _publish(final, finished.distilled / CHECKPOINT, finished.evaluation, lineage, card)
+    publish_copies(run_folder, recipe_yaml, row, finished.copies, teacher, parent)
+
+
+def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str, Any], card: str) -> None:
     if is_committed(final) and _read(final / "cascade.json") == lineage:
         return  # the same as an earlier run published; what a user added stays
-    with staged(final, {"stage": "publish", "member": member.name}) as staging:
+    with staged(final, {"stage": "publish", "member": lineage["name"]}) as staging:
         for file in sorted(checkpoint.iterdir()):
             shutil.copyfile(file, staging / file.name)
         for name in ("eval.json", "lm_eval.json"):
-            shutil.copyfile(finished.evaluation / name, staging / name)
+            shutil.copyfile(evaluation / name, staging / name)
         (staging / "cascade.json").write_text(json.dumps(lineage, indent=1) + "\n")
-        recipe_yaml = write_yaml(resolved_recipe(recipe, members))
-        (staging / "README.md").write_text(member_card(row, teacher, lineage, recipe_yaml))
+        (staging / "README.md").write_text(card)
     if not (final / "config.json").is_file():
         raise ReloadError(f"{final}: published without a config.json")
 
@@ -168,15 +234,20 @@ def write_report(
     members: list[ResolvedMember],
     teacher: Row,
     finished: dict[str, FinishedMember],
+    parent_copies: Sequence[RoundedCopy] = (),
 ) -> None:
     """family.json and the reports: rows made now, and those of members that an earlier run finished."""
     rows: dict[str, list[Row]] = _earlier_rows(run_folder, {member.name for member in members})
     for member in members:
         if member.name in finished:
             done = finished[member.name]
-            rows[member.name] = [member_row(recipe, members, member, done), *done.baselines, *done.candidates]
-    order = [rows[member.name] for member in members if member.name in rows]
-    ordered = [row[0] for row in order] + [baseline for row in order for baseline in row[1:]]
+            row = member_row(recipe, members, member, done)
+            copies = [copy_row(row, copy) for copy in done.copies]
+            rows[member.name] = [row, *copies, *done.baselines, *done.candidates]
+    family = [row for member in members for row in rows.get(member.name, [])]
+    family = [*(copy_row(teacher, copy) for copy in parent_copies), *family]
+    order = ("member", "quantised", "baseline", "candidate")
+    ordered = sorted(family, key=lambda row: order.index(row["role"]))  # stable
     verdicts = judge([teacher, *ordered], recipe.evaluate.at_least)
     write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
     write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
@@ -214,7 +285,7 @@ def _earlier_rows(run_folder: Path, names: set[str]) -> dict[str, list[Row]]:
     for row in load_family(run_folder)["rows"]:
         if row["role"] == "member" and row["name"] in names:
             rows[row["name"]] = [row]
-        elif row["role"] in ("baseline", "candidate") and row["name"].rpartition("-")[0] in rows:
+        elif row["role"] in ("quantised", "baseline", "candidate") and row["name"].rpartition("-")[0] in rows:
             rows[row["name"].rpartition("-")[0]].append(row)
     return rows
 

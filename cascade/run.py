@@ -17,7 +17,7 @@ from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folde
 from cascade.generating import reading, run_generation
 from cascade.inputs import data_fingerprint, task_fingerprint
 from cascade.latencies import find_latencies, keep_latencies
-from cascade.member import evaluation_settings, make_member
+from cascade.member import make_member
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -31,12 +31,13 @@ from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import existing_parent, make_converted, make_pretrained, parent_config
 from cascade.progress import RunProgress
 from cascade.pruning.latency import DecodeLatency
-from cascade.publish import FinishedMember, publish_member, teacher_row, write_report
+from cascade.publish import FinishedMember, publish_copies, publish_member, teacher_row, write_report
+from cascade.quantising import make_copies
 from cascade.recipe.schema import Recipe
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import Shared, find_shape
-from cascade.stages import CLASSIFYING, make_data, make_evaluation, reads_logprobs
+from cascade.stages import CLASSIFYING, evaluation_settings, make_data, make_evaluation, reads_logprobs
 from cascade.store import append_event, locked, output_digest, write_atomically
 from cascade.yaml_reader import write_yaml
 
@@ -135,11 +136,14 @@ def _make_family(
         recipe = reading(recipe, run_generation(runner, recipe, parent))
     shared = _prepare(runner, recipe, parent)
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
+    copies = make_copies(runner, recipe, shared, "parent", shared.parent, shared.digests["parent"])
     finished: dict[str, FinishedMember] = {}
     shapes: dict[str, FoundShape] = {}
     writes = parallel.rank() == 0
     if writes:
-        write_report(runner.folder, recipe, members, teacher, finished)
+        recipe_yaml = write_yaml(resolved_recipe(recipe, members))
+        publish_copies(runner.folder, recipe_yaml, teacher, copies, teacher, shared.parent)
+        write_report(runner.folder, recipe, members, teacher, finished, copies)
     for name in [member.name for member in wanted]:
         member = next(member for member in members if member.name == name)
         seed = finished.get(member.seed)
@@ -161,7 +165,7 @@ def _make_family(
             continue
         with runner.progress.stage(member.name, "report"):
             publish_member(runner.folder, recipe, members, member, finished[member.name], teacher, shared.parent)
-            write_report(runner.folder, recipe, members, teacher, finished)
+            write_report(runner.folder, recipe, members, teacher, finished, copies)
 
 
 def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:

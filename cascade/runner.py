@@ -18,7 +18,7 @@ from cascade import __version__, parallel
 from cascade.progress import OnStep, RunProgress
 from cascade.store import COST_FILE, append_event, drop_partials, is_committed, stage_key, staged
 
-STAGES = ("statistics", "prune", "repair", "distill", "evaluate", "report")
+STAGES = ("statistics", "prune", "repair", "distill", "evaluate", "quantise", "report")
 """A member's stages in order, as --from takes them."""
 
 STAGE_FORMATS = {
@@ -40,6 +40,8 @@ STAGE_FORMATS = {
     "heldout-cut": 1,
     "heldout-repaired": 1,
     "heldout-ce": 1,
+    "quantise": 1,
+    "evaluate-quantised": 1,
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
@@ -57,6 +59,7 @@ _MADE_WITH = {
     "heldout-cut": "evaluate",
     "heldout-repaired": "evaluate",
     "heldout-ce": "evaluate",
+    "evaluate-quantised": "quantise",
 }
 
 

@@ -216,6 +216,25 @@ def make_evaluation(
     _write_json(folder / COST_FILE, {"speed": result.speed})
 
 
+def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[str, Any]:
+    """What an evaluation's key takes from the recipe; the tasks' contents are an input."""
+    heldout = {
+        "heldout_blocks": recipe.evaluate.heldout_blocks,
+        "block_size": recipe.data.block_size,
+        "document_masks": recipe.data.masks_documents,
+        "text_field": recipe.data.text_field,
+        "messages_field": recipe.data.messages_field,
+        "template": recipe.data.template,
+    }
+    if recipe.task != "language":
+        heldout |= {"task": recipe.task, "seed": recipe.seed}
+    if recipe.classifies:
+        heldout |= recipe.data.model_dump(include={"label_field", "image_field", "max_length"})
+    if heldout_only:
+        return heldout
+    return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}
+
+
 def make_baseline(
     folder: Path, recipe: Recipe, checkpoint: ModelSource, parent: ModelSource, teacher: nn.Module
 ) -> None:

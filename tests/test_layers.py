@@ -40,6 +40,7 @@ ORDER = [
     "generating",
     "publish",
     "seeding",
+    "quantising",
     "member",
     "run",
     "preview",

@@ -29,11 +29,11 @@ def test_the_recipe_example_is_valid(tmp_path):
     from cascade.recipe.load import load_recipe
     from cascade.yaml_reader import read_yaml, write_yaml
 
-    example, section, generated, classified, other = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
+    example, section, generated, classified, finished, other = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
     (tmp_path / "other.yaml").write_text(other)
     (tmp_path / "mine.yaml").write_text(example + section)
     load_recipe(tmp_path / "mine.yaml")
-    for block in (generated, classified):
+    for block in (generated, classified, finished):
         (tmp_path / "block.yaml").write_text(block)
         changed = read_yaml(tmp_path / "mine.yaml").data | read_yaml(tmp_path / "block.yaml").data | {"prune": {}}
         (tmp_path / "changed.yaml").write_text(write_yaml(changed | {"baselines": ["cut"]}))

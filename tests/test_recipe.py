@@ -102,7 +102,7 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path):
         (
             "distill:\n  tokens: 10_000\n  learning_rate: 1e-3\n",
             "finish: [instruct]\n",
-            "no finishing stage exists yet",
+            "finish",
         ),
         ("learning_rate: 1e-3", "learning_rate: .nan", "learning_rate"),
         ("learning_rate: 1e-3", "learning_rate: 1e400", "learning_rate"),

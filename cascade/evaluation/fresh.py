@@ -64,7 +64,9 @@ def _load(folder: str) -> Any:
     """As its users will: by the Auto class of its kind."""
     kind = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
     auto = next((auto for name, auto in _AUTO.items() if kind.endswith(name)), AutoModelForCausalLM)
-    return auto.from_pretrained(folder).float().eval()
+    model = auto.from_pretrained(folder).eval()
+    # Packed weights compute in the dtype that they are stored with.
+    return model if getattr(model.config, "quantization_config", None) else model.float()
 
 
 def _peak_memory_bytes() -> int:

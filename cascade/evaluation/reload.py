@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cascade.errors import RunError
 from cascade.models.architecture import image_shape, reads_images
+from cascade.models.quantised import is_rounded
 
 RELOAD_TOLERANCE = 1e-5
 """Largest difference, relative to the largest logit, that counts as the same logits in float32."""
@@ -28,7 +29,8 @@ class ReloadError(RunError):
 def write_reference(model: nn.Module, path: Path) -> None:
     """Logits of a model in memory on fixed random ids or pixels, for `check_reload` to compare with.
 
-    `model` holds the values that were saved: rounded to the stored dtype. They are compared in float32.
+    `model` holds the values that were saved: rounded to the stored dtype. They are compared in float32 (those of packed
+    weights as they come).
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +41,9 @@ def write_reference(model: nn.Module, path: Path) -> None:
         inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
     device = next(model.parameters()).device
     with torch.inference_mode():
-        logits: Tensor = model.float()(**{name: value.to(device) for name, value in inputs.items()}).logits
+        # Packed weights compute in the dtype that they are stored with.
+        loaded: Any = model if is_rounded(config) else model.float()
+        logits: Tensor = loaded(**{name: value.to(device) for name, value in inputs.items()}).logits
     save_file(inputs | {"logits": logits.float().cpu().contiguous()}, path)
 
 

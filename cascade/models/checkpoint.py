@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from cascade.errors import UserError
 from cascade.models.architecture import model_class_of
+from cascade.models.quantised import is_rounded, unpacked
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
@@ -97,13 +98,18 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
 
 
 def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model, of the class that its config names, in evaluation mode, in `dtype` whatever it is stored in."""
+    """The model, of the class that its config names, in evaluation mode, in `dtype` whatever it is stored in.
+
+    Weights that torchao has rounded are plain ones here, of the same values.
+    """
     model: nn.Module
     try:
         if source.gguf_file:
             return _load_gguf(source, dtype)
-        model, found = model_class_of(load_config(source)).from_pretrained(
-            source.folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        config = load_config(source)
+        rounded = is_rounded(config)
+        model, found = model_class_of(config).from_pretrained(
+            source.folder, dtype="auto" if rounded else dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"{source.reference}: the model cannot be loaded: {_cause(source, error)}") from error
@@ -113,7 +119,7 @@ def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn
             f"{source.reference}: its weights do not fill its architecture; missing or of another shape: "
             f"{', '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}"
         )
-    return model.eval()
+    return (unpacked(model, dtype) if rounded else model).eval()
 
 
 def load_with_new_head(source: ModelSource, config: Any) -> nn.Module:

@@ -10,11 +10,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cascade.recipe.data import Data
 from cascade.recipe.distill import Distill
+from cascade.recipe.finish import Finish
 from cascade.recipe.generate import Generate
 from cascade.recipe.prune import Prune
 from cascade.recipe.section import COMMIT, Fraction, Paths, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
-from cascade.recipe.task import require_task, require_teacher
+from cascade.recipe.task import require_finish, require_task, require_teacher
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -205,21 +206,14 @@ class Recipe(Section):
     """Every random draw comes from this number."""
     output: str = ""
     """The run directory, from where the command runs; runs/NAME where not given."""
-    finish: list[object] = []
-    """Reserved for stages that run on a copy of a finished member."""
+    finish: list[Finish] = []
+    """What is done to copies of finished members: weights in 8 or 4 bits."""
 
     @field_validator("name")
     @classmethod
     def _safe(cls, value: str) -> str:
         if not NAME.fullmatch(value):
             raise ValueError(f"'{value}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
-        return value
-
-    @field_validator("finish")
-    @classmethod
-    def _not_yet(cls, value: list[object]) -> list[object]:
-        if value:
-            raise ValueError("no finishing stage exists yet; remove `finish`")
         return value
 
     @model_validator(mode="after")
@@ -244,6 +238,7 @@ class Recipe(Section):
             raise ValueError("baselines: one of them stands twice")
         if self.members and self.distill is None:
             raise ValueError("`distill` is missing; members need at least distill.tokens")
+        require_finish(self)
         require_task(self)
         return self
 

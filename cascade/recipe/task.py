@@ -12,7 +12,8 @@ def require_task(recipe: Any) -> None:
     distill, data, parent = recipe.distill, recipe.data, recipe.parent
     budget = "examples" if recipe.classifies else "tokens"
     other = "tokens" if recipe.classifies else "examples"
-    for name, section in (("distill", distill), *((f"members: {one.name}", one) for one in recipe.members)):
+    counting = [("distill", distill), *((f"members: {one.name}", one) for one in recipe.members)]
+    for name, section in [*counting, *((f"finish.{number}", one) for number, one in enumerate(recipe.finish))]:
         if section is not None and getattr(section, other) is not None:
             raise ValueError(f"{name}.{other}: task {recipe.task} counts {budget}; give `{budget}`")
     if distill is not None and getattr(distill, budget) is None:
@@ -66,7 +67,14 @@ def require_task(recipe: Any) -> None:
             raise ValueError(
                 f"members: {cut[0]}: image models are not cut; give `config` or `student` instead of `target`"
             )
-        _refuse({"distill.features": asked, "distill.compile": distill is not None and distill.compile}, recipe.task)
+        _refuse(
+            {
+                "finish": recipe.finish,
+                "distill.features": asked,
+                "distill.compile": distill is not None and distill.compile,
+            },
+            recipe.task,
+        )
 
 
 def require_teacher(recipe: Any) -> None:
@@ -89,6 +97,29 @@ def require_teacher(recipe: Any) -> None:
         raise ValueError(f"{place}: it needs generate.endpoint.top_logprobs")
     if distill.loss != "forward_kl" or distill.temperature != 1:
         raise ValueError(f"{place}: the likeliest tokens' probabilities allow forward_kl at temperature 1 only")
+
+
+def require_finish(recipe: Any) -> None:
+    """Refuse copies of what is not there, twice the same, or with a training that nothing says how to do.
+
+    Raises:
+        ValueError: one of them is asked for.
+    """
+    names = ["parent", *(member.name for member in recipe.members)]
+    made: set[str] = set()
+    for number, entry in enumerate(recipe.finish):
+        unknown = [name for name in entry.members if name not in names]
+        if unknown:
+            raise ValueError(f"finish.{number}.members: unknown '{unknown[0]}'; the recipe has: {', '.join(names)}")
+        for name in entry.members or names:
+            copy = f"{name}-{entry.suffix}"
+            if copy in made or copy in names:
+                raise ValueError(f"finish.{number}: the name {copy} stands twice")
+            made.add(copy)
+        if entry.budget and recipe.distill is None:
+            raise ValueError(f"finish.{number}: a quantisation-aware training needs a `distill` section")
+        if entry.budget and recipe.distill.teacher != "parent":
+            raise ValueError(f"finish.{number}: quantisation-aware, the parent teaches; remove its budget")
 
 
 def _refuse(wrong: dict[str, Any], task: str) -> None:

@@ -28,23 +28,28 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
     }
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     share = row["num_parameters"] / teacher["num_parameters"]
-    origin = f"cut from `{lineage['seed']}`" if lineage["seed"] else "an existing student, not cut"
+    if "quantised" in lineage:
+        made = f"`{lineage['copy_of']}` with weights in {lineage['quantised']} (torchao)"
+        made += f", trained so on {row['tokens']['hop']:,} {unit}." if row["tokens"]["hop"] else ", as they are."
+    else:
+        origin = f"cut from `{lineage['seed']}`" if lineage["seed"] else "an existing student, not cut"
+        made = (
+            f"{origin} and recovered by distillation from `{lineage['parent']}` on {row['tokens']['hop']:,} {unit} "
+            f"({row['tokens']['cumulative']:,} along its chain)."
+        )
     fence = "````"
     return (
         "\n\n".join(
             [
                 f"---\n{head}\n---",
                 f"# {row['name']}",
-                f"{row['num_parameters']:,} parameters ({share:.0%} of its parent), {origin} and recovered by "
-                f"distillation from `{lineage['parent']}` on {row['tokens']['hop']:,} {unit} "
-                f"({row['tokens']['cumulative']:,} along its chain).",
+                f"{row['num_parameters']:,} parameters ({share:.0%} of its parent), {made}",
                 f"```python\nfrom transformers import {auto}{'' if images else ', AutoTokenizer'}\n\n"
                 f'model = {auto}.from_pretrained(".")\n'
                 + ("```" if images else 'tokenizer = AutoTokenizer.from_pretrained(".")\n```'),
                 "## Quality",
                 markdown_table(quality_table([teacher, row])),
-                "## Cut and recovery",
-                markdown_table(stage_table([row])),
+                *([] if "quantised" in lineage else ["## Cut and recovery", markdown_table(stage_table([row]))]),
                 "## Lineage",
                 f"```json\n{json.dumps(lineage, indent=1)}\n```",
                 "## Recipe",

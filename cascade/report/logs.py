@@ -9,7 +9,11 @@ def training_logs(run_folder: Path) -> dict[str, list[dict[str, float]]]:
     logs = {}
     for path in sorted(run_folder.glob("members/*/cascade.json")):
         lineage = json.loads(path.read_text())
-        log = run_folder / lineage["stages"]["distilled"]["folder"] / "log.jsonl"
+        log = (
+            run_folder
+            / lineage["stages"]["quantised" if "quantised" in lineage else "distilled"]["folder"]
+            / "log.jsonl"
+        )
         if log.is_file():
             logs[path.parent.name] = [json.loads(line) for line in log.read_text().splitlines()]
     return logs

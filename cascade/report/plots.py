@@ -115,6 +115,8 @@ def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: b
 def _group(row: Row) -> str:
     if row["role"] in ("teacher", "member"):
         return ""
+    if row["role"] == "quantised":
+        return str(row["status"])
     if row["role"] == "baseline":
         return {"cut only": "without recovery", "cut and repaired": "repaired only"}.get(row["status"], "cross-entropy")
     return "other"

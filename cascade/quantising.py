@@ -1,0 +1,155 @@
+"""Copies of finished members in fewer bits: trained with rounded weights if asked, rounded, evaluated as any row."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from cascade.cutting import selection_size, training_options
+from cascade.data.examples import load_training
+from cascade.distillation.range_test import find_learning_rate
+from cascade.distillation.trainer import distill
+from cascade.estimates import flops_of
+from cascade.evaluation.evaluate import default_device
+from cascade.evaluation.reload import write_reference
+from cascade.models.checkpoint import (
+    CHECKPOINT,
+    ModelSource,
+    copy_companions,
+    load_config,
+    load_model,
+    save_checkpoint,
+    stored_dtype,
+)
+from cascade.models.quantised import load_rounded, round_while_training
+from cascade.progress import OnStep
+from cascade.publish import RoundedCopy
+from cascade.recipe.finish import Finish
+from cascade.recipe.schema import Recipe
+from cascade.runner import StageRunner
+from cascade.seeding import Shared
+from cascade.stages import evaluation_settings, make_evaluation
+from cascade.store import COST_FILE, output_digest, partial_of
+
+
+def make_copies(
+    runner: StageRunner, recipe: Recipe, shared: Shared, owner: str, checkpoint: ModelSource, digest: str
+) -> list[RoundedCopy]:
+    """The copies that the recipe's `finish` asks for of one member, or of the parent; `digest` is its checkpoint's."""
+    wanted = [entry for entry in recipe.finish if not entry.members or owner in entry.members]
+    return [_make_copy(runner, recipe, shared, owner, checkpoint, digest, entry) for entry in wanted]
+
+
+def _make_copy(
+    runner: StageRunner,
+    recipe: Recipe,
+    shared: Shared,
+    owner: str,
+    checkpoint: ModelSource,
+    digest: str,
+    entry: Finish,
+) -> RoundedCopy:
+    settings: dict[str, Any] = {"quantise": entry.quantise, "dtype": recipe.save.dtype}
+    inputs = {"checkpoint": digest}
+    if entry.budget and recipe.distill is not None:
+        training = training_options(recipe.distill, 0.0)
+        settings |= {"budget": entry.budget, "learning_rate": entry.learning_rate, "seed": recipe.seed}
+        settings |= {"training": json.loads(json.dumps(training, default=repr))}
+        inputs |= {"teacher": shared.digests["parent"], "data": shared.digests["data"]}
+    made = runner.run(
+        owner,
+        "quantise",
+        settings,
+        inputs,
+        lambda folder, on_step: make_rounded(
+            folder, recipe, entry, checkpoint, shared.parent, shared.data, shared.teacher, on_step
+        ),
+    )
+    evaluation = runner.run(
+        owner,
+        "evaluate-quantised",
+        evaluation_settings(recipe),
+        shared.digests | {"checkpoint": output_digest(made), "parent_evaluation": output_digest(shared.evaluation)},
+        lambda folder, on_step: make_evaluation(
+            folder,
+            recipe,
+            ModelSource(made / CHECKPOINT, f"{owner}-{entry.suffix}"),
+            teacher=shared.teacher(),
+            parent_evaluation=shared.evaluation,
+            reference=made / "reference.safetensors",
+        ),
+    )
+    return RoundedCopy(f"{owner}-{entry.suffix}", entry.quantise, made, evaluation, entry.budget)
+
+
+def make_rounded(
+    folder: Path,
+    recipe: Recipe,
+    entry: Finish,
+    checkpoint: ModelSource,
+    parent: ModelSource,
+    data: Path,
+    teacher: Callable[[], nn.Module],
+    on_step: OnStep,
+) -> None:
+    """The copy as a checkpoint that transformers reads (with torchao), and logits for the reload gate."""
+    plain, source = load_model(checkpoint), checkpoint.folder
+    dtype = stored_dtype(checkpoint)
+    if recipe.save.dtype != "parent":
+        dtype = getattr(torch, recipe.save.dtype)
+    with TemporaryDirectory() as temporary:
+        if entry.budget:
+            student = load_model(checkpoint).to(default_device())
+            round_while_training(student, entry.quantise)
+            _train(folder, recipe, entry, student, teacher(), data, on_step)
+            plain.load_state_dict(student.state_dict())
+            source = Path(temporary)
+            save_checkpoint(plain, source, companions=None, dtype=dtype)
+            per_token = flops_of(recipe, load_config(parent))
+            (folder / COST_FILE).write_text(json.dumps({"teacher_flops_per_token": per_token}))
+        rounded: Any = load_rounded(source, plain, entry.quantise, dtype)
+    rounded.save_pretrained(folder / CHECKPOINT)
+    copy_companions(checkpoint.folder, folder / CHECKPOINT)
+    write_reference(rounded, folder / "reference.safetensors")
+
+
+def _train(
+    folder: Path, recipe: Recipe, entry: Finish, student: nn.Module, teacher: nn.Module, data: Path, on_step: OnStep
+) -> None:
+    """Recovery with rounded weights, by the recipe's own way; no feature losses, nothing the student writes."""
+    if recipe.distill is None:
+        raise ValueError("a quantisation-aware training needs a distill section")
+    blocks = load_training(data / "train.safetensors")
+    selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
+    options = training_options(recipe.distill, 0.0) | {"on_policy": None, "compiled": False}
+    rate = entry.learning_rate
+    if rate == "auto":
+        own = ("learning_rate", "selection_every", "save_every_minutes", "ema_decay")
+        found = find_learning_rate(
+            student,
+            teacher,
+            blocks,
+            num_tokens=entry.budget,
+            selection=selection,
+            seed=recipe.seed,
+            **{name: value for name, value in options.items() if name not in own},
+        )
+        rate = found.learning_rate
+    metrics = distill(
+        student,
+        teacher,
+        blocks,
+        num_tokens=entry.budget,
+        seed=recipe.seed,
+        selection=selection,
+        log_path=folder / "log.jsonl",
+        state_folder=partial_of(folder),
+        on_step=on_step,
+        **options | {"learning_rate": rate},
+    )
+    found_losses = {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl, "learning_rate": rate}
+    (folder / "losses.json").write_text(json.dumps(found_losses) + "\n")
