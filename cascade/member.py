@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from cascade.evaluating import evaluation_settings, make_baseline, make_evaluation
 from cascade.family import ResolvedMember
 from cascade.models.checkpoint import (
     CHECKPOINT,
@@ -13,14 +14,14 @@ from cascade.models.checkpoint import (
     fingerprint,
 )
 from cascade.progress import OnStep
-from cascade.publish import FinishedMember, baseline_row
 from cascade.quantising import make_copies
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
+from cascade.rows import FinishedMember, baseline_row
 from cascade.runner import StageRunner
 from cascade.seeding import Shared, make_start
-from cascade.stages import evaluation_settings, make_baseline, make_evaluation, make_rate, make_recovered
+from cascade.stages import make_rate, make_recovered
 from cascade.store import output_digest
 
 

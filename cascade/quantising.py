@@ -14,6 +14,7 @@ from cascade.data.examples import load_training
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
 from cascade.estimates import flops_of
+from cascade.evaluating import evaluation_settings, make_evaluation
 from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.reload import write_reference
 from cascade.models.checkpoint import (
@@ -27,12 +28,11 @@ from cascade.models.checkpoint import (
 )
 from cascade.models.quantised import load_rounded, round_while_training
 from cascade.progress import OnStep
-from cascade.publish import RoundedCopy
 from cascade.recipe.finish import Finish
 from cascade.recipe.schema import Recipe
+from cascade.rows import RoundedCopy
 from cascade.runner import StageRunner
 from cascade.seeding import Shared
-from cascade.stages import evaluation_settings, make_evaluation
 from cascade.store import COST_FILE, output_digest, partial_of
 
 

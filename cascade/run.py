@@ -13,6 +13,7 @@ from cascade.checks import check_family, require_one_process
 from cascade.classifier import make_fitted
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
+from cascade.evaluating import evaluation_settings, make_evaluation
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.generating import reading, run_generation
 from cascade.inputs import data_fingerprint, task_fingerprint
@@ -31,13 +32,14 @@ from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import existing_parent, make_converted, make_pretrained, parent_config
 from cascade.progress import RunProgress
 from cascade.pruning.latency import DecodeLatency
-from cascade.publish import FinishedMember, publish_copies, publish_member, teacher_row, write_report
+from cascade.publish import publish_copies, publish_member, write_report
 from cascade.quantising import make_copies
 from cascade.recipe.schema import Recipe
+from cascade.rows import FinishedMember, teacher_row
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import Shared, find_shape
-from cascade.stages import CLASSIFYING, evaluation_settings, make_data, make_evaluation, reads_logprobs
+from cascade.stages import CLASSIFYING, make_data, reads_logprobs
 from cascade.store import append_event, locked, output_digest, write_atomically
 from cascade.yaml_reader import write_yaml
 

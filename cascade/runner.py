@@ -35,7 +35,7 @@ STAGE_FORMATS = {
     "repair": 2,
     "rate": 1,
     "distill": 2,
-    "evaluate": 1,
+    "evaluate": 2,
     "baseline-ce": 2,
     "heldout-cut": 1,
     "heldout-repaired": 1,

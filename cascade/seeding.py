@@ -27,8 +27,8 @@ from cascade.models.checkpoint import (
     require_same_vocabulary,
     resolve_model,
 )
-from cascade.publish import FinishedMember
 from cascade.recipe.schema import Recipe
+from cascade.rows import FinishedMember
 from cascade.runner import StageRunner
 from cascade.search import Candidate, search_shape
 from cascade.starts import make_random

@@ -19,19 +19,15 @@ from cascade.data.prepare import prepare_blocks
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
 from cascade.estimates import flops_of
-from cascade.evaluation.evaluate import default_device, evaluate
-from cascade.evaluation.heldout import heldout_blocks, heldout_examples, heldout_metrics
+from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.reload import write_reference
-from cascade.evaluation.retention import with_retention
 from cascade.family import ResolvedMember
 from cascade.inputs import as_guessed, labelled_data, text_data
-from cascade.models.architecture import reads_images
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
     load_config,
     load_model,
-    load_tokenizer,
     save_checkpoint,
     stored_dtype,
 )
@@ -139,12 +135,12 @@ def make_recovered(
         student = parallel.gathered(student, load_model(start))
     if parallel.rank() > 0:
         return
-    _write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
+    write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
     dtype = stored_dtype(parent) if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
     rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
     write_reference(rounded, folder / "reference.safetensors")
     per_token = flops_of(recipe, load_config(parent)) if teacher is not None else 0.0
-    _write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token})
+    write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token})
 
 
 def make_rate(
@@ -180,68 +176,7 @@ def make_rate(
         features=feature_loss(settings, load_plans(lineage), student, teacher),
         **options,
     )
-    _write_json(folder / "rate.json", {name: value for name, value in asdict(found).items() if name != "seconds"})
-
-
-def make_evaluation(
-    folder: Path,
-    recipe: Recipe,
-    checkpoint: ModelSource,
-    *,
-    teacher: nn.Module | None,
-    parent_evaluation: Path | None,
-    reference: Path | None,
-) -> None:
-    """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json."""
-    settings = recipe.evaluate
-    result = evaluate(
-        checkpoint,
-        tasks=settings.tasks,
-        teacher=teacher,
-        heldout=_heldout(recipe, checkpoint),
-        task_folders=[Path(task_folder) for task_folder in settings.task_folders],
-        limit=settings.limit,
-        num_fewshot=settings.num_fewshot,
-        batch_size=settings.batch_size,
-        reference=reference,
-        seed=recipe.seed,
-    )
-    if parent_evaluation is None:
-        parent: dict[str, Any] = {"metrics": result.metrics, "items": result.items}
-    else:
-        parent = json.loads((parent_evaluation / "eval.json").read_text())
-    metrics = with_retention(result.metrics, parent["metrics"], result.items, parent["items"], seed=recipe.seed)
-    _write_json(folder / "eval.json", {"metrics": metrics, "items": result.items})
-    _write_json(folder / "lm_eval.json", result.raw)
-    _write_json(folder / COST_FILE, {"speed": result.speed})
-
-
-def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[str, Any]:
-    """What an evaluation's key takes from the recipe; the tasks' contents are an input."""
-    heldout = {
-        "heldout_blocks": recipe.evaluate.heldout_blocks,
-        "block_size": recipe.data.block_size,
-        "document_masks": recipe.data.masks_documents,
-        "text_field": recipe.data.text_field,
-        "messages_field": recipe.data.messages_field,
-        "template": recipe.data.template,
-    }
-    if recipe.task != "language":
-        heldout |= {"task": recipe.task, "seed": recipe.seed}
-    if recipe.classifies:
-        heldout |= recipe.data.model_dump(include={"label_field", "image_field", "max_length"})
-    if heldout_only:
-        return heldout
-    return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}
-
-
-def make_baseline(
-    folder: Path, recipe: Recipe, checkpoint: ModelSource, parent: ModelSource, teacher: nn.Module
-) -> None:
-    """Held-out metrics of a model that is only there to be compared with."""
-    model = load_model(checkpoint).to(default_device())
-    metrics = heldout_metrics(model, teacher, _heldout(recipe, parent))
-    _write_json(folder / "eval.json", {"metrics": metrics, "items": {}})
+    write_json(folder / "rate.json", {name: value for name, value in asdict(found).items() if name != "seconds"})
 
 
 def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:
@@ -251,22 +186,8 @@ def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:
     return load_model(parent).to(default_device()).requires_grad_(False)
 
 
-def _heldout(recipe: Recipe, checkpoint: ModelSource) -> Any:
-    config = load_config(checkpoint)
-    tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
-    if recipe.classifies:
-        return heldout_examples(lambda split: examples_of(recipe, config, split, tokenizer))
-    blocks = heldout_blocks(
-        text_data(recipe.data),
-        tokenizer,
-        block_size=recipe.data.block_size,
-        max_blocks=recipe.evaluate.heldout_blocks,
-        document_masks=recipe.data.masks_documents,
-    )
-    return as_guessed(recipe, blocks, "heldout", tokenizer)
-
-
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON, whatever lm-eval has put into it."""
     path.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 

@@ -34,7 +34,8 @@ from cascade.distillation.classes import class_losses
 from cascade.distillation.fused import Objective
 from cascade.distillation.trainer import distill
 from cascade.errors import UserError
-from cascade.evaluation.classes import calibration_error, class_metrics
+from cascade.evaluation.classes import class_metrics
+from cascade.evaluation.tail import calibration_error
 from cascade.preview import preview
 from cascade.recipe.load import load_recipe
 from cascade.run import run_recipe
@@ -256,7 +257,7 @@ def test_metrics_of_a_classifier_are_those_of_its_probabilities():
 
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.5, 0.0]])
     examples = Examples({"index": torch.arange(4)}, torch.tensor([0, 1, 1, 0]))
-    metrics, items = class_metrics(Fixed(logits), Fixed(logits.flip(1)), examples, batch_size=3)
+    metrics, items, _ = class_metrics(Fixed(logits), Fixed(logits.flip(1)), examples, batch_size=3)
     found = {one["metric"]: one for one in metrics}
     assert found["accuracy"]["value"] == 0.75 and items["heldout/accuracy/None"] == [1, 1, 0, 1]
     assert found["accuracy"]["chance"] == 0.5 and found["top1_agreement"]["value"] == 0.0
@@ -276,7 +277,7 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy_bin_by_bin
             gap += abs(float(confidence[inside].mean()) - float((said == labels)[inside].double().mean())) * int(
                 inside.sum()
             )
-    assert calibration_error(logits, labels) == pytest.approx(gap / count, abs=1e-9)
+    assert calibration_error(confidence, (said == labels).double()) == pytest.approx(gap / count, abs=1e-9)
 
 
 def test_examples_are_read_split_and_kept(tmp_path, encoder):

@@ -38,6 +38,8 @@ ORDER = [
     "runner",
     "search",
     "generating",
+    "evaluating",
+    "rows",
     "publish",
     "seeding",
     "quantising",

@@ -29,7 +29,9 @@ def test_the_recipe_example_is_valid(tmp_path):
     from cascade.recipe.load import load_recipe
     from cascade.yaml_reader import read_yaml, write_yaml
 
-    example, section, generated, classified, finished, other = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.S | re.M)
+    example, section, generated, classified, finished, other = re.findall(
+        r"^```yaml\n(.*?)^```", README, flags=re.S | re.M
+    )
     (tmp_path / "other.yaml").write_text(other)
     (tmp_path / "mine.yaml").write_text(example + section)
     load_recipe(tmp_path / "mine.yaml")

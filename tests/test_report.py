@@ -34,7 +34,7 @@ def test_a_browser_renders_the_report_with_its_tables_and_curves(tiny_family, tm
                "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000",
                "--dump-dom", f"file://{tiny_family / 'report.html'}"]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert dom.count("<svg") >= 4 and dom.count("<table") == 4 and "Shapes tried" in dom
+    assert dom.count("<svg") >= 4 and dom.count("<table") == 6 and "Shapes tried" in dom
     for name in ("parent", "big", "small", "small-ce"):
         assert f"<td>{name}</td>" in dom
 
@@ -101,7 +101,7 @@ def test_verdicts_follow_the_metrics_direction_and_say_what_was_not_measured(tin
     assert {one["row"] for one in judge(rows, wanted)} == {"parent", "big", "small"}  # no baselines
     table = verdict_table([found["heldout/loss"] | {"wanted": metric["value"] - metric["stderr"], "good": False}])
     assert table[1][-1] == "no, but within two standard errors"
-    assert "Good enough" in report_markdown("f", rows, list(found.values()))
+    assert "Good enough" in report_markdown("f", rows, [("Good enough", verdict_table(list(found.values())))])
     assert "Good enough" not in report_markdown("f", rows)
 
 

@@ -12,7 +12,7 @@ from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
 from cascade.evaluation.classes import class_metrics
 from cascade.evaluation.harness import run_tasks
-from cascade.evaluation.heldout import heldout_metrics
+from cascade.evaluation.heldout import block_metrics
 from cascade.evaluation.reload import check_reload, start_fresh_process
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
 
@@ -27,6 +27,8 @@ class Evaluation:
     """'task/metric/filter' -> score of each item"""
     raw: dict[str, Any]
     """lm-eval's own result"""
+    tail: dict[str, Any] | None
+    """By decile of the teacher's entropy, and by slice (`long_tail`); None without a teacher"""
     speed: dict[str, float]
     """prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes; empty if not measured"""
 
@@ -60,10 +62,11 @@ def evaluate(
     model = load_model(source).to(default_device())
     metrics: list[dict[str, Any]] = []
     items: dict[str, list[float]] = {}
+    tail: dict[str, Any] | None = None
     if isinstance(heldout, Examples):
-        metrics, items = class_metrics(model, teacher, heldout)
+        metrics, items, tail = class_metrics(model, teacher, heldout)
     elif heldout is not None:
-        metrics = heldout_metrics(model, teacher, heldout)
+        metrics, tail = block_metrics(model, teacher, heldout)
     tokenizer = load_tokenizer(source) if tasks else None
     results = run_tasks(
         model,
@@ -78,7 +81,7 @@ def evaluate(
     speed: dict[str, float] = {}
     if measured:
         speed = check_reload(source.folder, reference)
-    return Evaluation(metrics + results.metrics, items | results.items, results.raw, speed)
+    return Evaluation(metrics + results.metrics, items | results.items, results.raw, tail, speed)
 
 
 def default_device() -> torch.device:

@@ -19,6 +19,7 @@ from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
 from cascade.evaluation.classes import class_metrics
 from cascade.evaluation.record import heldout_record
+from cascade.evaluation.tail import calibration_error, confidences, long_tail
 
 
 def heldout_blocks(
@@ -42,32 +43,36 @@ def heldout_metrics(
     """Metrics of task 'heldout' with standard errors: `block_metrics`, or `class_metrics` of labelled examples."""
     if isinstance(data, Examples):
         return class_metrics(model, teacher, data)[0]
-    return block_metrics(model, teacher, data, batch_size=batch_size)
+    return block_metrics(model, teacher, data, batch_size=batch_size)[0]
 
 
 @torch.no_grad()
 def block_metrics(
     model: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks, *, batch_size: int = 8
-) -> list[dict[str, Any]]:
-    """Loss and KL in nats per token, bits per byte; standard errors over blocks.
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Loss and KL in nats per token, bits per byte, expected calibration error; with a teacher also the long tail.
 
-    Every token counts equally; the blocks' own means only give the standard error.
+    Every token counts equally; the blocks' own means only give the standard error. Slices of the tail are blocks, by
+    their numbers.
     """
     device = next(model.parameters()).device
     columns: dict[str, list[Tensor]] = {"loss": [], "kl_to_teacher": [], "top1_agreement": []}
-    counts = []
+    counts, sure, tail = [], [], []
     for part in blocks.split(batch_size):
         inputs = part.inputs(device)
         targets = part.targets().to(device)
         valid = targets != IGNORE_INDEX
+        ours = part.predicting(last_hidden(model, **inputs, use_cache=False)).float()[valid]
+        theirs, expert = None, None
+        if teacher is not None:
+            theirs, expert = part.predicting(teacher_hidden(teacher, inputs)).float()[valid], head_of(teacher)
         found = fused_loss(
-            part.predicting(last_hidden(model, **inputs, use_cache=False)).float()[valid],
-            head_of(model),
-            targets[valid],
-            Objective(),
-            teacher_hidden=None if teacher is None else part.predicting(teacher_hidden(teacher, inputs)).float()[valid],
-            teacher_head=None if teacher is None else head_of(teacher),
+            ours, head_of(model), targets[valid], Objective(), teacher_hidden=theirs, teacher_head=expert
         )
+        sure.append(confidences(ours, head_of(model), targets[valid]))
+        if theirs is not None and expert is not None:
+            own = fused_loss(theirs, expert, targets[valid], Objective()).cross_entropy
+            tail.append(torch.stack([found.teacher_entropy, own, found.cross_entropy]).cpu())
         values = {"loss": found.cross_entropy}
         if teacher is not None:
             values |= {"kl_to_teacher": found.divergence, "top1_agreement": found.agrees}
@@ -83,16 +88,24 @@ def block_metrics(
         for name, sums in columns.items()
         if sums
     ]
+    right = torch.cat(sure, 1)
+    error = heldout_record("calibration_error", calibration_error(*right), None, right.shape[1], higher=False)
+    metrics.insert(1, error)
+    rest = None
+    if tail:
+        numbers = torch.arange(len(blocks)).repeat_interleave(tokens.long().cpu())
+        entropy, theirs, ours = torch.cat(tail, 1)
+        rest = long_tail(entropy, theirs, ours, numbers, [str(number) for number in range(len(blocks))])
     loss = metrics[0]
     if not blocks.bytes_per_token:
-        return metrics
+        return metrics, rest
     nats_to_bits_per_byte = 1 / (math.log(2) * blocks.bytes_per_token)
     bits = {
         "metric": "bits_per_byte",
         "value": loss["value"] * nats_to_bits_per_byte,
         "stderr": None if loss["stderr"] is None else loss["stderr"] * nats_to_bits_per_byte,
     }
-    return [loss, loss | bits, *metrics[1:]]
+    return [loss, loss | bits, *metrics[1:]], rest
 
 
 def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> dict[str, Any]:

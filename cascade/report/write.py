@@ -8,14 +8,17 @@ from typing import Any
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
 from cascade.report.records import Row, family_csv, family_json, metric_names
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
-from cascade.report.verdicts import Verdict, load_verdicts, verdict_table
+from cascade.report.tail import decile_table, load_tails, slice_table
+from cascade.report.verdicts import load_verdicts, verdict_table
 from cascade.store import write_atomically
+
+Titled = tuple[str, Table]
 
 _NOTES = (
     "Values are followed by their standard error, and by the retention (member - chance) / (parent - chance) with its "
     "95% interval (paired bootstrap over items) where the parent is at least 5 standard errors above chance. "
-    "Held-out losses and KL are nats per token; stages are measured on selection text, results on held-out text. "
-    "Speeds are of a batch of one on this machine's CPU, each in a process of its own."
+    "Held-out losses and KL are nats per token (or example); stages are measured on selection text, results on "
+    "held-out text. Speeds are of a batch of one on this machine's CPU, each in a process of its own."
 )
 
 _STYLE = (
@@ -28,30 +31,30 @@ _STYLE = (
 
 
 def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> None:
-    """Write all four files, each replaced in one step; thresholds' verdicts come from the run directory."""
-    verdicts = load_verdicts(run_folder)
+    """Write all four files, each replaced in one step; verdicts and the long tail come from the run directory."""
+    further = _further_tables(run_folder)
     write_atomically(run_folder / "family.json", family_json(name, rows))
     write_atomically(run_folder / "family.csv", family_csv(rows))
-    write_atomically(run_folder / "report.md", report_markdown(name, rows, verdicts))
-    write_atomically(run_folder / "report.html", report_html(name, rows, curves, verdicts))
+    write_atomically(run_folder / "report.md", report_markdown(name, rows, further))
+    write_atomically(run_folder / "report.html", report_html(name, rows, curves, further))
 
 
-def report_markdown(name: str, rows: list[Row], verdicts: Sequence[Verdict] = ()) -> str:
-    """The tables as Markdown."""
+def report_markdown(name: str, rows: list[Row], further: Sequence[Titled] = ()) -> str:
+    """The tables as Markdown, `further` ones after the quality."""
     parts = [f"# Family {_plain(name)}", _NOTES]
-    for title, table in _tables(rows, verdicts):
+    for title, table in _tables(rows, further):
         parts += [f"## {title}", markdown_table(table)]
     return "\n\n".join(parts) + "\n"
 
 
 def report_html(
-    name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]], verdicts: Sequence[Verdict] = ()
+    name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]], further: Sequence[Titled] = ()
 ) -> str:
     """One HTML file with tables and curves; nothing is loaded from anywhere."""
     family = {"name": name, "rows": rows}
     body = [f"<h1>Family {escape(name)}</h1>", f"<p>{escape(_NOTES)}</p>", "<h2>Size against quality</h2>"]
     body += [f"<figure>{chart}</figure>" for chart in _charts(family)]
-    for title, table in _tables(rows, verdicts):
+    for title, table in _tables(rows, further):
         body += [f"<h2>{escape(title)}</h2>", _html_table(table)]
     chart = candidate_chart(rows)
     if chart:
@@ -66,14 +69,22 @@ def report_html(
     )
 
 
-def _tables(rows: list[Row], verdicts: Sequence[Verdict]) -> list[tuple[str, Table]]:
+def _further_tables(run_folder: Path) -> list[Titled]:
+    """What a run has written besides its rows."""
+    verdicts, tails = load_verdicts(run_folder), load_tails(run_folder)
+    tables = [("Good enough", verdict_table(verdicts))] if verdicts else []
+    if tails:
+        tables += [("The long tail", decile_table(tails)), ("Where most was lost", slice_table(tails))]
+    return tables
+
+
+def _tables(rows: list[Row], further: Sequence[Titled]) -> list[Titled]:
     tables = [
         ("Sizes", size_table(rows)),
         ("Cut and recovery", stage_table(rows)),
         ("Quality", quality_table(rows)),
     ]
-    if verdicts:
-        tables.append(("Good enough", verdict_table(verdicts)))
+    tables += further
     shapes = shape_table(rows)
     return [*tables, ("Shapes tried", shapes)] if len(shapes) > 1 else tables
 

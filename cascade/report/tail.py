@@ -1,0 +1,46 @@
+"""The long tail in the report: losses by the teacher's difficulty, and the slices that lost most."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cascade.report.tables import Table
+
+TAIL = "tail.json"
+
+Tails = Mapping[str, dict[str, Any]]
+"""Row's name -> its `long_tail`."""
+
+
+def load_tails(run_folder: Path) -> dict[str, dict[str, Any]]:
+    """What a run wrote; nothing where it has no members yet."""
+    path = run_folder / TAIL
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def decile_table(tails: Tails) -> Table:
+    """Each row's loss in each tenth of the held-out text, the teacher's surest first; the teacher's own loss below."""
+    if not tails:
+        return []
+    most = max(len(tail["deciles"]) for tail in tails.values())
+    table = [
+        ["loss where the teacher is …", "surest", *[str(number) for number in range(2, most)], "least sure"][: most + 1]
+    ]
+    for number, (name, tail) in enumerate(tails.items()):
+        if number == 0:
+            table.append(["teacher's entropy", *(f"{one['entropy']:.3f}" for one in tail["deciles"])])
+            table.append(["teacher", *(f"{one['teacher_loss']:.3f}" for one in tail["deciles"])])
+        table.append([name, *(f"{one['loss']:.3f}" for one in tail["deciles"])])
+    return table
+
+
+def slice_table(tails: Tails) -> Table:
+    """The slices on which each row has lost most against the teacher, with how they begin."""
+    table = [["", "slice", "loss", "teacher", "tokens or examples"]]
+    for name, tail in tails.items():
+        for one in tail["slices"]:
+            counted = f"{one['count']:,}"
+            table.append([name, one["slice"], f"{one['loss']:.3f}", f"{one['teacher_loss']:.3f}", counted])
+    return table

@@ -1,0 +1,180 @@
+"""Rows of family.json from the folders of finished stages."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cascade.family import ResolvedMember
+from cascade.models.axes import probe_axes
+from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_config
+from cascade.models.dims import dims_of
+from cascade.recipe.schema import Recipe
+from cascade.report.records import Row
+from cascade.runner import read_cost
+
+_BASELINES = {"cut": "cut only", "repaired": "cut and repaired", "ce": "cross-entropy"}
+
+
+_NO_SPEED = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None}
+
+
+@dataclass(frozen=True)
+class RoundedCopy:
+    """A copy of a member, or of the parent, in fewer bits."""
+
+    name: str
+    kind: str
+    """int8 or int4"""
+    made: Path
+    evaluation: Path
+    num_tokens: int
+    """Trained with rounded weights; 0: not at all."""
+
+
+@dataclass(frozen=True)
+class FinishedMember:
+    """The folders of a member whose stages are all committed."""
+
+    cut: Path | None
+    repaired: Path | None
+    rate: Path | None
+    """The search for the learning rate."""
+    distilled: Path
+    evaluation: Path
+    baselines: list[Row]
+    lineage: list[Path] | None
+    """The folders of the cuts from the parent to it; None where it was not cut from the parent."""
+    candidates: list[Row] = field(default_factory=list)
+    """Shapes that a search tried."""
+    copies: list[RoundedCopy] = field(default_factory=list)
+
+
+def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
+    """The parent's row."""
+    config = load_config(parent)
+    axes, dims = probe_axes(config), dims_of(config)
+    cost = read_cost(evaluation)
+    return {
+        "name": "parent",
+        "role": "teacher",
+        "status": "done",
+        "seed": None,
+        "checkpoint": None,
+        "dims": dims.as_dict(),
+        "num_parameters": int(axes.num_parameters(dims)),
+        "num_parameters_non_embedding": int(axes.num_parameters_non_embedding(dims)),
+        "bytes": weight_bytes(parent.folder),
+        "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
+        "cost": {"seconds": cost["seconds"], "flops": None, "money": None},
+        "stages": {"cut": None, "repaired": None, "recovered": None},
+        "metrics": read_json(evaluation / "eval.json")["metrics"],
+        "speed": _speed(evaluation),
+    }
+
+
+def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMember, finished: FinishedMember) -> Row:
+    """A finished member's row."""
+    stages = (finished.cut, finished.repaired, finished.rate, finished.distilled, finished.evaluation)
+    folders = [folder for folder in stages if folder]
+    teacher_flops = read_cost(finished.distilled)["teacher_flops_per_token"]
+    chain, seed = member.num_tokens, member.seed
+    by_name = {other.name: other for other in members}
+    while seed in by_name:
+        chain += by_name[seed].num_tokens
+        seed = by_name[seed].seed
+    return _row(member, "member", "done") | {
+        "checkpoint": f"members/{member.name}",
+        "bytes": weight_bytes(finished.distilled / CHECKPOINT),
+        "tokens": {"hop": member.num_tokens, "cumulative": chain, "teacher_labelled": _labelled(recipe, member)},
+        "cost": {
+            "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
+            "flops": member.num_tokens * (3 * member.flops_per_token + teacher_flops),
+            "money": None,
+        },
+        "stages": {
+            "cut": read_json(finished.cut / "losses.json") if finished.cut else None,
+            "repaired": read_json(finished.repaired / "losses.json") if finished.repaired else None,
+            "recovered": read_json(finished.distilled / "losses.json"),
+        },
+        "metrics": read_json(finished.evaluation / "eval.json")["metrics"],
+        "speed": _speed(finished.evaluation),
+    }
+
+
+def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
+    """A row to compare a member with, from its evaluation's folder and, if trained, its training's.
+
+    Its weights stay inside the run. Tokens count from the cut that the member itself starts from.
+    """
+    tokens = member.num_tokens if kind == "ce" else 0
+    return _row(member, "baseline", _BASELINES[kind]) | {
+        "name": f"{member.name}-{kind}",
+        "tokens": {"hop": tokens, "cumulative": tokens, "teacher_labelled": 0},
+        "cost": {
+            "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
+            "flops": tokens * 3 * member.flops_per_token,
+            "money": None,
+        },
+        "metrics": read_json(folders[0] / "eval.json")["metrics"],
+    }
+
+
+def copy_row(owner: Row, copy: RoundedCopy) -> Row:
+    """The row of a copy, from that of what it is a copy of."""
+    labelled, cumulative = copy.num_tokens, owner["tokens"]["cumulative"] + copy.num_tokens
+    return owner | {
+        "name": copy.name,
+        "role": "quantised",
+        "status": copy.kind,
+        "checkpoint": f"members/{copy.name}",
+        "bytes": weight_bytes(copy.made / CHECKPOINT),
+        "tokens": {"hop": copy.num_tokens, "cumulative": cumulative, "teacher_labelled": labelled},
+        "cost": {
+            "seconds": sum(read_cost(folder)["seconds"] for folder in (copy.made, copy.evaluation)),
+            "flops": None,
+            "money": None,
+        },
+        "stages": {"cut": None, "repaired": None, "recovered": None},
+        "metrics": read_json(copy.evaluation / "eval.json")["metrics"],
+        "speed": _speed(copy.evaluation),
+    }
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _labelled(recipe: Recipe, member: ResolvedMember) -> int:
+    """Tokens whose probabilities the teacher has given."""
+    return member.num_tokens if recipe.distill and recipe.distill.teacher == "parent" else 0
+
+
+def _row(member: ResolvedMember, role: str, status: str) -> Row:
+    return {
+        "name": member.name,
+        "role": role,
+        "status": status,
+        "seed": member.seed or None,
+        "checkpoint": None,
+        "dims": member.dims.as_dict(),
+        "num_parameters": member.num_parameters,
+        "num_parameters_non_embedding": member.num_parameters_non_embedding,
+        "bytes": None,
+        "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
+        "cost": {"seconds": None, "flops": None, "money": None},
+        "stages": {"cut": None, "repaired": None, "recovered": None},
+        "metrics": [],
+        "speed": _NO_SPEED,
+    }
+
+
+def _speed(evaluation: Path) -> dict[str, Any]:
+    measured = read_cost(evaluation).get("speed", {})
+    return {name: measured.get(name) for name in _NO_SPEED}
+
+
+def read_json(path: Path) -> Any:
+    """What a stage has written."""
+    return json.loads(path.read_text())
