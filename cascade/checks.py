@@ -7,6 +7,7 @@ from cascade.distillation.optimizer import require_optimizer
 from cascade.distillation.relations import fitting_heads
 from cascade.errors import UserError
 from cascade.family import ResolvedMember
+from cascade.inputs import production_fingerprint
 from cascade.models.architecture import build_on_meta, guesses, is_classifier, model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
@@ -44,6 +45,7 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             raise UserError(f"evaluate.at_least: '{name}' is not task/metric of: {', '.join(sorted(known))}")
     if recipe.distill is not None:
         _require_trainable(recipe.distill, parent_config, members)
+    production_fingerprint(recipe.data)  # that its files are there
     if recipe.finish:
         _require_roundable(recipe, {"parent": parent_config} | {one.name: one.config for one in members})
     if recipe.prune.hidden == "pca":

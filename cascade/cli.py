@@ -64,6 +64,7 @@ def run(
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
     from cascade import parallel
+    from cascade.report.production import load_drift, wrong_diet
     from cascade.report.records import load_family
     from cascade.report.tables import plain_table, quality_table, size_table
     from cascade.report.verdicts import load_verdicts, verdict_table
@@ -71,18 +72,17 @@ def run(
 
     with interruptible():
         folder = run_recipe(loaded, output=output, only=only, from_stage=from_stage)
-    first = parallel.rank() == 0
+    others = parallel.rank() > 0
     parallel.leave()
-    if not first:
+    if others:
         return
-    family = load_family(folder)
+    family, verdicts = load_family(folder), load_verdicts(folder)
     if as_json:
-        click.echo(json.dumps({"run": str(folder), "family": family, "verdicts": load_verdicts(folder)}))
-        return
-    verdicts = load_verdicts(folder)
-    tables = [size_table(family["rows"]), quality_table(family["rows"])]
-    for table in [*tables, verdict_table(verdicts)] if verdicts else tables:
-        click.echo("\n" + plain_table(table))
+        return click.echo(json.dumps({"run": str(folder), "family": family, "verdicts": verdicts}))
+    rows = family["rows"]
+    tables = [size_table(rows), quality_table(rows), *([verdict_table(verdicts)] if verdicts else [])]
+    click.echo("\n" + "\n\n".join(map(plain_table, tables)))
+    click.echo("".join(f"\n{sentence}\n" for sentence in wrong_diet(load_drift(folder), rows)), nl=False)
     click.echo(f"\nReport: {folder / 'report.html'}   members: {folder / 'members'}")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,9 +43,6 @@ class CommandGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """As click's own."""
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        for name in ("torchao", "torch.utils._pytree"):  # what they say when they are imported is not about the run
-            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return super().main(*args, **kwargs)
         except UserError as error:
@@ -59,10 +55,7 @@ class CommandGroup(click.Group):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as a message; one progress of ours instead of one for each model that is read or written."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+    """Ctrl-C as a message."""
     try:
         yield
     except KeyboardInterrupt:
@@ -92,6 +85,8 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
 
 def quiet_libraries() -> None:
     """Our own progress and errors only; transformers' warnings about optional packages say nothing to our user."""
+    for name in ("torchao", "torch.utils._pytree"):  # what they say when they are imported is not about the run
+        logging.getLogger(name).setLevel(logging.ERROR)
     from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -4,12 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cascade.classifier import examples_of
-from cascade.data.blocks import TokenBlocks
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.data.examples import load_training
+from cascade.data.sources import read_documents
+from cascade.evaluation.drift import lengths, uncertainty, unlikeness
 from cascade.evaluation.evaluate import default_device, evaluate
-from cascade.evaluation.heldout import heldout_blocks, heldout_examples, heldout_metrics
+from cascade.evaluation.heldout import (
+    block_metrics,
+    heldout_blocks,
+    heldout_examples,
+    heldout_metrics,
+    production_documents,
+    sample_blocks,
+)
 from cascade.evaluation.retention import with_retention
 from cascade.inputs import as_guessed, text_data
 from cascade.models.architecture import reads_images
@@ -22,6 +33,9 @@ from cascade.models.checkpoint import (
 from cascade.recipe.schema import Recipe
 from cascade.stages import write_json
 from cascade.store import COST_FILE
+
+_TRAINING_BLOCKS = 2048
+"""Of the training text, for other texts to be compared with."""
 
 _SHOWN_TOKENS, _SHOWN_LETTERS = 64, 80
 
@@ -49,6 +63,11 @@ def make_evaluation(
         reference=reference,
         seed=recipe.seed,
     )
+    if recipe.data.production:
+        model = load_model(checkpoint).to(default_device())
+        metrics, _ = block_metrics(model, teacher, _production(recipe, checkpoint))
+        kept = [one for one in metrics if one["metric"] in ("loss", "kl_to_teacher", "top1_agreement")]
+        result.metrics.extend(one | {"task": "production"} for one in kept)
     if parent_evaluation is None:
         parent: dict[str, Any] = {"metrics": result.metrics, "items": result.items}
     else:
@@ -77,6 +96,48 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
     if heldout_only:
         return heldout
     return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}
+
+
+def make_drift(folder: Path, recipe: Recipe, parent: ModelSource, teacher: nn.Module, data: Path) -> None:
+    """drift.json: production text beside the recipe's held-out text, against the training text and for the teacher."""
+    texts = {"heldout": _heldout(recipe, parent), "production": _production(recipe, parent)}
+    train = load_training(data / "train.safetensors")
+    if not isinstance(train, TokenBlocks):
+        raise ValueError("production text is compared with blocks of tokens")
+    # Of both texts as many tokens, or the longer would have more that is new; of the training text many more.
+    count = min(len(blocks) for blocks in texts.values())
+    others = [_ids(blocks.take(count)) for blocks in texts.values()]
+    known = _ids(train.take(max(count, _TRAINING_BLOCKS)))
+    vocab_size = int(load_config(parent).get_text_config().vocab_size)
+    source = text_data(recipe.data)
+    read = {
+        "heldout": read_documents(source, "selection"),
+        "production": production_documents(source, recipe.data.production),
+    }
+    found = {
+        "text": {kind: unlikeness(known, ids, vocab_size) for kind, ids in zip(texts, others, strict=True)},
+        "teacher": {kind: uncertainty(teacher, blocks) for kind, blocks in texts.items()},
+        "letters": {kind: lengths(documents) for kind, documents in read.items()},
+    }
+    write_json(folder / "drift.json", found)
+
+
+def _ids(blocks: TokenBlocks) -> Tensor:
+    """The text's own ids [T], also where they are hidden from the model."""
+    return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten()
+
+
+def _production(recipe: Recipe, checkpoint: ModelSource) -> TokenBlocks:
+    tokenizer = load_tokenizer(checkpoint)
+    blocks = sample_blocks(
+        text_data(recipe.data),
+        recipe.data.production,
+        tokenizer,
+        block_size=recipe.data.block_size,
+        max_blocks=recipe.evaluate.heldout_blocks,
+        document_masks=recipe.data.masks_documents,
+    )
+    return as_guessed(recipe, blocks, "heldout", tokenizer)
 
 
 def make_baseline(

@@ -93,6 +93,20 @@ def data_fingerprint(data: Data) -> str:
     return digest.hexdigest()
 
 
+def production_fingerprint(data: Data) -> str:
+    """sha256 of the files of production text.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    digest = hashlib.sha256()
+    for name in data.production:
+        if not Path(name).is_file():
+            raise UserError(f"data.production: {name}: no such file")
+        digest.update(f"{file_sha256(Path(name))}\n".encode())
+    return digest.hexdigest()
+
+
 def task_fingerprint(recipe: Recipe) -> str:
     """sha256 of the tasks' definitions and data files; an lm-eval task of its own by name."""
     digest = hashlib.sha256()

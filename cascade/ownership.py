@@ -17,6 +17,9 @@ _MAY_CHANGE = (
     "evaluate",
     "baselines",
     "parent.pretrain.microbatch_size",
+    "data.production",
+    "acknowledged",
+    "finish",
     *(f"generate.endpoint.{key}" for key in HOW_ASKED),
     *(f"distill.{key}" for key in WITHOUT_EFFECT),
 )

@@ -10,26 +10,15 @@ from rich.console import Console
 
 from cascade import parallel
 from cascade.checks import check_family, require_one_process
-from cascade.classifier import make_fitted
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
-from cascade.evaluating import evaluation_settings, make_evaluation
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.generating import reading, run_generation
-from cascade.inputs import data_fingerprint, task_fingerprint
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.member import make_member
-from cascade.models.checkpoint import (
-    CHECKPOINT,
-    ModelSource,
-    fingerprint,
-    load_config,
-    load_tokenizer,
-    resolve_model,
-)
-from cascade.models.dims import dims_of
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
-from cascade.parent import existing_parent, make_converted, make_pretrained, parent_config
+from cascade.parent import parent_config
+from cascade.preparing import compare_with_production, make_parent, prepare
 from cascade.progress import RunProgress
 from cascade.pruning.latency import DecodeLatency
 from cascade.publish import publish_copies, publish_member, write_report
@@ -38,9 +27,8 @@ from cascade.recipe.schema import Recipe
 from cascade.rows import FinishedMember, teacher_row
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
-from cascade.seeding import Shared, find_shape
-from cascade.stages import CLASSIFYING, make_data, reads_logprobs
-from cascade.store import append_event, locked, output_digest, write_atomically
+from cascade.seeding import find_shape
+from cascade.store import append_event, locked, write_atomically
 from cascade.yaml_reader import write_yaml
 
 
@@ -136,8 +124,10 @@ def _make_family(
     parent = make_parent(runner, recipe)
     if recipe.generate is not None:
         recipe = reading(recipe, run_generation(runner, recipe, parent))
-    shared = _prepare(runner, recipe, parent)
+    shared = prepare(runner, recipe, parent)
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
+    if recipe.data.production:
+        compare_with_production(runner, recipe, shared)
     copies = make_copies(runner, recipe, shared, "parent", shared.parent, shared.digests["parent"])
     finished: dict[str, FinishedMember] = {}
     shapes: dict[str, FoundShape] = {}
@@ -168,106 +158,6 @@ def _make_family(
         with runner.progress.stage(member.name, "report"):
             publish_member(runner.folder, recipe, members, member, finished[member.name], teacher, shared.parent)
             write_report(runner.folder, recipe, members, teacher, finished, copies)
-
-
-def _prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
-    """The stages that all members share: data, the parent's evaluation."""
-    source = data_fingerprint(recipe.data)
-    vocab_size = dims_of(load_config(parent)).vocab_size
-    tokenizer = load_tokenizer(parent, vocab_size=vocab_size) if vocab_size else None
-    digests = {"source": source, "parent": fingerprint(parent), "tasks": task_fingerprint(recipe)}
-    data = runner.run(
-        "parent",
-        "data",
-        recipe.data.model_dump(
-            include={
-                "source",
-                "text_field",
-                "messages_field",
-                "template",
-                "weights",
-                "streaming",
-                "block_size",
-                "max_tokens",
-            }
-        )  # fmt: skip
-        | {"document_masks": recipe.data.masks_documents}
-        | ({"mask_copies": recipe.data.mask_copies, "seed": recipe.seed} if recipe.task == "masked_language" else {})
-        | ({"listed": True} if reads_logprobs(recipe) else {})
-        | (_classifying(recipe) if recipe.classifies else {}),
-        {name: digests[name] for name in ("source", "parent")},
-        lambda folder, on_step: make_data(folder, recipe, parent, tokenizer),
-    )
-    evaluation = runner.run(
-        "parent",
-        "evaluate",
-        evaluation_settings(recipe),
-        digests,
-        lambda folder, on_step: make_evaluation(
-            folder, recipe, parent, teacher=None, parent_evaluation=None, reference=None
-        ),
-    )
-    return Shared(parent, data, evaluation, digests | {"data": output_digest(data)}, [])
-
-
-def _classifying(recipe: Recipe) -> dict[str, Any]:
-    """What a classifier's examples depend on besides their files."""
-    rest = "rest" in recipe.data.unlabelled
-    return recipe.data.model_dump(include=CLASSIFYING) | {"task": recipe.task, "rest": rest}
-
-
-def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
-    """The parent as a folder of safetensors: found, trained, or converted."""
-    found = existing_parent(recipe)
-    if found is None and recipe.parent.pretrain is not None:
-        settings = recipe.parent.pretrain.model_dump(exclude={"microbatch_size"}) | {
-            "seed": recipe.seed,
-            "dtype": recipe.save.dtype,
-            "text_field": recipe.data.text_field,
-            "weights": recipe.data.weights,
-            "document_masks": recipe.data.masks_documents,
-        }
-        if recipe.task == "masked_language":
-            settings |= {"task": recipe.task, "mask_copies": recipe.data.mask_copies}
-        folder = runner.run(
-            "parent",
-            "pretrain",
-            settings,
-            {"source": data_fingerprint(recipe.data)},
-            lambda folder, on_step: make_pretrained(folder, recipe, on_step),
-        )
-        return ModelSource(folder / CHECKPOINT, recipe.name)
-    if recipe.parent.fit is not None:
-        return _fitted(runner, recipe)
-    if found is None:
-        raise ValueError("a parent is either found or trained")
-    if not found.gguf_file:
-        return found
-    folder = runner.run(
-        "parent",
-        "convert",
-        {},
-        {"gguf": fingerprint(found)},
-        lambda folder, on_step: make_converted(folder, found),
-    )
-    return ModelSource(folder / CHECKPOINT, found.reference)
-
-
-def _fitted(runner: StageRunner, recipe: Recipe) -> ModelSource:
-    data, model = recipe.data, recipe.parent.model
-    settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
-    settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
-    folder = runner.run(
-        "parent",
-        "fit",
-        settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
-        {
-            "source": data_fingerprint(data.model_copy(update={"unlabelled": []})),
-            "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
-        },
-        lambda folder, on_step: make_fitted(folder, recipe, on_step),
-    )
-    return ModelSource(folder / CHECKPOINT, model or recipe.name)
 
 
 def _with_seeds(members: list[ResolvedMember], only: Sequence[str]) -> list[ResolvedMember]:

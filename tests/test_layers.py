@@ -43,6 +43,7 @@ ORDER = [
     "publish",
     "seeding",
     "quantising",
+    "preparing",
     "member",
     "run",
     "preview",

@@ -40,9 +40,8 @@ def class_metrics(
     tail = None
     if theirs is not None:
         losses = torch.nn.functional.cross_entropy(theirs, examples.labels, reduction="none")
-        names = [
-            str(getattr(getattr(model, "config", None), "id2label", {}).get(one, one)) for one in range(ours.shape[1])
-        ]
+        known = getattr(getattr(model, "config", None), "id2label", {})
+        names = [str(known.get(one, one)) for one in range(ours.shape[1])]
         tail = long_tail(found.teacher_entropy, losses, found.cross_entropy, examples.labels, names)
         metrics.append(_mean("kl_to_teacher", found.divergence.double()))
         metrics.append(_mean("top1_agreement", found.agrees.double(), higher=True))

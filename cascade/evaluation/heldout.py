@@ -4,7 +4,8 @@ Shapes: B = batch, S = block size, V = vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
 from cascade.data.prepare import prepare_blocks
-from cascade.data.sources import TextData
+from cascade.data.sources import TextData, read_documents
 from cascade.distillation.fused import Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
@@ -30,6 +31,34 @@ def heldout_blocks(
         data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name="heldout"
     )
     return blocks.take(max_blocks)
+
+
+def sample_blocks(
+    data: TextData,
+    files: Sequence[str],
+    tokenizer: Any,
+    *,
+    block_size: int,
+    max_blocks: int,
+    document_masks: bool = False,
+) -> TokenBlocks:
+    """Files of production text as blocks, in the form of `data`, spread over all documents."""
+    data = _sample_of(data, files)
+    blocks = prepare_blocks(
+        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name="data.production"
+    )
+    return blocks.take(max_blocks)
+
+
+def production_documents(data: TextData, files: Sequence[str]) -> list[Any]:
+    """All documents of files of production text."""
+    return read_documents(_sample_of(data, files), "heldout")
+
+
+def _sample_of(data: TextData, files: Sequence[str]) -> TextData:
+    """Where production text is read, whole, as a held-out split of its own."""
+    own = {"train": tuple(files), "heldout": tuple(files)}
+    return replace(data, source="files", files=own, hub_splits=None, weights=(), streaming=False, listed=False)
 
 
 def heldout_examples(read: Callable[[str], Examples]) -> Examples:

@@ -25,6 +25,9 @@ class Data(Section):
     weights: list[PositiveFloat] = []
     """source files: of each entry of `train`, its share of the training tokens; by their size where not given. Short
     sources are repeated, so that none is cut short."""
+    production: Paths = []
+    """Files with a sample of what the members will really meet, in the same form as the text; never trained on. The
+    report shows how the teacher and the members do there, and whether the recipe's text is the wrong diet."""
     text_field: str = "text"
     label_field: str = "label"
     """Classification: the field with the class, a name or a number."""

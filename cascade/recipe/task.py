@@ -38,6 +38,7 @@ def require_task(recipe: Any) -> None:
         _refuse(wrong, recipe.task)
         return
     wrong = {
+        "data.production": data.production,
         "parent.pretrain": parent.pretrain,
         "generate": recipe.generate,
         "data.messages_field": data.messages_field,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
+from cascade.report.production import load_drift, production_table, wrong_diet
 from cascade.report.records import Row, family_csv, family_json, metric_names
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
 from cascade.report.tail import decile_table, load_tails, slice_table
@@ -32,7 +33,7 @@ _STYLE = (
 
 def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> None:
     """Write all four files, each replaced in one step; verdicts and the long tail come from the run directory."""
-    further = _further_tables(run_folder)
+    further = _further_tables(run_folder, rows)
     write_atomically(run_folder / "family.json", family_json(name, rows))
     write_atomically(run_folder / "family.csv", family_csv(rows))
     write_atomically(run_folder / "report.md", report_markdown(name, rows, further))
@@ -69,10 +70,15 @@ def report_html(
     )
 
 
-def _further_tables(run_folder: Path) -> list[Titled]:
+def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     """What a run has written besides its rows."""
     verdicts, tails = load_verdicts(run_folder), load_tails(run_folder)
     tables = [("Good enough", verdict_table(verdicts))] if verdicts else []
+    drift = load_drift(run_folder)
+    if drift:
+        said = [[one] for one in wrong_diet(drift, rows)]
+        tables += [("Production", production_table(drift, rows))]
+        tables += [("The recipe's diet", [["found"], *said])] if said else []
     if tails:
         tables += [("The long tail", decile_table(tails)), ("Where most was lost", slice_table(tails))]
     return tables

@@ -1,0 +1,74 @@
+"""Whether the recipe's text is like what the members will meet, and how they do there."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cascade.report.records import Row, find_metric
+from cascade.report.tables import Table
+
+DRIFT = "drift.json"
+
+FARTHER = 1.5
+"""A member so many times as far from its teacher on production text as on held-out text has had the wrong diet."""
+
+UNLIKE = 1.5
+"""Production text whose tokens are so many times as unlike the training text as held-out text is, is other text."""
+
+WORSE = 1.3
+"""A teacher whose loss on production text is so many times that on held-out text does not know it well."""
+
+
+def load_drift(run_folder: Path) -> dict[str, Any]:
+    """What a run measured; nothing without `data.production`."""
+    path = run_folder / DRIFT
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def production_table(drift: dict[str, Any], rows: Sequence[Row]) -> Table:
+    """The recipe's held-out text beside production text."""
+    kinds = ("heldout", "production")
+    table = [["", "held-out text", "production text"]]
+    table.append(["teacher's loss", *(f"{drift['teacher'][kind]['loss']:.3f}" for kind in kinds)])
+    table.append(["teacher's entropy", *(f"{drift['teacher'][kind]['entropy']:.3f}" for kind in kinds)])
+    table.append(["letters of a document, median", *(f"{drift['letters'][kind]['median']:,.0f}" for kind in kinds)])
+    table.append(["… 90th percentile", *(f"{drift['letters'][kind]['p90']:,.0f}" for kind in kinds)])
+    text = [drift["text"][kind] for kind in kinds]
+    table.append(["tokens unlike training text (JSD, nats)", *(f"{one['unigram_jsd']:.3f}" for one in text)])
+    table.append(["runs of 3 tokens not in training text", *(f"{one['new_trigrams']:.0%}" for one in text)])
+    for row in rows:
+        for name, title in (("loss", "loss"), ("kl_to_teacher", "KL to the teacher")):
+            found = [find_metric(row, f"{kind}/{name}") for kind in kinds]
+            if all(found) and row["role"] in ("member", "quantised"):
+                table.append([f"{row['name']}: {title}", *(f"{one['value']:.3f}" for one in found if one)])
+    return table
+
+
+def wrong_diet(drift: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """What the user should know about the recipe's text; nothing if it will do."""
+    if not drift:
+        return []
+    said = []
+    ratio = drift["text"]["production"]["unigram_jsd"] / max(drift["text"]["heldout"]["unigram_jsd"], 1e-9)
+    if ratio > UNLIKE:
+        said.append(
+            f"Production text is {ratio:.1f} times as unlike the training text as held-out text is: the recipe's text "
+            "is the wrong diet; add some like data.production to data.train."
+        )
+    here, there = (drift["teacher"][kind]["loss"] for kind in ("heldout", "production"))
+    if there > WORSE * here:
+        said.append(
+            f"The teacher itself does worse on production text (loss {there:.3f}) than on held-out text ({here:.3f}): "
+            "its students can only be as good; look for a teacher that knows such text."
+        )
+    for row in rows:
+        found = [find_metric(row, f"{kind}/kl_to_teacher") for kind in ("heldout", "production")]
+        values = [one["value"] for one in found if one is not None]
+        if row["role"] == "member" and len(values) == 2 and values[1] > FARTHER * values[0]:
+            said.append(
+                f"{row['name']} is {values[1] / values[0]:.1f} times as far from its teacher on production text (KL "
+                f"{values[1]:.3f}) as on held-out text ({values[0]:.3f}): it has learned from other text than it meets."
+            )
+    return said
