@@ -9,6 +9,7 @@ from typing import Any
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
 from cascade.models.checkpoint import ModelSource, file_sha256, fingerprint, load_model, load_tokenizer, resolve_model
+from cascade.origins import origins_of
 from cascade.progress import OnStep
 from cascade.recipe.generate import HOW_ASKED, Generate
 from cascade.recipe.schema import Recipe
@@ -99,6 +100,7 @@ def make_generated(
         "prompts": len(prompts),
         "settings": _key_settings(settings) | {"seed": recipe.seed},
         "filter": filter_path or None,
+        "origins": [origin.record() for origin in origins_of(recipe)],
     }
     save_dataset(dataset, folder, provenance)
     (folder / COST_FILE).write_text(json.dumps({"money": dataset.spent["money"]}))

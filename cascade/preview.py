@@ -18,6 +18,7 @@ from cascade.latencies import find_latencies
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
 from cascade.models.dims import dims_of
+from cascade.origins import check_licences
 from cascade.ownership import check_ownership, pinned_seeds
 from cascade.parent import existing_parent, parent_config
 from cascade.pruning.shape import legal_values, listed
@@ -62,6 +63,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     proof = check_family(recipe, config, members)
+    check_licences(recipe)
     total = int(axes.num_parameters(dims))
     shared = sum(parent_seconds(recipe, config).values())
     return {

@@ -10,6 +10,7 @@ from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
 from cascade.models.architecture import auto_class_of
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load_config
+from cascade.origins import origins_of
 from cascade.ownership import resolved_recipe
 from cascade.recipe.schema import Recipe
 from cascade.report.card import member_card
@@ -24,7 +25,13 @@ from cascade.yaml_reader import write_yaml
 
 
 def publish_copies(
-    run_folder: Path, recipe_yaml: str, owner: Row, copies: Sequence[RoundedCopy], teacher: Row, parent: ModelSource
+    run_folder: Path,
+    recipe: Recipe,
+    recipe_yaml: str,
+    owner: Row,
+    copies: Sequence[RoundedCopy],
+    teacher: Row,
+    parent: ModelSource,
 ) -> None:
     """members/NAME of each copy, with its card and results."""
     for copy in copies:
@@ -39,6 +46,7 @@ def publish_copies(
             "quantised": copy.kind,
             "auto_class": auto_class_of(load_config(ModelSource(copy.made / CHECKPOINT, copy.name))),
             "tokens": row["tokens"],
+            "origins": [origin.record() for origin in origins_of(recipe)],
             "stages": {
                 name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
                 for name, folder in (("quantised", copy.made), ("evaluation", copy.evaluation))
@@ -67,6 +75,7 @@ def publish_member(
         "seed": member.seed or None,
         "auto_class": auto_class_of(member.config),
         "tokens": row["tokens"],
+        "origins": [origin.record() for origin in origins_of(recipe)],
         "stages": {
             name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
             for name, folder in vars(finished).items()
@@ -78,7 +87,7 @@ def publish_member(
     card = member_card(row, teacher, lineage, recipe_yaml)
     final = run_folder / "members" / member.name
     _publish(final, finished.distilled / CHECKPOINT, finished.evaluation, lineage, card)
-    publish_copies(run_folder, recipe_yaml, row, finished.copies, teacher, parent)
+    publish_copies(run_folder, recipe, recipe_yaml, row, finished.copies, teacher, parent)
 
 
 def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str, Any], card: str) -> None:

@@ -16,6 +16,7 @@ from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folde
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.member import make_member
+from cascade.origins import check_licences
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import parent_config
 from cascade.preparing import compare_with_production, make_parent, prepare
@@ -61,6 +62,7 @@ def run_recipe(
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
+    check_licences(recipe)
     wanted = _with_seeds(members, only)
     with locked(folder):
         write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
@@ -90,6 +92,7 @@ def run_generate(
         raise UserError("the recipe has no `generate` section")
     folder = run_folder_of(recipe, output)
     check_ownership(folder, recipe)
+    check_licences(recipe)
     with locked(folder), RunProgress(console or Console(stderr=True), recipe.name, {}) as progress:
         if not (folder / "recipe.yaml").exists():
             write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, [])))
@@ -134,7 +137,7 @@ def _make_family(
     writes = parallel.rank() == 0
     if writes:
         recipe_yaml = write_yaml(resolved_recipe(recipe, members))
-        publish_copies(runner.folder, recipe_yaml, teacher, copies, teacher, shared.parent)
+        publish_copies(runner.folder, recipe, recipe_yaml, teacher, copies, teacher, shared.parent)
         write_report(runner.folder, recipe, members, teacher, finished, copies)
     for name in [member.name for member in wanted]:
         member = next(member for member in members if member.name == name)

@@ -24,6 +24,7 @@ ORDER = [
     "report",
     "inputs",
     "estimates",
+    "origins",
     "starts",
     "family",
     "checks",

@@ -34,6 +34,8 @@ _COMPANIONS = (
     "preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
 )
 
 

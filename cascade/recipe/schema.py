@@ -12,6 +12,7 @@ from cascade.recipe.data import Data
 from cascade.recipe.distill import Distill
 from cascade.recipe.finish import Finish
 from cascade.recipe.generate import Generate
+from cascade.recipe.licences import TERMS
 from cascade.recipe.prune import Prune
 from cascade.recipe.section import COMMIT, Fraction, Paths, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
@@ -202,12 +203,23 @@ class Recipe(Section):
     form, before any training; ce: recovered by cross-entropy alone, from the same start, on the same tokens. Measured
     on held-out text, not on the tasks."""
     save: Save = Save()
+    acknowledged: list[str] = []
+    """Licences and terms of teachers that were read and are kept to; where one says what its output may be used for,
+    the program asks for its name here."""
     seed: int = 0
     """Every random draw comes from this number."""
     output: str = ""
     """The run directory, from where the command runs; runs/NAME where not given."""
     finish: list[Finish] = []
     """What is done to copies of finished members: weights in 8 or 4 bits."""
+
+    @field_validator("acknowledged")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        unknown = [name for name in value if name not in TERMS]
+        if unknown:
+            raise ValueError(f"'{unknown[0]}' is none that is asked for; known: {', '.join(TERMS)}")
+        return value
 
     @field_validator("name")
     @classmethod

@@ -19,13 +19,16 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
     auto = lineage.get("auto_class", "AutoModelForCausalLM")
     images = auto == "AutoModelForImageClassification"
     unit = "tokens" if auto == "AutoModelForCausalLM" else "examples"
-    front = {
+    front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": _PIPELINES[auto],
         "base_model": lineage["parent"],
         "base_model_relation": "finetune",
         "tags": ["cascade", "pruned", "distilled"],
     }
+    origins = lineage["origins"]
+    if origins and origins[0]["licence"] and origins[0]["name"] == lineage["parent"]:
+        front["license"] = origins[0]["licence"]
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     share = row["num_parameters"] / teacher["num_parameters"]
     if "quantised" in lineage:
@@ -50,6 +53,8 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
                 "## Quality",
                 markdown_table(quality_table([teacher, row])),
                 *([] if "quantised" in lineage else ["## Cut and recovery", markdown_table(stage_table([row]))]),
+                "## Licences",
+                *[_licence(origin) for origin in origins],
                 "## Lineage",
                 f"```json\n{json.dumps(lineage, indent=1)}\n```",
                 "## Recipe",
@@ -58,3 +63,9 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
         )
         + "\n"
     )
+
+
+def _licence(origin: dict[str, str]) -> str:
+    """A model that this one has learned from, and what is known of its terms."""
+    named = f"`{origin['licence']}`" if origin["licence"] else "not found: look where the model comes from"
+    return f"`{origin['name']}`: {named}." + (f" Terms: {origin['terms']}." if origin["terms"] else "")
