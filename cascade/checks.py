@@ -32,10 +32,12 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             f"parent: {recipe.parent.model}: its weights are rounded already (torchao); give the one it was made from, "
             "and `finish` for rounded copies"
         )
-    if not recipe.classifies:
+    if not recipe.counts_examples:
         require_context(parent_config, recipe.data.block_size, "data.block_size")
-    elif recipe.task == "text_classification":
+    elif recipe.task != "image_classification":
         require_context(parent_config, recipe.data.max_length, "data.max_length")
+    if recipe.task == "embedding":
+        _require_same_width(parent_config, members)
     if recipe.data.masks_documents:
         for config in [parent_config, *(one.config for one in members if not one.seed)]:
             require_document_masks(config)
@@ -51,7 +53,7 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     if recipe.prune.hidden == "pca":
         require_rotatable(parent_config, probe_axes(parent_config))
     made = is_classifier(parent_config) if recipe.classifies else model_class_of(parent_config).can_generate()
-    made = made or (recipe.task == "masked_language" and guesses(parent_config))
+    made = made or (recipe.task == "masked_language" and guesses(parent_config)) or recipe.task == "embedding"
     if any(one.seed for one in members) and not made:
         raise UserError(
             f"parent: model type '{parent_config.model_type}' as {model_class_of(parent_config).__name__} is no causal "
@@ -89,6 +91,16 @@ def _require_trainable(distill: Distill, parent_config: Any, members: list[Resol
     if distill.features.relations:
         for one in members:
             fitting_heads(distill.features.relation_heads, [one.dims, dims_of(parent_config)])
+
+
+def _require_same_width(parent_config: Any, members: list[ResolvedMember]) -> None:
+    width = dims_of(parent_config).hidden_size
+    for one in members:
+        if one.dims.hidden_size != width:
+            raise UserError(
+                f"members: {one.name}: hidden size {one.dims.hidden_size}; embeddings are compared number by number, "
+                f"so it stays {width}: target: {{params: ..., dims: {{hidden_size: {width}}}}}, or init: layers"
+            )
 
 
 def _require_roundable(recipe: Recipe, configs: dict[str, Any]) -> None:

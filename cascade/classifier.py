@@ -108,6 +108,10 @@ def examples_of(recipe: Recipe, config: Any, split: str, tokenizer: Any, *, for_
     Raises:
         UserError: they cannot be read, or are images of another size than the parent's.
     """
+    if recipe.task == "embedding":
+        return text_examples(
+            read_examples(labelled_data(recipe.data, recipe.task), split), [], tokenizer, recipe.data.max_length
+        )
     data = recipe.data.model_copy(update={"train_examples": None, "unlabelled": []}) if for_parent else recipe.data
     raw, classes = read_examples(labelled_data(data, recipe.task), split), list(classes_of(recipe))
     names = [str(config.id2label[number]) for number in range(config.num_labels)]

@@ -257,7 +257,7 @@ def selection_size(recipe: Recipe) -> int:
     """Blocks, or examples, that choices are made on."""
     if recipe.distill is None:
         raise ValueError("a recipe with members has a distill section")
-    return recipe.distill.selection_examples if recipe.classifies else recipe.distill.selection_blocks
+    return recipe.distill.selection_examples if recipe.counts_examples else recipe.distill.selection_blocks
 
 
 def _selection(model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def peak_memory(recipe: Recipe, distill: Distill, dims: ModelDims, count: int, p
     pass keeps of each layer (and the feature losses of its hidden states), the head's gradient, a chunk of both models'
     logits, and what is remembered of the teacher.
     """
-    length = recipe.data.max_length if recipe.classifies else recipe.data.block_size
+    length = recipe.data.max_length if recipe.counts_examples else recipe.data.block_size
     tokens = distill.microbatch_size * length
     kept_per_layer = 12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
     if distill.features.hidden != "none":
@@ -39,7 +39,7 @@ def peak_memory(recipe: Recipe, distill: Distill, dims: ModelDims, count: int, p
 
 def flops_of(recipe: Recipe, config: Any) -> float:
     """Forward FLOPs of a token in a block of the recipe's size; of a whole example where it classifies."""
-    length = recipe.data.max_length if recipe.classifies else recipe.data.block_size
+    length = recipe.data.max_length if recipe.counts_examples else recipe.data.block_size
     per_token = float(probe_axes(config).flops_per_token(dims_of(config), length))
     return per_token * length if recipe.task == "text_classification" else per_token
 
@@ -49,7 +49,7 @@ def stage_seconds(
 ) -> dict[str, float]:
     """Estimated seconds of each stage of one member: counted FLOPs at this machine's measured rate, plus start-up."""
     rate = _flops_per_second()
-    heldout = recipe.evaluate.heldout_blocks * (1 if recipe.classifies else recipe.data.block_size)
+    heldout = recipe.evaluate.heldout_blocks * (1 if recipe.counts_examples else recipe.data.block_size)
     # Items of the usual multiple-choice kind: about 400 tokens, all choices together.
     items = 400 * (recipe.evaluate.limit or 1000) * len(recipe.evaluate.tasks)
     calibration = recipe.calibration.num_blocks * recipe.data.block_size
@@ -69,7 +69,7 @@ def stage_seconds(
         if search:
             seconds["finalist"] = search.finalists * (1 + search.tokens * (3 * flops + parent_flops) / rate)
     if recipe.distill is not None and recipe.distill.learning_rate == "auto" and tokens:
-        steps = FEWEST_STEPS * recipe.distill.batch_size * (1 if recipe.classifies else recipe.data.block_size)
+        steps = FEWEST_STEPS * recipe.distill.batch_size * (1 if recipe.counts_examples else recipe.data.block_size)
         seconds["rate"] = 1 + 4 * max(SHARE * tokens, steps) * (3 * flops + parent_flops) / rate
     seconds["distill"] = tokens * (3 * flops + parent_flops) / rate
     for kind in ("cut", "repaired"):

@@ -91,7 +91,7 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
     }
     if recipe.task != "language":
         heldout |= {"task": recipe.task, "seed": recipe.seed}
-    if recipe.classifies:
+    if recipe.counts_examples:
         heldout |= recipe.data.model_dump(include={"label_field", "image_field", "max_length"})
     if heldout_only:
         return heldout
@@ -164,7 +164,7 @@ def _told(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[s
 def _heldout(recipe: Recipe, checkpoint: ModelSource) -> Any:
     config = load_config(checkpoint)
     tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
-    if recipe.classifies:
+    if recipe.counts_examples:
         return heldout_examples(lambda split: examples_of(recipe, config, split, tokenizer))
     blocks = heldout_blocks(
         text_data(recipe.data),

@@ -240,7 +240,7 @@ def _resolve(
             f"{parent.vocab_size}; logits can only be compared over the same vocabulary"
         )
     # A classifier's examples count as one token each, whatever their length.
-    step_tokens = distill.batch_size * (1 if recipe.classifies else recipe.data.block_size)
+    step_tokens = distill.batch_size * (1 if recipe.counts_examples else recipe.data.block_size)
     budget = member.tokens or member.examples or distill.tokens or distill.examples or 0
     num_steps = math.ceil(budget / step_tokens)
     count = int(axes.num_parameters(dims))

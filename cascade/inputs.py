@@ -56,6 +56,7 @@ def labelled_data(data: Data, task: str) -> LabelledData:
     return LabelledData(
         text_data(data),
         images=task == "image_classification",
+        labelled=task != "embedding",
         label_field=data.label_field,
         image_field=data.image_field,
         unlabelled=tuple(name for name in data.unlabelled if name != "rest"),

@@ -10,7 +10,7 @@ from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.distillation.schedule import Schedule
 from cascade.inputs import as_guessed, text_data
-from cascade.models.architecture import as_masked, require_masked
+from cascade.models.architecture import as_masked, require_body, require_masked
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -39,6 +39,8 @@ def parent_config(recipe: Recipe) -> Any:
         config = load_config(source)
         if recipe.task == "masked_language":
             require_masked(config, f"parent: {recipe.parent.model}")
+        if recipe.task == "embedding":
+            require_body(config, f"parent: {recipe.parent.model}")
         return checked_classes(recipe, config) if recipe.classifies else config
     if recipe.parent.fit is not None:
         return fitted_config(recipe, recipe.parent.fit)

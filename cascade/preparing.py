@@ -103,7 +103,7 @@ def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
         | {"document_masks": recipe.data.masks_documents}
         | ({"mask_copies": recipe.data.mask_copies, "seed": recipe.seed} if recipe.task == "masked_language" else {})
         | ({"listed": True} if reads_logprobs(recipe) else {})
-        | (_classifying(recipe) if recipe.classifies else {}),
+        | (_classifying(recipe) if recipe.counts_examples else {}),
         {name: digests[name] for name in ("source", "parent")},
         lambda folder, on_step: make_data(folder, recipe, parent, tokenizer),
     )

@@ -44,7 +44,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     if source is not None and dims.vocab_size:
         tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
     splits = ("train", "calibration", "selection") if recipe.generate is None else ()
-    if recipe.classifies:
+    if recipe.counts_examples:
         for split in ("train", "selection"):
             read_examples(labelled_data(recipe.data, recipe.task), split)
         splits = ()

@@ -43,7 +43,7 @@ CLASSIFYING = {"label_field", "image_field", "train_examples", "max_length"}
 def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any) -> None:
     """train, calibration and selection blocks, or labelled examples. The held-out split is not touched here."""
     data = recipe.data
-    if recipe.classifies:
+    if recipe.counts_examples:
         for split in ("train", "selection"):
             examples = examples_of(recipe, load_config(parent), split, tokenizer)
             save_examples(examples, folder / f"{split}.safetensors")

@@ -73,6 +73,8 @@ class LabelledData:
     text: TextData
     """Its files, by split."""
     images: bool
+    labelled: bool = True
+    """Whether they have labels; else all are there for their teacher."""
     label_field: str = "label"
     image_field: str = "image"
     unlabelled: tuple[str, ...] = ()
@@ -98,7 +100,7 @@ def read_examples(data: LabelledData, split: str) -> list[Raw]:
         return _known(data, found) if split == "train" else found
     own = data.text.own_splits
     shares = {name: SPLIT_SHARE for name in SPLITS if name not in own and name != "train"}
-    raw = [one for name in data.text.names_of(split) for one in _read(data, name, labelled=True)]
+    raw = [one for name in data.text.names_of(split) for one in _read(data, name, labelled=data.labelled)]
     if split == "train" or split not in own:
         raw = [one for one in raw if _split(one, shares) == split]
     if not raw:

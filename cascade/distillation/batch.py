@@ -13,12 +13,13 @@ from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
 from cascade.distillation.classes import example_losses
+from cascade.distillation.embeddings import embedding_losses
 from cascade.distillation.features import FeatureLoss, Seen
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.listed import ListedRows
 from cascade.distillation.memory import teacher_hidden
-from cascade.models.architecture import model_class_of
+from cascade.models.architecture import is_body, model_class_of
 
 FORWARD_KL = Objective()
 
@@ -29,6 +30,8 @@ class BatchLosses(NamedTuple):
     fused: FusedLoss
     features: dict[str, Tensor]
     """By name, with gradients; empty where none is asked for."""
+    embeds: bool = False
+    """Whether the loss is the distance of embeddings: then there is no entropy and nothing that could agree."""
 
 
 def batch_losses(
@@ -50,6 +53,8 @@ def batch_losses(
     device = next(student.parameters()).device
     if isinstance(batch, Examples):
         with _autocast(device):
+            if is_body(getattr(student, "config", None)):
+                return BatchLosses(*embedding_losses(student, teacher, batch, features, keep=keep), embeds=True)
             return BatchLosses(*example_losses(student, teacher, batch, objective, features, keep=keep))
     inputs = batch.inputs(device)
     next_BS = batch.targets().to(device)
@@ -110,6 +115,9 @@ def sums_of(found: BatchLosses, with_teacher: bool) -> dict[str, float]:
     sums = {"loss": fused.loss.item(), "cross_entropy": fused.cross_entropy.sum().item()}
     if not with_teacher:
         return sums
+    if found.embeds:
+        inside = {f"{name}_loss": value.item() for name, value in found.features.items()}
+        return {"loss": sums["loss"], "divergence": fused.divergence.sum().item()} | inside
     return (
         sums
         | {

@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
@@ -44,7 +46,8 @@ def measure(folder: str, request: str, answer: str) -> None:
     with torch.inference_mode():
         if "logits" in tensors:
             inputs = {name: tensors[name] for name in ("input_ids", "pixel_values") if name in tensors}
-            logits = model(**inputs).logits
+            found = model(**inputs)
+            logits = found.logits if hasattr(found, "logits") else found.last_hidden_state
             result["reload_difference"] = float(
                 (logits - tensors["logits"]).abs().max() / tensors["logits"].abs().max()
             )
@@ -62,7 +65,10 @@ def measure(folder: str, request: str, answer: str) -> None:
 
 def _load(folder: str) -> Any:
     """As its users will: by the Auto class of its kind."""
-    kind = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
+    config = AutoConfig.from_pretrained(folder)
+    kind = (config.architectures or [""])[0]
+    if type(config) in MODEL_MAPPING and kind == getattr(MODEL_MAPPING[type(config)], "__name__", ""):
+        return AutoModel.from_pretrained(folder).float().eval()
     auto = next((auto for name, auto in _AUTO.items() if kind.endswith(name)), AutoModelForCausalLM)
     model = auto.from_pretrained(folder).eval()
     # Packed weights compute in the dtype that they are stored with.

@@ -19,8 +19,10 @@ from cascade.distillation.fused import Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
 from cascade.evaluation.classes import class_metrics
+from cascade.evaluation.embeddings import embedding_metrics
 from cascade.evaluation.record import heldout_record
 from cascade.evaluation.tail import calibration_error, confidences, long_tail
+from cascade.models.architecture import is_body
 
 
 def heldout_blocks(
@@ -70,6 +72,8 @@ def heldout_metrics(
     model: nn.Module, teacher: nn.Module | None, data: TokenBlocks | Examples, *, batch_size: int = 8
 ) -> list[dict[str, Any]]:
     """Metrics of task 'heldout' with standard errors: `block_metrics`, or `class_metrics` of labelled examples."""
+    if isinstance(data, Examples) and is_body(getattr(model, "config", None)):
+        return embedding_metrics(model, teacher, data)
     if isinstance(data, Examples):
         return class_metrics(model, teacher, data)[0]
     return block_metrics(model, teacher, data, batch_size=batch_size)[0]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade.errors import RunError
-from cascade.models.architecture import image_shape, reads_images
+from cascade.models.architecture import image_shape, is_body, reads_images
 from cascade.models.quantised import is_rounded
 
 RELOAD_TOLERANCE = 1e-5
@@ -43,7 +43,8 @@ def write_reference(model: nn.Module, path: Path) -> None:
     with torch.inference_mode():
         # Packed weights compute in the dtype that they are stored with.
         loaded: Any = model if is_rounded(config) else model.float()
-        logits: Tensor = loaded(**{name: value.to(device) for name, value in inputs.items()}).logits
+        found = loaded(**{name: value.to(device) for name, value in inputs.items()})
+        logits: Tensor = found.last_hidden_state if is_body(config) else found.logits
     save_file(inputs | {"logits": logits.float().cpu().contiguous()}, path)
 
 

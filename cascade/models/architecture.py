@@ -11,6 +11,7 @@ from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     PreTrainedModel,
 )
@@ -102,6 +103,8 @@ def require_masked(config: Any, place: str) -> None:
 def auto_class_of(config: Any) -> str:
     """The transformers class that loads such a model, by its user."""
     name = (getattr(config, "architectures", None) or [""])[0]
+    if is_body(config):
+        return "AutoModel"
     kinds = ("ForSequenceClassification", "ForImageClassification", "ForMaskedLM")
     return f"AutoModel{next((kind for kind in kinds if name.endswith(kind)), 'ForCausalLM')}"
 
@@ -110,6 +113,26 @@ def is_classifier(config: Any) -> bool:
     """Whether the config is that of a model with a head for classes."""
     names = getattr(config, "architectures", None) or [""]
     return any(names[0].endswith(suffix) for suffix, _ in CLASSIFIERS.values())
+
+
+def is_body(config: Any) -> bool:
+    """Whether the config is that of a model without any head, which gives hidden states."""
+    kind: Any = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)) if one is not None]
+    return (getattr(config, "architectures", None) or [""])[0] in names
+
+
+def require_body(config: Any, place: str) -> None:
+    """Refuse a model that has a head.
+
+    Raises:
+        UserError: it has.
+    """
+    if not is_body(config) or reads_images(config):
+        raise UserError(
+            f"{place}: {', '.join(config.architectures or ['no architecture'])} is no encoder without a head; "
+            "task: embedding takes one, such as BertModel"
+        )
 
 
 def reads_images(config: Any) -> bool:

@@ -186,9 +186,12 @@ class Recipe(Section):
     """A whole family."""
 
     name: str
-    task: Literal["language", "masked_language", "text_classification", "image_classification"] = "language"
+    task: Literal["language", "masked_language", "text_classification", "image_classification", "embedding"] = (
+        "language"
+    )
     """What the models do. language: continue a text; masked_language: guess hidden tokens, as BERT; classification: the
-    teacher's class probabilities are learned, from labelled or unlabelled examples; an image model is not cut."""
+    teacher's class probabilities are learned, from labelled or unlabelled examples; an image model is not cut;
+    embedding: an encoder's sentence embeddings, the mean of its last hidden states."""
     parent: Annotated[Parent, BeforeValidator(_parent)]
     data: Data
     generate: Generate | None = None
@@ -258,3 +261,8 @@ class Recipe(Section):
     def classifies(self) -> bool:
         """Whether examples have classes."""
         return self.task in ("text_classification", "image_classification")
+
+    @property
+    def counts_examples(self) -> bool:
+        """Whether texts or images are read one by one, instead of blocks of tokens."""
+        return self.classifies or self.task == "embedding"

@@ -10,8 +10,8 @@ def require_task(recipe: Any) -> None:
         ValueError: one of them is given, or one is missing.
     """
     distill, data, parent = recipe.distill, recipe.data, recipe.parent
-    budget = "examples" if recipe.classifies else "tokens"
-    other = "tokens" if recipe.classifies else "examples"
+    budget = "examples" if recipe.counts_examples else "tokens"
+    other = "tokens" if recipe.counts_examples else "examples"
     counting = [("distill", distill), *((f"members: {one.name}", one) for one in recipe.members)]
     for name, section in [*counting, *((f"finish.{number}", one) for number, one in enumerate(recipe.finish))]:
         if section is not None and getattr(section, other) is not None:
@@ -28,7 +28,18 @@ def require_task(recipe: Any) -> None:
             "distill.on_policy": distill is not None and distill.on_policy,
         }
         _refuse(wrong, recipe.task)
-    if not recipe.classifies:
+    if recipe.task == "embedding":
+        wrong = {
+            "parent.pretrain": parent.pretrain,
+            "parent.fit": parent.fit,
+            "data.unlabelled": data.unlabelled,
+            "baselines: ce": "ce" in recipe.baselines,
+            "distill.cross_entropy_weight": distill is not None and distill.cross_entropy_weight,
+            "distill.loss": distill is not None and distill.loss != "forward_kl",
+            "distill.temperature": distill is not None and distill.temperature != 1,
+        }
+        _refuse(wrong, recipe.task)
+    if not recipe.counts_examples:
         wrong = {
             "parent.fit": parent.fit,
             "data.unlabelled": data.unlabelled,

@@ -11,6 +11,7 @@ _PIPELINES = {
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModel": "feature-extraction",
 }
 
 
