@@ -6,8 +6,9 @@ from cascade import parallel
 from cascade.distillation.optimizer import require_optimizer
 from cascade.distillation.relations import fitting_heads
 from cascade.errors import UserError
+from cascade.evaluation.heldout import production_documents
 from cascade.family import ResolvedMember
-from cascade.inputs import production_fingerprint
+from cascade.inputs import production_fingerprint, text_data
 from cascade.models.architecture import build_on_meta, guesses, is_classifier, model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
@@ -41,13 +42,19 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     if recipe.data.masks_documents:
         for config in [parent_config, *(one.config for one in members if not one.seed)]:
             require_document_masks(config)
-    known = {"heldout", *(str(task) for task in recipe.evaluate.tasks)}
+    known = {
+        "heldout",
+        *(["production"] if recipe.data.production else []),
+        *(str(task) for task in recipe.evaluate.tasks),
+    }
     for name in recipe.evaluate.at_least:
         if name.partition("/")[0] not in known or "/" not in name:
             raise UserError(f"evaluate.at_least: '{name}' is not task/metric of: {', '.join(sorted(known))}")
     if recipe.distill is not None:
         _require_trainable(recipe.distill, parent_config, members)
-    production_fingerprint(recipe.data)  # that its files are there
+    if recipe.data.production:
+        production_fingerprint(recipe.data)  # that its files are there
+        production_documents(text_data(recipe.data), recipe.data.production)  # that they can be read
     if recipe.finish:
         _require_roundable(recipe, {"parent": parent_config} | {one.name: one.config for one in members})
     if recipe.prune.hidden == "pca":

@@ -156,7 +156,8 @@ def _told(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[s
     tokenizer = load_tokenizer(checkpoint)
     shown = []
     for one in tail["slices"]:
-        text = tokenizer.decode(heldout.labels[int(one["slice"])].clamp_min(0)[:_SHOWN_TOKENS])
+        row = torch.tensor([int(one["slice"])])
+        text = tokenizer.decode(_ids(heldout.rows(row))[:_SHOWN_TOKENS])
         shown.append(one | {"slice": " ".join(text.split())[:_SHOWN_LETTERS]})
     return tail | {"slices": shown}
 

@@ -6,9 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cascade.data.listed import ListedReader
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
-from cascade.models.checkpoint import ModelSource, file_sha256, fingerprint, load_model, load_tokenizer, resolve_model
+from cascade.models.checkpoint import (
+    ModelSource,
+    file_sha256,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from cascade.origins import origins_of
 from cascade.progress import OnStep
 from cascade.recipe.generate import HOW_ASKED, Generate
@@ -24,6 +33,7 @@ from cascade.teacher.generate import (
     require_every_split,
     save_dataset,
 )
+from cascade.teacher.local import fitting_ids
 from cascade.teacher.prompts import Prompt
 
 ANSWERS = "answers"
@@ -36,7 +46,7 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
     prompts = collect_prompts(settings, recipe.data.text_field)
-    check_generation(recipe, settings, prompts, load_tokenizer(parent))
+    check_generation(recipe, settings, prompts, parent)
     return runner.run(
         "parent",
         "generate",
@@ -53,17 +63,25 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
     )
 
 
-def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], tokenizer: Any) -> None:
-    """What would make the text useless once it is there; `tokenizer` is the parent's.
+def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], parent: ModelSource) -> None:
+    """What would make the text useless once it is there.
 
     Raises:
-        UserError: too few prompts for the splits, or a chat that the parent has no template for.
+        UserError: too few prompts for the splits, one that leaves no room for an answer, or a chat that the parent has
+            no template for.
     """
     require_every_split(prompts)
-    teacher = tokenizer
+    teacher = tokenizer = load_tokenizer(parent)
     if settings.teacher != "parent":
         teacher = load_tokenizer(resolve_model(settings.teacher))
-    if is_chat(settings, teacher) and recipe.data.template == "model" and not tokenizer.chat_template:
+    chat = is_chat(settings, teacher)
+    if recipe.distill is not None and recipe.distill.teacher == "logprobs":
+        ListedReader(tokenizer)  # that what its tokens stand for can be told
+    if settings.endpoint is None:
+        config = load_config(_source(settings, parent))
+        named = {prompt.id: prompt for prompt in prompts}
+        fitting_ids(named, teacher, config, chat=chat, max_new_tokens=settings.max_new_tokens)
+    if chat and recipe.data.template == "model" and not tokenizer.chat_template:
         raise UserError(
             "generate: the teacher's answers are a chat, and the parent's tokenizer has no chat template for it; with "
             "data.template: none prompt and answer follow one another"

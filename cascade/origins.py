@@ -6,13 +6,15 @@ from cascade.recipe.schema import Recipe
 
 
 def origins_of(recipe: Recipe) -> list[Origin]:
-    """The parent, unless the recipe trains it, and who writes the text."""
+    """The parent, unless the recipe trains it, students that are there already, and who writes the text."""
     found = []
     parent = recipe.parent.model
     if parent:
         cut = all(member.start in ("prune", "layers") for member in recipe.members)
         source = resolve_model(parent, revision=recipe.parent.revision)
         found.append(_origin("parent", source, derived=cut))
+    students = sorted({member.student for member in recipe.members if member.student})
+    found += [_origin("members.student", resolve_model(one), derived=True) for one in students]
     settings = recipe.generate
     if settings is not None and settings.endpoint is not None:
         endpoint = settings.endpoint

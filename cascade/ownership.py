@@ -62,7 +62,7 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
     new_members = {member.name for member in recipe.members} - pinned_names(folder)
     differing = []
     # Until something has read the text, it may become another: the answers themselves are kept apart.
-    unread = () if any(folder.glob("stages/parent.data-*/MANIFEST.json")) else ("generate.",)
+    unread = () if any(folder.glob("stages/parent.data-*/MANIFEST.json")) else ("generate.", "distill.teacher")
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(_MAY_CHANGE + unread) or before.get(key) == now.get(key):
             continue

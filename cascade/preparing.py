@@ -120,7 +120,11 @@ def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
 
 
 def compare_with_production(runner: StageRunner, recipe: Recipe, shared: Shared) -> None:
-    """drift.json in the run directory."""
+    """drift.json in the run directory; none without production text."""
+    if not recipe.data.production:
+        if parallel.rank() == 0:
+            (runner.folder / DRIFT).unlink(missing_ok=True)
+        return
     folder = runner.run(
         "parent",
         "drift",

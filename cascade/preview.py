@@ -57,7 +57,9 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     asked = None
     if recipe.generate is not None:
         prompts = collect_prompts(recipe.generate, recipe.data.text_field)
-        check_generation(recipe, recipe.generate, prompts, tokenizer)
+        if source is None:
+            raise ValueError("a parent that writes is not trained in the same recipe")
+        check_generation(recipe, recipe.generate, prompts, source)
         asked = planned(recipe.generate, len(prompts))
     find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
     latencies = find_latencies(recipe, config, folder)

@@ -113,7 +113,8 @@ def write_report(
     parent_copies: Sequence[RoundedCopy] = (),
 ) -> None:
     """family.json and the reports: rows made now, and those of members that an earlier run finished."""
-    rows: dict[str, list[Row]] = _earlier_rows(run_folder, {member.name for member in members})
+    suffixes = tuple(f"-{entry.suffix}" for entry in recipe.finish)
+    rows: dict[str, list[Row]] = _earlier_rows(run_folder, {member.name for member in members}, suffixes)
     for member in members:
         if member.name in finished:
             done = finished[member.name]
@@ -135,14 +136,16 @@ def write_report(
     write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
 
 
-def _earlier_rows(run_folder: Path, names: set[str]) -> dict[str, list[Row]]:
-    """Rows of an earlier family.json, members first in each list."""
+def _earlier_rows(run_folder: Path, names: set[str], suffixes: tuple[str, ...]) -> dict[str, list[Row]]:
+    """Rows of an earlier family.json, members first in each list; of copies those with one of these suffixes."""
     if not (run_folder / "family.json").exists():
         return {}
     rows: dict[str, list[Row]] = {}
     for row in load_family(run_folder)["rows"]:
         if row["role"] == "member" and row["name"] in names:
             rows[row["name"]] = [row]
+        elif row["role"] == "quantised" and not row["name"].endswith(suffixes):
+            continue  # no longer asked for
         elif row["role"] in ("quantised", "baseline", "candidate") and row["name"].rpartition("-")[0] in rows:
             rows[row["name"].rpartition("-")[0]].append(row)
     return rows

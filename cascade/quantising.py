@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from cascade.cutting import selection_size, training_options
 from cascade.data.examples import load_training
@@ -28,12 +29,13 @@ from cascade.models.checkpoint import (
 )
 from cascade.models.quantised import load_rounded, round_while_training
 from cascade.progress import OnStep
+from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.finish import Finish
 from cascade.recipe.schema import Recipe
 from cascade.rows import RoundedCopy
 from cascade.runner import StageRunner
 from cascade.seeding import Shared
-from cascade.store import COST_FILE, output_digest, partial_of
+from cascade.store import COST_FILE, output_digest, partial_of, write_atomically
 
 
 def make_copies(
@@ -56,9 +58,9 @@ def _make_copy(
     settings: dict[str, Any] = {"quantise": entry.quantise, "dtype": recipe.save.dtype}
     inputs = {"checkpoint": digest}
     if entry.budget and recipe.distill is not None:
-        training = training_options(recipe.distill, 0.0)
         settings |= {"budget": entry.budget, "learning_rate": entry.learning_rate, "seed": recipe.seed}
-        settings |= {"training": json.loads(json.dumps(training, default=repr))}
+        unused = {"tokens", "examples", "teacher", "learning_rate", "features", "on_policy", *WITHOUT_EFFECT}
+        settings |= {"training": recipe.distill.model_dump(mode="json", exclude=unused)}
         inputs |= {"teacher": shared.digests["parent"], "data": shared.digests["data"]}
     made = runner.run(
         owner,
@@ -112,6 +114,8 @@ def make_rounded(
             per_token = flops_of(recipe, load_config(parent))
             (folder / COST_FILE).write_text(json.dumps({"teacher_flops_per_token": per_token}))
         rounded: Any = load_rounded(source, plain, entry.quantise, dtype)
+    # As for members: the parent's own is copied below, and transformers refuses to write some that it reads.
+    rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
     rounded.save_pretrained(folder / CHECKPOINT)
     copy_companions(checkpoint.folder, folder / CHECKPOINT)
     write_reference(rounded, folder / "reference.safetensors")
@@ -126,7 +130,10 @@ def _train(
     blocks = load_training(data / "train.safetensors")
     selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
     options = training_options(recipe.distill, 0.0) | {"on_policy": None, "compiled": False}
+    kept = partial_of(folder) / "rate.json"  # a run that was killed goes on at the rate that it had found
     rate = entry.learning_rate
+    if rate == "auto" and kept.exists():
+        rate = float(json.loads(kept.read_text()))
     if rate == "auto":
         own = ("learning_rate", "selection_every", "save_every_minutes", "ema_decay")
         found = find_learning_rate(
@@ -136,9 +143,12 @@ def _train(
             num_tokens=entry.budget,
             selection=selection,
             seed=recipe.seed,
+            on_try=on_step,
             **{name: value for name, value in options.items() if name not in own},
         )
         rate = found.learning_rate
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(rate))
     metrics = distill(
         student,
         teacher,

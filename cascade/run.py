@@ -129,8 +129,7 @@ def _make_family(
         recipe = reading(recipe, run_generation(runner, recipe, parent))
     shared = prepare(runner, recipe, parent)
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
-    if recipe.data.production:
-        compare_with_production(runner, recipe, shared)
+    compare_with_production(runner, recipe, shared)
     copies = make_copies(runner, recipe, shared, "parent", shared.parent, shared.digests["parent"])
     finished: dict[str, FinishedMember] = {}
     shapes: dict[str, FoundShape] = {}

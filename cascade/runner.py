@@ -18,7 +18,7 @@ from cascade import __version__, parallel
 from cascade.progress import OnStep, RunProgress
 from cascade.store import COST_FILE, append_event, drop_partials, is_committed, stage_key, staged
 
-STAGES = ("statistics", "prune", "repair", "distill", "evaluate", "quantise", "report")
+STAGES = ("statistics", "prune", "repair", "distill", "quantise", "evaluate", "report")
 """A member's stages in order, as --from takes them."""
 
 STAGE_FORMATS = {
@@ -38,9 +38,9 @@ STAGE_FORMATS = {
     "evaluate": 2,
     "drift": 1,
     "baseline-ce": 2,
-    "heldout-cut": 1,
-    "heldout-repaired": 1,
-    "heldout-ce": 1,
+    "heldout-cut": 2,
+    "heldout-repaired": 2,
+    "heldout-ce": 2,
     "quantise": 1,
     "evaluate-quantised": 1,
 }
@@ -61,7 +61,7 @@ _MADE_WITH = {
     "heldout-cut": "evaluate",
     "heldout-repaired": "evaluate",
     "heldout-ce": "evaluate",
-    "evaluate-quantised": "quantise",
+    "evaluate-quantised": "evaluate",
 }
 
 

@@ -8,8 +8,9 @@ from endpoint_server import chat_answer, serving
 
 from cascade.errors import UserError
 from cascade.recipe.generate import Endpoint
+from cascade.teacher.address import check_endpoint
 from cascade.teacher.answers import AnswerLog, requests_of
-from cascade.teacher.endpoint import EndpointError, ask, check_endpoint
+from cascade.teacher.endpoint import EndpointError, ask
 from cascade.teacher.prompts import prompts_of
 from cascade.teacher.spending import BudgetSpent, Spending
 

@@ -304,6 +304,7 @@ def test_every_message_of_a_dataset_has_the_same_keys(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("generate.max_new_tokens=511", "do not fit into the teacher's context of 512"),
         ("generate.num_prompts=9", "9 prompts are too few: none of them falls to the"),
         (
             "generate.endpoint={url: 'http://127.0.0.1:1/v1', model: m}",

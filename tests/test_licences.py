@@ -22,6 +22,8 @@ from cascade.run import run_generate, run_recipe
         ("README.md", '---\nlicense: "Llama2"\n---\n', "llama2"),
         ("README.md", "# license: gpl\nno head at all", ""),
         ("README.md", "---\nlicense: x`y\n---\n", "x"),
+        ("README.md", "---\nlicense:\n- gemma\nlanguage: en\n---\n", "gemma"),
+        ("README.md", "---\nlicense:\nlibrary_name: transformers\n---\n", ""),
         ("LICENSE", "                 Apache License\n           Version 2.0", "apache-2.0"),
         ("LICENSE.txt", "META LLAMA 3 COMMUNITY LICENSE AGREEMENT\n", "llama3"),
         ("LICENSE", "All of it is mine.", ""),
@@ -83,6 +85,16 @@ def test_what_is_cut_from_a_llama_may_learn_from_it_and_another_model_may_not(re
     other = "members=[{name: other, target: {params: 0.5}, init: random}]"
     with pytest.raises(UserError, match="may not be used to improve other large language models"):
         preview(load_recipe(recipe_folder / "tiny.yaml", [*changes, other]))
+
+
+def test_a_student_that_is_there_already_has_its_own_licence(recipe_folder, parent, tmp_path):
+    changes = [f"parent={parent('mit')}", "baselines=[]", "evaluate.tasks=[]",
+               f"members=[{{name: given, student: {parent('gemma')}}}]"]  # fmt: skip
+    with pytest.raises(UserError, match="members.student: .*terms 'gemma'"):
+        preview(load_recipe(recipe_folder / "tiny.yaml", changes))
+    recipe = load_recipe(recipe_folder / "tiny.yaml", [*changes, "acknowledged=[gemma]"])
+    card = (run_recipe(recipe, output=tmp_path / "run") / "members" / "given" / "README.md").read_text()
+    assert "license:" not in card.split("---")[1] and "`gemma`" in card and "`mit`" in card
 
 
 def test_a_datasets_provenance_names_its_writers_terms(parent, tmp_path):

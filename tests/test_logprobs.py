@@ -21,9 +21,14 @@ from cascade.distillation.head import Head
 from cascade.distillation.listed import ListedRows
 from cascade.errors import UserError
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+from cascade.recipe.generate import Endpoint
 from cascade.recipe.load import load_recipe
 from cascade.run import run_recipe
+from cascade.teacher.answers import AnswerLog, requests_of
+from cascade.teacher.endpoint import ask
 from cascade.teacher.logprobs import top_logprobs
+from cascade.teacher.prompts import prompts_of
+from cascade.teacher.spending import Spending
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
@@ -248,7 +253,7 @@ def respond_as(pico, api, tops=(5,)):
     return respond
 
 
-@pytest.mark.parametrize("api", ["chat", "completions"])
+@pytest.mark.parametrize("api", ["chat", pytest.param("completions", marks=pytest.mark.nightly)])
 def test_a_family_learns_from_the_log_probabilities_of_a_real_model_behind_an_endpoint(pico, parent, tmp_path, api):
     with serving(respond_as(pico, api, tops=(5, 3, 1))) as (url, _):
         folder = run(url, parent, tmp_path, api=api)
@@ -280,10 +285,46 @@ def test_log_probabilities_of_another_tokenizer_are_refused_with_the_share_that_
         with pytest.raises(UserError, match=r"data.train: only \d+% of the answers' tokens are the teacher's, too"):
             run(url, parent, tmp_path)
 
+    # What was paid for is not lost: the same directory goes on with the text alone.
+    with serving(respond) as (other, received):
+        again = [f"generate.endpoint.url={url}", "distill.teacher=text", "baselines=[]"]
+        assert (run(other, parent, tmp_path, *again) / "members" / "small").exists() and not received
+
+
+def test_one_answer_without_log_probabilities_among_others_is_an_answer(tmp_path):
+    def respond(body, number):
+        return 200, {}, as_chat(b"yes", [(b"yes", -0.1, [(b"yes", -0.1)])]) if number != 1 else chat_answer("no")
+
+    with serving(respond) as (url, _):
+        endpoint = Endpoint(url=url, model="m", top_logprobs=5, concurrency=1)
+        wanted = requests_of(prompts_of(["a", "b", "c"]), 1, {})
+        log = AnswerLog(tmp_path / "answers.jsonl")
+        ask(endpoint, wanted, log, Spending(tmp_path / "s.json", endpoint), sampling={})
+    assert [log.answers[one.key].text for one in wanted] == ["yes", "no", "yes"]
+
+
+def test_an_end_token_that_the_server_lists_is_no_agreement(pico):
+    tokenizer = pico[1]
+    reader = ListedReader(tokenizer)
+    ids = tokenizer(" return", add_special_tokens=False)["input_ids"]
+    said = [[" ret", [[" ret", -0.1]]], ["urn", [["urn", -0.1]]], ["<|endoftext|>", [["<|endoftext|>", -0.1]]]]
+    message = {"role": "assistant", "content": " return", "top_logprobs": json.dumps(said)}
+    whole = [*ids, tokenizer.eos_token_id]
+    reader.read(message, whole, whole)
+    assert (reader.num_tokens, reader.num_aligned) == (len(ids), 0)
+
+
+def test_log_probabilities_that_are_no_numbers_are_left_out():
+    one = {"token": "a", "logprob": -0.5, "bytes": [97]}
+    wrong = [{"token": "b", "logprob": -math.inf}, {"token": "c", "logprob": math.nan}, {"token": "d", "logprob": None}]
+    assert top_logprobs([{"content": [one | {"top_logprobs": [one, *wrong]}]}]) == [["a", [["a", -0.5]]]]
+    assert top_logprobs(None) == top_logprobs([{}]) == top_logprobs([{"content": None}]) == []
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("distill.features.hidden=mse", "only the parent's inside can be seen; remove distill.features"),
         ("generate.endpoint.top_logprobs=null", "it needs generate.endpoint.top_logprobs"),
         ("distill.temperature=2", "allow forward_kl at temperature 1 only"),
         ("distill.loss=jsd", "allow forward_kl at temperature 1 only"),

@@ -58,6 +58,7 @@ def test_two_processes_train_as_one_does_with_a_tied_head_uneven_blocks_and_accu
     assert curve(two, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_two_nodes_of_one_process_each_are_two_processes(tmp_path):
     run(tmp_path / "one", processes=1, num_steps=3, rate=1e-3)
     with socket.socket() as free:

@@ -72,6 +72,10 @@ def test_a_run_tells_production_text_that_is_like_its_own_from_other_text(recipe
     assert any("unlike" in said for said in wrong_diet(found["other.jsonl"], []))
     assert len(list((tmp_path / "run" / "stages").glob("parent.data-*"))) == 1  # nothing trained on depends on it
 
+    run_recipe(load_recipe(recipe_folder / "tiny.yaml", changes), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "drift.json").exists()  # what is no longer asked for is not told
+    assert "Production" not in (tmp_path / "run" / "report.md").read_text()
+
 
 def test_production_text_that_is_not_there_is_named(recipe_folder, tmp_path):
     recipe = load_recipe(recipe_folder / "tiny.yaml", ["members=[]", f"data.production={tmp_path / 'none.jsonl'}"])

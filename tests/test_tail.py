@@ -55,6 +55,25 @@ def test_a_student_that_is_its_teacher_loses_nothing_anywhere():
     assert overall - 1e-6 <= error["value"] <= 1
 
 
+def test_slices_of_conversations_are_told_with_their_prompts(tiny_parent):
+    from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+    from cascade.evaluating import _told
+    from cascade.models.checkpoint import ModelSource, load_tokenizer
+
+    source = ModelSource(tiny_parent, "tiny")
+    ids = torch.tensor([load_tokenizer(source)("the question is long, the answer short")["input_ids"]])
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < 8, IGNORE_INDEX)
+    (told,) = _told({"slices": [{"slice": "0"}]}, TokenBlocks(ids, labels, 0.0), source)["slices"]
+    assert told["slice"].startswith("the question is long")
+
+
+def test_texts_from_outside_are_no_links_in_markdown():
+    from cascade.report.tables import markdown_table
+
+    table = markdown_table([["", "slice"], ["a", "![x](http://host/p.png) `code` <b> | &amp;"]])
+    assert r"!\[x\](http://host/p.png) \`code\` &lt;b> \| &amp;amp;" in table
+
+
 def test_the_report_shows_the_tail_of_each_member(tiny_family):
     tails = json.loads((tiny_family / "tail.json").read_text())
     assert list(tails) == ["big", "small"] and all(len(one["deciles"]) == 10 for one in tails.values())

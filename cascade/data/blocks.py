@@ -3,7 +3,6 @@
 Shapes: N = blocks, S = block size (tokens), B = batch.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,15 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cascade.data.targets import Listed, ListedTargets, as_targets, as_tensors
 from cascade.errors import UserError
 
 _T = TypeVar("_T")
 
 IGNORE_INDEX = -100
 """Label of a token that no loss counts (padding, prompts), as in transformers."""
-
-Listed = list[tuple[int, float]]
-"""What a teacher says of one token: ids and their log-probabilities, as far as it is told."""
 
 
 class Tokenized(NamedTuple):
@@ -34,20 +31,6 @@ class Tokenized(NamedTuple):
     """None: the ids themselves."""
     num_bytes: int
     listed: list[Listed] | None = None
-
-
-@dataclass(frozen=True)
-class ListedTargets:
-    """What a teacher that is not here says of each token; the mass that is not listed is somewhere else."""
-
-    ids: Tensor
-    """int64 [N, S, K] of the token that stands there, as labels are; -1: none."""
-    log_p: Tensor
-    """float32 [N, S, K]; -inf where there is no id."""
-
-    def rows(self, rows: Tensor) -> "ListedTargets":
-        """Of the blocks of these numbers."""
-        return ListedTargets(self.ids[rows], self.log_p[rows])
 
 
 @dataclass(frozen=True)
@@ -178,16 +161,16 @@ def pack_tokens(
     """
     rows: list[list[int]] = [[], [], []]
     num_bytes = 0
-    listed: list[Listed] = []
+    listed: list[ListedTargets] = []
     for document in documents:
         ids, labels, size, theirs = Tokenized(*document)
         if max_blocks is not None and len(rows[0]) >= max_blocks * block_size:
             break
         append_document(rows, ids, labels)
-        listed += theirs or []
+        listed += [] if theirs is None else [as_tensors(theirs)]
         num_bytes += size
     stream = torch.tensor(rows, dtype=torch.int64).view(3, -1)
-    if listed and len(listed) != stream.shape[1]:
+    if listed and sum(len(one.ids) for one in listed) != stream.shape[1]:
         raise ValueError("either all documents say what a teacher says of their tokens, or none")
     return blocks_of(stream, num_bytes, block_size, max_blocks, document_masks, name, listed)
 
@@ -206,7 +189,7 @@ def blocks_of(
     max_blocks: int | None,
     document_masks: bool,
     name: str,
-    listed: Sequence[Listed] = (),
+    listed: Sequence[ListedTargets] = (),
 ) -> TokenBlocks:
     """A stream [3, T] of ids, labels and places, cut into blocks; those in which no token counts are dropped.
 
@@ -230,7 +213,7 @@ def blocks_of(
         labels,
         num_bytes / stream.shape[1] if all_count else 0.0,
         places if document_masks else None,
-        _as_targets(listed, count, block_size) if listed else None,
+        as_targets(listed, count, block_size) if listed else None,
     )
     kept = (labels[:, 1:] != IGNORE_INDEX).any(1).nonzero()[:, 0]
     if len(kept) == 0:
@@ -239,16 +222,6 @@ def blocks_of(
             "conversations have an answer of the assistant"
         )
     return blocks if len(kept) == count else blocks.rows(kept)
-
-
-def _as_targets(listed: Sequence[Listed], count: int, block_size: int) -> ListedTargets:
-    """Lists, one a token, as tensors of `count` blocks."""
-    listed = listed[: count * block_size]
-    width = max(1, max(len(one) for one in listed))
-    padded = [[*one, *[(-1, -math.inf)] * (width - len(one))] for one in listed]
-    ids = torch.tensor([[number for number, _ in one] for one in padded])
-    log_p = torch.tensor([[value for _, value in one] for one in padded])
-    return ListedTargets(ids.view(count, block_size, width), log_p.view(count, block_size, width))
 
 
 def from_block_start(places: Tensor) -> Tensor:
@@ -274,11 +247,11 @@ def load_blocks(path: Path) -> TokenBlocks:
     """What `save_blocks` wrote."""
     with safe_open(path, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
-        found = {name: tensor.to(torch.int64) for name, tensor in stored.items() if name != "listed_log_p"}
+        found = {name: tensor.to(torch.int64) for name, tensor in stored.items() if "listed" not in name}
         ids, about = found["input_ids"], file.metadata()
         listed = None
-        if "listed_ids" in found:
-            listed = ListedTargets(found["listed_ids"], stored["listed_log_p"])
+        if "listed_ids" in stored:
+            listed = ListedTargets(stored["listed_ids"], stored["listed_log_p"])
         return TokenBlocks(
             ids,
             found.get("labels", ids),

@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cascade.data.blocks import IGNORE_INDEX, Listed
+from cascade.data.blocks import IGNORE_INDEX
+from cascade.data.targets import Listed
 from cascade.data.vocabulary import token_bytes
 from cascade.errors import UserError
 
@@ -46,8 +47,9 @@ class ListedReader:
         ours = _spans([self._bytes[ids[place]] or b"" for place in places], answer)
         spans = _spans([_raw(token) for token, _ in theirs], answer)
         tops = dict(zip(spans, (top for _, top in theirs), strict=False))
-        self.num_tokens += sum(start < len(answer) and end > 0 for start, end in ours) or len(places)
-        for place, span in zip(places, ours, strict=False):
+        inside = [start < len(answer) and end > 0 for start, end in ours]
+        self.num_tokens += sum(inside) or len(places)
+        for place, span, counts in zip(places, ours, inside, strict=False):
             listed: dict[int, float] = {}
             for token, value in tops.get(span, []):
                 known = self._id_of.get(_raw(token))
@@ -55,7 +57,7 @@ class ListedReader:
                     listed[known] = max(value, listed.get(known, -math.inf))
             if listed:
                 found[place] = list(listed.items())
-                self.num_aligned += 1
+                self.num_aligned += counts
         return found
 
     def require_agreement(self, name: str) -> None:

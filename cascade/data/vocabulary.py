@@ -5,6 +5,9 @@ from typing import Any
 
 from cascade.errors import UserError
 
+_PIECES = {"ByteFallback", "Metaspace", "Replace"}
+"""Decoders of tokenizers that write a space as '▁'."""
+
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
     """By id: the bytes that it adds to a text; of special tokens their own names; None where no token has the id.
@@ -23,10 +26,10 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     found: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values(), default=-1) + 1)
     for token, number in tokenizer.get_vocab().items():
         if token in special:
-            found[number] = token.encode()
+            found[number] = (token.replace("▁", " ") if kinds & _PIECES else token).encode()
         elif "ByteLevel" in kinds:
             found[number] = _byte_level(token)
-        elif kinds & {"ByteFallback", "Metaspace", "Replace"}:
+        elif kinds & _PIECES:
             found[number] = _pieces(token)
         else:
             raise UserError(

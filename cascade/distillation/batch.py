@@ -82,7 +82,7 @@ def batch_losses(
         inside = features.losses(ours, theirs, all_BS, lambda: visible(student, inputs))
     listed = None
     if batch.listed is not None and teacher is None:
-        ids, log_p = batch.listed.ids[:, 1:], batch.listed.log_p[:, 1:]
+        ids, log_p = batch.listed.ids[:, 1:].long(), batch.listed.log_p[:, 1:]
         listed = ListedRows(*(one.flatten(0, 1).to(device)[counted] for one in (ids, log_p)))
     fused = fused_loss(
         student_ND,

@@ -265,7 +265,11 @@ def _download(repository: str, revision: str | None) -> Path:
         "vocab*",
         "*.jinja",
         "LICENSE*",
+        "LICENCE*",
         "NOTICE*",
+        "COPYING*",
+        "USE_POLICY*",
+        "README.md",  # whose head names the licence
     ]
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))

@@ -16,7 +16,8 @@ class Finish(Section):
     members: Paths = []
     """Whose copies, `parent` among them; all where not given."""
     tokens: PositiveInt | None = None
-    """Quantisation-aware: first train so many tokens with rounded weights, under the same teacher."""
+    """Quantisation-aware: first train so many tokens with rounded weights, under the parent and with the loss of the
+    recipe's distill section, but without distill.features and distill.on_policy."""
     examples: PositiveInt | None = None
     """Classification, instead of tokens."""
     learning_rate: Literal["auto"] | PositiveFloat = "auto"

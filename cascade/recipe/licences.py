@@ -40,17 +40,17 @@ class Terms:
 
 TERMS: dict[str, Terms] = {
     "llama2": Terms(_LLAMA_ONLY, derived=False),
-    "llama3": Terms(_LLAMA_ONLY, derived=False),
+    "llama3": Terms(f"{_LLAMA_ONLY}; what is made from it carries `Llama 3` at the beginning of its name (1.b.i)"),
     "llama3.1": Terms(_LLAMA_NAMED),
     "llama3.2": Terms(_LLAMA_NAMED),
     "llama3.3": Terms(_LLAMA_NAMED),
     "llama4": Terms(_LLAMA_NAMED),
     "gemma": Terms(_GEMMA),
-    "cc-by-nc-2.0": Terms(_NOT_COMMERCIAL),
-    "cc-by-nc-3.0": Terms(_NOT_COMMERCIAL),
-    "cc-by-nc-4.0": Terms(_NOT_COMMERCIAL),
-    "cc-by-nc-sa-4.0": Terms(_NOT_COMMERCIAL),
-    "cc-by-nc-nd-4.0": Terms(_NOT_COMMERCIAL),
+    **{
+        f"cc-by-nc{kind}-{version}": Terms(_NOT_COMMERCIAL)
+        for kind in ("", "-sa", "-nd")
+        for version in ("2.0", "2.5", "3.0", "4.0")
+    },
     "openai": Terms(_NO_COMPETITORS),
     "anthropic": Terms(_NO_COMPETITORS),
     "google-gemini": Terms(_NO_COMPETITORS),
@@ -107,7 +107,8 @@ def licence_of(folder: Path) -> str:
     card = folder / "README.md"
     if card.is_file():
         head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
-        named = dict(re.findall(r"^(license(?:_name)?):\s*['\"]?([\w.\-]+)", head.group(1), flags=re.M)) if head else {}
+        line = r"^(license(?:_name)?):[ \t]*(?:\n[ \t]*-)?[ \t]*['\"]?(\w[\w.\-]*)"
+        named = dict(re.findall(line, head.group(1), flags=re.M)) if head else {}
         found = str(named.get("license", "")).lower()
         found = str(named.get("license_name", found)).lower() if found in ("other", "") else found
         if found:

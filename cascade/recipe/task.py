@@ -99,6 +99,9 @@ def require_teacher(recipe: Any) -> None:
     if distill is None or distill.teacher == "parent":
         return
     place = f"distill.teacher: {distill.teacher}"
+    own = distill.features
+    if own.hidden not in ("auto", "none") or own.embedding != "none" or own.relations:
+        raise ValueError(f"{place}: only the parent's inside can be seen; remove distill.features")
     if distill.on_policy is not None:
         raise ValueError(f"{place}: the parent does not judge; remove on_policy")
     if distill.teacher == "text":

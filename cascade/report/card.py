@@ -28,7 +28,10 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
         "tags": ["cascade", "pruned", "distilled"],
     }
     origins = lineage["origins"]
-    if origins and origins[0]["licence"] and origins[0]["name"] == lineage["parent"]:
+    rounded, cut = "quantised" in lineage, bool(lineage["seed"]) or lineage.get("copy_of") == "parent"
+    if rounded:
+        front |= {"base_model_relation": "quantized", "tags": ["cascade", lineage["quantised"]]}
+    if cut and origins and origins[0]["licence"] and origins[0]["name"] == lineage["parent"]:
         front["license"] = origins[0]["licence"]
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     share = row["num_parameters"] / teacher["num_parameters"]
@@ -54,7 +57,7 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
                 "## Quality",
                 markdown_table(quality_table([teacher, row])),
                 *([] if "quantised" in lineage else ["## Cut and recovery", markdown_table(stage_table([row]))]),
-                "## Licences",
+                *(["## Licences"] if origins else []),
                 *[_licence(origin) for origin in origins],
                 "## Lineage",
                 f"```json\n{json.dumps(lineage, indent=1)}\n```",

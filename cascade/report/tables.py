@@ -72,7 +72,7 @@ def stage_table(rows: Sequence[Row]) -> Table:
         "KL: cut",
         "repaired",
         "recovered",
-        "tokens",
+        "tokens or examples",
         "cumulative",
         "seconds",
         "FLOPs",
@@ -170,4 +170,8 @@ def _number(value: float | None, unit: float = 1.0) -> str:
 
 
 def _escape(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """Texts from outside stand in cells: no links, pictures, code or tags."""
+    cell = cell.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
+    for sign in "|[]`":
+        cell = cell.replace(sign, f"\\{sign}")
+    return cell

@@ -3,9 +3,7 @@
 The key comes from the environment, goes into one header, and is struck out of every message.
 """
 
-import ipaddress
 import json
-import os
 import random
 import threading
 import time
@@ -14,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Endpoint
+from cascade.teacher.address import check_endpoint
 from cascade.teacher.answers import Answer, AnswerLog, Request
 from cascade.teacher.logprobs import top_logprobs
 from cascade.teacher.spending import Spending
@@ -41,43 +39,6 @@ class EndpointError(RunError):
     """The endpoint does not answer; what it has answered before is kept."""
 
 
-def check_endpoint(endpoint: Endpoint) -> str:
-    """The key, or '' where none is asked for; refuses addresses that no key should be sent to.
-
-    Raises:
-        UserError: the key's variable is empty, or the address is not https, or of the local network's own kind.
-    """
-    place = f"generate.endpoint.url: {endpoint.url}"
-    try:
-        parts = urlsplit(endpoint.url)
-        host = parts.hostname or ""
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise UserError(f"{place}: expected https://HOST/v1 (http for this machine)")
-    if parts.username or parts.password or parts.query:
-        raise UserError(f"{place}: no user, password or query in it; the key goes into an environment variable")
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        address = None
-    here = host == "localhost" or (address is not None and address.is_loopback)
-    if address is not None and address.is_link_local:
-        raise UserError(f"{place}: link-local addresses are not asked")
-    if parts.scheme == "http" and not here and not endpoint.allow_http:
-        raise UserError(f"{place}: plain http would show key and text to the network; use https, or allow_http: true")
-    if not endpoint.key_env:
-        return ""
-    key = os.environ.get(endpoint.key_env, "").strip()
-    if not key:
-        raise UserError(f"generate.endpoint.key_env: the environment variable {endpoint.key_env} is not set")
-    if not all("!" <= letter <= "~" for letter in key):
-        raise UserError(
-            f"generate.endpoint.key_env: {endpoint.key_env} holds spaces, line breaks or other signs; no key"
-        )
-    return key
-
-
 def ask(
     endpoint: Endpoint,
     wanted: Sequence[Request],
@@ -96,7 +57,8 @@ def ask(
         BudgetSpent, EndpointError: with the first of them no more is sent; what is under way is waited for.
         UserError: no key, a wrong one, or an unknown model.
     """
-    client = _Client(endpoint, check_endpoint(endpoint), spending, sampling)
+    told = any(one.logprobs for one in log.answers.values())
+    client = _Client(endpoint, check_endpoint(endpoint), spending, sampling, told)
     missing = [one for one in wanted if one.key not in log.answers]
     done = len(wanted) - len(missing)
     refused: list[Answer] = []
@@ -140,11 +102,15 @@ def ask(
 class _Client:
     """One endpoint, asked by several threads."""
 
-    def __init__(self, endpoint: Endpoint, key: str, spending: Spending, sampling: dict[str, Any]) -> None:
+    def __init__(
+        self, endpoint: Endpoint, key: str, spending: Spending, sampling: dict[str, Any], has_told: bool
+    ) -> None:
         self.endpoint, self.key, self.spending, self.sampling = endpoint, key, spending, sampling
         self.stopped = threading.Event()
         self.error: BaseException | None = None
         self.refused_in_a_row = 0
+        self.has_told = has_told
+        """Whether some answer came with log-probabilities: then one without is an exception."""
         self.local, self.lock = threading.local(), threading.Lock()
         path = "chat/completions" if endpoint.api == "chat" else "completions"
         self.url = f"{endpoint.url.rstrip('/')}/{path}"
@@ -244,7 +210,9 @@ class _Client:
         if not isinstance(text, str):
             return f"no answer in it: {shown}"
         logprobs = choice.get("logprobs")
-        if self.endpoint.top_logprobs and text and not top_logprobs([logprobs]):
+        told = bool(top_logprobs([logprobs]))
+        self.has_told = self.has_told or told
+        if self.endpoint.top_logprobs and text and not self.has_told:
             raise UserError(
                 f"{self.url}: the answers come without log-probabilities; leave generate.endpoint.top_logprobs out, "
                 "and give distill.teacher: text"

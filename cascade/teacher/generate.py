@@ -15,8 +15,9 @@ from cascade.data.sources import opening
 from cascade.data.splits import SPLIT_SHARE, SPLITS, split_of_text
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Generate
+from cascade.teacher.address import check_endpoint
 from cascade.teacher.answers import Answer, AnswerLog, Request, requests_of
-from cascade.teacher.endpoint import ask, check_endpoint
+from cascade.teacher.endpoint import ask
 from cascade.teacher.filters import Filter, Keep, perplexity
 from cascade.teacher.local import write
 from cascade.teacher.logprobs import top_logprobs

@@ -1,6 +1,6 @@
 """A teacher that writes here: batches of prompts, padded at the front, each batch with random numbers of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,25 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, *, chat: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def fitting_ids(
+    prompts: Mapping[str, Prompt], tokenizer: Any, config: Any, *, chat: bool, max_new_tokens: int
+) -> dict[str, list[int]]:
+    """Each prompt's tokens, by the prompts' names.
+
+    Raises:
+        UserError: one leaves no room for an answer in the teacher's context.
+    """
+    ids = {name: prompt_ids(prompt, tokenizer, chat=chat) for name, prompt in prompts.items()}
+    context = getattr(config, "max_position_embeddings", None)
+    for name, prompt in prompts.items():
+        if context and len(ids[name]) + max_new_tokens > context:
+            raise UserError(
+                f"generate: {str(prompt.messages)[:100]}: {len(ids[name])} tokens and {max_new_tokens} new ones do not "
+                f"fit into the teacher's context of {context}; give a shorter prompt or max_new_tokens"
+            )
+    return ids
+
+
 @torch.no_grad()
 def write(
     teacher: nn.Module,
@@ -54,14 +73,7 @@ def write(
     """
     model: Any = teacher
     prompts = {one.prompt.id: one.prompt for one in wanted}
-    ids = {name: prompt_ids(prompt, tokenizer, chat=chat) for name, prompt in prompts.items()}
-    context = getattr(model.config, "max_position_embeddings", None)
-    for name, prompt in prompts.items():
-        if context and len(ids[name]) + sampling["max_new_tokens"] > context:
-            raise UserError(
-                f"generate: {str(prompt.messages)[:100]}: {len(ids[name])} tokens and {sampling['max_new_tokens']} new "
-                f"ones do not fit into the teacher's context of {context}; give a shorter prompt or max_new_tokens"
-            )
+    ids = fitting_ids(prompts, tokenizer, model.config, chat=chat, max_new_tokens=sampling["max_new_tokens"])
     ordered = sorted(wanted, key=lambda one: len(ids[one.prompt.id]))  # alike lengths, little padding
     config = _config(model, tokenizer, sampling)
     for start in range(0, len(ordered), batch_size):

@@ -3,6 +3,7 @@
 A token is a text, or a list of bytes where these are no text of their own.
 """
 
+import math
 from typing import Any
 
 
@@ -39,6 +40,6 @@ def _listed(pairs: list[tuple[Any, Any]]) -> list[list[Any]]:
     """Each token once, the first time it stands there; without numbers that are none."""
     seen: dict[str, list[Any]] = {}
     for token, value in pairs:
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and math.isfinite(value):
             seen.setdefault(str(token), [token, round(float(value), 5)])
     return list(seen.values())
