@@ -135,7 +135,7 @@ def test_a_real_encoder_is_fitted_to_the_reviews_and_half_of_it_comes_nearer_to_
     recipe = load_recipe(ROOT / "recipes" / "sst2.yaml", [
         f"parent.model={minilm}", "parent.fit={examples: 640, learning_rate: 2e-4}", f"data.train={reviews / 'train.jsonl'}",
         f"data.selection={reviews / 'validation.jsonl'}", f"data.heldout={reviews / 'test.jsonl'}",
-        "data.max_length=32", "distill.examples=512", "distill.learning_rate=3e-4", "distill.selection_examples=16", "baselines=[cut]",
+        "data.max_length=32", "distill.examples=512", "distill.cross_entropy_weight=0", "distill.selection_examples=16", "baselines=[cut]",
         "members=[{name: layers-3, target: {dims: {num_hidden_layers: 3}}, init: layers}]",
     ])  # fmt: skip
     rows = rows_of(run_recipe(recipe, output=tmp_path / "run"))
