@@ -81,7 +81,9 @@ def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
         tables += [("Production", production_table(drift, rows))]
         tables += [("The recipe's diet", [["found"], *said])] if said else []
     if tails:
-        tables += [("The long tail", decile_table(tails)), ("Where most was lost", slice_table(tails))]
+        members = {row["name"] for row in rows if row["role"] == "member"}
+        own = {name: tail for name, tail in tails.items() if name in members}
+        tables += [("The long tail", decile_table(tails)), ("Where most was lost", slice_table(own))]
     return tables
 
 
