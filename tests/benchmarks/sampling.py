@@ -1,0 +1,104 @@
+"""How much of a teacher's probabilities few bytes keep: ids a token, bytes, and the error of the student's gradient.
+
+    python tests/benchmarks/sampling.py --model SmolLM2-135M-Instruct.Q4_1.gguf --texts a.jsonl.gz b.jsonl.gz
+
+The student is the teacher without some of its layers. The gradient is forward KL's towards the student's last hidden states,
+(q - t) W, over all tokens of a text; the error is what a sample adds, relative to the exact gradient, and the angle is that
+of the sum over tokens through a random projection of the tokens' hidden states (what a weight's gradient sums up).
+Bytes: packed ids (ceil(log2 V) bits) and counts or log-probabilities (6 or 12 bits), without an index.
+"""
+
+import argparse
+import gzip
+import json
+import math
+
+import torch
+
+from cascade.distillation.head import head_of, last_hidden, logits_of
+from cascade.distillation.sampling import shifts, systematic_draws
+from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+
+
+def independent_draws(p, seed, draws):
+    return torch.multinomial(p, draws, replacement=True, generator=torch.Generator().manual_seed(seed))
+
+
+def shares(ids, draws, vocabulary):
+    return torch.zeros(len(ids), vocabulary).scatter_add_(1, ids, torch.full(ids.shape, 1 / draws))
+
+
+def sample(kind, p, seed, draws, head):
+    """(t [T, V], ids kept a token, of these with a probability of their own)."""
+    tokens, vocabulary = p.shape
+    t, exact = torch.zeros_like(p), 0
+    rest = p
+    if head:
+        top = p.topk(head)
+        t.scatter_(1, top.indices, top.values)
+        rest, exact = p.scatter(1, top.indices, 0.0), head
+    if draws:
+        mass = rest.sum(1, keepdim=True)
+        even = rest / mass.clamp_min(1e-12)
+        if kind == "systematic":
+            ids = systematic_draws(even, shifts(b"benchmark", seed.to_bytes(4, "little"), tokens), draws)
+        else:
+            ids = independent_draws(even.clamp_min(1e-30), seed, draws)
+        t = t + shares(ids, draws, vocabulary) * mass
+    return t, (t > 0).sum(1).float().mean().item(), exact
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin:pico-python")
+    parser.add_argument("--texts", nargs="+", required=True, help="JSONL.gz files with a field `text`")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--without", type=int, default=4, help="layers that the student lacks")
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    source = resolve_model(options.model)
+    teacher, student, tokenizer = load_model(source), load_model(source), load_tokenizer(source)
+    layers = student.model.layers
+    first = len(layers) // 2
+    student.model.layers = torch.nn.ModuleList([*layers[:first], *layers[first + options.without :]])
+    for place, layer in enumerate(student.model.layers):
+        layer.self_attn.layer_idx = place
+    student.config.num_hidden_layers = len(student.model.layers)
+    kinds = [("independent", draws, 0) for draws in (12, 25, 50)]
+    kinds += [("systematic", draws, 0) for draws in (6, 8, 12, 25, 50)]
+    kinds += [(kind, draws, head) for kind in ("independent", "systematic") for head, draws in ((4, 4), (4, 8), (8, 8))]
+    kinds += [("top", 0, head) for head in (8, 12, 20)]
+    table = {kind: [] for kind in kinds}
+    for name in options.texts:
+        with gzip.open(name, "rt") as file:
+            text = "\n\n".join(json.loads(line)["text"] for line, _ in zip(file, range(40), strict=False))
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][: options.tokens]])
+        p = logits_of(last_hidden(teacher, input_ids=ids)[0], head_of(teacher)).softmax(-1)
+        hidden = last_hidden(student, input_ids=ids)[0]
+        q = logits_of(hidden, head_of(student)).softmax(-1)
+        weight = head_of(student).weight
+        exact = (q - p) @ weight
+        whole = hidden.T @ exact
+        for kind in kinds:
+            errors, angles, kept, own = [], [], 0.0, 0
+            for seed in range(options.seeds if kind[1] else 1):
+                t, kept, own = sample(kind[0], p, seed, kind[1], kind[2])
+                noise = (p - t) @ weight
+                errors.append((noise.norm() / exact.norm()).item())
+                found = whole + hidden.T @ noise
+                cosine = (found * whole).sum() / (found.norm() * whole.norm())
+                angles.append(math.degrees(math.acos(min(1.0, cosine.item()))))
+            bits = math.ceil(math.log2(p.shape[1]))
+            size = (kept * bits + own * 12 + (kept - own) * 6) / 8
+            table[kind].append((kept, size, sum(errors) / len(errors), sum(angles) / len(angles)))
+    print(f"{options.model}: {options.tokens} tokens of each of {len(options.texts)} texts, {options.seeds} seeds")
+    print(f"{'targets':24} {'ids':>6} {'bytes':>6} {'error a token':>14} {'angle of the sum':>17}")
+    for (kind, draws, head), rows in table.items():
+        label = f"top {head} exact" if kind == "top" else (f"top {head} + " if head else "") + f"{draws} {kind}"
+        mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        print(f"{label:24} {mean[0]:6.1f} {mean[1]:6.1f} {mean[2]:14.3f} {mean[3]:16.2f}°")
+
+
+if __name__ == "__main__":
+    main()
