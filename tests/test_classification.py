@@ -141,7 +141,7 @@ def test_a_parent_of_other_classes_and_a_student_of_others_are_refused(reviews, 
         preview(load_recipe(reviews, [f"parent={three}", "members=[]", "finish=[]"]), tmp_path / "run")
     members = f"members=[{{name: three, student: {three}}}]"
     with pytest.raises(UserError, match="members: three: the student has 3 classes, the teacher 2"):
-        preview(load_recipe(reviews, [members]), tmp_path / "run")
+        preview(load_recipe(reviews, [members, "finish=[]"]), tmp_path / "run")
     with pytest.raises(UserError, match=r"parent: .* is no classifier; with parent.fit it learns the classes first"):
         encoder = load_recipe(reviews).parent.model
         preview(load_recipe(reviews, [f"parent={encoder}", "members=[]", "finish=[]"]), tmp_path / "run")
