@@ -119,11 +119,13 @@ def test_the_real_encoders_members_give_nearly_its_embeddings(minilm, reviews, t
         f"data.selection={reviews / 'validation.jsonl'}", "distill.examples=192", "distill.selection_examples=16",
         "calibration.num_blocks=4", "prune.repair.method=none", "data.max_length=32",
         "members=[{name: layers-3, target: {dims: {num_hidden_layers: 3}}, init: layers}]",
+        "finish=[{quantise: int8, members: layers-3}]",
     ])  # fmt: skip
     folder = run_recipe(recipe, output=tmp_path / "run")
     rows = rows_of(folder)
     assert rows["layers-3"]["cosine_distance"] < 0.9 * rows["layers-3-cut"]["cosine_distance"]
     assert rows["layers-3"]["similarity_correlation"] > 0.7
+    assert abs(rows["layers-3-int8"]["cosine_distance"] - rows["layers-3"]["cosine_distance"]) < 0.01
     member = AutoModel.from_pretrained(folder / "members" / "layers-3")
     assert member.config.num_hidden_layers == 3 and member.config.hidden_size == 384
     card = (folder / "members" / "layers-3" / "README.md").read_text()

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from cascade.data.blocks import IGNORE_INDEX, Tokenized, load_blocks, pack_tokens, save_blocks
 from cascade.data.listed import ListedReader
 from cascade.data.messages import conversation_tokens
+from cascade.data.targets import ListedTargets
 from cascade.data.vocabulary import token_bytes
 from cascade.distillation.divergences import ghost
 from cascade.distillation.fused import Objective, fused_loss
 from cascade.distillation.head import Head
-from cascade.distillation.listed import ListedRows
 from cascade.errors import UserError
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
 from cascade.recipe.generate import Endpoint
@@ -51,7 +51,7 @@ def listed_rows(counts, vocabulary, width, draw):
         p = torch.rand(count + 1, generator=draw) + 0.01
         p = p / (p[:-1].sum() if count == vocabulary or place % 3 == 2 else p.sum())
         log_p[place, :count] = p[:-1].log()
-    return ListedRows(ids, log_p)
+    return ListedTargets(ids, log_p)
 
 
 def reference(logits, rows, targets, share):
@@ -110,7 +110,7 @@ def test_what_a_teachers_own_top_k_lists_costs_what_ghost_top_k_does():
     student.requires_grad_()
     found = fused_loss(
         student, Head(torch.eye(40), None), torch.zeros(8, dtype=torch.int64), Objective(),
-        listed=ListedRows(top.indices, top.values),
+        listed=ListedTargets(top.indices, top.values),
     )  # fmt: skip
     assert torch.allclose(found.divergence, value, rtol=1e-4)
     assert torch.allclose(torch.autograd.grad(found.loss, student)[0], gradient, atol=1e-6)

@@ -20,12 +20,12 @@ class ListedTargets:
     """What a teacher that is not here says of each token; the mass that is not listed is somewhere else."""
 
     ids: Tensor
-    """Whole numbers [N, S, K] of the token that stands there, as labels are; -1: none."""
+    """Whole numbers [N, S, K], or [T, K], of the token that stands there, as labels are; -1: none."""
     log_p: Tensor
-    """float32 [N, S, K]; -inf where there is no id."""
+    """float32, as many; -inf where there is no id."""
 
-    def rows(self, rows: Tensor) -> "ListedTargets":
-        """Of the blocks of these numbers."""
+    def rows(self, rows: Tensor | slice) -> "ListedTargets":
+        """Of the blocks, or tokens, of these numbers."""
         return ListedTargets(self.ids[rows], self.log_p[rows])
 
 

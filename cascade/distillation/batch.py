@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
+from cascade.data.targets import ListedTargets
 from cascade.distillation.classes import example_losses
 from cascade.distillation.embeddings import embedding_losses
 from cascade.distillation.features import FeatureLoss, Seen
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.head import head_of, last_hidden
-from cascade.distillation.listed import ListedRows
 from cascade.distillation.memory import teacher_hidden
 from cascade.models.architecture import is_body, model_class_of
 
@@ -83,7 +83,7 @@ def batch_losses(
     listed = None
     if batch.listed is not None and teacher is None:
         ids, log_p = batch.listed.ids[:, 1:].long(), batch.listed.log_p[:, 1:]
-        listed = ListedRows(*(one.flatten(0, 1).to(device)[counted] for one in (ids, log_p)))
+        listed = ListedTargets(*(one.flatten(0, 1).to(device)[counted] for one in (ids, log_p)))
     fused = fused_loss(
         student_ND,
         head_of(student),

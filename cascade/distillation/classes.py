@@ -5,6 +5,7 @@ Hinton et al. 2015 (https://arxiv.org/abs/1503.02531): soft labels at a temperat
 Shapes: N = examples, C = classes, B = batch, S = tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,18 +38,38 @@ def example_losses(
     """
     inputs = batch.inputs(next(student.parameters()).device)
     labels = batch.labels.to(inputs[next(iter(inputs))].device)
-    theirs_NC, theirs = None, Seen()
+    ours, theirs, inside = both_outputs(student, teacher, inputs, _logits, "classes", features, keep)
+    return class_losses(ours, theirs, labels, objective), inside
+
+
+def both_outputs(
+    student: Any,
+    teacher: Any,
+    inputs: dict[str, Tensor],
+    read: Callable[[Any, dict[str, Tensor]], Tensor],
+    what: str,
+    features: FeatureLoss | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """(the student's output, its teacher's without a gradient, losses on what happens inside).
+
+    `read(model, inputs)` gives an output [N, ...]; a teacher that is remembered keeps it under the name `what`.
+    """
+    theirs, theirs_inside = None, Seen()
     if teacher is not None:
-        theirs_NC, theirs = _teacher(teacher, inputs, features, keep)
-    inside: dict[str, Tensor] = {}
+        theirs, theirs_inside = _of_teacher(teacher, inputs, read, what, features, keep)
     if features is None:
-        ours_NC = student(**inputs).logits.float()
-    else:
-        with features.watching(student, teacher=False) as ours:
-            ours_NC = student(**inputs).logits.float()
-        mask_BS = inputs["attention_mask"].bool()
-        inside = features.losses(ours, theirs, mask_BS, lambda: mask_BS[:, None, :].expand(-1, mask_BS.shape[1], -1))
-    return class_losses(ours_NC, theirs_NC, labels, objective), inside
+        return read(student, inputs), theirs, {}
+    with features.watching(student, teacher=False) as ours_inside:
+        ours = read(student, inputs)
+    mask_BS = inputs["attention_mask"].bool()
+    sees = lambda: mask_BS[:, None, :].expand(-1, mask_BS.shape[1], -1)  # noqa: E731
+    return ours, theirs, features.losses(ours_inside, theirs_inside, mask_BS, sees)
+
+
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = model(**inputs).logits
+    return logits.float()
 
 
 def class_losses(ours: Tensor, theirs: Tensor | None, labels: Tensor, objective: Objective) -> FusedLoss:
@@ -90,14 +111,20 @@ def class_losses(ours: Tensor, theirs: Tensor | None, labels: Tensor, objective:
 
 
 @torch.no_grad()
-def _teacher(teacher: Any, inputs: dict[str, Tensor], features: FeatureLoss | None, keep: bool) -> tuple[Tensor, Seen]:
+def _of_teacher(
+    teacher: Any,
+    inputs: dict[str, Tensor],
+    read: Callable[[Any, dict[str, Tensor]], Tensor],
+    what: str,
+    features: FeatureLoss | None,
+    keep: bool,
+) -> tuple[Tensor, Seen]:
     def look() -> dict[str, Tensor]:
         if features is None:
-            return {"logits": teacher(**inputs).logits.float()}
+            return {what: read(teacher, inputs)}
         with features.watching(teacher, teacher=True) as seen:
-            logits = teacher(**inputs).logits.float()
-        return {"logits": logits} | seen.tensors()
+            output = read(teacher, inputs)
+        return {what: output} | seen.tensors()
 
-    what = "classes" if features is None else f"classes {features.wanted()}"
-    found = remembered(teacher, inputs, what, look, keep=keep)
-    return found["logits"], Seen.of(found)
+    found = remembered(teacher, inputs, what if features is None else f"{what} {features.wanted()}", look, keep=keep)
+    return found[what], Seen.of(found)

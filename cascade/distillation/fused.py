@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cascade.data.targets import ListedTargets
 from cascade.distillation.divergences import DIVERGENCES, Options
 from cascade.distillation.head import Head
-from cascade.distillation.listed import ListedRows, listed_kl
+from cascade.distillation.listed import listed_kl
 from cascade.errors import UserError
 
 CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 25, 1 << 29
@@ -58,7 +59,7 @@ def fused_loss(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
-    listed: ListedRows | None = None,
+    listed: ListedTargets | None = None,
     chunk_size: int | None = None,
 ) -> FusedLoss:
     """Losses of N tokens from hidden states [N, D]; every target [N] counts: leave masked tokens out before.
@@ -101,7 +102,7 @@ class _Fused(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        known: tuple[Tensor, Head] | ListedRows | None,
+        known: tuple[Tensor, Head] | ListedTargets | None,
         targets: Tensor,
         objective: Objective,
         chunk: int,
@@ -110,8 +111,8 @@ class _Fused(torch.autograd.Function):
         # Products are taken in the hidden states' dtype (16 bits under autocast), gradients of the weight in float32.
         original, weight, num_tokens = weight.dtype, weight.detach().to(hidden.dtype), len(targets)
         head = replace(head, weight=weight)
-        listed = known if isinstance(known, ListedRows) else None
-        teacher = None if isinstance(known, ListedRows) else known
+        listed = known if isinstance(known, ListedTargets) else None
+        teacher = None if isinstance(known, ListedTargets) else known
         if teacher is not None:
             teacher = teacher[0], replace(teacher[1], weight=teacher[1].weight.detach().to(teacher[0].dtype))
         tokens = torch.zeros(4, num_tokens, dtype=torch.float32, device=hidden.device)
@@ -132,7 +133,7 @@ class _Fused(torch.autograd.Function):
                     logits[block],
                     head,
                     None if expected is None or teacher is None else (expected[block], teacher[1]),
-                    None if listed is None else listed.part(part).part(block),
+                    None if listed is None else listed.rows(part).rows(block),
                     targets[part][block],
                     objective,
                     tokens[:, part][:, block],
@@ -194,7 +195,7 @@ def _work(
     logits: Tensor,
     head: Head,
     teacher: tuple[Tensor, Head] | None,
-    listed: ListedRows | None,
+    listed: ListedTargets | None,
     targets: Tensor,
     objective: Objective,
     tokens: Tensor,

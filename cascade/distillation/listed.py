@@ -3,29 +3,16 @@
 Shapes: C = tokens, V = vocabulary, K = ids listed at a place, at most.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+
+from cascade.data.targets import ListedTargets
 
 ROUNDING = 1e-6
 """Mass left over by the listed ids that is taken for none."""
 
 
-class ListedRows(NamedTuple):
-    """What is listed at each of N tokens."""
-
-    ids: Tensor
-    """int64 [N, K], each once; -1: none"""
-    log_p: Tensor
-    """float32 [N, K]; -inf where there is no id"""
-
-    def part(self, rows: slice) -> "ListedRows":
-        """Of these tokens."""
-        return ListedRows(self.ids[rows], self.log_p[rows])
-
-
-def listed_kl(logits: Tensor, listed: ListedRows, targets: Tensor, share: float, tokens: Tensor) -> None:
+def listed_kl(logits: Tensor, listed: ListedTargets, targets: Tensor, share: float, tokens: Tensor) -> None:
     """Losses of logits [C, V] into tokens [4, C], as `fused_loss` reports them; the logits become their gradient.
 
     KL over the listed ids and one bucket of all others, so that what is not known of the teacher asks for nothing: with

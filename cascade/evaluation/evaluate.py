@@ -10,12 +10,9 @@ from torch import nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
-from cascade.evaluation.classes import class_metrics
-from cascade.evaluation.embeddings import embedding_metrics
 from cascade.evaluation.harness import run_tasks
-from cascade.evaluation.heldout import block_metrics
+from cascade.evaluation.heldout import heldout_report
 from cascade.evaluation.reload import check_reload, start_fresh_process
-from cascade.models.architecture import is_body
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
 
 
@@ -65,12 +62,8 @@ def evaluate(
     metrics: list[dict[str, Any]] = []
     items: dict[str, list[float]] = {}
     tail: dict[str, Any] | None = None
-    if isinstance(heldout, Examples) and is_body(model.config):
-        metrics = embedding_metrics(model, teacher, heldout)
-    elif isinstance(heldout, Examples):
-        metrics, items, tail = class_metrics(model, teacher, heldout)
-    elif heldout is not None:
-        metrics, tail = block_metrics(model, teacher, heldout)
+    if heldout is not None:
+        metrics, items, tail = heldout_report(model, teacher, heldout)
     tokenizer = load_tokenizer(source) if tasks else None
     results = run_tasks(
         model,

@@ -68,8 +68,9 @@ def _load(folder: str) -> Any:
     config = AutoConfig.from_pretrained(folder)
     kind = (config.architectures or [""])[0]
     if type(config) in MODEL_MAPPING and kind == getattr(MODEL_MAPPING[type(config)], "__name__", ""):
-        return AutoModel.from_pretrained(folder).float().eval()
-    auto = next((auto for name, auto in _AUTO.items() if kind.endswith(name)), AutoModelForCausalLM)
+        auto = AutoModel
+    else:
+        auto = next((auto for name, auto in _AUTO.items() if kind.endswith(name)), AutoModelForCausalLM)
     model = auto.from_pretrained(folder).eval()
     # Packed weights compute in the dtype that they are stored with.
     return model if getattr(model.config, "quantization_config", None) else model.float()

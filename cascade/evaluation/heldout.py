@@ -71,12 +71,23 @@ def heldout_examples(read: Callable[[str], Examples]) -> Examples:
 def heldout_metrics(
     model: nn.Module, teacher: nn.Module | None, data: TokenBlocks | Examples, *, batch_size: int = 8
 ) -> list[dict[str, Any]]:
-    """Metrics of task 'heldout' with standard errors: `block_metrics`, or `class_metrics` of labelled examples."""
+    """The metrics of `heldout_report` alone."""
+    return heldout_report(model, teacher, data, batch_size=batch_size)[0]
+
+
+def heldout_report(
+    model: nn.Module, teacher: nn.Module | None, data: TokenBlocks | Examples, *, batch_size: int = 8
+) -> tuple[list[dict[str, Any]], dict[str, list[float]], dict[str, Any] | None]:
+    """(metrics of task 'heldout' with standard errors, scores of each item, the long tail), as far as there are any.
+
+    `block_metrics`, `class_metrics` of labelled examples, or `embedding_metrics` of an encoder without a head.
+    """
     if isinstance(data, Examples) and is_body(getattr(model, "config", None)):
-        return embedding_metrics(model, teacher, data)
+        return embedding_metrics(model, teacher, data), {}, None
     if isinstance(data, Examples):
-        return class_metrics(model, teacher, data)[0]
-    return block_metrics(model, teacher, data, batch_size=batch_size)[0]
+        return class_metrics(model, teacher, data)
+    metrics, tail = block_metrics(model, teacher, data, batch_size=batch_size)
+    return metrics, {}, tail
 
 
 @torch.no_grad()
