@@ -99,6 +99,17 @@ def agreed(value: bool) -> bool:
     return bool(answer)
 
 
+def same(values: Tensor) -> Tensor:
+    """int64 [n]: what the first process has, whatever its length."""
+    if world_size() == 1:
+        return values
+    length = torch.tensor([len(values)])
+    dist.broadcast(length, src=0)
+    sent = values if rank() == 0 else torch.zeros(int(length), dtype=torch.int64)
+    dist.broadcast(sent, src=0)
+    return sent
+
+
 def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Each value's sum over all processes."""
     if world_size() == 1:

@@ -105,7 +105,7 @@ def make_recovered(
         blocks = blocks.labelled()  # the others have nothing to say
     selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
     if stage != "distill" and isinstance(blocks, TokenBlocks) and isinstance(selection, TokenBlocks):
-        blocks, selection = replace(blocks, listed=None), replace(selection, listed=None)
+        blocks, selection = replace(blocks, known=None), replace(selection, known=None)
     options = training_options(settings, learning_rate)
     if teacher is None:
         options["on_policy"] = None

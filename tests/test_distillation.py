@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_architectures import DECODERS, config_of
 
-import cascade.distillation.head as head_module
+import cascade.models.head as head_module
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.order import blocks_at
 from cascade.distillation.batch import selection_losses
-from cascade.distillation.head import head_of, last_hidden, logits_of
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
 from cascade.errors import TrainingError, UserError
+from cascade.models.head import head_of, last_hidden, logits_of
 from cascade.models.twin import twin_of
 
 

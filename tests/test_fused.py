@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from cascade.distillation.divergences import DIVERGENCES, Options
 from cascade.distillation.fused import Objective, chunk_rule, fused_loss
-from cascade.distillation.head import Head
 from cascade.errors import UserError
+from cascade.models.head import Head
 
 
 def reference_divergence(name, log_q, log_p, options):

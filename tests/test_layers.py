@@ -20,6 +20,7 @@ ORDER = [
     "pruning",
     "teacher",
     "distillation",
+    "cache",
     "evaluation",
     "report",
     "inputs",

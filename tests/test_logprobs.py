@@ -18,9 +18,9 @@ from cascade.data.targets import ListedTargets
 from cascade.data.vocabulary import token_bytes
 from cascade.distillation.divergences import ghost
 from cascade.distillation.fused import Objective, fused_loss
-from cascade.distillation.head import Head
 from cascade.errors import UserError
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+from cascade.models.head import Head
 from cascade.recipe.generate import Endpoint
 from cascade.recipe.load import load_recipe
 from cascade.run import run_recipe
@@ -86,7 +86,7 @@ def test_loss_and_gradients_from_listed_ids_equal_the_float64_reference(seed, sh
     targets = torch.randint(0, vocabulary, (count,), generator=draw)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()] + ([offset.requires_grad_()] if bias else [])
     head = Head(weight, offset if bias else None, 1.0, softcap)
-    found = fused_loss(hidden, head, targets, Objective(cross_entropy_weight=share), listed=rows, chunk_size=4)
+    found = fused_loss(hidden, head, targets, Objective(cross_entropy_weight=share), known=rows, chunk_size=4)
     gradients = torch.autograd.grad(found.loss, leaves)
 
     double = [one.detach().double().requires_grad_() for one in leaves]
@@ -110,7 +110,7 @@ def test_what_a_teachers_own_top_k_lists_costs_what_ghost_top_k_does():
     student.requires_grad_()
     found = fused_loss(
         student, Head(torch.eye(40), None), torch.zeros(8, dtype=torch.int64), Objective(),
-        listed=ListedTargets(top.indices, top.values),
+        known=ListedTargets(top.indices, top.values),
     )  # fmt: skip
     assert torch.allclose(found.divergence, value, rtol=1e-4)
     assert torch.allclose(torch.autograd.grad(found.loss, student)[0], gradient, atol=1e-6)
@@ -201,10 +201,10 @@ def test_listed_targets_survive_packing_saving_and_choosing_rows(tmp_path):
                  Tokenized([5, 6, 7, 8, 9], None, 5, [[(one, -1.0)] for one in (5, 6, 7, 8, 9)])]  # fmt: skip
     save_blocks(pack_tokens(documents, block_size=4), tmp_path / "b.safetensors")
     blocks = load_blocks(tmp_path / "b.safetensors").rows(torch.tensor([1, 0]))
-    assert blocks.listed.ids.tolist() == [
+    assert blocks.known.ids.tolist() == [
         [[6, -1], [7, -1], [8, -1], [9, -1]], [[1, -1], [-1, -1], [3, 4], [5, -1]]
     ]  # fmt: skip
-    assert blocks.listed.log_p[1, 2].tolist() == pytest.approx([-0.1, -3.0])
+    assert blocks.known.log_p[1, 2].tolist() == pytest.approx([-0.1, -3.0])
     with pytest.raises(ValueError, match="all documents say"):
         pack_tokens([documents[0], Tokenized([5, 6, 7, 8, 9], None, 5)], block_size=4)
 
@@ -258,7 +258,7 @@ def test_a_family_learns_from_the_log_probabilities_of_a_real_model_behind_an_en
     with serving(respond_as(pico, api, tops=(5, 3, 1))) as (url, _):
         folder = run(url, parent, tmp_path, api=api)
     data = load_blocks(next((folder / "stages").glob("parent.data-*/train.safetensors")))
-    assert data.listed is not None and (data.listed.ids >= 0).sum(-1).unique().tolist()[-1] == 5
+    assert data.known is not None and (data.known.ids >= 0).sum(-1).unique().tolist()[-1] == 5
     logs = {path.parent.name.split("-")[0]: [json.loads(line) for line in path.open()]
             for path in (folder / "stages").glob("small.*/log.jsonl")}  # fmt: skip
     taught, text = logs["small.distill"], logs["small.baseline"]

@@ -8,9 +8,9 @@ from conftest import make_blocks, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.distillation.head import Head
 from cascade.evaluation.heldout import block_metrics
 from cascade.evaluation.tail import confidences, long_tail
+from cascade.models.head import Head
 
 
 @given(count=st.integers(1, 200), parts=st.integers(1, 6), seed=st.integers(0, 1000))

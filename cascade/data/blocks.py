@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade.data.targets import Listed, ListedTargets, as_targets, as_tensors
+from cascade.data.targets import KnownTargets, Listed, ListedTargets, StoredTargets, as_targets, as_tensors
 from cascade.errors import UserError
 
 _T = TypeVar("_T")
@@ -46,7 +46,7 @@ class TokenBlocks:
     position_ids: Tensor | None = None
     """int64 [N, S]: each token's place in its document, from the block's start on; None where the documents of a block
     see each other."""
-    listed: ListedTargets | None = None
+    known: KnownTargets | StoredTargets | None = None
     """What a teacher that is not here says of each token, as far as it is told."""
     masked: bool = False
     """Whether labels are for the tokens that stand there (and are hidden in `input_ids`), not for what follows."""
@@ -85,7 +85,7 @@ class TokenBlocks:
             input_ids=self.input_ids[rows],
             labels=self.labels[rows],
             position_ids=positions,
-            listed=None if self.listed is None else self.listed.rows(rows),
+            known=None if self.known is None else self.known.rows(rows),
         )
 
     def inputs(self, device: torch.device | None = None) -> dict[str, Tensor]:
@@ -238,8 +238,8 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
         tensors["labels"] = blocks.labels.to(torch.int32)
     if blocks.position_ids is not None:
         tensors["position_ids"] = blocks.position_ids.to(torch.int32)
-    if blocks.listed is not None:
-        tensors |= {"listed_ids": blocks.listed.ids.to(torch.int32), "listed_log_p": blocks.listed.log_p}
+    if isinstance(blocks.known, ListedTargets):
+        tensors |= {"listed_ids": blocks.known.ids.to(torch.int32), "listed_log_p": blocks.known.log_p}
     save_file(tensors, path, metadata={"bytes_per_token": repr(blocks.bytes_per_token), "masked": str(blocks.masked)})
 
 

@@ -1,18 +1,18 @@
-"""What a teacher that is not here has said of each token, as far as it is told.
+"""What a teacher that is not here has said of each token: listed by an endpoint, or kept from when it was here.
 
-Shapes: T = tokens, N = blocks, S = block size, K = ids listed at a place, at most.
+Shapes: T = tokens, N = blocks, S = block size, P = places of a block that predict, K = ids at a place, at most,
+D = the teacher's hidden size, V = vocabulary.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Listed = list[tuple[int, float]]
-"""Of one token: ids and their log-probabilities."""
+from cascade.models.head import Head
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,63 @@ class ListedTargets:
     def rows(self, rows: Tensor | slice) -> "ListedTargets":
         """Of the blocks, or tokens, of these numbers."""
         return ListedTargets(self.ids[rows], self.log_p[rows])
+
+
+@dataclass(frozen=True)
+class DrawnTargets:
+    """An unbiased sample of a teacher's probabilities: each id's share is on average its probability."""
+
+    ids: Tensor
+    """Whole numbers [N, P, K], or [T, K]; -1: none."""
+    shares: Tensor
+    """float32, as many, of sum 1; 0 where there is no id."""
+    entropy: Tensor
+    """float32 [N, P], or [T]: of all the teacher's probabilities, in nats."""
+    target_log_p: Tensor
+    """float32, as many: the teacher's own log-probability of what follows."""
+
+    def rows(self, rows: Tensor | slice) -> "DrawnTargets":
+        """Of the blocks, or tokens, of these numbers."""
+        return DrawnTargets(self.ids[rows], self.shares[rows], self.entropy[rows], self.target_log_p[rows])
+
+
+@dataclass(frozen=True)
+class HiddenTargets:
+    """What a teacher's head reads, from which all its logits follow."""
+
+    hidden: Tensor
+    """[N, P, D]"""
+    head: Head
+    points: dict[int, Tensor] = field(default_factory=dict)
+    """[N, P, D] each: what enters the layer of that number (the number of layers: what leaves the last)."""
+
+    def rows(self, rows: Tensor | slice) -> "HiddenTargets":
+        """Of the blocks of these numbers."""
+        points = {number: value[rows] for number, value in self.points.items()}
+        return HiddenTargets(self.hidden[rows], self.head, points)
+
+
+@dataclass(frozen=True)
+class StoredTargets:
+    """Targets that are read where they are needed."""
+
+    numbers: Tensor
+    """int64 [N]: of the blocks, among all those that were labelled."""
+    read: Callable[[Tensor], "KnownTargets"]
+
+    def rows(self, rows: Tensor | slice) -> "StoredTargets":
+        """Of the blocks of these numbers."""
+        return StoredTargets(self.numbers[rows], self.read)
+
+    def load(self) -> "KnownTargets":
+        """The targets themselves."""
+        return self.read(self.numbers)
+
+
+KnownTargets = ListedTargets | DrawnTargets | HiddenTargets
+
+Listed = list[tuple[int, float]]
+"""Of one token: ids and their log-probabilities."""
 
 
 def as_tensors(listed: Sequence[Listed]) -> ListedTargets:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
-from cascade.data.targets import ListedTargets
+from cascade.data.targets import DrawnTargets, HiddenTargets, ListedTargets, StoredTargets
 from cascade.distillation.classes import example_losses
 from cascade.distillation.embeddings import embedding_losses
 from cascade.distillation.features import FeatureLoss, Seen
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
-from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
 from cascade.models.architecture import is_body, model_class_of
+from cascade.models.head import head_of, last_hidden
 
 FORWARD_KL = Objective()
 
@@ -45,14 +45,14 @@ def batch_losses(
 ) -> BatchLosses:
     """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk.
 
-    Without a teacher what the batch lists of one is learned from, if it does.
+    What the batch itself knows of a teacher is learned from, rather than asking one that is here.
 
     Labelled examples are seen as they are. With `keep` what the teacher shows is kept, if it is one that is remembered:
     the batch will be read again.
     """
     device = next(student.parameters()).device
     if isinstance(batch, Examples):
-        with _autocast(device):
+        with autocast(device):
             if is_body(getattr(student, "config", None)):
                 return BatchLosses(*embedding_losses(student, teacher, batch, features, keep=keep), embeds=True)
             return BatchLosses(*example_losses(student, teacher, batch, objective, features, keep=keep))
@@ -66,24 +66,28 @@ def batch_losses(
 
     teacher_ND, teacher_head, inside = None, None, {}
     ours, theirs = Seen(), Seen()
-    with _autocast(device):
-        if teacher is None:
-            student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
-        elif features is None:
+    known = None
+    with autocast(device):
+        kept = batch.known.load() if isinstance(batch.known, StoredTargets) else batch.known
+        if isinstance(kept, HiddenTargets):
+            teacher_head = kept.head
+            teacher_ND = kept.hidden.to(device, teacher_head.weight.dtype).flatten(0, 1)[counted]
+            theirs = _kept_points(kept, inputs["input_ids"], batch.masked)
+        elif kept is not None:
+            known = _of_tokens(kept, counted)
+        elif teacher is not None and features is None:
             teacher_ND, teacher_head = of_counted(teacher_hidden(teacher, inputs, keep=keep)), head_of(teacher)
-            student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
-        else:
+        elif teacher is not None and features is not None:
             hidden_BSD, theirs = features.of_teacher(teacher, inputs, keep=keep)
             teacher_ND, teacher_head = of_counted(hidden_BSD), head_of(teacher)
+        if features is None or teacher_ND is None:
+            student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
+        else:
             with features.watching(student, teacher=False) as ours:
                 student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
-    if features is not None and teacher is not None:  # in float32, as everything from here on
+    if features is not None and teacher_ND is not None:  # in float32, as everything from here on
         all_BS = torch.nn.functional.pad(counts_BS, (0, inputs["input_ids"].shape[1] - counts_BS.shape[1]))
         inside = features.losses(ours, theirs, all_BS, lambda: visible(student, inputs))
-    listed = None
-    if batch.listed is not None and teacher is None:
-        ids, log_p = batch.listed.ids[:, 1:].long(), batch.listed.log_p[:, 1:]
-        listed = ListedTargets(*(one.flatten(0, 1).to(device)[counted] for one in (ids, log_p)))
     fused = fused_loss(
         student_ND,
         head_of(student),
@@ -91,9 +95,29 @@ def batch_losses(
         objective,
         teacher_hidden=teacher_ND,
         teacher_head=teacher_head,
-        listed=listed,
+        known=known,
     )
     return BatchLosses(fused, inside)
+
+
+def _of_tokens(known: ListedTargets | DrawnTargets, counted: Tensor) -> ListedTargets | DrawnTargets:
+    """A batch's targets of the tokens that count, in their order."""
+    device = counted.device
+    if isinstance(known, ListedTargets):  # of the tokens that stand there, as labels are
+        ids, log_p = (one[:, 1:].flatten(0, 1).to(device)[counted] for one in (known.ids, known.log_p))
+        return ListedTargets(ids.long(), log_p)
+    fields = (known.ids, known.shares, known.entropy, known.target_log_p)
+    ids, shares, entropy, target_log_p = (one.flatten(0, 1).to(device)[counted] for one in fields)
+    return DrawnTargets(ids.long(), shares, entropy, target_log_p)
+
+
+def _kept_points(known: HiddenTargets, input_ids: Tensor, masked: bool) -> Seen:
+    """What was kept of the layers, [B, S, D]: nothing is known of a block's last place, which predicts nothing."""
+    missing = 0 if masked else 1
+    device = input_ids.device
+    return Seen(
+        {at: torch.nn.functional.pad(value.to(device), (0, 0, 0, missing)) for at, value in known.points.items()}
+    )
 
 
 def visible(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -147,6 +171,7 @@ def selection_losses(
     return losses if teacher is None else losses | {"selection_kl": sums[1] / count}
 
 
-def _autocast(device: torch.device) -> Any:
+def autocast(device: torch.device) -> Any:
+    """The precision of models' forward passes on this kind of device."""
     # CPUs of the common kind have no fast bfloat16; there float32 is both faster and exact.
     return torch.autocast(device.type, dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()

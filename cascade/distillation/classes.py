@@ -16,8 +16,8 @@ from cascade.data.blocks import IGNORE_INDEX
 from cascade.data.examples import Examples
 from cascade.distillation.features import FeatureLoss, Seen
 from cascade.distillation.fused import FusedLoss, Objective, fused_loss
-from cascade.distillation.head import Head
 from cascade.distillation.memory import remembered
+from cascade.models.head import Head
 
 
 def example_losses(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from cascade.distillation.head import last_hidden
 from cascade.distillation.memory import remembered
 from cascade.distillation.origin import Origin
 from cascade.distillation.relations import attention_projections, fitting_heads, relation_loss, sides, splitting
@@ -24,6 +23,7 @@ from cascade.errors import UserError
 from cascade.models.axes import probe_axes
 from cascade.models.behaviour import first_tensor
 from cascade.models.dims import dims_of
+from cascade.models.head import last_hidden
 
 FORMS = ("cosine", "mse")
 RELATIONS = ("qq", "kk", "vv", "qk")
@@ -74,6 +74,33 @@ class Seen:
         return cls(points, {name: tensors[name] for name in "qkv" if name in tensors})
 
 
+@contextmanager
+def watching_points(model: nn.Module, points: set[int]) -> Iterator[dict[int, Tensor]]:
+    """While this holds, of each forward pass what enters these layers (their number: what leaves the last)."""
+    seen: dict[int, Tensor] = {}
+    layers: Any = model.get_submodule(probe_axes(model.config).layers_prefix)
+
+    def enters(point: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[point] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def leaves(_: nn.Module, __: Any, output: Any) -> None:
+        seen[len(layers)] = first_tensor(output)
+
+    handles = []
+    try:
+        for point in points - {len(layers)}:
+            handles.append(layers[point].register_forward_pre_hook(enters(point), with_kwargs=True))
+        if len(layers) in points:
+            handles.append(layers[-1].register_forward_hook(leaves))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class FeatureLoss:
     """The losses of `Features` for one student and its teacher.
 
@@ -99,29 +126,15 @@ class FeatureLoss:
     @contextmanager
     def watching(self, model: nn.Module, *, teacher: bool) -> Iterator[Seen]:
         """What the losses need of the model's forward passes while this holds."""
-        seen, handles = Seen(), []
-        axes = probe_axes(model.config)
-        layers: Any = model.get_submodule(axes.layers_prefix)
+        projections: dict[str, Tensor] = {}
+        handles = []
         points = {self.origin.points[place] if teacher else place for place in self.places}
-
-        def enters(point: int) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen.points[point] = args[0] if args else kwargs["hidden_states"]
-
-            return hook
-
-        def leaves(_: nn.Module, __: Any, output: Any) -> None:
-            seen.points[len(layers)] = first_tensor(output)
-
         try:
-            for point in points - {len(layers)}:
-                handles.append(layers[point].register_forward_pre_hook(enters(point), with_kwargs=True))
-            if len(layers) in points:
-                handles.append(layers[-1].register_forward_hook(leaves))
             if self.features.relations:
-                for module, parts in attention_projections(model, len(layers) - 1):
-                    handles.append(module.register_forward_hook(splitting(parts, seen.projections)))
-            yield seen
+                for module, parts in attention_projections(model, dims_of(model.config).num_hidden_layers - 1):
+                    handles.append(module.register_forward_hook(splitting(parts, projections)))
+            with watching_points(model, points) as seen:
+                yield Seen(seen, projections)
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cascade.data.targets import ListedTargets
+from cascade.data.targets import DrawnTargets, ListedTargets
 from cascade.distillation.divergences import DIVERGENCES, Options
-from cascade.distillation.head import Head
+from cascade.distillation.drawn import drawn_kl
 from cascade.distillation.listed import listed_kl
 from cascade.errors import UserError
+from cascade.models.head import Head
 
 CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 25, 1 << 29
-_CPU_ROWS_BYTES = 1 << 20
+CPU_ROWS_BYTES = 1 << 20
 """What is worked on between two matrix products on a CPU at a time: it stays in the cache."""
 
 
@@ -59,19 +60,26 @@ def fused_loss(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
-    listed: ListedTargets | None = None,
+    known: ListedTargets | DrawnTargets | None = None,
     chunk_size: int | None = None,
 ) -> FusedLoss:
     """Losses of N tokens from hidden states [N, D]; every target [N] counts: leave masked tokens out before.
 
-    Instead of a teacher there may be what is `listed` of one (`listed_kl`, whatever divergence is named); without
-    either the loss is cross-entropy. Vocabularies of different padding are compared over the common rows.
+    Instead of a teacher there may be what is `known` of one: ids that it listed (`listed_kl`) or a sample of its
+    probabilities (`drawn_kl`), both forward KL at temperature 1. Without either the loss is cross-entropy. Vocabularies
+    of different padding are compared over the common rows.
 
     Raises:
-        UserError: an unknown divergence, or a target beyond the common vocabulary.
+        UserError: an unknown divergence, one that cannot be had from what is known, or a target beyond the common
+            vocabulary.
     """
     if objective.divergence not in DIVERGENCES:
         raise UserError(f"loss '{objective.divergence}' is unknown; known: {', '.join(DIVERGENCES)}")
+    if known is not None and (objective.divergence, objective.temperature) != ("forward_kl", 1.0):
+        raise UserError(
+            f"{objective.divergence} at temperature {objective.temperature:g} cannot be had from some of a teacher's "
+            "probabilities; use forward_kl at temperature 1, a live teacher or its hidden states"
+        )
     vocabulary = len(head.weight)
     if teacher_head is not None:
         vocabulary = min(vocabulary, len(teacher_head.weight))
@@ -81,8 +89,8 @@ def fused_loss(
     head = head.narrowed(vocabulary)
     chunk = chunk_size or chunk_rule(len(targets), vocabulary, hidden.device)
     teacher = None if teacher_hidden is None or teacher_head is None else (teacher_hidden.detach(), teacher_head)
-    known = teacher if teacher is not None else listed
-    loss, tokens = _Fused.apply(hidden, head.weight, head.bias, head, known, targets, objective, chunk)  # type: ignore[no-untyped-call]
+    source = teacher if teacher is not None else known
+    loss, tokens = _Fused.apply(hidden, head.weight, head.bias, head, source, targets, objective, chunk)  # type: ignore[no-untyped-call]
     return FusedLoss(loss, *tokens.unbind())
 
 
@@ -102,7 +110,7 @@ class _Fused(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        known: tuple[Tensor, Head] | ListedTargets | None,
+        known: tuple[Tensor, Head] | ListedTargets | DrawnTargets | None,
         targets: Tensor,
         objective: Objective,
         chunk: int,
@@ -111,8 +119,8 @@ class _Fused(torch.autograd.Function):
         # Products are taken in the hidden states' dtype (16 bits under autocast), gradients of the weight in float32.
         original, weight, num_tokens = weight.dtype, weight.detach().to(hidden.dtype), len(targets)
         head = replace(head, weight=weight)
-        listed = known if isinstance(known, ListedTargets) else None
-        teacher = None if isinstance(known, ListedTargets) else known
+        teacher = known if isinstance(known, tuple) else None
+        sparse = None if isinstance(known, tuple) else known
         if teacher is not None:
             teacher = teacher[0], replace(teacher[1], weight=teacher[1].weight.detach().to(teacher[0].dtype))
         tokens = torch.zeros(4, num_tokens, dtype=torch.float32, device=hidden.device)
@@ -122,18 +130,18 @@ class _Fused(torch.autograd.Function):
         buffers = [torch.empty(0, device=hidden.device) for _ in range(2)]
         for start in range(0, num_tokens, chunk):
             part = slice(start, min(start + chunk, num_tokens))
-            logits = _raw_logits(hidden[part].detach(), head, buffers, 0)
+            logits = raw_logits(hidden[part].detach(), head, buffers, 0)
             expected = None
             if teacher is not None:
-                expected = _raw_logits(teacher[0][part], teacher[1], buffers, 1)
-            rows = len(logits) if hidden.device.type != "cpu" else max(1, _CPU_ROWS_BYTES // (4 * logits.shape[1]))
+                expected = raw_logits(teacher[0][part], teacher[1], buffers, 1)
+            rows = len(logits) if hidden.device.type != "cpu" else max(1, CPU_ROWS_BYTES // (4 * logits.shape[1]))
             for first in range(0, len(logits), rows):
                 block = slice(first, first + rows)
                 _work(
                     logits[block],
                     head,
                     None if expected is None or teacher is None else (expected[block], teacher[1]),
-                    None if listed is None else listed.rows(part).rows(block),
+                    None if sparse is None else sparse.rows(part).rows(block),
                     targets[part][block],
                     objective,
                     tokens[:, part][:, block],
@@ -165,7 +173,7 @@ class _Fused(torch.autograd.Function):
         )
 
 
-def _raw_logits(hidden: Tensor, head: Head, buffers: list[Tensor], which: int) -> Tensor:
+def raw_logits(hidden: Tensor, head: Head, buffers: list[Tensor], which: int) -> Tensor:
     """[C, V] float32, before scale and soft-cap, in a buffer that the next chunk uses again."""
     weight, bias = head.weight, head.bias
     shape = (len(hidden), len(weight))
@@ -195,7 +203,7 @@ def _work(
     logits: Tensor,
     head: Head,
     teacher: tuple[Tensor, Head] | None,
-    listed: ListedTargets | None,
+    known: ListedTargets | DrawnTargets | None,
     targets: Tensor,
     objective: Objective,
     tokens: Tensor,
@@ -203,15 +211,17 @@ def _work(
     with_gradient: bool,
 ) -> None:
     """Losses of a block of tokens into `tokens` [4, C]; its raw `logits` [C, V] become the loss's gradient."""
-    chain = _transform(logits, head)
+    chain = transform_logits(logits, head)
     if teacher is not None:
         expected = teacher[0]
-        _transform(expected, teacher[1])
+        transform_logits(expected, teacher[1])
         tokens[3] = logits.argmax(-1) == expected.argmax(-1)
         plain = objective.temperature == 1 and objective.divergence == "forward_kl"
         (_forward_kl_in_place if plain else _any_divergence)(logits, expected, targets, objective, tokens)
-    elif listed is not None:
-        listed_kl(logits, listed, targets, objective.cross_entropy_weight, tokens)
+    elif isinstance(known, DrawnTargets):
+        drawn_kl(logits, known, targets, objective.cross_entropy_weight, tokens)
+    elif known is not None:
+        listed_kl(logits, known, targets, objective.cross_entropy_weight, tokens)
     else:
         log_q = torch.log_softmax(logits, -1)
         tokens[1] = -log_q.gather(-1, targets[:, None])[:, 0]
@@ -224,7 +234,7 @@ def _work(
         logits.mul_(head.scale)
 
 
-def _transform(logits: Tensor, head: Head) -> Tensor | None:
+def transform_logits(logits: Tensor, head: Head) -> Tensor | None:
     """Scale and soft-cap in place; the soft-cap's derivative [C, V]."""
     if head.scale != 1:
         logits.mul_(head.scale)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade import parallel
-from cascade.distillation.head import last_hidden
+from cascade.models.head import last_hidden
 
 LIMIT_BYTES = 1 << 28
 

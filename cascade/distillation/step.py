@@ -44,7 +44,7 @@ class Task:
     @property
     def taught(self) -> bool:
         """Whether there is more to learn from than the text."""
-        return self.teacher is not None or (isinstance(self.batch, TokenBlocks) and self.batch.listed is not None)
+        return self.teacher is not None or (isinstance(self.batch, TokenBlocks) and self.batch.known is not None)
 
 
 def fitting_step(task: Task, microbatch_size: int, state_folder: Path | None) -> tuple[dict[str, float], int]:

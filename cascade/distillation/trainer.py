@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from cascade import parallel
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
 from cascade.data.order import blocks_at
+from cascade.data.targets import StoredTargets
 from cascade.distillation.average import Average
 from cascade.distillation.batch import FORWARD_KL, selection_losses
 from cascade.distillation.features import FeatureLoss
@@ -33,6 +34,16 @@ from cascade.errors import NotFiniteError, UserError
 from cascade.models.axes import probe_axes
 
 COSINE = Schedule()
+
+
+class Targets(Protocol):
+    """What was kept of a teacher for the blocks of a training (`cascade.cache.reader.CachedTargets`)."""
+
+    def of(self, rows: Tensor) -> StoredTargets:
+        """Of the blocks of these numbers."""
+
+    def ahead(self, rows: Tensor) -> None:
+        """Begin to read what the next step will ask for."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ def distill(
     objective: Objective = FORWARD_KL,
     features: FeatureLoss | None = None,
     on_policy: OnPolicy | None = None,
+    targets: Targets | None = None,
     seed: int = 0,
     first_position: int = 0,
     keep: bool = False,
@@ -80,8 +92,9 @@ def distill(
 ) -> TrainingMetrics:
     """Train `student` in place on `num_tokens` tokens (rounded up to whole steps of `batch_size` blocks).
 
-    A classifier's `Examples` count as a token each. Without a teacher the loss is cross-entropy. A step's loss is the
-    sum over its tokens that count, divided by their number in the *whole* step, so that the split into microbatches
+    A classifier's `Examples` count as a token each. Without a teacher and `targets` that were kept of one the loss is
+    cross-entropy; with both, the targets teach, and the teacher has what the student writes itself. A step's loss is
+    the sum over its tokens that count, divided by their number in the *whole* step, so that the split into microbatches
     and processes changes nothing; `features` are scaled by the step before. `first_position` is where reading starts
     in the endless, seeded block order. With a `state_folder` a training that finds its state there goes on from it,
     to the same bits. With `ema_decay` the student ends as the running average of its weights. `on_step(done, all)` is
@@ -93,7 +106,7 @@ def distill(
             not even a single block fits into memory.
         UserError: a step's blocks cannot be shared out evenly, or a teacher, a package or a single process is needed.
     """
-    if teacher is None and (features is not None or on_policy is not None):
+    if teacher is None and (on_policy is not None or (features is not None and targets is None)):
         raise UserError("feature losses and on-policy batches need a teacher")
     num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
     parallel.require_even(batch_size)
@@ -118,7 +131,13 @@ def distill(
             updates.set_rate(rate)
             with torch.random.fork_rng():
                 torch.manual_seed(_draws(seed, step))  # dropout is a function of the step, as the blocks are
-                batch, wanted, own = own_batch(rollouts, student, blocks.rows(rows), objective, step)
+                given = _with_targets(blocks.rows(rows), rows, targets)
+                batch, wanted, own = own_batch(rollouts, student, given, objective, step)
+                if targets is not None and step + 1 < num_steps:
+                    after = blocks_at(
+                        first_position + (step + 1) * batch_size, batch_size, num_blocks=len(blocks), seed=seed
+                    )
+                    targets.ahead(after[parallel.rank() :: parallel.world_size()])
                 task = Task(student, teacher, batch, wanted, features, _scales(features, curve, own), rows, keep)
                 losses, microbatch_size = fitting_step(task, microbatch_size, state_folder)
             last = step + 1 == num_steps
@@ -138,6 +157,12 @@ def distill(
                 on_step(step + 1, num_steps)
     student.eval()
     return _metrics(curve, num_steps, batch_size * blocks.block_size, time.perf_counter() - started)
+
+
+def _with_targets(batch: TokenBlocks | Examples, rows: Tensor, targets: Targets | None) -> TokenBlocks | Examples:
+    if targets is None or isinstance(batch, Examples):
+        return batch
+    return replace(batch, known=targets.of(rows))
 
 
 def _progress(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation.fused import Objective, fused_loss
-from cascade.distillation.head import head_of, last_hidden
+from cascade.models.head import head_of, last_hidden
 
 
 def unlikeness(known: Tensor, other: Tensor, vocab_size: int) -> dict[str, float]:

@@ -16,13 +16,13 @@ from cascade.data.examples import Examples
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.fused import Objective, fused_loss
-from cascade.distillation.head import head_of, last_hidden
 from cascade.distillation.memory import teacher_hidden
 from cascade.evaluation.classes import class_metrics
 from cascade.evaluation.embeddings import embedding_metrics
 from cascade.evaluation.record import heldout_record
 from cascade.evaluation.tail import calibration_error, confidences, long_tail
 from cascade.models.architecture import is_body
+from cascade.models.head import head_of, last_hidden
 
 
 def heldout_blocks(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.distillation.head import Head, logits_of
+from cascade.models.head import Head, logits_of
 
 PARTS = 10
 SLICES = 5

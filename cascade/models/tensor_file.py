@@ -69,7 +69,7 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
         paths = {single} if single.is_file() else set(folder.glob("*.safetensors"))
     entries: dict[str, Entry] = {}
     for path in sorted(paths):
-        for name, entry in _entries(path):
+        for name, entry in entries_of(path):
             if name in entries:
                 raise UserError(f"{path}: '{name}' is also in {entries[name].path.name}")
             entries[name] = entry
@@ -107,7 +107,12 @@ def write_checkpoint(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
+def entries_of(path: Path) -> Iterator[tuple[str, Entry]]:
+    """(name, entry) of every tensor of one file, from its header alone.
+
+    Raises:
+        UserError: the header is damaged, or says something that the file cannot hold.
+    """
     total = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -184,7 +184,7 @@ def loss_on_gpu() -> dict[str, float] | None:
     if not torch.cuda.is_available():
         return None
     from cascade.distillation.fused import Objective, fused_loss
-    from cascade.distillation.head import Head
+    from cascade.models.head import Head
 
     def draw(*shape):
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / 64

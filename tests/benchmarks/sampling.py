@@ -15,9 +15,9 @@ import math
 
 import torch
 
-from cascade.distillation.head import head_of, last_hidden, logits_of
 from cascade.distillation.sampling import shifts, systematic_draws
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+from cascade.models.head import head_of, last_hidden, logits_of
 
 
 def independent_draws(p, seed, draws):
