@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from cascade import __version__
+from cascade.cli_cache import cache
 from cascade.cli_options import (
     ABOVE_ZERO,
     BLOCK,
@@ -38,6 +39,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+main.add_command(cache)
+
+
 @main.command()
 @RECIPE
 @OUTPUT
@@ -64,10 +68,7 @@ def run(
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
     from cascade import parallel
-    from cascade.report.production import load_drift, wrong_diet
-    from cascade.report.records import load_family
-    from cascade.report.tables import plain_table, quality_table, size_table
-    from cascade.report.verdicts import load_verdicts, verdict_table
+    from cascade.report.summary import run_summary, run_texts
     from cascade.run import run_recipe
 
     with interruptible():
@@ -76,14 +77,7 @@ def run(
     parallel.leave()
     if others:
         return
-    family, verdicts = load_family(folder), load_verdicts(folder)
-    if as_json:
-        return click.echo(json.dumps({"run": str(folder), "family": family, "verdicts": verdicts}))
-    rows = family["rows"]
-    tables = [size_table(rows), quality_table(rows), *([verdict_table(verdicts)] if verdicts else [])]
-    click.echo("\n" + "\n\n".join(map(plain_table, tables)))
-    click.echo("".join(f"\n{sentence}\n" for sentence in wrong_diet(load_drift(folder), rows)), nl=False)
-    click.echo(f"\nReport: {folder / 'report.html'}   members: {folder / 'members'}")
+    click.echo(json.dumps(run_summary(folder)) if as_json else run_texts(folder))
 
 
 @main.command()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cascade.data.blocks import load_blocks
+from cascade.caching import TeacherCache, training_rows
+from cascade.data.blocks import TokenBlocks, load_blocks
 from cascade.data.examples import load_training
 from cascade.distillation.batch import selection_losses
 from cascade.distillation.divergences import Options
@@ -56,6 +57,7 @@ def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
         "on_policy",
         "trackers",
         "compile",
+        "cache",
     }
     schedule = Schedule(
         settings.schedule, settings.warmup_fraction, settings.final_learning_rate_fraction, settings.decay_fraction
@@ -84,7 +86,7 @@ def feature_loss(
     """The recipe's distill.features for one student; `plans` lead from the teacher to it (None: it was not cut)."""
     asked = settings.features
     weights = {str(name): weight for name, weight in asked.weights.items()}
-    wanted = ("cosine" if plans else "none") if asked.hidden == "auto" else asked.hidden
+    wanted = settings.hidden_features(bool(plans))
     hidden, embedding = (None if name == "none" else name for name in (wanted, asked.embedding))
     features = Features(hidden, embedding, tuple(asked.relations), asked.relation_heads, weights, asked.balanced)
     if teacher is None or not features.names():
@@ -193,6 +195,7 @@ def make_candidate(
     hidden: str,
     lineage: Sequence[Path] | None,
     num_tokens: int,
+    cache: TeacherCache | None,
     on_step: OnStep,
 ) -> None:
     """losses.json of one shape on selection blocks: cut and repaired, then recovered on `num_tokens` tokens (or 0)."""
@@ -209,15 +212,22 @@ def make_candidate(
     before = load_plans(lineage)
     if num_tokens and recipe.distill is not None:
         expert = teacher if recipe.distill.teacher == "parent" else None
+        options = training_options(recipe.distill, _finalist_rate(recipe, num_tokens))
+        train, targets = load_training(data / "train.safetensors"), None
+        if cache is not None and expert is not None and isinstance(train, TokenBlocks):
+            options["objective"] = cache.objective(options["objective"])
+            num_steps = math.ceil(num_tokens / (recipe.distill.batch_size * train.block_size))
+            targets = cache.targets(expert, train, training_rows(recipe, 0, num_steps, len(train)))
         distill(
             student,
             expert,
-            load_training(data / "train.safetensors"),
+            train,
             num_tokens=num_tokens,
             seed=recipe.seed,
             on_step=on_step,
             features=feature_loss(recipe.distill, None if before is None else [*before, plan], student, expert),
-            **training_options(recipe.distill, _finalist_rate(recipe, num_tokens)),
+            targets=targets,
+            **options,
         )
         losses["recovered"] = _selection(student, teacher, recipe, data)
     _write(folder / "losses.json", losses)

@@ -48,7 +48,7 @@ def stage_seconds(
     recipe: Recipe, flops: float, parent_flops: float, tokens: int, *, cut: bool, choices: int = 1
 ) -> dict[str, float]:
     """Estimated seconds of each stage of one member: counted FLOPs at this machine's measured rate, plus start-up."""
-    rate = _flops_per_second()
+    rate = flops_per_second()
     heldout = recipe.evaluate.heldout_blocks * (1 if recipe.counts_examples else recipe.data.block_size)
     # Items of the usual multiple-choice kind: about 400 tokens, all choices together.
     items = 400 * (recipe.evaluate.limit or 1000) * len(recipe.evaluate.tasks)
@@ -89,14 +89,14 @@ def parent_seconds(recipe: Recipe, parent_config: Any) -> dict[str, float]:
         parameters = int(probe_axes(parent_config).num_parameters(dims_of(parent_config)))
         seconds["convert"] = 10 + parameters / 1e7
     if recipe.parent.fit is not None:
-        seconds["fit"] = 3 * flops * recipe.parent.fit.examples / _flops_per_second()
+        seconds["fit"] = 3 * flops * recipe.parent.fit.examples / flops_per_second()
     if recipe.parent.pretrain is not None:
-        seconds["pretrain"] = 3 * flops * recipe.parent.pretrain.tokens / _flops_per_second()
+        seconds["pretrain"] = 3 * flops * recipe.parent.pretrain.tokens / flops_per_second()
     return seconds
 
 
 @lru_cache(maxsize=1)
-def _flops_per_second() -> float:
+def flops_per_second() -> float:
     """A third of the float32 matrix product rate measured here: what whole models reach of it, roughly."""
     size = 512
     left, right = torch.ones(size, size), torch.ones(size, size)

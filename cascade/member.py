@@ -20,8 +20,8 @@ from cascade.recipe.schema import Recipe
 from cascade.report.records import Row
 from cascade.rows import FinishedMember, baseline_row
 from cascade.runner import StageRunner
-from cascade.seeding import Shared, make_start
-from cascade.stages import make_rate, make_recovered
+from cascade.seeding import Shared, kept_settings, make_start
+from cascade.stages import make_labels, make_rate, make_recovered
 from cascade.store import output_digest
 
 
@@ -36,6 +36,7 @@ def make_member(
         "teacher": shared.digests["parent"],
         "data": shared.digests["data"],
     }
+    labels = _make_labels(runner, recipe, shared, member)
     rate, learning_rate = _make_rate(runner, recipe, shared, member, start, inputs, lineage)
     settings = _training_settings(recipe, member) | {"learning_rate": learning_rate}
 
@@ -49,6 +50,7 @@ def make_member(
             shared.data,
             teacher,
             on_step,
+            cache=shared.cache,
             stage=stage,
             lineage=lineage,
             learning_rate=learning_rate,
@@ -57,7 +59,7 @@ def make_member(
     distilled = runner.run(
         member.name,
         "distill",
-        settings,
+        settings | kept_settings(shared),
         inputs,
         lambda folder, on_step: recover(folder, on_step, _expert(recipe, shared), "distill"),
     )
@@ -94,12 +96,31 @@ def make_member(
     )
     checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
     copies = make_copies(runner, recipe, shared, member.name, checkpoint, output_digest(distilled))
-    return FinishedMember(begun.cut, begun.repaired, rate, distilled, evaluation, rows, lineage, copies=copies)
+    return FinishedMember(
+        begun.cut, begun.repaired, rate, distilled, evaluation, rows, lineage, labels=labels, copies=copies
+    )
 
 
 def _expert(recipe: Recipe, shared: Shared) -> nn.Module | None:
     """Whose probabilities the members learn; None where they learn from the text alone."""
     return shared.teacher() if recipe.distill and recipe.distill.teacher == "parent" else None
+
+
+def _make_labels(runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember) -> Path | None:
+    """The folder of what it took to label all that a member reads; None where nothing is kept of the teacher."""
+    cache = shared.cache
+    if cache is None:
+        return None
+    return runner.run(
+        member.name,
+        "label",
+        {"root": cache.windows.root, "first_position": member.first_position, "num_steps": member.num_steps}
+        | {"batch_size": recipe.distill.batch_size if recipe.distill else 0, "seed": recipe.seed},
+        {"data": shared.digests["data"]},
+        lambda folder, on_step: make_labels(
+            folder, recipe, member, shared.parent, shared.data, shared.teacher(), cache, on_step
+        ),
+    )
 
 
 def _make_rate(
@@ -118,10 +139,19 @@ def _make_rate(
     folder = runner.run(
         member.name,
         "rate",
-        _training_settings(recipe, member),
+        _training_settings(recipe, member) | kept_settings(shared),
         inputs,
         lambda folder, on_step: make_rate(
-            folder, recipe, member, start, shared.parent, shared.data, _expert(recipe, shared), on_step, lineage=lineage
+            folder,
+            recipe,
+            member,
+            start,
+            shared.parent,
+            shared.data,
+            _expert(recipe, shared),
+            on_step,
+            cache=shared.cache,
+            lineage=lineage,
         ),
     )
     return folder, float(json.loads((folder / "rate.json").read_text())["learning_rate"])
@@ -152,7 +182,9 @@ def _make_baseline(
 
 
 def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]:
-    settings = recipe.distill.model_dump(exclude={"tokens", "examples", *WITHOUT_EFFECT}) if recipe.distill else {}
+    settings = (
+        recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
+    )
     return settings | {
         "num_tokens": member.num_tokens,
         "first_position": member.first_position,

@@ -20,6 +20,7 @@ _MAY_CHANGE = (
     "data.production",
     "acknowledged",
     "finish",
+    "distill.cache.folder",
     *(f"generate.endpoint.{key}" for key in HOW_ASKED),
     *(f"distill.{key}" for key in WITHOUT_EFFECT),
 )

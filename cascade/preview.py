@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cascade.cache_choice import choose_cache, options_table, with_cache
+from cascade.caching import cache_folder
 from cascade.checks import check_family
 from cascade.data.examples import read_examples
 from cascade.data.prepare import prepare_blocks
@@ -65,6 +67,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     proof = check_family(recipe, config, members)
+    choice = choose_cache(recipe, config, members)
+    members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
     total = int(axes.num_parameters(dims))
     shared = sum(parent_seconds(recipe, config).values())
@@ -86,6 +90,15 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "search": recipe.prune.search is not None,
         "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1],
         "members": [_member_record(member, total) for member in members],
+        "targets": {
+            "kind": choice.kind,
+            "why": choice.why,
+            "folder": str(cache_folder(recipe)),
+            "disk_free_bytes": shutil.disk_usage(_existing(cache_folder(recipe))).free,
+            "tokens_labelled": choice.num_labelled,
+            "tokens_read": choice.num_read,
+            "options": choice.records(max(1, len(members))),
+        },
         "copies": [
             f"{name}-{entry.suffix}"
             for entry in recipe.finish
@@ -155,6 +168,7 @@ def preview_text(found: dict[str, Any]) -> str:
     lines.append(
         f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
     )
+    lines += _targets_lines(found["targets"])
     if found["copies"]:
         lines.append(f"Copies in fewer bits, their time and space not counted above: {', '.join(found['copies'])}.")
     if found["legal_values"]:
@@ -178,6 +192,24 @@ def preview_text(found: dict[str, Any]) -> str:
             f"Cut proven on a tiny twin: pruned equals silenced to {worst:.0e} along {', '.join(found['proof'])}."
         )
     return "\n".join(lines)
+
+
+def _targets_lines(targets: dict[str, Any]) -> list[str]:
+    """What is kept of the teacher, and beside it what might be."""
+    lines = [f"Teacher's targets: {targets['kind']} ({targets['why']})."]
+    if not targets["options"]:
+        return lines
+    if targets["kind"] != "none":
+        lines[0] += (
+            f" It labels {targets['tokens_labelled']:,} tokens for {targets['tokens_read']:,} that are read; kept in "
+            f"{targets['folder']}, {_bytes(targets['disk_free_bytes'])} free."
+        )
+    refused: dict[str, list[str]] = {}
+    for one in targets["options"]:
+        if one["refused"]:
+            refused.setdefault(one["refused"], []).append(one["kind"])
+    lines.append(plain_table(options_table(targets["options"], _bytes, _minutes)))
+    return [*lines, *(f"Not {' or '.join(kinds)}: {why}." for why, kinds in refused.items())]
 
 
 def hops_too_large(members: Sequence[dict[str, Any]]) -> list[str]:

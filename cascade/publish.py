@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cascade.caching import LABELS
 from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
 from cascade.models.architecture import auto_class_of
@@ -17,9 +18,11 @@ from cascade.report.card import member_card
 from cascade.report.logs import training_logs
 from cascade.report.records import Row, load_family
 from cascade.report.tail import TAIL, load_tails
+from cascade.report.targets import TARGETS, load_targets
 from cascade.report.verdicts import VERDICTS, judge
 from cascade.report.write import write_family
 from cascade.rows import FinishedMember, RoundedCopy, copy_row, member_row, read_json
+from cascade.runner import read_cost
 from cascade.store import is_committed, output_digest, staged, write_atomically
 from cascade.yaml_reader import write_yaml
 
@@ -133,7 +136,34 @@ def write_report(
     tails = load_tails(run_folder) | {name: tail for name, folder in told.items() if (tail := _tail(folder))}
     tails = {row["name"]: tails[row["name"]] for row in ordered if row["name"] in tails}
     write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
+    _write_targets(run_folder, members, finished)
     write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
+
+
+def _write_targets(run_folder: Path, members: list[ResolvedMember], finished: dict[str, FinishedMember]) -> None:
+    """targets.json: what was kept of the teacher, member by member; none where it was asked each time."""
+    own = load_targets(run_folder).get("members", {})
+    about: dict[str, Any] = {}
+    for member in members:
+        done = finished.get(member.name)
+        if done is None:
+            continue
+        own.pop(member.name, None)
+        if done.labels is None:
+            continue
+        about = read_json(done.labels / LABELS)
+        searched = read_json(done.rate / "rate.json")["num_tokens"] if done.rate else 0
+        angles = read_cost(done.distilled).get("angles_degrees", [])
+        figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
+        read = {"tokens_read": member.num_tokens + searched, "angles_degrees": angles}
+        own[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
+    ordered = {member.name: own[member.name] for member in members if member.name in own}
+    about = about or load_targets(run_folder)
+    if not ordered:
+        (run_folder / TARGETS).unlink(missing_ok=True)
+        return
+    record = {name: about[name] for name in ("kind", "why", "root")} | {"members": ordered}
+    write_atomically(run_folder / TARGETS, json.dumps(record, indent=1) + "\n")
 
 
 def _earlier_rows(run_folder: Path, names: set[str], suffixes: tuple[str, ...]) -> dict[str, list[Row]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cascade.caching import LABELS
 from cascade.family import ResolvedMember
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_config
@@ -45,6 +46,8 @@ class FinishedMember:
     baselines: list[Row]
     lineage: list[Path] | None
     """The folders of the cuts from the parent to it; None where it was not cut from the parent."""
+    labels: Path | None = None
+    """What it took to have the teacher's targets; None where it was asked each time."""
     candidates: list[Row] = field(default_factory=list)
     """Shapes that a search tried."""
     copies: list[RoundedCopy] = field(default_factory=list)
@@ -75,9 +78,10 @@ def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
 
 def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMember, finished: FinishedMember) -> Row:
     """A finished member's row."""
-    stages = (finished.cut, finished.repaired, finished.rate, finished.distilled, finished.evaluation)
+    stages = (finished.cut, finished.repaired, finished.labels, finished.rate, finished.distilled, finished.evaluation)
     folders = [folder for folder in stages if folder]
     teacher_flops = read_cost(finished.distilled)["teacher_flops_per_token"]
+    labelled = _labelled(recipe, member, finished)
     chain, seed = member.num_tokens, member.seed
     by_name = {other.name: other for other in members}
     while seed in by_name:
@@ -86,10 +90,10 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
     return _row(member, "member", "done") | {
         "checkpoint": f"members/{member.name}",
         "bytes": weight_bytes(finished.distilled / CHECKPOINT),
-        "tokens": {"hop": member.num_tokens, "cumulative": chain, "teacher_labelled": _labelled(recipe, member)},
+        "tokens": {"hop": member.num_tokens, "cumulative": chain, "teacher_labelled": labelled},
         "cost": {
             "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
-            "flops": member.num_tokens * (3 * member.flops_per_token + teacher_flops),
+            "flops": member.num_tokens * 3 * member.flops_per_token + labelled * teacher_flops,
             "money": None,
         },
         "stages": {
@@ -146,8 +150,10 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _labelled(recipe: Recipe, member: ResolvedMember) -> int:
-    """Tokens whose probabilities the teacher has given."""
+def _labelled(recipe: Recipe, member: ResolvedMember, finished: FinishedMember) -> int:
+    """Tokens whose probabilities the teacher has given for this member."""
+    if finished.labels is not None:
+        return int(read_json(finished.labels / LABELS)["tokens"])
     return member.num_tokens if recipe.distill and recipe.distill.teacher == "parent" else 0
 
 

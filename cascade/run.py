@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from cascade import parallel
+from cascade.cache_choice import choose_cache, with_cache
+from cascade.caching import open_cache
 from cascade.checks import check_family, require_one_process
 from cascade.errors import UserError
 from cascade.estimates import parent_seconds
@@ -16,6 +18,7 @@ from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folde
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.member import make_member
+from cascade.models.checkpoint import load_config
 from cascade.origins import check_licences
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import parent_config
@@ -62,6 +65,7 @@ def run_recipe(
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
+    members = with_cache(recipe, config, members, choose_cache(recipe, config, members))
     check_licences(recipe)
     wanted = _with_seeds(members, only)
     with locked(folder):
@@ -127,7 +131,8 @@ def _make_family(
     parent = make_parent(runner, recipe)
     if recipe.generate is not None:
         recipe = reading(recipe, run_generation(runner, recipe, parent))
-    shared = prepare(runner, recipe, parent)
+    choice = choose_cache(recipe, load_config(parent), members)
+    shared = replace(prepare(runner, recipe, parent), cache=open_cache(recipe, choice, parent))
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
     compare_with_production(runner, recipe, shared)
     copies = make_copies(runner, recipe, shared, "parent", shared.parent, shared.digests["parent"])

@@ -18,7 +18,7 @@ from cascade import __version__, parallel
 from cascade.progress import OnStep, RunProgress
 from cascade.store import COST_FILE, append_event, drop_partials, is_committed, stage_key, staged
 
-STAGES = ("statistics", "prune", "repair", "distill", "quantise", "evaluate", "report")
+STAGES = ("statistics", "prune", "repair", "label", "distill", "quantise", "evaluate", "report")
 """A member's stages in order, as --from takes them."""
 
 STAGE_FORMATS = {
@@ -33,6 +33,7 @@ STAGE_FORMATS = {
     "init": 1,
     "prune": 3,
     "repair": 2,
+    "label": 1,
     "rate": 1,
     "distill": 2,
     "evaluate": 2,
@@ -46,7 +47,7 @@ STAGE_FORMATS = {
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
-_TOGETHER = ("statistics", "rate", "distill", "baseline-ce")
+_TOGETHER = ("statistics", "label", "rate", "distill", "baseline-ce")
 """Stages that several processes make together; the others are the first one's."""
 
 _DONE, _JOIN = 0, 1

@@ -55,10 +55,12 @@ def search_shape(
     seed: ModelSource,
     inputs: dict[str, str],
     make: Callable[..., Make],
+    kept: dict[str, Any],
 ) -> list[Candidate]:
     """All candidates, the chosen one first.
 
-    `inputs` are the digests that a cut depends on; `make(shape, num_tokens)` gives the stage that tries a shape.
+    `inputs` are the digests that a cut depends on; `make(shape, num_tokens)` gives the stage that tries a shape;
+    `kept` is what its training depends on of targets that were kept of the teacher.
     """
     search, target = recipe.prune.search, member.target
     if target is None:
@@ -77,7 +79,7 @@ def search_shape(
         found += [(FoundShape(one, hidden), config) for one in dims]
     if not found:
         raise refusals[0]
-    settings = candidate_settings(recipe)
+    settings = candidate_settings(recipe) | kept
 
     def stage(name: str, shape: FoundShape, num_tokens: int) -> Path:
         own = {"dims": shape.dims.as_dict(), "hidden": shape.hidden, "tokens": num_tokens}
@@ -96,7 +98,9 @@ def search_shape(
 
 def candidate_settings(recipe: Recipe) -> dict[str, Any]:
     """What a candidate's result depends on besides its shape."""
-    distill = recipe.distill.model_dump(exclude={"tokens", "examples", *WITHOUT_EFFECT}) if recipe.distill else {}
+    distill = (
+        recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
+    )
     return recipe.prune.model_dump(exclude={"search"}) | {"distill": distill, "seed": recipe.seed}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from cascade.caching import TeacherCache
 from cascade.cutting import (
     make_candidate,
     make_cut,
@@ -47,6 +48,8 @@ class Shared:
     """Of the text's source, the parent, the packed blocks and the tasks."""
     teachers: list[nn.Module]
     """The parent's model, once it has been needed."""
+    cache: TeacherCache | None = None
+    """What is kept of it; None: it is asked each time."""
 
     def teacher(self) -> nn.Module:
         """The parent's model, loaded once and frozen."""
@@ -122,10 +125,17 @@ def find_shape(
             hidden=shape.hidden,
             lineage=seed.lineage if seed else [],
             num_tokens=num_tokens,
+            cache=shared.cache,
             on_step=on_step,
         )
 
-    return search_shape(runner, recipe, member, source, _cut_inputs(shared, folder, statistics), make)
+    inputs = _cut_inputs(shared, folder, statistics)
+    return search_shape(runner, recipe, member, source, inputs, make, kept_settings(shared))
+
+
+def kept_settings(shared: Shared) -> dict[str, Any]:
+    """What a training's result depends on of the targets that it reads; empty where they are the teacher's own."""
+    return {"targets": shared.cache.settings()} if shared.cache else {}
 
 
 def _source(shared: Shared, member: ResolvedMember, seed: Path | None) -> ModelSource:

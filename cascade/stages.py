@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from cascade import parallel
+from cascade.cache.angle import gradient_angle
+from cascade.cache.reader import CachedTargets
+from cascade.caching import LABELS, TeacherCache, member_rows
 from cascade.classifier import examples_of
 from cascade.cutting import feature_loss, load_plans, selection_size, training_options
 from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
+from cascade.data.order import blocks_at
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
@@ -35,6 +39,8 @@ from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
 from cascade.report.trackers import tracked
 from cascade.store import COST_FILE, partial_of
+
+_ANGLE_STEPS = 2
 
 CLASSIFYING = {"label_field", "image_field", "train_examples", "max_length"}
 """Keys of data that only a recipe that classifies reads."""
@@ -85,14 +91,16 @@ def make_recovered(
     teacher: nn.Module | None,
     on_step: OnStep,
     *,
+    cache: TeacherCache | None,
     stage: str,
     lineage: Sequence[Path] | None,
     learning_rate: float,
 ) -> None:
     """The recovered member as a stock checkpoint, its training log, and logits for the reload gate.
 
-    `lineage` are the folders of the cuts that lead from the parent to it, None where it was not cut from it. Without a
-    teacher it learns from the text alone, as the cross-entropy baseline does. `stage` names the training's log.
+    `lineage` are the folders of the cuts that lead from the parent to it, None where it was not cut from it. With a
+    `cache` it learns from what is kept of the teacher, who then only judges it on selection text. Without a teacher it
+    learns from the text alone, as the cross-entropy baseline does. `stage` names the training's log.
     """
     settings = recipe.distill
     if settings is None:
@@ -107,8 +115,13 @@ def make_recovered(
     if stage != "distill" and isinstance(blocks, TokenBlocks) and isinstance(selection, TokenBlocks):
         blocks, selection = replace(blocks, known=None), replace(selection, known=None)
     options = training_options(settings, learning_rate)
+    targets, angles = None, []
     if teacher is None:
         options["on_policy"] = None
+    elif cache is not None and isinstance(blocks, TokenBlocks):
+        options["objective"] = cache.objective(options["objective"])
+        targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
+        angles = _angles(student, teacher, blocks, targets, recipe, member, options)
     with tracked(
         settings.trackers if parallel.rank() == 0 else [],
         project=recipe.name,
@@ -129,6 +142,7 @@ def make_recovered(
             on_step=on_step,
             on_log=on_log,
             features=feature_loss(settings, load_plans(lineage), student, teacher),
+            targets=targets,
             **options,
         )
     if parallel.world_size() > 1:
@@ -140,7 +154,45 @@ def make_recovered(
     rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
     write_reference(rounded, folder / "reference.safetensors")
     per_token = flops_of(recipe, load_config(parent)) if teacher is not None else 0.0
-    write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token})
+    write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token, "angles_degrees": angles})
+
+
+def make_labels(
+    folder: Path,
+    recipe: Recipe,
+    member: ResolvedMember,
+    parent: ModelSource,
+    data: Path,
+    teacher: nn.Module,
+    cache: TeacherCache,
+    on_step: OnStep,
+) -> None:
+    """label.json: what it took to have the teacher's targets of all that a member reads."""
+    blocks = load_training(data / "train.safetensors")
+    if isinstance(blocks, Examples):
+        raise ValueError("what a teacher says of single examples is not kept")
+    found = cache.label(_own_teacher(teacher, parent), blocks, member_rows(recipe, member, len(blocks)), on_step)
+    write_json(folder / LABELS, found)
+
+
+def _angles(
+    student: nn.Module,
+    teacher: nn.Module,
+    blocks: TokenBlocks,
+    targets: CachedTargets,
+    recipe: Recipe,
+    member: ResolvedMember,
+    options: dict[str, Any],
+) -> list[float]:
+    """Degrees between the gradient of a sample and the exact one, in the first steps."""
+    if targets.layout.kind != "sampled" or parallel.world_size() > 1:
+        return []
+    size = options["batch_size"]
+    count = min(_ANGLE_STEPS, member.num_steps) * size
+    rows = blocks_at(member.first_position, count, num_blocks=len(blocks), seed=recipe.seed)
+    steps = [replace(blocks.rows(part), known=targets.of(part)) for part in rows.split(size)]
+    how = {"microbatch_size": options["microbatch_size"]}
+    return [gradient_angle(student, teacher, step, options["objective"], **how) for step in steps]
 
 
 def make_rate(
@@ -153,6 +205,7 @@ def make_rate(
     teacher: nn.Module | None,
     on_step: OnStep,
     *,
+    cache: TeacherCache | None,
     lineage: Sequence[Path] | None,
 ) -> None:
     """rate.json: the learning rate found for a member's recovery, and what was tried."""
@@ -164,16 +217,21 @@ def make_rate(
         options.pop(own)
     student = load_model(start).to(default_device())
     teacher = None if teacher is None else _own_teacher(teacher, parent)
+    blocks, targets = load_training(data / "train.safetensors"), None
+    if cache is not None and teacher is not None and isinstance(blocks, TokenBlocks):
+        options["objective"] = cache.objective(options["objective"])
+        targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
     found = find_learning_rate(
         student,
         teacher,
-        load_training(data / "train.safetensors"),
+        blocks,
         num_tokens=member.num_tokens,
         selection=load_training(data / "selection.safetensors").take(selection_size(recipe)),
         seed=recipe.seed,
         first_position=member.first_position,
         on_try=on_step,
         features=feature_loss(settings, load_plans(lineage), student, teacher),
+        targets=targets,
         **options,
     )
     write_json(folder / "rate.json", {name: value for name, value in asdict(found).items() if name != "seconds"})
@@ -183,7 +241,7 @@ def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:
     """Where several processes train, a teacher of the training's own: it is sharded, and others use theirs whole."""
     if parallel.world_size() == 1:
         return teacher
-    return load_model(parent).to(default_device()).requires_grad_(False)
+    return parallel.shard(load_model(parent).to(default_device()).requires_grad_(False))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,10 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from cascade.data.blocks import TokenBlocks
 from cascade.models.checkpoint import BUILTIN_FOLDER, copy_companions
 from cascade.models.twin import twin_of
+
+# What runs keep of their teachers by default must neither meet nor litter the user's own.
+_CACHES = tempfile.TemporaryDirectory(prefix="cascade-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHES.name
 
 settings.register_profile("cascade", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("cascade")

@@ -30,6 +30,8 @@ ORDER = [
     "family",
     "checks",
     "progress",
+    "cache_choice",
+    "caching",
     "pretraining",
     "classifier",
     "cutting",
@@ -46,11 +48,13 @@ ORDER = [
     "seeding",
     "quantising",
     "preparing",
+    "cache_check",
     "member",
     "run",
     "preview",
     "single",
     "cli_options",
+    "cli_cache",
     "cli",
 ]
 

@@ -67,7 +67,7 @@ def label(
     missing = torch.tensor([row for key, row in first.items() if windows.read(key) is None], dtype=torch.int64)
     missing = parallel.same(missing)
     teacher.eval()
-    group = max(1, _GROUP_TOKENS.get(_device(teacher).type, 2048) // blocks.block_size)
+    group = _group_size(teacher, blocks)
     steps = -(-len(missing) // (group * parallel.world_size()))
     own = missing[parallel.rank() :: parallel.world_size()]
     writer, made = Writer(windows.folder, windows.root), 0
@@ -90,6 +90,17 @@ def label(
     made = int(counts["made"])
     seconds = time.perf_counter() - started
     return Labelling(len(first), made, made * blocks.block_size, seconds, windows.num_bytes())
+
+
+@torch.no_grad()
+def records_of(windows: Windows, layout: Layout, teacher: nn.Module, blocks: TokenBlocks) -> dict[bytes, bytes]:
+    """The records of these blocks by key, computed now, whatever is kept."""
+    keys, found = window_keys(blocks), dict[bytes, bytes]()
+    group = _group_size(teacher, blocks)
+    for rows in torch.arange(len(blocks)).split(group):
+        records = _records(layout, windows.root, teacher, blocks, rows, keys, group)
+        found |= {keys[row]: record for row, record in zip(rows.tolist(), records, strict=True)}
+    return found
 
 
 @torch.no_grad()
@@ -175,6 +186,11 @@ def _require_fitting(layout: Layout, teacher: nn.Module) -> None:
     beyond = [number for number in layout.exact_ids if not 0 <= number < layout.vocab_size]
     if beyond:
         raise UserError(f"exact_ids: {beyond[0]} is beyond the vocabulary of {layout.vocab_size}")
+
+
+def _group_size(teacher: nn.Module, blocks: TokenBlocks) -> int:
+    """Windows that the teacher sees at once: always as many, whatever there is to label."""
+    return max(1, _GROUP_TOKENS.get(_device(teacher).type, 2048) // blocks.block_size)
 
 
 def _device(model: nn.Module) -> torch.device:

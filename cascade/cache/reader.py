@@ -36,6 +36,11 @@ class CachedTargets:
         self._reads = ThreadPoolExecutor(1, "targets")
         self._ahead: dict[int, Future[_Parts]] = {}
 
+    @property
+    def name(self) -> str:
+        """The root's: of what all targets depend on."""
+        return self.windows.root
+
     def of(self, rows: Tensor) -> StoredTargets:
         """Of the blocks of these numbers, to be read when they are needed."""
         return StoredTargets(rows, self.read)

@@ -60,6 +60,8 @@ class Windows:
     _found: dict[bytes, tuple[_Shard, int]] = field(default_factory=dict)
     _known: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Files that were looked at: inode and time of each."""
+    num_passed_over: int = 0
+    """Files that are no shards of this root, or are cut off."""
 
     def refresh(self) -> "Windows":
         """Look for shards that have come since."""
@@ -113,6 +115,7 @@ class Windows:
                 raise UserError(f"{path}: {len(data)} bytes of records where {ends[-1]} were due")
         except (UserError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s: passed over, its windows count as missing: %s", path, error)
+            self.num_passed_over += 1
             return
         shard = _Shard(path, ends, sums, data)
         for number, key in enumerate(keys):
@@ -153,21 +156,22 @@ class Writer:
 
 
 def root_folder(cache: Path, record: dict[str, Any]) -> tuple[Path, str]:
-    """(folder, name) of the root with this record, made if there is none.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """(folder, name) of the root with this record, made if there is none."""
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     root = hashlib.sha256(text.encode()).hexdigest()
     folder = cache / root[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror}; give another distill.cache.folder") from error
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ROOT_FILE).exists():
         _write(folder / ROOT_FILE, text.encode())
     return folder, root
+
+
+def root_name(folder: Path) -> str:
+    """64 hexadecimal digits: what a root's folder says it is; its own name where it says nothing."""
+    try:
+        return hashlib.sha256((folder / ROOT_FILE).read_bytes()).hexdigest()
+    except OSError:
+        return folder.name
 
 
 def damaged_shards(folder: Path) -> list[Path]:

@@ -39,6 +39,10 @@ COSINE = Schedule()
 class Targets(Protocol):
     """What was kept of a teacher for the blocks of a training (`cascade.cache.reader.CachedTargets`)."""
 
+    @property
+    def name(self) -> str:
+        """Of what all targets depend on: a training that goes on must find the same."""
+
     def of(self, rows: Tensor) -> StoredTargets:
         """Of the blocks of these numbers."""
 
@@ -116,6 +120,7 @@ def distill(
         "first_position": first_position, "weight_decay": weight_decay, "objective": repr(objective),
         "schedule": repr(schedule), "max_grad_norm": max_grad_norm, "optimizer": optimizer, "ema_decay": ema_decay,
         "features": None if features is None else repr(features.features), "on_policy": repr(on_policy),
+        **({} if targets is None else {"targets": targets.name}),
     }  # fmt: skip
     updates = build_optimizer(optimizer, student, learning_rate, weight_decay)
     trained = Trained(student, updates, None if ema_decay is None else Average(student, ema_decay))

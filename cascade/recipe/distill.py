@@ -2,9 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+
+LONG_TRAINING_TOKENS = 20_000_000
+"""From here on `features.hidden: auto` is none."""
 
 WITHOUT_EFFECT = ("microbatch_size", "save_every_minutes", "gradient_checkpointing", "compile", "trackers")
 """Keys that change memory, speed and safety, and the result at most by rounding."""
@@ -15,7 +18,8 @@ class FeatureLosses(Section):
 
     hidden: Literal["auto", "none", "cosine", "mse"] = "auto"
     """Of hidden states, layer by layer, along the layers and channels that the cut has kept. auto: cosine for members
-    that are cut, none for a `student`."""
+    that are cut and have fewer than 20M training tokens (distill.tokens), else none: what it gives fades as training
+    grows, and a sample of the teacher's probabilities is then enough to keep."""
     embedding: Literal["none", "cosine", "mse"] = "none"
     """Of what enters the first layer."""
     relations: list[Literal["qq", "kk", "vv", "qk"]] = []
@@ -44,6 +48,27 @@ class OnPolicySettings(Section):
     """Written batches to keep for another use; 0: none."""
     replay_fraction: Fraction = 0.5
     """Share of these steps that take a kept batch, once the buffer is full."""
+
+
+class TargetCache(Section):
+    """What is kept of the teacher, so that it need not read the same text twice."""
+
+    kind: Literal["auto", "none", "sampled", "top_k", "hidden"] = "auto"
+    """sampled: an unbiased sample of its probabilities; hidden: what its head reads (and its layers, where features ask
+    for them), which gives every loss; top_k: the likeliest ids and a bucket for the rest, as loss: ghost_top_k; none:
+    the teacher is asked each time. auto: one of sampled, hidden and none, as `cascade plan` shows and explains."""
+    draws: PositiveInt = 38
+    """sampled: of each token's probabilities."""
+    exact_tokens: list[str] = []
+    """sampled: tokens, as the vocabulary writes them, whose probability is kept as it is (end of turn, tool call)."""
+    dtype: Literal["bfloat16", "int8"] = "bfloat16"
+    """hidden: of the states; int8 has a scale per token."""
+    folder: str = ""
+    """Shared between runs; among the user's caches (~/.cache/cascade/teacher) where not given."""
+
+
+def _cache(value: object) -> object:
+    return {"kind": value} if isinstance(value, str) else value
 
 
 class Distill(Section):
@@ -89,6 +114,8 @@ class Distill(Section):
     """skew_forward_kl, skew_reverse_kl: the share of the first argument in the mixture."""
     top_k: PositiveInt = 64
     """ghost_top_k: ids that keep a probability of their own."""
+    cache: Annotated[TargetCache, BeforeValidator(_cache)] = TargetCache()
+    """What is kept of the teacher: a section, or its `kind` alone."""
     cross_entropy_weight: Fraction = 0.0
     """Share of cross-entropy with the text in the loss."""
     features: FeatureLosses = FeatureLosses()
@@ -109,3 +136,9 @@ class Distill(Section):
     """Classification, instead of blocks."""
     save_every_minutes: Annotated[float, Field(ge=0)] = 10.0
     """Minutes between two training states; a run that was killed goes on from the last, to the same bits."""
+
+    def hidden_features(self, cut: bool) -> str:
+        """What `features.hidden` comes to for a member that is cut from another, or is not: none, cosine or mse."""
+        if self.features.hidden != "auto":
+            return self.features.hidden
+        return "cosine" if cut and (self.tokens or 0) < LONG_TRAINING_TOKENS else "none"

@@ -10,6 +10,7 @@ from cascade.report.production import load_drift, production_table, wrong_diet
 from cascade.report.records import Row, family_csv, family_json, metric_names
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
 from cascade.report.tail import decile_table, load_tails, slice_table
+from cascade.report.targets import load_targets, targets_table
 from cascade.report.verdicts import load_verdicts, verdict_table
 from cascade.store import write_atomically
 
@@ -75,6 +76,9 @@ def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     """What a run has written besides its rows."""
     verdicts, tails = load_verdicts(run_folder), load_tails(run_folder)
     tables = [("Good enough", verdict_table(verdicts))] if verdicts else []
+    targets = load_targets(run_folder)
+    if targets.get("members"):
+        tables.append((f"Teacher's targets: {targets['kind']}", targets_table(targets)))
     drift = load_drift(run_folder)
     if drift:
         said = [[one] for one in wrong_diet(drift, rows)]

@@ -5,7 +5,8 @@
 The student is the teacher without some of its layers. The gradient is forward KL's towards the student's last hidden states,
 (q - t) W, over all tokens of a text; the error is what a sample adds, relative to the exact gradient, and the angle is that
 of the sum over tokens through a random projection of the tokens' hidden states (what a weight's gradient sums up).
-Bytes: packed ids (ceil(log2 V) bits) and counts or log-probabilities (6 or 12 bits), without an index.
+Bytes are those of the cache's own records (ids, counts and 8 bytes of statistics a token; 2 more for each probability that is
+kept as it is); the bound is what ids and counts hold of information, log2 C(V, K) + log2 C(n - 1, K - 1) bits for K ids.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 
 import torch
 
+from cascade.cache.packing import rising_size
 from cascade.distillation.sampling import shifts, systematic_draws
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
 from cascade.models.head import head_of, last_hidden, logits_of
@@ -26,6 +28,19 @@ def independent_draws(p, seed, draws):
 
 def shares(ids, draws, vocabulary):
     return torch.zeros(len(ids), vocabulary).scatter_add_(1, ids, torch.full(ids.shape, 1 / draws))
+
+
+def choose(n, k):
+    """log2 of the ways to choose k of n."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+
+
+def sizes(t, draws, exact):
+    """(bytes a token as the cache keeps it, bytes at the information bound without statistics)."""
+    kept, vocabulary = (t > 0).sum(1).tolist(), t.shape[1]
+    packed = rising_size(sum(kept), len(kept) * vocabulary) + len(kept) * (draws / 8 + 2 * exact + 8) + 4
+    bound = sum(choose(vocabulary, k) + (choose(draws - 1, k - exact - 1) if draws and k > exact else 0) for k in kept)
+    return packed / len(kept), bound / 8 / len(kept)
 
 
 def sample(kind, p, seed, draws, head):
@@ -66,7 +81,7 @@ def main():
         layer.self_attn.layer_idx = place
     student.config.num_hidden_layers = len(student.model.layers)
     kinds = [("independent", draws, 0) for draws in (12, 25, 50)]
-    kinds += [("systematic", draws, 0) for draws in (6, 8, 12, 25, 50)]
+    kinds += [("systematic", draws, 0) for draws in (12, 25, 30, 34, 38, 50)]
     kinds += [(kind, draws, head) for kind in ("independent", "systematic") for head, draws in ((4, 4), (4, 8), (8, 8))]
     kinds += [("top", 0, head) for head in (8, 12, 20)]
     table = {kind: [] for kind in kinds}
@@ -81,7 +96,7 @@ def main():
         exact = (q - p) @ weight
         whole = hidden.T @ exact
         for kind in kinds:
-            errors, angles, kept, own = [], [], 0.0, 0
+            errors, angles, kept, size = [], [], 0.0, (0.0, 0.0)
             for seed in range(options.seeds if kind[1] else 1):
                 t, kept, own = sample(kind[0], p, seed, kind[1], kind[2])
                 noise = (p - t) @ weight
@@ -89,15 +104,14 @@ def main():
                 found = whole + hidden.T @ noise
                 cosine = (found * whole).sum() / (found.norm() * whole.norm())
                 angles.append(math.degrees(math.acos(min(1.0, cosine.item()))))
-            bits = math.ceil(math.log2(p.shape[1]))
-            size = (kept * bits + own * 12 + (kept - own) * 6) / 8
-            table[kind].append((kept, size, sum(errors) / len(errors), sum(angles) / len(angles)))
+                size = sizes(t, kind[1], own)
+            table[kind].append((kept, *size, sum(errors) / len(errors), sum(angles) / len(angles)))
     print(f"{options.model}: {options.tokens} tokens of each of {len(options.texts)} texts, {options.seeds} seeds")
-    print(f"{'targets':24} {'ids':>6} {'bytes':>6} {'error a token':>14} {'angle of the sum':>17}")
+    print(f"{'targets':24} {'ids':>6} {'bytes':>6} {'bound':>6} {'error a token':>14} {'angle of the sum':>17}")
     for (kind, draws, head), rows in table.items():
         label = f"top {head} exact" if kind == "top" else (f"top {head} + " if head else "") + f"{draws} {kind}"
         mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        print(f"{label:24} {mean[0]:6.1f} {mean[1]:6.1f} {mean[2]:14.3f} {mean[3]:16.2f}°")
+        print(f"{label:24} {mean[0]:6.1f} {mean[1]:6.1f} {mean[2]:6.1f} {mean[3]:14.3f} {mean[4]:16.2f}°")
 
 
 if __name__ == "__main__":

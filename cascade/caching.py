@@ -1,0 +1,134 @@
+"""A run's cache of its teacher: opened once, asked by each training for its targets."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade import parallel
+from cascade.cache.keys import default_folder, root_record, weights_digest
+from cascade.cache.label import label, rounding_kl
+from cascade.cache.reader import CachedTargets
+from cascade.cache.record import Layout
+from cascade.cache.shards import Windows, root_folder
+from cascade.cache.usage import note_usage
+from cascade.cache_choice import Choice
+from cascade.data.blocks import TokenBlocks
+from cascade.data.order import blocks_at
+from cascade.distillation.fused import Objective
+from cascade.errors import RunError, UserError
+from cascade.family import ResolvedMember
+from cascade.models.checkpoint import ModelSource, load_config, load_tokenizer
+from cascade.models.head import Head, head_of
+from cascade.progress import OnStep
+from cascade.recipe.schema import Recipe
+
+LABELS = "label.json"
+"""What a labelling came to."""
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """What is kept of a run's teacher."""
+
+    windows: Windows
+    layout: Layout
+    why: str
+    """That they are kept in this form."""
+
+    def label(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor, on_step: OnStep | None) -> dict[str, Any]:
+        """Label what is missing of these blocks; what that came to, and what the form of the targets costs."""
+        done = label(self.windows, self.layout, teacher, blocks.rows(rows), on_step=on_step)
+        found = asdict(done) | {"kind": self.layout.kind, "why": self.why, "root": self.windows.root}
+        if parallel.rank() == 0:
+            note_usage(self.windows.folder, asked=done.windows, made=done.made)
+        if self.layout.kind == "hidden" and parallel.world_size() == 1:
+            found["rounding_kl"] = rounding_kl(self.layout, teacher, blocks.rows(rows[:1]))
+        return found
+
+    def targets(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor) -> CachedTargets:
+        """What is kept of these blocks; what is missing, or was damaged since it was labelled, is labelled first."""
+        label(self.windows, self.layout, teacher, blocks.rows(rows))
+        return CachedTargets(self.windows, self.layout, blocks, self._head(teacher))
+
+    def objective(self, asked: Objective) -> Objective:
+        """What is asked of these targets: the likeliest ids and their bucket are a forward KL of their own."""
+        return replace(asked, divergence="forward_kl") if self.layout.kind == "top_k" else asked
+
+    def settings(self) -> dict[str, Any]:
+        """What the results of a training depend on."""
+        return self.layout.as_dict()
+
+    def _head(self, teacher: nn.Module) -> Head | None:
+        if self.layout.kind != "hidden":
+            return None
+        head = head_of(teacher)
+        weight, bias = (None if one is None else parallel.whole(one.detach()) for one in (head.weight, head.bias))
+        if weight is None:
+            raise ValueError("a head has a weight")
+        return Head(weight, bias, head.scale, head.softcap).narrowed(self.layout.vocab_size)
+
+
+def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCache | None:
+    """The cache that a run uses; None where its teacher is asked each time.
+
+    Raises:
+        UserError: a token of exact_tokens is none of the vocabulary.
+        RunError: the folder cannot be written.
+    """
+    layout = choice.layout
+    if layout is None or recipe.distill is None:
+        return None
+    config, tokenizer = load_config(parent), load_tokenizer(parent, vocab_size=layout.vocab_size)
+    if layout.kind == "sampled":
+        layout = replace(layout, exact_ids=exact_ids(recipe.distill.cache.exact_tokens, tokenizer))
+    folder = cache_folder(recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror}; give another distill.cache.folder") from error
+    record = root_record(
+        weights_digest(parent.folder, folder),
+        config,
+        tokenizer,
+        layout,
+        dtype="autocast bfloat16" if torch.cuda.is_available() else "float32",
+        attn_implementation=getattr(config, "_attn_implementation", None) or "sdpa",
+    )
+    return TeacherCache(Windows(*root_folder(folder, record)).refresh(), layout, choice.why)
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where a recipe's cache is."""
+    given = recipe.distill.cache.folder if recipe.distill else ""
+    return Path(given).expanduser() if given else default_folder()
+
+
+def exact_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """Ids of tokens as the vocabulary writes them, in rising order.
+
+    Raises:
+        UserError: one is not in it.
+    """
+    known = tokenizer.get_vocab() if tokens else {}
+    for token in tokens:
+        if token not in known:
+            raise UserError(f"distill.cache.exact_tokens: '{token}' is no token of the parent's vocabulary")
+    return tuple(sorted({int(known[token]) for token in tokens}))
+
+
+def training_rows(recipe: Recipe, first_position: int, num_steps: int, num_blocks: int) -> Tensor:
+    """int64: the blocks that so many steps read from a position on, each once."""
+    if recipe.distill is None:
+        raise ValueError("a recipe with members has a distill section")
+    rows = blocks_at(first_position, num_steps * recipe.distill.batch_size, num_blocks=num_blocks, seed=recipe.seed)
+    once: Tensor = rows.unique()
+    return once
+
+
+def member_rows(recipe: Recipe, member: ResolvedMember, num_blocks: int) -> Tensor:
+    """int64: the blocks that a member's training reads, each once."""
+    return training_rows(recipe, member.first_position, member.num_steps, num_blocks)
