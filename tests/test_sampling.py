@@ -51,3 +51,20 @@ def test_systematic_draws_add_less_noise_than_as_many_independent_ones():
         t = torch.zeros_like(p).scatter_add_(1, ids, torch.full(ids.shape, 1 / 16))
         errors.append((t - p).norm().item())
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_ten_thousand_windows_draws_average_to_the_probabilities():
+    p, draws, count = probabilities(1, 40, 2), 5, 10_000
+    shift = torch.cat([shifts(b"root", window.to_bytes(4, "little"), 1) for window in range(count)])
+    ids = systematic_draws(p.expand(count, -1), shift, draws)
+    shares = torch.zeros(count, 40, dtype=torch.float64).scatter_add_(1, ids, torch.full(ids.shape, 1 / draws).double())
+    noise = (shares.std(0) / count**0.5).clamp_min(1e-9)
+    z = (shares.mean(0) - p[0].double()) / noise
+    assert z.abs().max() < 4 and z.square().mean() < 2  # as far off as chance puts it, and no farther
+
+
+def test_ids_without_weight_are_never_drawn():
+    weights = torch.zeros(4, 3000)
+    weights[:, [7, 2999]] = torch.tensor([1e-6, 1.0])
+    ids = systematic_draws(weights, torch.tensor([0.0, 0.5, 0.999999999, 1 - 1e-16]), 50)
+    assert set(ids.unique().tolist()) <= {7, 2999}

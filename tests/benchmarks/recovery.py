@@ -4,7 +4,8 @@
 
 A Llama teacher (8 layers, hidden 384, MLP 1024, 6/3 heads, vocabulary 32,000, tied; 25.3M) and a student of 4 layers
 and MLP 768 (17.6M), batch 2 x 512, AdamW, float32 on a CPU. Each contender in a process of its own, rounds alternating,
-medians. extra_memory_bytes is the peak above the loaded models; matmul_fraction counts 2 x teacher + 6 x student
+medians. cascade-sampled and cascade-hidden learn from what was kept of the teacher before: 38 draws a token, or bfloat16 hidden
+states and the teacher's head. extra_memory_bytes is the peak above the loaded models; matmul_fraction counts 2 x teacher + 6 x student
 parameters a token against the machine's measured float32 matrix products. With a GPU also the loss alone at hidden
 4096 / 2048, vocabulary 128,256, 8192 tokens, bfloat16.
 """
@@ -24,7 +25,7 @@ SHAPE = {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3,
 TEACHER = {"num_hidden_layers": 8, "intermediate_size": 1024}
 STUDENT = {"num_hidden_layers": 4, "intermediate_size": 768}
 BATCH, LENGTH = 2, 512
-CONTENDERS = ("plain-torch", "modelopt", "ce-hf", "ce-cascade", "cascade-live")
+CONTENDERS = ("plain-torch", "modelopt", "ce-hf", "ce-cascade", "cascade-live", "cascade-sampled", "cascade-hidden")
 NEEDS = {"modelopt": "modelopt"}
 
 
@@ -81,7 +82,32 @@ def ce_hf(teacher, student, ids) -> list[float]:
     return plain_loop(student, lambda part: student(input_ids=part, labels=part, use_cache=False).loss, ids)
 
 
-def cascade(teacher, student, ids) -> list[float]:
+def kept(kind: str, teacher, ids):
+    """What is kept of the teacher for these blocks, in a folder that goes with the process."""
+    import tempfile
+    from pathlib import Path
+
+    from cascade.cache.keys import root_record
+    from cascade.cache.label import label
+    from cascade.cache.reader import CachedTargets
+    from cascade.cache.record import Layout
+    from cascade.cache.shards import Windows, root_folder
+    from cascade.data.blocks import TokenBlocks
+    from cascade.models.head import Head, head_of
+
+    how = {"draws": 38} if kind == "sampled" else {"hidden_size": SHAPE["hidden_size"], "dtype": "bfloat16"}
+    layout, blocks = Layout(kind, SHAPE["vocab_size"], **how), TokenBlocks(ids, ids, 3.0)
+    record = root_record("", teacher.config, None, layout, dtype="float32", attn_implementation="sdpa")
+    folder = tempfile.TemporaryDirectory()
+    windows = Windows(*root_folder(Path(folder.name), record))
+    label(windows, layout, teacher, blocks)
+    head = Head(head_of(teacher).weight.detach().clone(), None) if kind == "hidden" else None
+    targets = CachedTargets(windows, layout, blocks, head)
+    targets.folder = folder  # removed with it
+    return targets
+
+
+def cascade(teacher, student, ids, targets=None) -> list[float]:
     """This package's loop."""
     from cascade.data.blocks import TokenBlocks
     from cascade.distillation.trainer import distill
@@ -95,6 +121,7 @@ def cascade(teacher, student, ids) -> list[float]:
         batch_size=BATCH,
         microbatch_size=BATCH,
         learning_rate=1e-4,
+        targets=targets,
         on_step=lambda done, total: times.append(time.perf_counter()),
     )
     return [after - before for before, after in zip(times, times[1:], strict=False)]
@@ -124,13 +151,16 @@ def measure(contender: str, steps: int) -> dict[str, float]:
 
     teacher, student = models()
     ids = batches(steps + 2)
-    alone = contender in ("ce-hf", "ce-cascade")
+    alone = contender in ("ce-hf", "ce-cascade", "cascade-sampled", "cascade-hidden")
+    targets = None
+    if contender in ("cascade-sampled", "cascade-hidden"):
+        targets = kept(contender.removeprefix("cascade-"), teacher, ids)
     if alone:
         teacher = None
-    run = {"plain-torch": plain_torch, "ce-hf": ce_hf, "modelopt": modelopt}.get(contender, cascade)
+    run = {"plain-torch": plain_torch, "ce-hf": ce_hf, "modelopt": modelopt}.get(contender)
     rate = matmul_rate()
     before = reset_peak()
-    times = run(teacher, student, ids)[2:]
+    times = (run(teacher, student, ids) if run else cascade(teacher, student, ids, targets))[2:]
     peak = memory("VmHWM") - before
     seconds = statistics.median(times)
     flops = (0 if alone else 2 * count(TEACHER)) + 6 * count(STUDENT)
