@@ -1,5 +1,6 @@
 """A run's cache of its teacher: opened once, asked by each training for its targets."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from cascade import parallel
-from cascade.cache.keys import default_folder, root_record, weights_digest
+from cascade.cache.keys import default_folder, root_record, weights_digest, window_keys
 from cascade.cache.label import label, rounding_kl
 from cascade.cache.reader import CachedTargets
 from cascade.cache.record import Layout
 from cascade.cache.shards import Windows, root_folder
 from cascade.cache.usage import note_usage
-from cascade.cache_choice import Choice
+from cascade.cache_choice import Choice, bytes_per_token
 from cascade.data.blocks import TokenBlocks
 from cascade.data.order import blocks_at
 from cascade.distillation.fused import Objective
@@ -40,7 +41,12 @@ class TeacherCache:
     """That they are kept in this form."""
 
     def label(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor, on_step: OnStep | None) -> dict[str, Any]:
-        """Label what is missing of these blocks; what that came to, and what the form of the targets costs."""
+        """Label what is missing of these blocks; what that came to, and what the form of the targets costs.
+
+        Raises:
+            RunError: the disk has no room for them.
+        """
+        self._require_room(blocks, rows)
         done = label(self.windows, self.layout, teacher, blocks.rows(rows), on_step=on_step)
         found = asdict(done) | {"kind": self.layout.kind, "why": self.why, "root": self.windows.root}
         if parallel.rank() == 0:
@@ -61,6 +67,18 @@ class TeacherCache:
     def settings(self) -> dict[str, Any]:
         """What the results of a training depend on."""
         return self.layout.as_dict()
+
+    def _require_room(self, blocks: TokenBlocks, rows: Tensor) -> None:
+        """Better now than after hours of labelling."""
+        missing = sum(key not in self.windows for key in set(window_keys(blocks.rows(rows))))
+        needed = missing * blocks.block_size * bytes_per_token(self.layout)
+        free = shutil.disk_usage(self.windows.folder).free
+        if needed > free:
+            raise RunError(
+                f"{self.windows.folder}: {needed / 1e9:.1f} GB of {self.layout.kind} targets are to be kept, "
+                f"{free / 1e9:.1f} GB are free; make room (`cascade cache prune`), or give another "
+                "distill.cache.folder or distill.cache.kind"
+            )
 
     def _head(self, teacher: nn.Module) -> Head | None:
         if self.layout.kind != "hidden":

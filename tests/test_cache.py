@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.cache import shards
-from cascade.cache.keys import root_record, tensors_digest, weights_digest, window_keys
+from cascade.cache.keys import open_windows, root_record, weights_digest, window_keys
 from cascade.cache.label import label, rounding_kl
 from cascade.cache.packing import pack_rising, rising_size, unpack_rising
 from cascade.cache.reader import CachedTargets
 from cascade.cache.record import Layout
-from cascade.cache.shards import Windows, damaged_shards, root_folder
+from cascade.cache.shards import damaged_shards, root_folder
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation.batch import batch_losses
 from cascade.distillation.features import FeatureLoss, Features
@@ -43,9 +43,7 @@ KINDS = {"sampled": SAMPLED, "exact": dataclasses.replace(SAMPLED, exact_ids=(0,
 
 def opened(folder, layout, teacher):
     """A root's windows."""
-    weights = tensors_digest(teacher.state_dict().items())
-    record = root_record(weights, teacher.config, None, layout, dtype="float32", attn_implementation="sdpa")
-    return Windows(*root_folder(folder, record)).refresh()
+    return open_windows(folder, teacher, None, layout)
 
 
 def labelled(folder, layout, teacher, blocks):
@@ -317,7 +315,7 @@ def test_loss_and_gradients_from_draws_equal_the_float64_reference(seed, share, 
     t = torch.rand(count, vocabulary, generator=draw) * (torch.rand(count, vocabulary, generator=draw) < 0.4)
     t[:, 3] += 0.1
     t /= t.sum(-1, keepdim=True)
-    order = t.topk(12).indices
+    order = t.topk(vocabulary).indices
     shares = t.gather(-1, order)
     entropy = torch.rand(count, generator=draw)
     known = DrawnTargets(order.masked_fill(shares == 0, -1), shares, entropy, entropy)
@@ -409,8 +407,12 @@ def test_reading_ahead_changes_nothing(tmp_path):
     teacher, blocks = make_model(), make_blocks(6)
     targets = CachedTargets(labelled(tmp_path, SAMPLED, teacher, blocks), SAMPLED, blocks)
     plain = targets.read(torch.tensor([4, 1]))
-    targets.ahead(torch.tensor([1, 4, 5]))
+    targets.ahead(torch.tensor([4, 1]), torch.tensor([5, 2]))
+    for future in targets._ahead.values():
+        future.result()
+    targets.windows = None  # all that is needed was read
     ahead = targets.read(torch.tensor([4, 1]))
+    assert len(targets.read(torch.tensor([5, 2])).ids) == 2
     assert torch.equal(plain.ids, ahead.ids) and torch.equal(plain.shares, ahead.shares)
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.cache.record import Layout
-from cascade.cache.shards import KEY_BYTES
+from cascade.cache.shards import KEY_BYTES, Windows, root_folder
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation.sampling import SAMPLER
 from cascade.models.tensor_file import checkpoint_entries
@@ -59,6 +59,24 @@ def root_record(
         "attn_implementation": attn_implementation,
         "sampler": SAMPLER if layout.kind == "sampled" else None,
     }
+
+
+def open_windows(cache: str | Path, teacher: nn.Module, tokenizer: Any, layout: Layout) -> Windows:
+    """What is kept in a folder of this very model, by the weights that it has now; nothing yet, where nothing is.
+
+    `label` fills it and `CachedTargets` reads it. Runs name roots by checkpoint files, and so differently.
+    """
+    model: Any = teacher
+    first = next(teacher.parameters())
+    record = root_record(
+        tensors_digest(sorted(teacher.state_dict().items())),
+        model.config,
+        tokenizer,
+        layout,
+        dtype=f"{first.dtype} autocast bfloat16" if first.device.type == "cuda" else f"{first.dtype}",
+        attn_implementation=getattr(model.config, "_attn_implementation", None) or "sdpa",
+    )
+    return Windows(*root_folder(Path(cache), record)).refresh()
 
 
 def weights_digest(folder: Path, cache: Path, *, again: bool = False) -> str:

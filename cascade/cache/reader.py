@@ -32,7 +32,7 @@ class CachedTargets:
         if layout.kind == "hidden" and head is None:
             raise ValueError("hidden states need the teacher's head")
         self.windows, self.layout, self.blocks, self.head = windows, layout, blocks, head
-        self._keys = window_keys(blocks)
+        self._keys: dict[int, bytes] = {}
         self._reads = ThreadPoolExecutor(1, "targets")
         self._ahead: dict[int, Future[_Parts]] = {}
 
@@ -45,9 +45,13 @@ class CachedTargets:
         """Of the blocks of these numbers, to be read when they are needed."""
         return StoredTargets(rows, self.read)
 
-    def ahead(self, rows: Tensor) -> None:
-        """Begin to read these; what else was read ahead is forgotten."""
-        wanted = rows.tolist()
+    def ahead(self, now: Tensor, after: Tensor) -> None:
+        """Begin to read the blocks of this step and of the next; what was read for earlier ones is forgotten.
+
+        What is not there any more when the next step does not come about is no error.
+        """
+        there = [row for row in after.tolist() if self._key(row) in self.windows]
+        wanted = dict.fromkeys([*now.tolist(), *there])
         self._ahead = {row: self._ahead.get(row) or self._reads.submit(self._parts, row) for row in wanted}
 
     def read(self, rows: Tensor) -> KnownTargets:
@@ -69,10 +73,15 @@ class CachedTargets:
         states = [torch.stack(column) for column in zip(*parts, strict=True)]
         return HiddenTargets(states[0], self.head, dict(zip(self.layout.points, states[1:], strict=True)))
 
+    def _key(self, row: int) -> bytes:
+        if row not in self._keys:
+            self._keys[row] = window_keys(self.blocks.rows(torch.tensor([row])))[0]
+        return self._keys[row]
+
     def _parts(self, row: int) -> _Parts:
         """One block's targets at its P places."""
-        counts = self.blocks.targets()[row] != IGNORE_INDEX
-        record, tokens = self.windows.read(self._keys[row]), int(counts.sum())
+        counts = self.blocks.rows(torch.tensor([row])).targets()[0] != IGNORE_INDEX
+        record, tokens = self.windows.read(self._key(row)), int(counts.sum())
         if record is None:
             raise RunError(
                 f"{self.windows.folder}: what was kept of block {row} is missing or damaged; run the same command "

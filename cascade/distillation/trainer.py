@@ -46,8 +46,8 @@ class Targets(Protocol):
     def of(self, rows: Tensor) -> StoredTargets:
         """Of the blocks of these numbers."""
 
-    def ahead(self, rows: Tensor) -> None:
-        """Begin to read what the next step will ask for."""
+    def ahead(self, now: Tensor, after: Tensor) -> None:
+        """Begin to read what this step and the next one will ask for."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,15 @@ def distill(
     the sum over its tokens that count, divided by their number in the *whole* step, so that the split into microbatches
     and processes changes nothing; `features` are scaled by the step before. `first_position` is where reading starts
     in the endless, seeded block order. With a `state_folder` a training that finds its state there goes on from it,
-    to the same bits. With `ema_decay` the student ends as the running average of its weights. `on_step(done, all)` is
-    called after each step, `on_log` with each entry of the log. `keep`: another training reads the same blocks, so
-    what a remembered teacher shows is kept.
+    to the same bits. With `ema_decay` the student ends as the running average of its weights. `on_step(done, all)` and
+    `on_log(entry)` are called after each step. `keep`: others read the same, so a remembered teacher's view is kept.
 
     Raises:
         TrainingError: a loss or gradient is not finite (raised before the optimizer step, so weights are intact), or
             not even a single block fits into memory.
         UserError: a step's blocks cannot be shared out evenly, or a teacher, a package or a single process is needed.
     """
-    if teacher is None and (on_policy is not None or (features is not None and targets is None)):
-        raise UserError("feature losses and on-policy batches need a teacher")
+    _require_teacher(teacher, targets, features, on_policy)
     num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
     parallel.require_even(batch_size)
     student, teacher = parallel.shard(student), parallel.shard(teacher)
@@ -120,8 +118,7 @@ def distill(
         "first_position": first_position, "weight_decay": weight_decay, "objective": repr(objective),
         "schedule": repr(schedule), "max_grad_norm": max_grad_norm, "optimizer": optimizer, "ema_decay": ema_decay,
         "features": None if features is None else repr(features.features), "on_policy": repr(on_policy),
-        **({} if targets is None else {"targets": targets.name}),
-    }  # fmt: skip
+    } | ({} if targets is None else {"targets": targets.name})  # fmt: skip
     updates = build_optimizer(optimizer, student, learning_rate, weight_decay)
     trained = Trained(student, updates, None if ema_decay is None else Average(student, ema_decay))
     rollouts = None if on_policy is None else Rollouts(on_policy, seed, trained.buffer, end_tokens(teacher))
@@ -131,25 +128,19 @@ def distill(
     with _ways(student, gradient_checkpointing, compiled, features):
         student.train()
         for step in range(progress.step, num_steps):
-            rows = blocks_at(first_position + step * batch_size, batch_size, num_blocks=len(blocks), seed=seed)
+            rows, given = _batch(blocks, targets, first_position + step * batch_size, batch_size, seed)
             rate = learning_rate * schedule.factor(step, num_steps)
             updates.set_rate(rate)
             with torch.random.fork_rng():
                 torch.manual_seed(_draws(seed, step))  # dropout is a function of the step, as the blocks are
-                given = _with_targets(blocks.rows(rows), rows, targets)
                 batch, wanted, own = own_batch(rollouts, student, given, objective, step)
-                if targets is not None and step + 1 < num_steps:
-                    after = blocks_at(
-                        first_position + (step + 1) * batch_size, batch_size, num_blocks=len(blocks), seed=seed
-                    )
-                    targets.ahead(after[parallel.rank() :: parallel.world_size()])
                 task = Task(student, teacher, batch, wanted, features, _scales(features, curve, own), rows, keep)
                 losses, microbatch_size = fitting_step(task, microbatch_size, state_folder)
             last = step + 1 == num_steps
             grad_norm = _update(trained, max_grad_norm, step, losses["loss"], rows, last)
             entry = {"step": step + 1, "num_tokens": (step + 1) * batch_size * blocks.block_size, **losses}
-            entry |= {"learning_rate": rate, "grad_norm": grad_norm, "microbatch_size": microbatch_size}
-            entry |= {"on_policy": float(own), "seconds": time.perf_counter() - started}
+            entry |= {"learning_rate": rate, "grad_norm": grad_norm, "microbatch_size": microbatch_size,
+                      "on_policy": float(own), "seconds": time.perf_counter() - started}  # fmt: skip
             if selection is not None and (last or (step + 1) % selection_every == 0):
                 entry |= selection_losses(student, teacher, selection, microbatch_size)
             curve.append(entry)
@@ -164,10 +155,26 @@ def distill(
     return _metrics(curve, num_steps, batch_size * blocks.block_size, time.perf_counter() - started)
 
 
-def _with_targets(batch: TokenBlocks | Examples, rows: Tensor, targets: Targets | None) -> TokenBlocks | Examples:
+def _require_teacher(
+    teacher: nn.Module | None, targets: Targets | None, features: FeatureLoss | None, on_policy: OnPolicy | None
+) -> None:
+    if teacher is None and (on_policy is not None or (features is not None and targets is None)):
+        raise UserError("feature losses and on-policy batches need a teacher")
+
+
+def _batch(
+    blocks: TokenBlocks | Examples, targets: Targets | None, position: int, batch_size: int, seed: int
+) -> tuple[Tensor, TokenBlocks | Examples]:
+    """(numbers, blocks) of the step at a position, with their targets; the next step's begin to be read."""
+    rows, after = (
+        blocks_at(start, batch_size, num_blocks=len(blocks), seed=seed) for start in (position, position + batch_size)
+    )
+    batch = blocks.rows(rows)
     if targets is None or isinstance(batch, Examples):
-        return batch
-    return replace(batch, known=targets.of(rows))
+        return rows, batch
+    own = slice(parallel.rank(), None, parallel.world_size())
+    targets.ahead(rows[own], after[own])
+    return rows, replace(batch, known=targets.of(rows))
 
 
 def _progress(

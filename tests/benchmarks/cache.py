@@ -62,11 +62,9 @@ def loaded(options):
 
 
 def opened(folder, teacher, layout):
-    from cascade.cache.keys import root_record
-    from cascade.cache.shards import Windows, root_folder
+    from cascade.cache.keys import open_windows
 
-    record = root_record("", teacher.config, None, layout, dtype="float32", attn_implementation="sdpa")
-    return Windows(*root_folder(Path(folder), record)).refresh()
+    return open_windows(folder, teacher, None, layout)
 
 
 def layout_of(kind, config, draws=38):

@@ -85,21 +85,18 @@ def ce_hf(teacher, student, ids) -> list[float]:
 def kept(kind: str, teacher, ids):
     """What is kept of the teacher for these blocks, in a folder that goes with the process."""
     import tempfile
-    from pathlib import Path
 
-    from cascade.cache.keys import root_record
+    from cascade.cache.keys import open_windows
     from cascade.cache.label import label
     from cascade.cache.reader import CachedTargets
     from cascade.cache.record import Layout
-    from cascade.cache.shards import Windows, root_folder
     from cascade.data.blocks import TokenBlocks
     from cascade.models.head import Head, head_of
 
     how = {"draws": 38} if kind == "sampled" else {"hidden_size": SHAPE["hidden_size"], "dtype": "bfloat16"}
     layout, blocks = Layout(kind, SHAPE["vocab_size"], **how), TokenBlocks(ids, ids, 3.0)
-    record = root_record("", teacher.config, None, layout, dtype="float32", attn_implementation="sdpa")
     folder = tempfile.TemporaryDirectory()
-    windows = Windows(*root_folder(Path(folder.name), record))
+    windows = open_windows(folder.name, teacher, None, layout)
     label(windows, layout, teacher, blocks)
     head = Head(head_of(teacher).weight.detach().clone(), None) if kind == "hidden" else None
     targets = CachedTargets(windows, layout, blocks, head)
