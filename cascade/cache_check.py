@@ -15,6 +15,7 @@ from cascade.data.examples import load_training
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
 from cascade.family import resolve_family
+from cascade.latencies import find_latencies
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_config, load_model
 from cascade.ownership import pinned_seeds
 from cascade.parent import existing_parent
@@ -34,15 +35,19 @@ def check_against_teacher(run_folder: Path, count: int, folder: Path | None = No
     recipe = _recipe_of(run_folder)
     parent = _parent_of(run_folder, recipe)
     config = load_config(parent)
-    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(run_folder))
+    latencies = find_latencies(recipe, config, run_folder)
+    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(run_folder), latencies=latencies)
+    choice = choose_cache(recipe, config, members, run_folder=run_folder)
     if folder is not None and recipe.distill is not None:
         own = recipe.distill.cache.model_copy(update={"folder": str(folder)})
         recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"cache": own})})
     folder = cache_folder(recipe)
+    if choice.layout is None or not folder.is_dir():
+        raise UserError(f"{run_folder}: keeps nothing of its teacher, or not in {folder}; is --folder right?")
     remembered = weights_digest(parent.folder, folder)
     if weights_digest(parent.folder, folder, again=True) != remembered:
         raise UserError(f"{parent.reference}: its weights are no longer those that were labelled with; run again")
-    cache = open_cache(recipe, choose_cache(recipe, config, members), parent)
+    cache = open_cache(recipe, choice, parent)
     data = _newest(run_folder, "parent.data-*")
     if cache is None or data is None:
         raise UserError(f"{run_folder}: this run keeps nothing of its teacher, or has no data yet")
@@ -67,6 +72,15 @@ def check_against_teacher(run_folder: Path, count: int, folder: Path | None = No
         "compared": len(fresh),
         "differing": differing,
     }
+
+
+def folder_of_run(run_folder: Path) -> Path:
+    """Where a run keeps what its teacher says.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    return cache_folder(_recipe_of(run_folder))
 
 
 def _recipe_of(run_folder: Path) -> Recipe:

@@ -3,9 +3,11 @@
 The choice follows from the recipe and the models' shapes alone, so that a run that goes on makes the same one.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log2
+from pathlib import Path
 from typing import Any
 
 from cascade.cache.record import Layout
@@ -15,6 +17,9 @@ from cascade.family import ResolvedMember
 from cascade.models.dims import dims_of
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
+from cascade.store import write_atomically
+
+_SETTLED = "stages/targets.json"
 
 HIDDEN_LIMIT_BYTES = 8e9
 """Up to so many bytes of hidden states are kept without being asked for."""
@@ -102,8 +107,10 @@ def with_cache(
     return found
 
 
-def choose_cache(recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember]) -> Choice:
-    """What `distill.cache` comes to for these members.
+def choose_cache(
+    recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember], *, run_folder: Path | None = None
+) -> Choice:
+    """What `distill.cache` comes to for these members; what a run directory has settled for stays.
 
     Raises:
         UserError: the kind that is asked for cannot give the losses that are.
@@ -128,14 +135,31 @@ def choose_cache(recipe: Recipe, parent_config: Any, members: Sequence[ResolvedM
         if by_kind[asked].refused:
             raise UserError(f"distill.cache: {asked}: {by_kind[asked].refused}")
         return Choice(_layout(distill, parent_config, asked, inside), "as the recipe says", labelled, read, options)
-    kind, why = _auto(recipe, parent_config, by_kind, read)
+    kind, why = _settled(run_folder) or _auto(recipe, parent_config, by_kind, read)
+    if kind != "none" and by_kind[kind].refused:
+        raise UserError(f"distill.cache: this run has kept {kind} targets so far, and {by_kind[kind].refused}")
     layout = None if kind == "none" else _layout(distill, parent_config, kind, inside)
     return Choice(layout, why, labelled, read, options)
 
 
+def settle(run_folder: Path, choice: Choice) -> None:
+    """Remember a run's choice: a member that is added later does not change the others' targets."""
+    if _settled(run_folder) is None and choice.options:
+        (run_folder / _SETTLED).parent.mkdir(exist_ok=True)
+        write_atomically(run_folder / _SETTLED, json.dumps({"kind": choice.kind, "why": choice.why}) + "\n")
+
+
+def _settled(run_folder: Path | None) -> tuple[str, str] | None:
+    path = None if run_folder is None else run_folder / _SETTLED
+    if path is None or not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return str(found["kind"]), str(found["why"])
+
+
 def _auto(recipe: Recipe, parent_config: Any, by_kind: dict[str, Option], read: int) -> tuple[str, str]:
     """(kind, why): hidden states, which lose nothing, where they fit; else a sample; else the teacher each time."""
-    live = read * flops_of(recipe, parent_config)
+    live = max(1, read) * flops_of(recipe, parent_config)
     hidden, sampled = by_kind["hidden"], by_kind["sampled"]
     able = [one for one in (hidden, sampled) if not one.refused]
     if not able:
@@ -170,12 +194,14 @@ def _tokens(recipe: Recipe, members: Sequence[ResolvedMember]) -> tuple[int, int
         ends.append(member.first_position * size + member.num_tokens)
         if recipe.prune.search is not None and member.member.start == "prune":
             read += recipe.prune.search.finalists * recipe.prune.search.tokens
+    own = recipe.distill.on_policy.fraction if recipe.distill and recipe.distill.on_policy else 0.0
     starts = sorted((member.first_position * size, end) for member, end in zip(members, ends, strict=True))
     labelled, done = 0, 0
     for start, end in starts:
         labelled += max(0, end - max(start, done))
         done = max(done, end)
-    return min(labelled, recipe.data.max_tokens), read
+    # Steps on the student's own text ask the teacher itself.
+    return round((1 - own) * min(labelled, recipe.data.max_tokens)), round((1 - own) * read)
 
 
 def _inside(distill: Distill, members: Sequence[ResolvedMember]) -> dict[str, str]:
@@ -211,6 +237,8 @@ def _refused(distill: Distill, kind: str, inside: dict[str, str]) -> str:
         named = ", ".join(f"distill.features.{name}: {form}" for name, form in inside.items())
         off = " and ".join(f"features.{name}: none" for name in inside)
         return f"{named} reads the teacher's hidden states; use cache: hidden or none, or {off}"
+    if kind == "top_k" and distill.cache.exact_tokens:
+        return "distill.cache.exact_tokens are for sampled targets; remove them"
     wanted = ("forward_kl",) if kind == "sampled" else ("forward_kl", "ghost_top_k")
     if distill.loss not in wanted or distill.temperature != 1:
         return (

@@ -14,12 +14,13 @@ from cascade.cache.keys import default_folder, root_record, weights_digest, wind
 from cascade.cache.label import label, rounding_kl
 from cascade.cache.reader import CachedTargets
 from cascade.cache.record import Layout
-from cascade.cache.shards import Windows, root_folder
+from cascade.cache.shards import Windows, root_folder, telling
 from cascade.cache.usage import note_usage
 from cascade.cache_choice import Choice, bytes_per_token
 from cascade.data.blocks import TokenBlocks
 from cascade.data.order import blocks_at
 from cascade.distillation.fused import Objective
+from cascade.distillation.on_policy import is_due
 from cascade.errors import RunError, UserError
 from cascade.family import ResolvedMember
 from cascade.models.checkpoint import ModelSource, load_config, load_tokenizer
@@ -57,7 +58,9 @@ class TeacherCache:
 
     def targets(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor) -> CachedTargets:
         """What is kept of these blocks; what is missing, or was damaged since it was labelled, is labelled first."""
-        label(self.windows, self.layout, teacher, blocks.rows(rows))
+        done = label(self.windows, self.layout, teacher, blocks.rows(rows))
+        if done.made and parallel.rank() == 0:
+            note_usage(self.windows.folder, asked=0, made=done.made)
         return CachedTargets(self.windows, self.layout, blocks, self._head(teacher))
 
     def objective(self, asked: Objective) -> Objective:
@@ -104,10 +107,8 @@ def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCa
     if layout.kind == "sampled":
         layout = replace(layout, exact_ids=exact_ids(recipe.distill.cache.exact_tokens, tokenizer))
     folder = cache_folder(recipe)
-    try:
+    with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror}; give another distill.cache.folder") from error
     record = root_record(
         weights_digest(parent.folder, folder),
         config,
@@ -139,12 +140,24 @@ def exact_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
 
 
 def training_rows(recipe: Recipe, first_position: int, num_steps: int, num_blocks: int) -> Tensor:
-    """int64: the blocks that so many steps read from a position on, each once."""
+    """int64: the blocks that so many steps read from a position on, each once; not those of on-policy steps."""
+    steps = [step_rows(recipe, first_position, step, num_blocks) for step in taught_steps(recipe, num_steps)]
+    once: Tensor = (torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64)).unique()
+    return once
+
+
+def step_rows(recipe: Recipe, first_position: int, step: int, num_blocks: int) -> Tensor:
+    """int64: the blocks of one step."""
     if recipe.distill is None:
         raise ValueError("a recipe with members has a distill section")
-    rows = blocks_at(first_position, num_steps * recipe.distill.batch_size, num_blocks=num_blocks, seed=recipe.seed)
-    once: Tensor = rows.unique()
-    return once
+    size = recipe.distill.batch_size
+    return blocks_at(first_position + step * size, size, num_blocks=num_blocks, seed=recipe.seed)
+
+
+def taught_steps(recipe: Recipe, num_steps: int) -> list[int]:
+    """The steps in which the teacher's opinion on the text is asked: all that the student does not write itself."""
+    own = recipe.distill.on_policy if recipe.distill else None
+    return [step for step in range(num_steps) if own is None or not is_due(recipe.seed, step, own.fraction)]
 
 
 def member_rows(recipe: Recipe, member: ResolvedMember, num_blocks: int) -> Tensor:

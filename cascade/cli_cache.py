@@ -59,14 +59,15 @@ def verify(folder: str | None, roots: tuple[str, ...], run_folder: str | None, w
     """
     from cascade.cache.inspect import damage, roots_in
 
-    live = None
+    live, place = None, _folder(folder)
     if run_folder is not None:
         quiet_libraries()
-        from cascade.cache_check import check_against_teacher
+        from cascade.cache_check import check_against_teacher, folder_of_run
 
-        live = check_against_teacher(Path(run_folder), windows, Path(folder).expanduser() if folder else None)
-    place = _folder(folder)
-    found = {root.name: damage(root) for root in roots_in(place, roots)} if place.is_dir() or not live else {}
+        place = place if folder else folder_of_run(Path(run_folder))
+        live = check_against_teacher(Path(run_folder), windows, place)
+        roots = roots or (live["root"],)
+    found = {root.name: damage(root) for root in roots_in(place, roots)}
     bad = any(any(one.values()) for one in found.values()) or bool(live and live["differing"])
     if as_json:
         click.echo(json.dumps({"folder": str(place), "roots": found, "teacher": live, "ok": not bad}))

@@ -26,9 +26,14 @@ from cascade.store import output_digest
 
 
 def make_member(
-    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: FinishedMember | None
+    runner: StageRunner,
+    recipe: Recipe,
+    shared: Shared,
+    member: ResolvedMember,
+    seed: FinishedMember | None,
+    labels: Path | None,
 ) -> FinishedMember:
-    """All stages of one member; `seed` is None where that is the parent."""
+    """All stages of one member; `seed` is None where that is the parent, `labels` of `make_label_stage`."""
     begun = make_start(runner, recipe, shared, member, seed)
     start, lineage = begun.source, begun.lineage
     inputs = {
@@ -36,7 +41,6 @@ def make_member(
         "teacher": shared.digests["parent"],
         "data": shared.digests["data"],
     }
-    labels = _make_labels(runner, recipe, shared, member)
     rate, learning_rate = _make_rate(runner, recipe, shared, member, start, inputs, lineage)
     settings = _training_settings(recipe, member) | {"learning_rate": learning_rate}
 
@@ -106,7 +110,7 @@ def _expert(recipe: Recipe, shared: Shared) -> nn.Module | None:
     return shared.teacher() if recipe.distill and recipe.distill.teacher == "parent" else None
 
 
-def _make_labels(runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember) -> Path | None:
+def make_label_stage(runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember) -> Path | None:
     """The folder of what it took to label all that a member reads; None where nothing is kept of the teacher."""
     cache = shared.cache
     if cache is None:
@@ -115,7 +119,8 @@ def _make_labels(runner: StageRunner, recipe: Recipe, shared: Shared, member: Re
         member.name,
         "label",
         {"root": cache.windows.root, "first_position": member.first_position, "num_steps": member.num_steps}
-        | {"batch_size": recipe.distill.batch_size if recipe.distill else 0, "seed": recipe.seed},
+        | {"batch_size": recipe.distill.batch_size if recipe.distill else 0, "seed": recipe.seed}
+        | ({"on_policy": recipe.distill.on_policy.fraction} if recipe.distill and recipe.distill.on_policy else {}),
         {"data": shared.digests["data"]},
         lambda folder, on_step: make_labels(
             folder, recipe, member, shared.parent, shared.data, shared.teacher(), cache, on_step

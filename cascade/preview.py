@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.cache_choice import choose_cache, options_table, with_cache
-from cascade.caching import cache_folder
+from cascade.caching import cache_folder, exact_ids
 from cascade.checks import check_family
 from cascade.data.examples import read_examples
 from cascade.data.prepare import prepare_blocks
@@ -67,7 +67,9 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     proof = check_family(recipe, config, members)
-    choice = choose_cache(recipe, config, members)
+    choice = choose_cache(recipe, config, members, run_folder=folder)
+    if source is not None and recipe.distill is not None and recipe.distill.cache.exact_tokens:
+        exact_ids(recipe.distill.cache.exact_tokens, tokenizer)
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
     total = int(axes.num_parameters(dims))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade.caching import LABELS
+from cascade.caching import LABELS, taught_steps
 from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
 from cascade.models.architecture import auto_class_of
@@ -136,11 +136,13 @@ def write_report(
     tails = load_tails(run_folder) | {name: tail for name, folder in told.items() if (tail := _tail(folder))}
     tails = {row["name"]: tails[row["name"]] for row in ordered if row["name"] in tails}
     write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
-    _write_targets(run_folder, members, finished)
+    _write_targets(run_folder, recipe, members, finished)
     write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
 
 
-def _write_targets(run_folder: Path, members: list[ResolvedMember], finished: dict[str, FinishedMember]) -> None:
+def _write_targets(
+    run_folder: Path, recipe: Recipe, members: list[ResolvedMember], finished: dict[str, FinishedMember]
+) -> None:
     """targets.json: what was kept of the teacher, member by member; none where it was asked each time."""
     own = load_targets(run_folder).get("members", {})
     about: dict[str, Any] = {}
@@ -155,7 +157,10 @@ def _write_targets(run_folder: Path, members: list[ResolvedMember], finished: di
         searched = read_json(done.rate / "rate.json")["num_tokens"] if done.rate else 0
         angles = read_cost(done.distilled).get("angles_degrees", [])
         figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
-        read = {"tokens_read": member.num_tokens + searched, "angles_degrees": angles}
+        search = recipe.prune.search if member.member.start == "prune" else None
+        tried = search.tokens * sum(row["status"] != "candidate" for row in done.candidates) if search else 0
+        taught = member.num_tokens * len(taught_steps(recipe, member.num_steps)) // max(1, member.num_steps)
+        read = {"tokens_read": taught + searched + tried, "angles_degrees": angles}
         own[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
     ordered = {member.name: own[member.name] for member in members if member.name in own}
     about = about or load_targets(run_folder)

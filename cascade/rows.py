@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cascade.caching import LABELS
+from cascade.caching import LABELS, taught_steps
 from cascade.family import ResolvedMember
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_config
@@ -153,7 +153,8 @@ def weight_bytes(folder: Path) -> int:
 def _labelled(recipe: Recipe, member: ResolvedMember, finished: FinishedMember) -> int:
     """Tokens whose probabilities the teacher has given for this member."""
     if finished.labels is not None:
-        return int(read_json(finished.labels / LABELS)["tokens"])
+        taught = len(taught_steps(recipe, member.num_steps)) / max(1, member.num_steps)
+        return int(read_json(finished.labels / LABELS)["tokens"]) + round((1 - taught) * member.num_tokens)
     return member.num_tokens if recipe.distill and recipe.distill.teacher == "parent" else 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from cascade import parallel
-from cascade.cache_choice import choose_cache, with_cache
+from cascade.cache_choice import choose_cache, settle, with_cache
 from cascade.caching import open_cache
 from cascade.checks import check_family, require_one_process
 from cascade.errors import UserError
@@ -17,7 +17,7 @@ from cascade.estimates import parent_seconds
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
-from cascade.member import make_member
+from cascade.member import make_label_stage, make_member
 from cascade.models.checkpoint import load_config
 from cascade.origins import check_licences
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
@@ -65,13 +65,15 @@ def run_recipe(
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
-    members = with_cache(recipe, config, members, choose_cache(recipe, config, members))
+    choice = choose_cache(recipe, config, members, run_folder=folder)
+    members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
     wanted = _with_seeds(members, only)
     with locked(folder):
         write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
         keep_latencies(recipe, config, folder, latencies)
         parallel.barrier()
+        settle(folder, choice)
         append_event(folder, "started", members=[member.name for member in wanted])
         estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}
         for member in wanted:
@@ -131,7 +133,7 @@ def _make_family(
     parent = make_parent(runner, recipe)
     if recipe.generate is not None:
         recipe = reading(recipe, run_generation(runner, recipe, parent))
-    choice = choose_cache(recipe, load_config(parent), members)
+    choice = choose_cache(recipe, load_config(parent), members, run_folder=runner.folder)
     shared = replace(prepare(runner, recipe, parent), cache=open_cache(recipe, choice, parent))
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)
     compare_with_production(runner, recipe, shared)
@@ -146,6 +148,7 @@ def _make_family(
     for name in [member.name for member in wanted]:
         member = next(member for member in members if member.name == name)
         seed = finished.get(member.seed)
+        labels = make_label_stage(runner, recipe, shared, member)
         tried = find_shape(runner, recipe, shared, member, seed)
         if tried:
             # From here on the member, and what is cut from it, has the shape that was found.
@@ -158,7 +161,7 @@ def _make_family(
                 latencies=latencies,
             )
             member = next(member for member in members if member.name == name)
-        made = make_member(runner, recipe, shared, member, seed)
+        made = make_member(runner, recipe, shared, member, seed, labels)
         finished[name] = replace(made, candidates=candidate_rows(member, tried))
         if not writes:
             continue

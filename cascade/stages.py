@@ -1,6 +1,7 @@
 """What each stage of a run does: read its inputs' folders, write its own. No stage knows about another's keys."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,14 +14,14 @@ from torch import nn
 from cascade import parallel
 from cascade.cache.angle import gradient_angle
 from cascade.cache.reader import CachedTargets
-from cascade.caching import LABELS, TeacherCache, member_rows
+from cascade.caching import LABELS, TeacherCache, member_rows, step_rows, taught_steps
 from cascade.classifier import examples_of
 from cascade.cutting import feature_loss, load_plans, selection_size, training_options
 from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
-from cascade.data.order import blocks_at
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.range_test import find_learning_rate
+from cascade.distillation.step import is_out_of_memory
 from cascade.distillation.trainer import distill
 from cascade.estimates import flops_of
 from cascade.evaluation.evaluate import default_device
@@ -39,6 +40,8 @@ from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
 from cascade.report.trackers import tracked
 from cascade.store import COST_FILE, partial_of
+
+logger = logging.getLogger(__name__)
 
 _ANGLE_STEPS = 2
 
@@ -187,12 +190,18 @@ def _angles(
     """Degrees between the gradient of a sample and the exact one, in the first steps."""
     if targets.layout.kind != "sampled" or parallel.world_size() > 1:
         return []
-    size = options["batch_size"]
-    count = min(_ANGLE_STEPS, member.num_steps) * size
-    rows = blocks_at(member.first_position, count, num_blocks=len(blocks), seed=recipe.seed)
-    steps = [replace(blocks.rows(part), known=targets.of(part)) for part in rows.split(size)]
-    how = {"microbatch_size": options["microbatch_size"]}
-    return [gradient_angle(student, teacher, step, options["objective"], **how) for step in steps]
+    batches = [
+        step_rows(recipe, member.first_position, step, len(blocks))
+        for step in taught_steps(recipe, member.num_steps)[:_ANGLE_STEPS]
+    ]
+    steps = [replace(blocks.rows(rows), known=targets.of(rows)) for rows in batches]
+    try:
+        return [gradient_angle(student, teacher, step, options["objective"], microbatch_size=1) for step in steps]
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("out of memory: the angle between the sample's gradient and the exact one is not measured")
+        return []
 
 
 def make_rate(

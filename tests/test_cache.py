@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from cascade.cache import shards
 from cascade.cache.keys import open_windows, root_record, weights_digest, window_keys
-from cascade.cache.label import label, rounding_kl
+from cascade.cache.label import _GROUP_TOKENS, label, rounding_kl
 from cascade.cache.packing import pack_rising, rising_size, unpack_rising
 from cascade.cache.reader import CachedTargets
 from cascade.cache.record import Layout
@@ -119,6 +119,7 @@ def test_targets_come_back_as_the_teacher_gives_them(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_do_not_depend_on_order_company_or_who_labels(tmp_path, kind, monkeypatch):
+    monkeypatch.setitem(_GROUP_TOKENS, "cpu", 80)  # groups of five: full ones and one of two
     teacher, blocks, layout = make_model(), some_count(make_blocks(12)), KINDS[kind]
     whole = records(labelled(tmp_path / "whole", layout, teacher, blocks))
     backwards = records(labelled(tmp_path / "backwards", layout, teacher, blocks.rows(torch.arange(12).flip(0))))
@@ -212,6 +213,9 @@ def test_a_damaged_shard_is_labelled_again_and_never_used(tmp_path, damage):
         assert shard in damaged_shards(shard.parent)
         label(windows, SAMPLED, teacher, blocks)
         assert {key: windows.read(key).tobytes() for key in window_keys(blocks)} == whole
+        fresh = opened(tmp_path, SAMPLED, teacher)
+        assert {key: fresh.read(key).tobytes() for key in window_keys(blocks)} == whole
+        assert label(fresh, SAMPLED, teacher, blocks).made == 0
 
 
 def test_shards_of_another_root_and_swapped_records_are_not_used(tmp_path):
@@ -421,6 +425,58 @@ def test_a_window_that_is_lost_while_training_stops_it_with_what_to_do(tmp_path)
     targets = CachedTargets(labelled(tmp_path, SAMPLED, teacher, blocks.rows(torch.arange(3))), SAMPLED, blocks)
     with pytest.raises(RunError, match=r"block 3 is missing.*same command again"):
         distill(make_model(seed=1), None, blocks, num_tokens=64, batch_size=4, targets=targets)
+
+
+def test_a_good_copy_serves_where_another_shard_is_damaged(tmp_path):
+    teacher, blocks = make_model(), make_blocks(6)
+    windows = labelled(tmp_path, SAMPLED, teacher, blocks)
+    (first,) = windows.folder.glob("*.safetensors")
+    for name in ("0" * 64, "f" * 64):  # whichever of them comes first
+        content = bytearray(first.read_bytes())
+        content[-1] ^= 1
+        (first.parent / f"{name}.safetensors").write_bytes(content)
+        fresh = opened(tmp_path, SAMPLED, teacher)
+        assert label(fresh, SAMPLED, teacher, blocks).made == 0
+        (first.parent / f"{name}.safetensors").unlink()
+
+
+def test_each_window_of_a_training_is_read_once_and_beside_the_step(tmp_path, monkeypatch):
+    import threading
+
+    from cascade.cache import reader
+
+    teacher, blocks = make_model(), make_blocks(24)
+    targets = CachedTargets(labelled(tmp_path, SAMPLED, teacher, blocks), SAMPLED, blocks)
+    read, unpack = [], reader.unpack_sample
+
+    def noted(*arguments):
+        read.append(threading.current_thread() is threading.main_thread())
+        return unpack(*arguments)
+
+    monkeypatch.setattr(reader, "unpack_sample", noted)
+    distill(make_model(seed=1), None, blocks, num_tokens=16 * 24, batch_size=4, microbatch_size=2, targets=targets)
+    assert not any(read) and 24 <= len(read) <= 28  # and the step after the last, which does not come about
+
+
+def test_a_layout_that_is_not_the_roots_is_refused(tmp_path):
+    teacher, blocks = make_model(), make_blocks(2)
+    windows = opened(tmp_path, SAMPLED, teacher)
+    other = dataclasses.replace(SAMPLED, draws=13)
+    with pytest.raises(UserError, match=r"keeps .*'draws': 12.*, not .*'draws': 13"):
+        label(windows, other, teacher, blocks)
+    with pytest.raises(UserError, match="open the root of this layout"):
+        CachedTargets(windows, other, blocks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_in_which_nothing_counts_is_kept_as_nothing(tmp_path, kind):
+    teacher, blocks, layout = make_model(), make_blocks(2), KINDS[kind]
+    labels = blocks.labels.clone()
+    labels[0] = IGNORE_INDEX
+    blocks = dataclasses.replace(blocks, labels=labels)
+    targets = CachedTargets(labelled(tmp_path, layout, teacher, blocks), layout, blocks, head_of(teacher))
+    known = dataclasses.replace(blocks, known=targets.of(torch.arange(2)))
+    assert len(batch_losses(make_model(seed=1), None, known, Objective()).fused.divergence) == 15
 
 
 @pytest.mark.parametrize("kind", ["sampled", "hidden"])

@@ -1,5 +1,6 @@
 """A run that keeps what its teacher says: labelled once, read by all, lost without harm, chosen by the plan."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from test_parallel import STARTED
 from test_run import settled, skipped
 
 from cascade import cache_choice
+from cascade.cache import shards
 from cascade.cache.shards import Windows, root_name
 from cascade.cache_choice import bytes_per_token, choose_cache
 from cascade.cli import main
@@ -260,6 +262,63 @@ def test_cache_commands_say_what_is_missing(arguments, said):
     assert found.exit_code == 2 and said in found.output
 
 
+def test_nothing_but_roots_is_ever_removed(make):
+    folder, cache = make("run", "distill.cache.kind=sampled", *PLAIN)
+    for name, content in (("thesis", "{}"), ("0123456789abcdef", '{"other": 1}')):
+        (cache / name).mkdir()
+        (cache / name / "root.json").write_text(content)
+        (cache / name / "chapter.tex").write_text("years")
+    found = CliRunner().invoke(main, ["cache", "prune", "--all", "--folder", str(cache), "--json"])
+    assert len(json.loads(found.output)["removed_roots"]) == 1
+    assert sorted(path.parent.name for path in cache.glob("*/chapter.tex")) == ["0123456789abcdef", "thesis"]
+
+
+def test_a_root_that_is_just_being_filled_is_in_use(make):
+    folder, cache = make("run", "distill.cache.kind=sampled", *PLAIN)
+    (only_root(cache) / "usage.json").unlink()
+    found = CliRunner().invoke(main, ["cache", "prune", "--unused-days", "1", "--folder", str(cache), "--json"])
+    assert json.loads(found.output)["removed_roots"] == []
+
+
+def test_a_foreign_shard_is_found_and_removed(make):
+    folder, cache = make("run", "distill.cache.kind=sampled", *PLAIN)
+    root = only_root(cache)
+    other = shards._shard_bytes("0" * 64, {b"k" * 16: b"record"})
+    name = hashlib.sha256(other).hexdigest()
+    (root / f"{name}.safetensors").write_bytes(other)
+    there = ["--folder", str(cache)]
+    found = CliRunner().invoke(main, ["cache", "verify", *there])
+    assert found.exit_code == 1 and name in found.output
+    assert CliRunner().invoke(main, ["cache", "prune", "--damaged", *there]).exit_code == 0
+    assert CliRunner().invoke(main, ["cache", "verify", *there]).exit_code == 0
+
+
+def test_a_member_that_is_added_leaves_the_others_targets_as_they_are(make, recipe_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_choice, "_LEAST_SAVED", 0.0)  # a tiny head is most of this tiny teacher
+    text = (recipe_folder / "tiny.yaml").read_text()
+    alone = tmp_path / "alone.yaml"
+    short = text.replace("  - name: small\n    target: {params: 0.5}\n", "")
+    for name in ("train", "calibration", "selection", "heldout"):
+        short, text = (
+            one.replace(f"{name}.jsonl.gz", str(recipe_folder / f"{name}.jsonl.gz")) for one in (short, text)
+        )
+    alone.write_text(short)
+    sets = (f"distill.cache.folder={tmp_path / 'cache'}", *SHARED, *PLAIN)
+    first = run_recipe(load_recipe(alone, sets), output=tmp_path / "run")
+    assert not (first / "targets.json").exists()  # one training reads what one labelling would cost
+    both = tmp_path / "both.yaml"
+    both.write_text(text)
+    assert choose_cache(*_resolved(both, sets)).kind != "none"
+    run_recipe(load_recipe(both, sets), output=tmp_path / "run")
+    assert ("big", "distill") in skipped(first)[0] and ("small", "distill") in skipped(first)[1]
+
+
+def _resolved(path, sets):
+    recipe = load_recipe(path, sets)
+    config = parent_config(recipe)
+    return recipe, config, resolve_family(recipe, config)
+
+
 def test_a_folder_that_cannot_be_written_is_named(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot be written.*distill.cache.folder"):
@@ -306,4 +365,9 @@ def test_on_policy_batches_ask_the_teacher_itself(make):
         "distill.on_policy.max_new_tokens=8",
     )
     log = next(folder.glob("stages/big.distill-*/log.jsonl")).read_text().splitlines()
-    assert {json.loads(line)["on_policy"] for line in log} == {0.0, 1.0}
+    own = [json.loads(line)["on_policy"] for line in log]
+    assert set(own) == {0.0, 1.0}
+    found = targets(folder)["members"]["big"]
+    assert found["tokens"] == found["tokens_read"] == 512 * own.count(0.0) / len(own)
+    rows = {row["name"]: row for row in load_family(folder)["rows"]}
+    assert rows["big"]["tokens"]["teacher_labelled"] == 512

@@ -23,7 +23,7 @@ def roots_in(folder: Path, wanted: Sequence[str] = ()) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; nothing was kept there yet, or give another --folder")
-    found = sorted(path.parent for path in folder.glob(f"*/{ROOT_FILE}"))
+    found = sorted(path.parent for path in folder.glob(f"*/{ROOT_FILE}") if _is_root(path.parent))
     for prefix in wanted:
         if not any(path.name.startswith(prefix) for path in found):
             raise UserError(f"--root {prefix}: no root in {folder} begins so; known: {_names(found)}")
@@ -42,7 +42,7 @@ def describe(root: Path) -> dict[str, Any]:
         "targets": record.get("targets"),
         "windows": len(windows),
         "shards": len(shards),
-        "unreadable_shards": windows.num_passed_over,
+        "unreadable_shards": len(windows.passed_over),
         "bytes": windows.num_bytes(),
         "windows_asked": used["asked"],
         "hit_rate": (used["asked"] - used["made"]) / used["asked"] if used["asked"] else None,
@@ -55,7 +55,8 @@ def damage(root: Path) -> dict[str, Any]:
     windows = Windows(root, root_name(root)).refresh()
     broken = [key.hex() for key in windows.keys() if windows.read(key) is None]
     record = [] if root_name(root)[:16] == root.name else [f"{root / ROOT_FILE} is not what the folder is named after"]
-    return {"record": record, "shards": [path.name for path in damaged_shards(root)], "windows": broken}
+    shards = sorted({*damaged_shards(root), *windows.passed_over})
+    return {"record": record, "shards": [path.name for path in shards], "windows": broken}
 
 
 def remove_roots(roots: Sequence[Path]) -> int:
@@ -68,13 +69,14 @@ def remove_roots(roots: Sequence[Path]) -> int:
 
 
 def remove_damaged(root: Path) -> int:
-    """Remove shards whose content is not what their names say, and files that nobody writes any more; bytes."""
+    """Remove shards that are not what their names say or of another root, and what nobody writes any more; bytes."""
     old = time.time() - _LEFT_OVER_AFTER
     leftovers = [path for path in root.glob(".*") if path.is_file() and path.stat().st_mtime < old]
     freed = 0
-    for path in [*damaged_shards(root), *leftovers]:
+    foreign = Windows(root, root_name(root)).refresh().passed_over
+    for path in {*damaged_shards(root), *foreign, *leftovers}:
         freed += path.stat().st_size
-        path.unlink()
+        path.unlink(missing_ok=True)
     return freed
 
 
@@ -93,6 +95,12 @@ def to_fit(roots: Sequence[Path], max_bytes: float) -> list[Path]:
 def unused_since(roots: Sequence[Path], days: float) -> list[Path]:
     """The roots that no training asked in so many days."""
     return [root for root in roots if usage(root)["last"] < time.time() - 86_400 * days]
+
+
+def _is_root(folder: Path) -> bool:
+    """Whether a folder is one of ours: nothing else is ever removed."""
+    named = len(folder.name) == 16 and all(sign in "0123456789abcdef" for sign in folder.name)
+    return named and not folder.is_symlink() and {"format", "weights", "targets"} <= _record(folder).keys()
 
 
 def _record(root: Path) -> dict[str, Any]:

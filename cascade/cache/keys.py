@@ -5,6 +5,7 @@ Shapes: N = windows, S = tokens of a window.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,8 @@ from cascade.data.blocks import TokenBlocks
 from cascade.distillation.sampling import SAMPLER
 from cascade.models.tensor_file import checkpoint_entries
 from cascade.store import write_atomically
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised when records, keys or checksums are made in another way."""
@@ -92,8 +95,11 @@ def weights_digest(folder: Path, cache: Path, *, again: bool = False) -> str:
     if not again and known in memo:
         return memo[known]
     found = tensors_digest((name, entry.read()) for name, entry in sorted(entries.items()))
-    cache.mkdir(parents=True, exist_ok=True)
-    write_atomically(cache / _MEMO, json.dumps(_read_memo(cache / _MEMO) | {known: found}, indent=1))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache / _MEMO, json.dumps(_read_memo(cache / _MEMO) | {known: found}, indent=1))
+    except OSError as error:  # then they are read again the next time
+        logger.warning("%s: the weights' digest is not remembered: %s", cache, error.strerror)
     return found
 
 

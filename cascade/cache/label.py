@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cascade import parallel
 from cascade.cache.keys import window_keys
-from cascade.cache.record import Layout, pack_hidden, pack_sample, pack_top, through_record
+from cascade.cache.record import Layout, pack_hidden, pack_sample, pack_top, require_layout, through_record
 from cascade.cache.shards import Windows, Writer
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation.batch import autocast
@@ -58,10 +58,11 @@ def label(
 
     Raises:
         RunError: the disk is full; what was written before stays.
-        UserError: the vocabulary is larger than the teacher's, or an id of `exact_ids` is beyond it.
+        UserError: the root is laid out in another way, the vocabulary is larger than the teacher's, or an id of
+            `exact_ids` is beyond it.
     """
     started = time.perf_counter()
-    _require_fitting(layout, teacher)
+    _require_fitting(windows.refresh(), layout, teacher)
     keys = window_keys(blocks)
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     missing = torch.tensor([row for key, row in first.items() if windows.read(key) is None], dtype=torch.int64)
@@ -148,6 +149,8 @@ def _records(
 def _of_logits(layout: Layout, root: str, head: Head, hidden_TD: Tensor, targets_T: Tensor, key: bytes) -> bytes:
     """A window's record from its probabilities, formed for a chunk of tokens at a time."""
     tokens, device = len(targets_T), hidden_TD.device
+    if tokens == 0:
+        return b""
     shift = shifts(bytes.fromhex(root), key, tokens).to(device)
     exact = torch.tensor(layout.exact_ids, dtype=torch.int64, device=device)
     head = Head(head.weight.to(hidden_TD.dtype), head.bias, head.scale, head.softcap)
@@ -179,7 +182,8 @@ def _of_logits(layout: Layout, root: str, head: Head, hidden_TD: Tensor, targets
     return pack_sample(layout, whole, torch.cat(target_log_p))
 
 
-def _require_fitting(layout: Layout, teacher: nn.Module) -> None:
+def _require_fitting(windows: Windows, layout: Layout, teacher: nn.Module) -> None:
+    require_layout(windows, layout)
     rows = len(head_of(teacher).weight)
     if layout.vocab_size > rows:
         raise UserError(f"a vocabulary of {layout.vocab_size} is more than the teacher's head has: {rows}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cascade.cache.keys import window_keys
-from cascade.cache.record import Layout, unpack_hidden, unpack_sample, unpack_top
+from cascade.cache.record import Layout, require_layout, unpack_hidden, unpack_sample, unpack_top
 from cascade.cache.shards import Windows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.targets import DrawnTargets, HiddenTargets, KnownTargets, ListedTargets, StoredTargets
@@ -29,6 +29,7 @@ class CachedTargets:
     """
 
     def __init__(self, windows: Windows, layout: Layout, blocks: TokenBlocks, head: Head | None = None) -> None:
+        require_layout(windows, layout)
         if layout.kind == "hidden" and head is None:
             raise ValueError("hidden states need the teacher's head")
         self.windows, self.layout, self.blocks, self.head = windows, layout, blocks, head

@@ -4,6 +4,7 @@ Shapes: T = tokens of a window that count, n = draws, E = ids whose probability 
 most, M = ids of all its tokens, D = the teacher's hidden size, V = vocabulary.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cascade.cache.packing import Bytes, pack_marks, pack_rising, rising_size, unpack_marks, unpack_rising
+from cascade.cache.shards import Windows
 from cascade.data.targets import DrawnTargets, ListedTargets
 from cascade.distillation.sampling import Sample
+from cascade.errors import UserError
 
 KINDS = ("sampled", "top_k", "hidden")
 _PER_NAT = 2048
@@ -46,6 +49,17 @@ class Layout:
         return {name: value for name, value in asdict(self).items() if value}
 
 
+def require_layout(windows: Windows, layout: Layout) -> None:
+    """Refuse to read or write records in another way than their root says.
+
+    Raises:
+        UserError: with both.
+    """
+    said, wanted = windows.targets(), json.loads(json.dumps(layout.as_dict()))
+    if said != wanted:
+        raise UserError(f"{windows.folder}: keeps {said}, not {wanted}; open the root of this layout")
+
+
 def pack_sample(layout: Layout, sample: Sample, target_log_p: Tensor) -> bytes:
     """A window's record from a sample of its T tokens."""
     ids = sample.ids.cpu().numpy()
@@ -67,6 +81,9 @@ def pack_sample(layout: Layout, sample: Sample, target_log_p: Tensor) -> bytes:
 
 def unpack_sample(layout: Layout, data: Bytes, tokens: int) -> DrawnTargets:
     """[T, K]: a window's sample; ids that are kept exactly come first."""
+    if tokens == 0:
+        nothing = torch.zeros(0, 1)
+        return DrawnTargets(nothing.to(torch.int32), nothing, torch.zeros(0), torch.zeros(0))
     cursor = _Cursor(data)
     count = int(cursor.take("<u4", 1)[0])
     target_log_p, entropy = cursor.take("<f4", tokens), cursor.take("<f2", tokens)
@@ -94,12 +111,6 @@ def unpack_sample(layout: Layout, data: Bytes, tokens: int) -> DrawnTargets:
     return DrawnTargets(*parts)
 
 
-def sample_stats(data: Bytes, tokens: int) -> tuple[int, NDArray[np.float32]]:
-    """(ids of a window's sample, M; [T] the teacher's log-probabilities of what follows), without the rest."""
-    cursor = _Cursor(data)
-    return int(cursor.take("<u4", 1)[0]), cursor.take("<f4", tokens)
-
-
 def pack_top(layout: Layout, ids: Tensor, log_p: Tensor, target_log_p: Tensor) -> bytes:
     """A window's record from the likeliest ids [T, K] of its tokens and their log-probabilities."""
     ids, order = ids.sort(-1)
@@ -111,6 +122,9 @@ def pack_top(layout: Layout, ids: Tensor, log_p: Tensor, target_log_p: Tensor) -
 
 def unpack_top(layout: Layout, data: Bytes, tokens: int) -> ListedTargets:
     """[T, K]: a window's likeliest ids."""
+    if tokens == 0:
+        nothing = torch.zeros(0, layout.top_k)
+        return ListedTargets(nothing.to(torch.int32), nothing)
     cursor, count = _Cursor(data), tokens * layout.top_k
     cursor.take("<f4", tokens)
     steps = cursor.take("<u2", count).astype(np.float32)
@@ -152,9 +166,9 @@ def _pack_states(layout: Layout, states: Tensor) -> bytes:
 def _unpack_states(layout: Layout, cursor: "_Cursor", tokens: int) -> Tensor:
     size = tokens * layout.hidden_size
     if layout.dtype == "bfloat16":
-        return torch.from_numpy(cursor.take("<i2", size).copy()).view(torch.bfloat16).view(tokens, -1)
+        return torch.from_numpy(cursor.take("<i2", size).copy()).view(torch.bfloat16).view(tokens, layout.hidden_size)
     scale = torch.from_numpy(cursor.take("<f4", tokens).copy())
-    return torch.from_numpy(cursor.take("<i1", size).copy()).view(tokens, -1) * scale[:, None]
+    return torch.from_numpy(cursor.take("<i1", size).copy()).view(tokens, layout.hidden_size) * scale[:, None]
 
 
 def _bytes(values: Tensor, dtype: torch.dtype) -> bytes:

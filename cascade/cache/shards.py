@@ -12,8 +12,10 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,16 +59,22 @@ class Windows:
     folder: Path
     root: str
     """64 hexadecimal digits."""
-    _found: dict[bytes, tuple[_Shard, int]] = field(default_factory=dict)
+    _found: dict[bytes, list[tuple[_Shard, int]]] = field(default_factory=dict)
+    """The shards that a window is in, and where."""
     _known: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Files that were looked at: inode and time of each."""
-    num_passed_over: int = 0
+    passed_over: set[Path] = field(default_factory=set)
     """Files that are no shards of this root, or are cut off."""
+    num_damaged: int = 0
+    """Records that were read and not used."""
 
     def refresh(self) -> "Windows":
         """Look for shards that have come since."""
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # removed meanwhile
+                continue
             if self._known.get(path.name) != (stat.st_ino, stat.st_mtime_ns):  # new, or written again
                 self._known[path.name] = stat.st_ino, stat.st_mtime_ns
                 self._open(path)
@@ -84,20 +92,24 @@ class Windows:
 
     def read(self, key: bytes) -> NDArray[np.uint8] | None:
         """A window's record; None where there is none that is whole: from then on the window is missing."""
-        place = self._found.get(key)
-        if place is None:
-            return None
-        shard, number = place
-        record = shard.record(number)
-        if _checksum(self.root, key, record) == shard.sums[number].tobytes():
-            return record
-        logger.warning("%s: the record of window %s is damaged; it counts as missing", shard.path, key.hex())
-        del self._found[key]
+        for shard, number in list(self._found.get(key, ())):
+            record = shard.record(number)
+            if _checksum(self.root, key, record) == shard.sums[number].tobytes():
+                return record
+            logger.warning("%s: the record of window %s is damaged and not used", shard.path, key.hex())
+            self.num_damaged += 1
+            self._found[key] = [place for place in self._found[key] if place[0] is not shard]
+        self._found.pop(key, None)
         return None
+
+    def targets(self) -> dict[str, Any]:
+        """How records are laid out, as the root says."""
+        found: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text())["targets"]
+        return found
 
     def num_bytes(self) -> int:
         """Of all its shards."""
-        return sum(path.stat().st_size for path in self.folder.glob(f"*{_SUFFIX}"))
+        return sum(_size(path) for path in self.folder.glob(f"*{_SUFFIX}"))
 
     def _open(self, path: Path) -> None:
         """Take up a shard's windows; one that is cut off, of another root or no shard at all is passed over."""
@@ -115,13 +127,13 @@ class Windows:
                 raise UserError(f"{path}: {len(data)} bytes of records where {ends[-1]} were due")
         except (UserError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s: passed over, its windows count as missing: %s", path, error)
-            self.num_passed_over += 1
+            self.passed_over.add(path)
             return
+        self.passed_over.discard(path)
         shard = _Shard(path, ends, sums, data)
         for number, key in enumerate(keys):
-            before = self._found.get(key.tobytes())
-            if before is None or before[0].path == path:
-                self._found[key.tobytes()] = shard, number
+            others = [place for place in self._found.get(key.tobytes(), ()) if place[0].path != path]
+            self._found[key.tobytes()] = [*others, (shard, number)]
 
 
 class Writer:
@@ -160,10 +172,29 @@ def root_folder(cache: Path, record: dict[str, Any]) -> tuple[Path, str]:
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     root = hashlib.sha256(text.encode()).hexdigest()
     folder = cache / root[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / ROOT_FILE).exists():
+    with telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if root_name(folder) != root:  # new, or damaged
         _write(folder / ROOT_FILE, text.encode())
     return folder, root
+
+
+@contextmanager
+def telling(folder: Path) -> Iterator[None]:
+    """Failures to write there, as errors that say what to do.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"{folder}: the disk is full. What was labelled before is kept; make room (`cascade cache prune`) or "
+                "give another distill.cache.folder, and run the same command again"
+            ) from error
+        raise RunError(f"{folder}: cannot be written: {error.strerror}; give another distill.cache.folder") from error
 
 
 def root_name(folder: Path) -> str:
@@ -217,21 +248,24 @@ def _mapped(entry: Entry) -> NDArray[np.uint8]:
 
 def _write(path: Path, content: bytes) -> None:
     """A file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    with telling(path.parent):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _size(path: Path) -> int:
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(
-                f"{path.parent}: the disk is full. What was labelled before is kept; make room (`cascade cache prune`) "
-                "or give another distill.cache.folder, and run the same command again"
-            ) from error
-        raise
+        return path.stat().st_size
+    except FileNotFoundError:  # removed meanwhile
+        return 0
 
 
 def _sha256(path: Path) -> str:

@@ -53,7 +53,7 @@ class Rollouts:
 
     def due(self, step: int) -> bool:
         """Whether the step's batch is the student's own."""
-        return self._draw("due", step) < self.settings.fraction
+        return is_due(self.seed, step, self.settings.fraction)
 
     def batch(self, student: nn.Module, prompts: TokenBlocks, step: int) -> TokenBlocks:
         """A batch from the buffer, or one that the student writes after the prompts (and that is kept)."""
@@ -75,8 +75,17 @@ class Rollouts:
         return replace(usual, divergence=self.settings.divergence, cross_entropy_weight=0.0)
 
     def _draw(self, what: str, step: int) -> float:
-        digest = hashlib.sha256(f"{self.seed}:{what}:{step}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
+        return _number(self.seed, what, step)
+
+
+def is_due(seed: int, step: int, fraction: float) -> bool:
+    """Whether a step's batch is the student's own."""
+    return _number(seed, "due", step) < fraction
+
+
+def _number(seed: int, what: str, step: int) -> float:
+    digest = hashlib.sha256(f"{seed}:{what}:{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def own_batch(

@@ -57,7 +57,7 @@ def fitting_step(task: Task, microbatch_size: int, state_folder: Path | None) ->
         try:
             return _accumulate(task, microbatch_size), microbatch_size
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             smaller = min(microbatch_size, len(task.batch)) // 2
             if smaller < 1:
@@ -101,7 +101,8 @@ def _nothing_fits(task: Task) -> str:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error says."""
     # On the CPU it is a plain RuntimeError of the allocator.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
