@@ -528,3 +528,27 @@ def test_a_vocabulary_or_exact_id_beyond_the_teachers_is_refused(tmp_path):
         labelled(tmp_path, dataclasses.replace(SAMPLED, vocab_size=65), teacher, blocks)
     with pytest.raises(UserError, match="exact_ids: 64 is beyond"):
         labelled(tmp_path, dataclasses.replace(SAMPLED, exact_ids=(64,)), teacher, blocks)
+
+
+def test_a_killed_training_from_the_cache_goes_on_to_the_same_bits(tmp_path):
+    teacher, blocks = make_model(), make_blocks(24)
+    targets = CachedTargets(labelled(tmp_path, SAMPLED, teacher, blocks), SAMPLED, blocks)
+    options = {"num_tokens": 8 * 16 * 6, "batch_size": 8, "targets": targets, "state_folder": tmp_path / "state"}
+
+    class Killed(BaseException):
+        """Stands for a death that no handler sees."""
+
+    def dies(step, total):
+        if step == 4:
+            raise Killed
+
+    whole, broken = make_model(seed=1), make_model(seed=1)
+    distill(whole, None, blocks, **options | {"state_folder": None})
+    with pytest.raises(Killed):
+        distill(broken, None, blocks, **options, save_every_minutes=0, on_step=dies)
+    resumed = make_model(seed=1)
+    steps = []
+    distill(resumed, None, blocks, **options, on_step=lambda step, total: steps.append(step))
+    assert steps[0] > 1
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
