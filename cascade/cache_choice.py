@@ -166,7 +166,7 @@ def _auto(recipe: Recipe, parent_config: Any, by_kind: dict[str, Option], read: 
         return "none", hidden.refused
     best = max(able, key=lambda one: one.saved_flops)
     if best.saved_flops < _LEAST_SAVED * live:
-        if recipe.data.reuse == "continue":
+        if not recipe.shares_text:
             return "none", "no text is read often enough to pay for labelling it; data.reuse: shared may change that"
         return "none", f"{best.kind} targets would save {max(0.0, best.saved_flops / live):.0%} of the teacher's work"
     if not hidden.refused and hidden.num_bytes <= HIDDEN_LIMIT_BYTES and hidden.saved_flops >= _LEAST_SAVED * live:

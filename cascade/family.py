@@ -98,7 +98,7 @@ def resolve_family(
         if member.start == "layers":
             plan_layers(seed_config, dims_of(config), member.name)
         before = 0
-        if seed in resolved and recipe.data.reuse == "continue":
+        if seed in resolved and not recipe.shares_text:
             before = resolved[seed].first_position + resolved[seed].num_steps * recipe.distill.batch_size
         resolved[member.name] = _resolve(
             recipe, recipe.distill, member, target, seed, config, parent_config, before, found

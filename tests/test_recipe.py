@@ -282,5 +282,5 @@ def test_where_a_head_of_its_own_is_too_large_only_the_cut_without_rotation_is_t
             return folder
 
     recipe = load_recipe(str(tmp_path / "recipe.json"))
-    tried = search_shape(Runner(), recipe, member, resolve_model(str(parent)), {}, lambda *rest: None)
+    tried = search_shape(Runner(), recipe, member, resolve_model(str(parent)), {}, lambda *rest: None, {})
     assert [one.shape.hidden for one in tried] == ["activation_norm"]

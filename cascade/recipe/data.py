@@ -63,9 +63,10 @@ class Data(Section):
     max_tokens: PositiveInt = 20_000_000
     """Training tokens to prepare at most; training past the end starts over in another order."""
 
-    reuse: Literal["shared", "continue"] = "shared"
-    """What a member reads that is cut from another: shared: the same text from its start, which the teacher then labels
-    once for all of them; continue: what the other has not read."""
+    reuse: Literal["auto", "shared", "continue"] = "auto"
+    """What a member reads that is cut from another. shared: the same text from its start, which the teacher then labels
+    once for all of them; continue: what the other has not read. auto: shared where members learn the parent's
+    probabilities of text, continue for examples and where the parent is not asked."""
 
     @property
     def masks_documents(self) -> bool:

@@ -258,6 +258,13 @@ class Recipe(Section):
         return self
 
     @property
+    def shares_text(self) -> bool:
+        """Whether members that are cut from each other read the same text."""
+        if self.data.reuse != "auto":
+            return self.data.reuse == "shared"
+        return not self.counts_examples and self.distill is not None and self.distill.teacher == "parent"
+
+    @property
     def classifies(self) -> bool:
         """Whether examples have classes."""
         return self.task in ("text_classification", "image_classification")
