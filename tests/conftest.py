@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:  # Two workers of two threads each starve each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

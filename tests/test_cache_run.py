@@ -198,8 +198,8 @@ def test_exact_tokens_are_kept_as_they_are_in_every_record(make):
     assert len(record["targets"]["exact_ids"]) == 2
 
 
-def test_the_plan_says_what_is_kept_and_why():
-    command = ["plan", QUICKSTART, "--set", "data.reuse=shared"]
+def test_the_plan_says_what_is_kept_and_why(tmp_path):
+    command = ["plan", QUICKSTART, "--set", "data.reuse=shared", "--output", str(tmp_path / "run")]
     text = CliRunner().invoke(main, command).output
     assert "Teacher's targets: hidden (exact, and small enough). It labels 100,352 tokens for 301,056 that are" in text
     assert "Not sampled or top_k: distill.features.hidden: cosine reads" in text

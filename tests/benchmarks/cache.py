@@ -229,17 +229,17 @@ def measure_noise(options):
             minibatch = sum(float((one - mean).square().sum()) for one in exact) / (steps - 1)
             for form in forms:
                 reader, held = readers[form]
-                errors = []
+                added, angles, together = 0.0, [], torch.zeros_like(mean)
                 for one, true in zip(batches, exact, strict=True):
                     found = gradient(student, replace(own.rows(one), known=reader.of(one)))
-                    errors.append((found - true, true, found))
-                added = sum(float(error.square().sum()) for error, _, _ in errors) / steps
-                angles = [
-                    math.degrees(math.acos(max(-1.0, min(1.0, float((t @ f) / (t.norm() * f.norm()))))))
-                    for _, t, f in errors
-                ]
-                # The mean error over all steps: noise shrinks with their number, bias does not.
-                together = sum(error for error, _, _ in errors) / steps
+                    angles.append(
+                        math.degrees(
+                            math.acos(max(-1.0, min(1.0, float((true @ found) / (true.norm() * found.norm())))))
+                        )
+                    )
+                    added += float((found - true).square().sum()) / steps
+                    # The mean error over all steps: noise shrinks with their number, bias does not.
+                    together += (found - true) / steps
                 noise = math.sqrt(added / steps)
                 rows.append(
                     {
