@@ -26,13 +26,19 @@ from cascade.cli_options import (
     quiet_libraries,
 )
 from cascade.errors import UserError
+from cascade.failpoints import arm
+from cascade.secrets import Redacting, redact_tracebacks
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Turn one language model into a family of smaller ones."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    shown = logging.StreamHandler()
+    shown.setFormatter(Redacting("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[shown])
+    redact_tracebacks()
+    arm(os.environ)
     # Progress is ours to show; the libraries' own bars would run across it.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

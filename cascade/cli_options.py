@@ -9,7 +9,11 @@ from typing import Any
 
 import click
 
-from cascade.errors import RunError, UserError
+from cascade.errors import DiskError, RunError, Stopped, UserError, is_disk_error
+from cascade.secrets import redact
+from cascade.stopping import handled
+
+_KEPT = "What is finished is kept; the same command goes on from there."
 
 POSITIVE = click.IntRange(min=1)
 ABOVE_ZERO = click.FloatRange(min=0, min_open=True, max=1e15)
@@ -46,21 +50,27 @@ class CommandGroup(click.Group):
         try:
             return super().main(*args, **kwargs)
         except UserError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(2)
+            click.echo(redact(f"Error: {error}"), err=True)
+            sys.exit(error.exit_code)
         except RunError as error:
-            click.echo(f"Stopped: {error}\nWhat is finished is kept; the same command goes on from there.", err=True)
-            sys.exit(1)
+            click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
+            sys.exit(error.exit_code)
+        except Exception as error:
+            if not is_disk_error(error):
+                raise
+            click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
+            sys.exit(DiskError.exit_code)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as a message."""
+    """Ctrl-C and SIGTERM let a training save its state; then, or at the second, a message."""
     try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("\nStopped. What is finished is kept; the same command goes on from there.", err=True)
-        sys.exit(130)
+        with handled():
+            yield
+    except Stopped as error:
+        click.echo(f"\nStopped. {_KEPT}", err=True)
+        sys.exit(error.exit_code)
 
 
 def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:

@@ -1,8 +1,17 @@
-"""The errors that a user can cause: told in one message, without a traceback, with exit code 2."""
+"""The errors that a user can cause or has to know of: told in one message, without a traceback.
+
+Exit codes: 2 a recipe or arguments that cannot be used, 73 a directory that another run is writing to; 1 a stage that
+could not be done, 65 numbers that are not finite, 75 a disk that takes no more (try again); 130 and 143 after Ctrl-C
+and SIGTERM.
+"""
+
+import errno
 
 
 class UserError(Exception):
     """Something the user gave cannot be used: the message says where, what, what is accepted, what to do."""
+
+    exit_code = 2
 
 
 class RecipeError(UserError):
@@ -14,8 +23,16 @@ class RecipeError(UserError):
         super().__init__(f"{source}\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
+class BusyError(UserError):
+    """Another run is writing to the directory."""
+
+    exit_code = 73
+
+
 class RunError(Exception):
-    """A stage could not be done though nothing that the user wrote is wrong: told without a traceback, exit code 1."""
+    """A stage could not be done though nothing that the user wrote is wrong."""
+
+    exit_code = 1
 
 
 class TrainingError(RunError):
@@ -24,3 +41,30 @@ class TrainingError(RunError):
 
 class NotFiniteError(TrainingError):
     """A loss or gradient is not finite."""
+
+    exit_code = 65
+
+
+class DiskError(RunError):
+    """A disk takes no more: full, over its quota, read-only, failing."""
+
+    exit_code = 75
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came; the argument is the signal's number."""
+
+    @property
+    def exit_code(self) -> int:
+        """As the shell would tell it."""
+        return 128 + int(self.args[0])
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+_DISK_WORDS = ("No space left on device", "quota exceeded", "File too large", "Read-only file system")
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether it says that a disk takes no more, in whichever library's words."""
+    number = getattr(error, "errno", None)
+    return number in _DISK or (number is None and any(word in str(error) for word in _DISK_WORDS))

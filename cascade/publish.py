@@ -23,7 +23,7 @@ from cascade.report.verdicts import VERDICTS, judge
 from cascade.report.write import write_family
 from cascade.rows import FinishedMember, RoundedCopy, copy_row, member_row, read_json
 from cascade.runner import read_cost
-from cascade.store import is_committed, output_digest, staged, write_atomically
+from cascade.store import output_digest, staged, verify_folder, write_atomically
 from cascade.yaml_reader import write_yaml
 
 
@@ -94,8 +94,8 @@ def publish_member(
 
 
 def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str, Any], card: str) -> None:
-    if is_committed(final) and read_json(final / "cascade.json") == lineage:
-        return  # the same as an earlier run published; what a user added stays
+    if final.exists() and not _damaged(final) and read_json(final / "cascade.json") == lineage:
+        return  # the same as an earlier run published; what a user added stays, and what he wrote on the card
     with staged(final, {"stage": "publish", "member": lineage["name"]}) as staging:
         for file in sorted(checkpoint.iterdir()):
             shutil.copyfile(file, staging / file.name)
@@ -105,6 +105,10 @@ def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str,
         (staging / "README.md").write_text(card)
     if not (final / "config.json").is_file():
         raise ReloadError(f"{final}: published without a config.json")
+
+
+def _damaged(folder: Path) -> list[str]:
+    return [name for name in verify_folder(folder) if name != "README.md"]
 
 
 def write_report(

@@ -17,6 +17,7 @@ from cascade.estimates import parent_seconds
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
+from cascade.lock import locked
 from cascade.member import make_label_stage, make_member
 from cascade.models.checkpoint import load_config
 from cascade.origins import check_licences
@@ -32,7 +33,7 @@ from cascade.rows import FinishedMember, teacher_row
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import find_shape
-from cascade.store import append_event, locked, write_atomically
+from cascade.store import append_event, write_atomically
 from cascade.yaml_reader import write_yaml
 
 

@@ -1,6 +1,7 @@
 """Runs a stage, or finds that it was already run: the same stage, settings and inputs are the same output."""
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -15,8 +16,11 @@ import torch
 import transformers
 
 from cascade import __version__, parallel
+from cascade.failpoints import at
 from cascade.progress import OnStep, RunProgress
-from cascade.store import COST_FILE, append_event, drop_partials, is_committed, stage_key, staged
+from cascade.store import COST_FILE, append_event, drop_partials, stage_key, staged, verify_folder
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("statistics", "prune", "repair", "label", "distill", "quantise", "evaluate", "report")
 """A member's stages in order, as --from takes them."""
@@ -95,7 +99,7 @@ class StageRunner:
         if parallel.rank() > 0:
             return self._follow(final, make)
         forced = self._is_forced(member, stage)
-        if is_committed(final) and not forced:
+        if not forced and self._is_whole(final, member, stage):
             parallel.tell(_DONE)
             self.progress.skip(member, stage, "already done with the same inputs and settings")
             append_event(self.folder, "skipped", member=member, stage=stage, key=key)
@@ -112,7 +116,7 @@ class StageRunner:
         together = stage in _TOGETHER
         if together:
             parallel.tell(_JOIN)
-        with self.progress.stage(member, stage) as on_step, staged(final, provenance) as staging:
+        with at(stage), self.progress.stage(member, stage) as on_step, staged(final, provenance) as staging:
             started = time.perf_counter()
             with nullcontext() if together else parallel.alone():
                 make(staging, on_step)
@@ -135,6 +139,16 @@ class StageRunner:
                 shutil.rmtree(staging, ignore_errors=True)
             parallel.told()
         return final
+
+    def _is_whole(self, final: Path, member: str, stage: str) -> bool:
+        """Whether an earlier run left this output, and every byte of it is still as it was."""
+        if not final.exists():
+            return False
+        damaged = verify_folder(final)
+        if damaged:
+            logger.warning("%s: damaged (%s); it is made again", final, ", ".join(damaged[:3]))
+            append_event(self.folder, "damaged", member=member, stage=stage, files=damaged)
+        return not damaged
 
     def _is_forced(self, member: str, stage: str) -> bool:
         if self.from_stage is None or member not in self.members:

@@ -45,6 +45,12 @@ logger = logging.getLogger(__name__)
 
 _ANGLE_STEPS = 2
 
+_OF_WHOLE_TRAININGS = (
+    *("learning_rate", "selection_every", "ema_decay"),
+    *("save_every_minutes", "keep_states", "on_nan", "max_skipped"),
+)
+"""Options of `distill` that a search for a rate has no use for."""
+
 CLASSIFYING = {"label_field", "image_field", "train_examples", "max_length"}
 """Keys of data that only a recipe that classifies reads."""
 
@@ -222,7 +228,7 @@ def make_rate(
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
     options = training_options(settings, 0.0)
-    for own in ("learning_rate", "selection_every", "save_every_minutes", "ema_decay"):
+    for own in _OF_WHOLE_TRAININGS:
         options.pop(own)
     student = load_model(start).to(default_device())
     teacher = None if teacher is None else _own_teacher(teacher, parent)

@@ -1,12 +1,13 @@
-"""The run directory: stage keys, outputs that appear whole or not at all, one writer at a time.
+"""The run directory: stage keys, and outputs that appear whole or not at all.
 
-A stage writes into a staging folder beside its final place; the folder is synced, given a manifest with the size
-and sha256 of every file, and renamed. A folder under its final name is therefore always complete.
+A stage writes into a staging folder beside its final place; every file in it and every folder is synced, a manifest
+with the size and sha256 of each file is added, and the folder is renamed. A folder under its final name is therefore
+always complete, also after the power has failed.
 """
 
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -15,11 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cascade.errors import UserError
+from cascade.errors import DiskError, UserError, is_disk_error
+from cascade.failpoints import failpoint
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 
 COST_FILE = "cost.json"
+
+_OWN_SHA256, _REPLACED = "sha256", ".replaced-"
 
 _VOLATILE = (COST_FILE, "log.jsonl", "lm_eval.json")
 """Files with times and dates, which differ from run to run: kept out of a stage's digest."""
@@ -34,15 +40,37 @@ def stage_key(stage: str, stage_format: int, settings: dict[str, Any], inputs: d
 def is_committed(folder: Path) -> bool:
     """Whether the folder holds all the files of its manifest, at their sizes (contents: `verify_folder`)."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return all((folder / name).stat().st_size == entry["size"] for name, entry in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
+        return all((folder / name).stat().st_size == entry["size"] for name, entry in read_manifest(folder).items())
+    except (OSError, ValueError):
         return False
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """File -> its size and sha256, of a committed folder.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not as it was written, or names files outside of the folder.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        own, files = manifest.pop(_OWN_SHA256), manifest["files"]
+        outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+        whole = all(isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in files.values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST}: is no manifest") from error
+    if own != _text_sha256(_manifest_text(manifest)) or outside or not whole:
+        raise ValueError(f"{folder / MANIFEST}: is not as it was written")
+    found: dict[str, dict[str, Any]] = files
+    return found
 
 
 def verify_folder(folder: Path) -> list[str]:
     """Names of files whose content is no longer what was committed (empty: all well)."""
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+    try:
+        files = read_manifest(folder)
+    except (OSError, ValueError):
+        return [MANIFEST]
     return [
         name
         for name, entry in files.items()
@@ -52,7 +80,7 @@ def verify_folder(folder: Path) -> list[str]:
 
 def output_digest(folder: Path) -> str:
     """sha256 over the committed files' contents, but for those with times in them, for a later stage's key."""
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files = read_manifest(folder)
     lines = [f"{name}:{entry['sha256']}" for name, entry in sorted(files.items()) if Path(name).name not in _VOLATILE]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -62,17 +90,34 @@ def staged(final: Path, provenance: dict[str, Any]) -> Iterator[Path]:
     """A folder to write into that becomes `final` when the block ends well, and vanishes when it does not.
 
     An older folder of that name is replaced; there is no moment at which a reader finds half of one.
+
+    Raises:
+        DiskError: the disk takes no more; nothing is left of the staging folder, and what was there before is.
     """
     staging = final.parent / f".staging-{final.name}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        make_folder(staging)
+        failpoint("store.begun")
         yield staging
+        failpoint("store.written")
         _write_manifest(staging, provenance)
+        failpoint("store.manifest")
         _replace_folder(staging, final)
-    except BaseException:
+    except BaseException as error:
+        held = _held(staging)
         shutil.rmtree(staging, ignore_errors=True)
+        if is_disk_error(error) and not isinstance(error, DiskError):
+            raise DiskError(_no_room(final, error, held)) from error
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; each new entry is synced."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+        _sync_folder(one.parent)
 
 
 def partial_of(staging: Path) -> Path:
@@ -91,43 +136,59 @@ def drop_partials(final: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            failpoint("file.begun")
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        failpoint("file.synced")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_error(error):
+            raise DiskError(_no_room(path, error, len(text))) from error
+        raise
+    failpoint("file.renamed")
+    _sync_folder(path.parent)
 
 
 def append_event(run_folder: Path, event: str, **fields: Any) -> None:
-    """One more line of events.jsonl."""
+    """One more line of events.jsonl, which nothing depends on: where it cannot be written, that is told."""
     record = {"time": round(time.time(), 3), "event": event} | fields
-    with (run_folder / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        failpoint("event.begun")
+        append_line(run_folder / "events.jsonl", json.dumps(record))
+    except OSError as error:
+        logger.warning("%s: an event is not recorded: %s", run_folder / "events.jsonl", error)
 
 
-@contextmanager
-def locked(run_folder: Path) -> Iterator[None]:
-    """Hold the run directory against a second run; the kernel lets go when the holder dies.
-
-    Raises:
-        UserError: another run holds it.
-    """
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with (run_folder / ".cascade.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"{run_folder}: another run is writing here (process {file.read().strip() or 'unknown'}); "
-                "wait for it, stop it, or give another --output"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
+def append_line(path: Path, line: str, *, sync: bool = True) -> None:
+    """One more line of a file, synced; a line that a death has cut off is ended first."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode() + b"\n")
         file.flush()
-        for leftover in run_folder.glob("**/.staging-*"):  # of runs that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
+        if sync:
+            os.fsync(file.fileno())
+
+
+def sweep(run_folder: Path) -> None:
+    """Tidy what killed runs have left: half-written folders go, one that was being replaced comes back."""
+    for leftover in run_folder.glob("**/.staging-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for old in run_folder.glob(f"**/{_REPLACED}*"):
+        final = old.with_name(old.name.removeprefix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(final)
+    for folder in (run_folder, run_folder / "stages"):
+        for leftover in folder.glob(".*.*-[0-9]*"):
+            if leftover.is_file():  # of write_atomically
+                leftover.unlink(missing_ok=True)
 
 
 def require_empty(folder: Path) -> None:
@@ -148,19 +209,49 @@ def _write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
             name = path.relative_to(folder).as_posix()
             files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    write_atomically(folder / MANIFEST, json.dumps(provenance | {"files": files}, indent=1, default=str))
-    _sync_folder(folder)
+        else:
+            _sync_folder(path)
+    failpoint("store.synced")
+    # As it is read back, so that its own sha256 is of the same text.
+    manifest = json.loads(json.dumps(provenance | {"files": files}, default=str))
+    whole = {_OWN_SHA256: _text_sha256(_manifest_text(manifest))} | manifest
+    write_atomically(folder / MANIFEST, json.dumps(whole, indent=1))
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, sort_keys=True)
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _replace_folder(staging: Path, final: Path) -> None:
+    old = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():
-        old = final.parent / f".staging-old-{final.name}-{os.getpid()}"
-        final.rename(old)
-        staging.rename(final)
-        shutil.rmtree(old)
-    else:
-        staging.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+        failpoint("store.aside")
+    os.rename(staging, final)
+    failpoint("store.renamed")
     _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    failpoint("store.committed")
+
+
+def _held(folder: Path) -> int:
+    """Bytes in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+
+
+def _no_room(path: Path, error: BaseException, written: int) -> str:
+    """What to say of a disk that takes no more."""
+    place = next(one for one in path.parents if one.exists())
+    said = getattr(error, "strerror", None) or str(error)
+    return (
+        f"{path}: cannot be written: {said}. {written:,} bytes were written before that, "
+        f"{shutil.disk_usage(place).free:,} are free there. Make room"
+    )
 
 
 def _sync_folder(folder: Path) -> None:

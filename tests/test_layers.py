@@ -10,9 +10,14 @@ PACKAGE = ROOT / "cascade"
 
 ORDER = [
     "errors",
+    "failpoints",
+    "stopping",
+    "secrets",
+    "health",
     "yaml_reader",
     "recipe",
     "store",
+    "lock",
     "models",
     "parallel",
     "data",

@@ -163,10 +163,10 @@ def test_killed_after_every_stage_and_started_again_the_family_is_the_same(
 def test_killed_while_training_it_goes_on_from_the_last_state_to_the_same_bits(
     recipe_folder, tiny_family, tmp_path, monkeypatch
 ):
-    from cascade.distillation import trainer
+    from cascade.distillation import state
     from cascade.distillation.optimizer import Optimizer
 
-    folder, original, saved = tmp_path / "run", trainer.save_state, []
+    folder, original, saved = tmp_path / "run", state.save_state, []
     recipe = load_recipe(recipe_folder / "tiny.yaml", ("distill.save_every_minutes=0.0",))
 
     def dies_after_a_state(state_folder, *rest):
@@ -175,7 +175,7 @@ def test_killed_while_training_it_goes_on_from_the_last_state_to_the_same_bits(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_state", dies_after_a_state)
+        patch.setattr(state, "save_state", dies_after_a_state)
         with pytest.raises(Killed):
             run_recipe(recipe, output=folder)
     assert saved[0].parent == folder / "stages" and list(saved[0].glob("step-*"))
@@ -432,7 +432,7 @@ def test_report_writes_the_same_files_again(tiny_family):
 
 
 def test_two_runs_on_one_directory_are_refused(tiny_family, tiny_recipe):
-    from cascade.store import locked
+    from cascade.lock import locked
 
     with locked(tiny_family), pytest.raises(UserError, match="another run is writing here"):
         run_recipe(tiny_recipe, output=tiny_family)

@@ -6,6 +6,7 @@ Data order and dropout are pure functions of the step, so there is nothing else 
 import json
 import logging
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 from cascade import parallel
 from cascade.distillation.average import Average
 from cascade.distillation.optimizer import Optimizer
-from cascade.store import is_committed, staged, verify_folder
+from cascade.failpoints import at, failpoint
+from cascade.stopping import asked, stop
+from cascade.store import staged, verify_folder
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_KEPT = 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """How far a training has come."""
 
@@ -35,6 +37,10 @@ class Progress:
     curve: list[dict[str, float]]
     settings: dict[str, Any]
     """What the training was started with; a state of another training is refused."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps without an optimizer step: their losses or gradients, or a later one's, were not finite."""
+    skips: int = 0
+    """How often that has been decided."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +54,56 @@ class Trained:
     """Other tensors, by name."""
 
 
-def save_state(folder: Path, trained: Trained, progress: Progress) -> None:
-    """Commit a state as FOLDER/step-N and drop all but the last two; every process has to call it."""
+def save_state(folder: Path, trained: Trained, progress: Progress, kept: int = 2) -> None:
+    """Commit a state as FOLDER/step-N and drop all but the last `kept`; every process has to call it."""
     tensors = dict(_tensors(trained))
     if parallel.rank() == 0:
         provenance = {"stage": "training state", "threads": torch.get_num_threads(), "torch": torch.__version__}
-        with staged(folder / f"step-{progress.step:09d}", provenance) as staging:
+        with at("state"), staged(folder / f"step-{progress.step:09d}", provenance) as staging:
             save_file(tensors, staging / "state.safetensors")
             record = {"format": FORMAT} | vars(progress)
             (staging / "state.json").write_text(json.dumps(record, allow_nan=False) + "\n")
-        for old in _states(folder)[:-_KEPT]:
+            failpoint("state.tensors")
+        for old in _states(folder)[:-kept]:
             shutil.rmtree(old)
+        failpoint("state.dropped")
     parallel.barrier()
+
+
+class States:
+    """When a training's states are saved: by the clock, and before it stops because it was asked to."""
+
+    def __init__(self, folder: Path, every_minutes: float, kept: int) -> None:
+        self.folder, self.every_minutes, self.kept = folder, every_minutes, kept
+        self.saved = time.perf_counter()
+
+    def save(self, trained: Trained, progress: Progress) -> None:
+        """Now."""
+        save_state(self.folder, trained, progress, self.kept)
+        self.saved = time.perf_counter()
+
+    def begin(self, trained: Trained, progress: Progress) -> None:
+        """Before the first step, for a training that may have to come back to it."""
+        if progress.step == 0:
+            self.save(trained, progress)
+
+    def step(self, trained: Trained, progress: Progress) -> None:
+        """After a step, on every process: save if it is time or a signal has come; the first process decides.
+
+        Raises:
+            Stopped: a signal has come.
+        """
+        stopping = parallel.agreed(asked())
+        if stopping or parallel.agreed(time.perf_counter() - self.saved >= 60 * self.every_minutes):
+            self.save(trained, progress)
+        if stopping:
+            stop()
 
 
 def load_state(folder: Path, trained: Trained, settings: dict[str, Any]) -> Progress | None:
     """The newest state that is whole, written into `trained`; None if there is none for `settings`."""
     for candidate in reversed(_states(folder)):
-        damaged = verify_folder(candidate) if is_committed(candidate) else ["MANIFEST.json"]
+        damaged = verify_folder(candidate)
         if damaged:
             logger.warning("%s: damaged (%s); an earlier state is taken", candidate, ", ".join(damaged))
             continue

@@ -17,6 +17,7 @@ from cascade.distillation.batch import batch_losses, sums_of
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import Objective
 from cascade.errors import TrainingError
+from cascade.failpoints import failpoint
 from cascade.store import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -131,10 +132,13 @@ def _losses(
     # Gradients are averaged over processes: each has its share of a sum, so it counts as often as there are processes.
     share = parallel.world_size() / total_valid
     for number, part in enumerate(parts):
+        failpoint("distill.microbatch")
         parallel.sync_gradients(task.student, number == len(parts) - 1)
         found = batch_losses(task.student, task.teacher, part, task.objective, task.features, keep=task.keep)
         if scales is not None:
             loss: Any = found.fused.loss
+            if failpoint("distill.loss"):
+                loss = loss * float("nan")
             for name, value in found.features.items():
                 loss = loss + scales[name] * value
             (loss * share).backward()

@@ -4,14 +4,13 @@ Shapes: B = batch, S = block size, N = tokens that count for the loss, D = hidde
 """
 
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +22,19 @@ from cascade.data.order import blocks_at
 from cascade.data.targets import StoredTargets
 from cascade.distillation.average import Average
 from cascade.distillation.batch import FORWARD_KL, selection_losses
+from cascade.distillation.computing import computed
 from cascade.distillation.features import FeatureLoss
+from cascade.distillation.finite import OnNan, gradient_norm, leave_out, unfinished
 from cascade.distillation.fused import Objective
+from cascade.distillation.log import TrainingLog
 from cascade.distillation.on_policy import OnPolicy, Rollouts, end_tokens, own_batch
 from cascade.distillation.optimizer import build_optimizer
 from cascade.distillation.schedule import Schedule
-from cascade.distillation.state import Progress, Trained, load_state, save_state
+from cascade.distillation.state import Progress, States, Trained, load_state
 from cascade.distillation.step import Task, fitting_microbatch, fitting_step
-from cascade.errors import NotFiniteError, UserError
-from cascade.models.axes import probe_axes
+from cascade.errors import UserError
+from cascade.failpoints import failpoint
+from cascade.stopping import saving
 
 COSINE = Schedule()
 
@@ -91,6 +94,9 @@ def distill(
     log_path: Path | None = None,
     state_folder: Path | None = None,
     save_every_minutes: float = 10.0,
+    keep_states: int = 2,
+    on_nan: Literal["stop", "skip", "rollback"] = "stop",
+    max_skipped: int = 3,
     on_step: Callable[[int, int], None] | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainingMetrics:
@@ -101,17 +107,19 @@ def distill(
     the sum over its tokens that count, divided by their number in the *whole* step, so that the split into microbatches
     and processes changes nothing; `features` are scaled by the step before. `first_position` is where reading starts
     in the endless, seeded block order. With a `state_folder` a training that finds its state there goes on from it,
-    to the same bits. With `ema_decay` the student ends as the running average of its weights. `on_step(done, all)` and
-    `on_log(entry)` are called after each step. `keep`: others read the same, so a remembered teacher's view is kept.
+    to the same bits, and one that is asked to stop (`cascade.stopping`) leaves its state there. `on_nan` and
+    `max_skipped` are `OnNan`'s. With `ema_decay` the student ends as the running average of its weights. After each
+    step `on_step(done, all)` and `on_log(entry)` are called. `keep`: others read the same, so what is seen is kept.
 
     Raises:
-        TrainingError: a loss or gradient is not finite (raised before the optimizer step, so weights are intact), or
-            not even a single block fits into memory.
+        TrainingError: a loss or gradient is not finite (before the optimizer step), or not even one block fits.
+        Stopped: a signal has come, and the state is saved.
         UserError: a step's blocks cannot be shared out evenly, or a teacher, a package or a single process is needed.
     """
-    _require_teacher(teacher, targets, features, on_policy)
-    num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
+    if teacher is None and (on_policy is not None or (features is not None and targets is None)):
+        raise UserError("feature losses and on-policy batches need a teacher")
     parallel.require_even(batch_size)
+    num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
     student, teacher = parallel.shard(student), parallel.shard(teacher)
     settings = {
         "num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
@@ -119,47 +127,103 @@ def distill(
         "schedule": repr(schedule), "max_grad_norm": max_grad_norm, "optimizer": optimizer, "ema_decay": ema_decay,
         "features": None if features is None else repr(features.features), "on_policy": repr(on_policy),
     } | ({} if targets is None else {"targets": targets.name})  # fmt: skip
-    updates = build_optimizer(optimizer, student, learning_rate, weight_decay)
-    trained = Trained(student, updates, None if ema_decay is None else Average(student, ema_decay))
+    trained = Trained(student, build_optimizer(optimizer, student, learning_rate, weight_decay),
+                      None if ema_decay is None else Average(student, ema_decay))  # fmt: skip
     rollouts = None if on_policy is None else Rollouts(on_policy, seed, trained.buffer, end_tokens(teacher))
-    progress = _progress(state_folder, trained, microbatch_size, settings, log_path)
-    curve, microbatch_size = progress.curve, progress.microbatch_size
-    started = saved = time.perf_counter()
-    with _ways(student, gradient_checkpointing, compiled, features):
-        student.train()
-        for step in range(progress.step, num_steps):
-            rows, given = _batch(blocks, targets, first_position + step * batch_size, batch_size, seed)
-            rate = learning_rate * schedule.factor(step, num_steps)
-            updates.set_rate(rate)
-            with torch.random.fork_rng():
-                torch.manual_seed(_draws(seed, step))  # dropout is a function of the step, as the blocks are
-                batch, wanted, own = own_batch(rollouts, student, given, objective, step)
-                task = Task(student, teacher, batch, wanted, features, _scales(features, curve, own), rows, keep)
-                losses, microbatch_size = fitting_step(task, microbatch_size, state_folder)
-            last = step + 1 == num_steps
-            grad_norm = _update(trained, max_grad_norm, step, losses["loss"], rows, last)
-            entry = {"step": step + 1, "num_tokens": (step + 1) * batch_size * blocks.block_size, **losses}
-            entry |= {"learning_rate": rate, "grad_norm": grad_norm, "microbatch_size": microbatch_size,
-                      "on_policy": float(own), "seconds": time.perf_counter() - started}  # fmt: skip
-            if selection is not None and (last or (step + 1) % selection_every == 0):
-                entry |= selection_losses(student, teacher, selection, microbatch_size)
-            curve.append(entry)
-            _log(log_path, entry, on_log)
-            due = parallel.agreed(time.perf_counter() - saved >= 60 * save_every_minutes)
-            if state_folder is not None and due and not last:
-                save_state(state_folder, trained, Progress(step + 1, microbatch_size, curve, settings))
-                saved = time.perf_counter()
-            if on_step is not None:
-                on_step(step + 1, num_steps)
+    states = None if state_folder is None else States(state_folder, save_every_minutes, keep_states)
+    log, policy = TrainingLog(log_path, on_log), OnNan(on_nan, max_skipped)
+    fixed = _Fixed(student, teacher, blocks, targets, objective, features, rollouts, schedule, num_steps, learning_rate,
+                   batch_size, first_position, seed, max_grad_norm, keep, selection, selection_every, states,
+                   log, policy, on_step)  # fmt: skip
+    progress = _progress(state_folder, trained, microbatch_size, settings, log)
+    if states is not None and on_nan == "rollback":
+        states.begin(trained, progress)
+    started = time.perf_counter()
+    with computed(student, gradient_checkpointing, compiled, features), saving() if states else nullcontext():
+        progress = _loop(fixed, trained, progress, started)
+    log.close(progress.curve)
+    return _metrics(progress.curve, num_steps, batch_size * blocks.block_size, time.perf_counter() - started)
+
+
+def _loop(fixed: "_Fixed", trained: Trained, progress: Progress, started: float) -> Progress:
+    """All steps that are left."""
+    student, states = fixed.student.train(), fixed.states
+    while progress.step < fixed.num_steps:
+        step, last = progress.step, progress.step + 1 == fixed.num_steps
+        entry: dict[str, float] = {"step": step + 1, "num_tokens": (step + 1) * fixed.step_tokens}
+        if step in progress.left_out:
+            entry["skipped"] = 1.0
+        else:
+            losses, rows = _gradients(fixed, trained, progress)
+            if unfinished(losses):
+                folder = None if states is None else states.folder
+                progress = leave_out(progress, trained, fixed.policy, folder, rows, losses, fixed.log)
+                continue
+            _update(trained, step)
+            entry |= losses | {"seconds": time.perf_counter() - started}
+        if last and trained.average is not None:
+            trained.average.put_into(student)
+        if fixed.selection is not None and (last or (step + 1) % fixed.selection_every == 0):
+            entry |= selection_losses(student, fixed.teacher, fixed.selection, progress.microbatch_size)
+        progress.step += 1
+        progress.curve.append(entry)
+        fixed.log.add(entry)
+        if states is not None and not last:
+            states.step(trained, progress)
+        if fixed.on_step is not None:
+            fixed.on_step(step + 1, fixed.num_steps)
+        failpoint("distill.step")
     student.eval()
-    return _metrics(curve, num_steps, batch_size * blocks.block_size, time.perf_counter() - started)
+    return progress
 
 
-def _require_teacher(
-    teacher: nn.Module | None, targets: Targets | None, features: FeatureLoss | None, on_policy: OnPolicy | None
-) -> None:
-    if teacher is None and (on_policy is not None or (features is not None and targets is None)):
-        raise UserError("feature losses and on-policy batches need a teacher")
+@dataclass(frozen=True)
+class _Fixed:
+    """What stays the same over a training, as `distill` takes it."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    blocks: TokenBlocks | Examples
+    targets: Targets | None
+    objective: Objective
+    features: FeatureLoss | None
+    rollouts: Rollouts | None
+    schedule: Schedule
+    num_steps: int
+    learning_rate: float
+    batch_size: int
+    first_position: int
+    seed: int
+    max_grad_norm: float
+    keep: bool
+    selection: TokenBlocks | Examples | None
+    selection_every: int
+    states: States | None
+    log: TrainingLog
+    policy: OnNan
+    on_step: Callable[[int, int], None] | None
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch_size * self.blocks.block_size
+
+
+def _gradients(fixed: _Fixed, trained: Trained, progress: Progress) -> tuple[dict[str, float], Tensor]:
+    """(losses, rate and gradient norm of the step that is due; its blocks' numbers); clipped gradients in `.grad`."""
+    step, folder = progress.step, None if fixed.states is None else fixed.states.folder
+    rows, given = _batch(fixed.blocks, fixed.targets, fixed.first_position + step * fixed.batch_size,
+                         fixed.batch_size, fixed.seed)  # fmt: skip
+    rate = fixed.learning_rate * fixed.schedule.factor(step, fixed.num_steps)
+    trained.optimizer.set_rate(rate)
+    with torch.random.fork_rng():
+        torch.manual_seed(_draws(fixed.seed, step))  # dropout is a function of the step, as the blocks are
+        batch, wanted, own = own_batch(fixed.rollouts, fixed.student, given, fixed.objective, step)
+        scales = _scales(fixed.features, progress.curve, own)
+        task = Task(fixed.student, fixed.teacher, batch, wanted, fixed.features, scales, rows, fixed.keep)
+        losses, progress.microbatch_size = fitting_step(task, progress.microbatch_size, folder)
+    figures = {"learning_rate": rate, "grad_norm": gradient_norm(trained, fixed.max_grad_norm)}
+    return losses | figures | {"microbatch_size": progress.microbatch_size, "on_policy": float(own)}, rows
 
 
 def _batch(
@@ -182,31 +246,21 @@ def _progress(
     trained: Trained,
     microbatch_size: int,
     settings: dict[str, Any],
-    log_path: Path | None,
+    log: TrainingLog,
 ) -> Progress:
     """How far an earlier attempt came, its log written again; else the start."""
     found = None if state_folder is None else load_state(state_folder, trained, settings)
-    for entry in found.curve if found else []:
-        _log(log_path, entry, None)
+    failpoint("distill.loaded")
+    log.again(found.curve if found else [])
     return found or Progress(0, fitting_microbatch(state_folder, microbatch_size), [], settings)
 
 
-def _update(trained: Trained, max_grad_norm: float, step: int, loss: float, rows: Tensor, last: bool) -> float:
-    """The optimizer's step on clipped gradients, if all is finite, and the average's; returns their norm before."""
-    clipped = nn.utils.clip_grad_norm_(trained.student.parameters(), max_grad_norm)
-    grad_norm = float(parallel.whole(clipped))
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NotFiniteError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; stopped before the optimizer step. "
-            f"Blocks of this batch: {rows.tolist()}. Try a lower learning_rate or look at those blocks."
-        )
+def _update(trained: Trained, step: int) -> None:
+    """The optimizer's step, and the average's."""
     trained.optimizer.step()
     trained.optimizer.zero_grad()
     if trained.average is not None:
         trained.average.update(trained.student, step + 1)
-        if last:
-            trained.average.put_into(trained.student)
-    return grad_norm
 
 
 def _metrics(curve: list[dict[str, float]], num_steps: int, step_tokens: int, seconds: float) -> TrainingMetrics:
@@ -215,30 +269,12 @@ def _metrics(curve: list[dict[str, float]], num_steps: int, step_tokens: int, se
     return TrainingMetrics(num_steps, num_steps * step_tokens, seconds, *losses, curve)
 
 
-@contextmanager
-def _ways(model: Any, gradient_checkpointing: bool, compiled: bool, features: FeatureLoss | None) -> Iterator[None]:
-    """How the model's layers are computed meanwhile."""
-    layers: Any = list(model.get_submodule(probe_axes(model.config).layers_prefix)) if compiled else []
-    if compiled and features is not None and features.features.relations:
-        layers.pop()  # what is watched inside a layer cannot be seen once it is compiled
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in layers:
-        layer.compile()
-    try:
-        yield
-    finally:
-        if gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-        for layer in layers:
-            layer._compiled_call_impl = None
-
-
 def _scales(features: FeatureLoss | None, curve: list[dict[str, float]], own: bool) -> dict[str, float] | None:
     """What the feature losses are multiplied by, from the last step on text of the same kind; None before the first."""
     if features is None:
         return {}
-    alike = (entry for entry in reversed(curve) if bool(entry.get("on_policy", 0.0)) == own)
+    trained = (entry for entry in reversed(curve) if "skipped" not in entry)
+    alike = (entry for entry in trained if bool(entry.get("on_policy", 0.0)) == own)
     last = next(alike, None)
     return features.scales(last or {}) if last is not None or not features.features.balanced else None
 
@@ -247,13 +283,3 @@ def _draws(seed: int, step: int) -> int:
     """The seed of one step's random draws, on this process."""
     digest = hashlib.sha256(f"{seed}:{step}:{parallel.rank()}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _log(path: Path | None, entry: dict[str, float], on_log: Callable[[dict[str, float]], None] | None) -> None:
-    if parallel.rank() > 0:
-        return
-    if path is not None:
-        with path.open("a") as log:
-            log.write(json.dumps(entry) + "\n")
-    if on_log is not None:
-        on_log(entry)

@@ -9,8 +9,17 @@ from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 LONG_TRAINING_TOKENS = 20_000_000
 """From here on `features.hidden: auto` is none."""
 
-WITHOUT_EFFECT = ("microbatch_size", "save_every_minutes", "gradient_checkpointing", "compile", "trackers")
-"""Keys that change memory, speed and safety, and the result at most by rounding."""
+WITHOUT_EFFECT = (
+    "microbatch_size",
+    "save_every_minutes",
+    "keep_states",
+    "on_nan",
+    "max_skipped",
+    "gradient_checkpointing",
+    "compile",
+    "trackers",
+)
+"""Keys that change memory, speed and safety, and the result of a sound training at most by rounding."""
 
 
 class FeatureLosses(Section):
@@ -136,6 +145,13 @@ class Distill(Section):
     """Classification, instead of blocks."""
     save_every_minutes: Annotated[float, Field(ge=0)] = 10.0
     """Minutes between two training states; a run that was killed goes on from the last, to the same bits."""
+    keep_states: Annotated[int, Field(ge=2)] = 2
+    """How many of the last states are kept; an older one serves where the last is damaged."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """Where a loss or gradient is not finite. stop: before the optimizer's step; skip: the step is left out; rollback:
+    back to the last state, and the steps from there up to this one are left out."""
+    max_skipped: PositiveInt = 3
+    """How often a training may skip or go back before it stops."""
 
     def hidden_features(self, cut: bool) -> str:
         """What `features.hidden` comes to for a member that is cut from another, or is not: none, cosine or mse."""

@@ -1,0 +1,93 @@
+"""What happens where a loss or a gradient is not finite: always before the optimizer's step, so weights stay whole."""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from cascade import parallel
+from cascade.distillation.log import TrainingLog
+from cascade.distillation.state import Progress, Trained, load_state, save_state
+from cascade.errors import NotFiniteError
+from cascade.store import make_folder, write_atomically
+
+logger = logging.getLogger(__name__)
+
+RECORD = "not_finite.json"
+
+
+@dataclass(frozen=True)
+class OnNan:
+    """What to do."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """stop: an error; skip: the step's gradients are thrown away; rollback: back to the last state, and from there on
+    all steps up to this one are left out, as PaLM (arXiv 2204.02311, 5.1) did. Without states it is skip."""
+    max_skipped: int = 3
+    """How often, before it is an error after all."""
+
+
+def gradient_norm(trained: Trained, max_grad_norm: float) -> float:
+    """The norm of a step's gradients, which are clipped to at most `max_grad_norm`."""
+    clipped = nn.utils.clip_grad_norm_(trained.student.parameters(), max_grad_norm)
+    return float(parallel.whole(clipped))
+
+
+def unfinished(losses: dict[str, float]) -> bool:
+    """Whether a step's `loss` or `grad_norm` is not finite; other figures may be infinite."""
+    return not (math.isfinite(losses["loss"]) and math.isfinite(losses["grad_norm"]))
+
+
+def leave_out(
+    progress: Progress,
+    trained: Trained,
+    on_nan: OnNan,
+    state_folder: Path | None,
+    rows: Tensor,
+    losses: dict[str, float],
+    log: TrainingLog,
+) -> Progress:
+    """How the training goes on after a step whose loss or gradient is not finite: the step is among those left out.
+
+    Raises:
+        NotFiniteError: it does not; blocks and losses are in a file beside the training's states.
+    """
+    for parameter in trained.student.parameters():
+        parameter.grad = None
+    step = progress.step
+    told = f"step {step}: loss {losses['loss']}, gradient norm {losses['grad_norm']}"
+    if on_nan.policy == "stop" or progress.skips >= on_nan.max_skipped:
+        kept = _record(state_folder, progress, rows, losses)
+        often = f" after {progress.skips} that were left out" if progress.skips else ""
+        raise NotFiniteError(
+            f"{told}; stopped before the optimizer step{often}. Blocks of this batch: {rows.tolist()}{kept}. "
+            "Try a lower learning_rate, look at those blocks, or on_nan: skip"
+        )
+    if on_nan.policy == "rollback" and state_folder is not None:
+        found = load_state(state_folder, trained, progress.settings)
+        if found is not None:
+            logger.warning("%s; back to step %d, and steps up to this one are left out", told, found.step)
+            found.left_out = sorted({*found.left_out, *range(found.step, step + 1)})
+            found.skips = progress.skips + 1
+            save_state(state_folder, trained, found)
+            log.again(found.curve)
+            return found
+    logger.warning("%s; the step is left out (%d of %d)", told, progress.skips + 1, on_nan.max_skipped)
+    progress.left_out = [*progress.left_out, step]
+    progress.skips += 1
+    return progress
+
+
+def _record(state_folder: Path | None, progress: Progress, rows: Tensor, losses: dict[str, float]) -> str:
+    """Write down what is known, but for the text itself; where."""
+    if state_folder is None or parallel.rank() > 0:
+        return ""
+    make_folder(state_folder)
+    figures = {name: repr(value) for name, value in losses.items()}
+    record = {"step": progress.step, "blocks": rows.tolist(), "losses": figures, "settings": progress.settings}
+    write_atomically(state_folder / RECORD, json.dumps(record, indent=1) + "\n")
+    return f" (all figures: {state_folder / RECORD})"

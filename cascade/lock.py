@@ -1,0 +1,126 @@
+"""One writer at a time in a run directory.
+
+The kernel holds the lock and drops it when its holder dies, however it dies: nothing has to be unlocked by hand. On a
+file system that several machines share, the kernel's lock may not reach the others; the holder therefore also touches
+the lock file every few seconds, and whoever finds another machine's name in it waits to see whether that goes on.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from cascade.errors import BusyError, UserError
+from cascade.secrets import redact
+from cascade.store import make_folder, sweep
+
+LOCK = ".cascade.lock"
+
+_BEAT_SECONDS = 15.0
+_WAIT_SECONDS = 60.0
+"""How long a holder on another machine is given to show that it lives."""
+
+
+@contextmanager
+def locked(run_folder: Path) -> Iterator[None]:
+    """Hold the run directory against a second run, and tidy what killed ones have left in it.
+
+    Raises:
+        BusyError: another run holds it.
+        UserError: nothing can be written there.
+    """
+    with _opened(run_folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BusyError(_held_by(run_folder, _record(file))) from error
+        _wait_for_others(run_folder, file)
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        _write(file, json.dumps(mine | {"command": redact(" ".join(sys.argv))}))
+        ended = threading.Event()
+        threading.Thread(target=_beat, args=(run_folder / LOCK, ended), daemon=True).start()
+        try:
+            sweep(run_folder)
+            yield
+        finally:
+            ended.set()
+            _write(file, "")
+
+
+def require_room(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuse to start what will not fit on the disk.
+
+    Raises:
+        UserError: less is free than is needed.
+    """
+    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free
+    if free < num_bytes:
+        raise UserError(
+            f"{folder}: {what} need {num_bytes / 1e9:,.2f} GB of disk, {free / 1e9:,.2f} GB are free; make room, or "
+            "give an --output on another disk"
+        )
+
+
+def _opened(run_folder: Path) -> IO[str]:
+    """The lock file; that a file can be made and renamed here is tried first."""
+    try:
+        make_folder(run_folder)
+        probe = run_folder / f".{LOCK}-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+        return (run_folder / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{run_folder}: cannot be written to: {error.strerror or error}; give an --output where this user may write"
+        ) from error
+
+
+def _record(file: IO[str]) -> dict[str, Any]:
+    file.seek(0)
+    with suppress(ValueError):
+        found = json.loads(file.read() or "{}")
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _write(file: IO[str], text: str) -> None:
+    with suppress(OSError):  # a full disk: the lock itself is the kernel's
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+
+
+def _held_by(run_folder: Path, holder: dict[str, Any]) -> str:
+    who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'this machine')}"
+    since = f", since {holder['started']}: {holder.get('command', '')}" if "started" in holder else ""
+    return f"{run_folder}: another run is writing here ({who}{since}); wait for it, stop it, or give another --output"
+
+
+def _wait_for_others(run_folder: Path, file: IO[str]) -> None:
+    """Where a run on another machine has not signed off, see whether it still touches the file."""
+    holder = _record(file)
+    if holder.get("host") in (None, socket.gethostname()):
+        return
+    last = os.stat(run_folder / LOCK).st_mtime
+    until = min(last, time.time()) + _WAIT_SECONDS
+    if time.time() < until:
+        print(f"{run_folder}: waiting to see whether the run on {holder['host']} is alive", file=sys.stderr, flush=True)
+    while time.time() < until:
+        time.sleep(min(1.0, _WAIT_SECONDS / 10))
+        if os.stat(run_folder / LOCK).st_mtime != last:
+            raise BusyError(_held_by(run_folder, holder))
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(_BEAT_SECONDS):
+        with suppress(OSError):
+            os.utime(path)

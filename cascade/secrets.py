@@ -1,0 +1,62 @@
+"""Keys and tokens: found in what a user wrote, and taken out of whatever is printed or kept."""
+
+import logging
+import os
+import re
+import sys
+import traceback
+from types import TracebackType
+from typing import Any
+
+_FORMS = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
+    r"|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|xox[abpr]-[0-9A-Za-z-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)")
+_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL", re.IGNORECASE)
+_SHORTEST = 8
+"""A shorter value of a variable is more likely a word than a key."""
+
+HIDDEN = "[hidden]"
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether an environment variable of this name is likely to hold a key."""
+    return _NAMES.search(name) is not None
+
+
+def looks_secret(text: str) -> bool:
+    """Whether a text holds what looks like a key, or a user and password in an address."""
+    return _FORMS.search(text) is not None or _IN_ADDRESS.search(text) is not None
+
+
+def redact(text: str) -> str:
+    """The text without keys: those of known forms, those in addresses, and the values of this process's own."""
+    own = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST}
+    for value in sorted(own, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    return _IN_ADDRESS.sub(HIDDEN, _FORMS.sub(HIDDEN, text))
+
+
+class Redacting(logging.Formatter):
+    """A formatter whose records, with their tracebacks, are redacted."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging's own, redacted."""
+        return redact(super().format(record))
+
+
+def redact_tracebacks() -> None:
+    """What ends this process unforeseen is told without keys."""
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
+
+    sys.excepthook = told
+
+
+def without_secrets(environment: dict[str, str]) -> dict[str, Any]:
+    """An environment for a process that runs foreign code."""
+    kept = {name: value for name, value in environment.items() if not is_secret_name(name)}
+    return {name: value for name, value in kept.items() if not looks_secret(value)}
