@@ -19,12 +19,14 @@ from cascade.cli_options import (
     POSITIVE,
     RECIPE,
     SET,
+    TASK_CODE,
     CommandGroup,
     dims_of_texts,
     finish,
     interruptible,
     quiet_libraries,
 )
+from cascade.cli_runs import doctor, report, verify
 from cascade.errors import UserError
 from cascade.failpoints import arm
 from cascade.secrets import Redacting, redact_tracebacks
@@ -45,13 +47,15 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-main.add_command(cache)
+for _command in (cache, report, verify, doctor):
+    main.add_command(_command)
 
 
 @main.command()
 @RECIPE
 @OUTPUT
 @SET
+@TASK_CODE
 @click.option("--only", multiple=True, metavar="MEMBER", help="Make only this member (and what it is cut from).")
 @click.option(
     "--from",
@@ -90,6 +94,7 @@ def run(
 @RECIPE
 @OUTPUT
 @SET
+@TASK_CODE
 @JSON
 def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check RECIPE and say what would be made, how large and how long. Loads no weights."""
@@ -256,6 +261,7 @@ def distill(
 @click.option("--teacher", help="Also measure KL to this model on the held-out text.")
 @click.option("--limit", type=POSITIVE, help="Items per task.")
 @click.option("--heldout-blocks", default=128, type=POSITIVE, show_default=True)
+@TASK_CODE
 @DATA
 @BLOCK
 @JSON
@@ -284,17 +290,3 @@ def evaluate(
         }
         found = {"checkpoint": found["checkpoint"]} | lines | found["speed"]
     finish(found, as_json)
-
-
-@main.command()
-@click.argument("run_folder", type=click.Path(file_okay=False))
-@JSON
-def report(run_folder: str, as_json: bool) -> None:
-    """Write family.csv, report.md and report.html of a run again from its family.json."""
-    from cascade.report.logs import training_logs
-    from cascade.report.records import load_family
-    from cascade.report.write import write_family
-
-    family = load_family(run_folder)
-    write_family(Path(run_folder), family["name"], family["rows"], training_logs(Path(run_folder)))
-    finish({name: str(Path(run_folder) / name) for name in ("family.csv", "report.md", "report.html")}, as_json)

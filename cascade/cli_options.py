@@ -37,9 +37,22 @@ DATA = click.option(
     show_default=True,
     help="Text: 'stdlib', or a JSONL(.gz), Parquet or text file.",
 )
+TASK_CODE = click.option(
+    "--allow-task-code",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, option, given: _allow_task_code() if given else None,
+    help="Let tasks of task folders run Python functions of their own, apart and without this machine's keys.",
+)
 BLOCK = click.option(
     "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
 )
+
+
+def _allow_task_code() -> None:
+    from cascade.evaluation.task_code import allow
+
+    allow()
 
 
 class CommandGroup(click.Group):

@@ -24,6 +24,7 @@ from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
+from cascade.fitting import in_parts_that_fit
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics, load_statistics, save_statistics
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_model, save_checkpoint
@@ -106,12 +107,11 @@ def make_statistics(
     """Statistics of the seed on calibration blocks."""
     model = load_model(seed).to(default_device())
     blocks = load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks)
-    statistics = collect_statistics(
-        model,
-        blocks,
-        batch_size=recipe.calibration.batch_size,
-        on_batch=on_step,
-        **statistics_options(recipe, hidden_choices),
+    options = statistics_options(recipe, hidden_choices)
+    statistics = in_parts_that_fit(
+        lambda size: collect_statistics(model, blocks, batch_size=size, on_batch=on_step, **options),
+        recipe.calibration.batch_size,
+        "statistics",
     )
     save_statistics(statistics, folder / "statistics.safetensors")
 

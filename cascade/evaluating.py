@@ -11,6 +11,7 @@ from cascade.classifier import examples_of
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import load_training
 from cascade.data.sources import read_documents
+from cascade.errors import RunError
 from cascade.evaluation.drift import lengths, uncertainty, unlikeness
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import (
@@ -30,9 +31,9 @@ from cascade.models.checkpoint import (
     load_model,
     load_tokenizer,
 )
+from cascade.plain_json import write_json
 from cascade.recipe.schema import Recipe
-from cascade.stages import write_json
-from cascade.store import COST_FILE
+from cascade.store import COST_FILE, INCOMPLETE, partial_of
 
 _TRAINING_BLOCKS = 2048
 """Of the training text, for other texts to be compared with."""
@@ -62,7 +63,10 @@ def make_evaluation(
         batch_size=settings.batch_size,
         reference=reference,
         seed=recipe.seed,
+        kept=partial_of(folder) / "tasks",
     )
+    if result.failed and parent_evaluation is None:  # before anything is trained: nothing is lost by stopping here
+        raise RunError(f"the parent's evaluation: {failures(result.failed)}")
     if recipe.data.production:
         model = load_model(checkpoint).to(default_device())
         metrics, _ = block_metrics(model, teacher, _production(recipe, checkpoint))
@@ -77,6 +81,13 @@ def make_evaluation(
     write_json(folder / "eval.json", {"metrics": metrics, "items": result.items, "tail": tail})
     write_json(folder / "lm_eval.json", result.raw)
     write_json(folder / COST_FILE, {"speed": result.speed})
+    if result.failed:
+        write_json(folder / INCOMPLETE, result.failed)
+
+
+def failures(failed: dict[str, str]) -> str:
+    """What could not be measured, and why."""
+    return "; ".join(f"{name} could not be measured: {why}" for name, why in failed.items())
 
 
 def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[str, Any]:

@@ -56,6 +56,9 @@ class ResolvedMember:
     """Blocks that the chain of seeds has read before."""
     peak_memory_bytes: float
     disk_bytes: float
+    """Of what stays when it is finished."""
+    state_bytes: float
+    """Of training states, the one being written included, while it is trained."""
     seconds: dict[str, float]
     """Estimated time of each stage on this machine."""
 
@@ -265,7 +268,9 @@ def _resolve(
         num_tokens=num_steps * step_tokens,
         first_position=before,
         peak_memory_bytes=peak_memory(recipe, distill, dims, count, int(parent_axes.num_parameters(parent))),
-        disk_bytes=count * (4 + stored_bytes * (1 + len(recipe.baselines))),
+        # Cut and repaired in float32; recovered, published and the baseline that is trained as they are saved.
+        disk_bytes=count * (8 + stored_bytes * (2 + ("ce" in recipe.baselines))),
+        state_bytes=count * 4 * (3 + (distill.ema_decay is not None)) * (distill.keep_states + 1),
         seconds=stage_seconds(
             recipe,
             flops,

@@ -14,6 +14,7 @@ from cascade.data.splits import SPLITS
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
 from cascade.errors import UserError
 from cascade.evaluation.harness import find_tasks
+from cascade.evaluation.task_code import CodeTask
 from cascade.models.checkpoint import file_sha256
 from cascade.recipe.data import Data
 from cascade.recipe.schema import Recipe
@@ -114,6 +115,9 @@ def task_fingerprint(recipe: Recipe) -> str:
     for task in find_tasks(recipe.evaluate.tasks, [Path(folder) for folder in recipe.evaluate.task_folders]):
         if isinstance(task, str):
             digest.update(task.encode())
+            continue
+        if isinstance(task, CodeTask):
+            digest.update(task.digest().encode())
             continue
         files = task["dataset_kwargs"].get("data_files") or {}
         for part in files.values() if isinstance(files, dict) else [files]:

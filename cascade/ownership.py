@@ -53,7 +53,11 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
     Raises:
         UserError: with the keys that differ, or because the directory holds something else.
     """
-    if not (folder / "recipe.yaml").exists():
+    try:
+        known = (folder / "recipe.yaml").exists()
+    except OSError as error:  # a name too long for the file system, a folder that may not be looked into
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}; give another --output") from error
+    if not known:
         if folder.is_file() or (folder.is_dir() and any(path.name != ".cascade.lock" for path in folder.iterdir())):
             raise UserError(f"{folder}: holds something that is not a run of this program; give another --output")
         return

@@ -166,6 +166,7 @@ def preview_text(found: dict[str, Any]) -> str:
     if found["generate"]:
         lines.append(_asked(found["generate"]))
     disk = sum(member["disk_bytes"] for member in found["members"])
+    disk += max((member["state_bytes"] for member in found["members"]), default=0)
     lines.append(f"Run directory {found['run']}: needs {_bytes(disk)} of {_bytes(found['disk_free_bytes'])} free.")
     lines.append(
         f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
@@ -256,6 +257,7 @@ def _member_record(member: ResolvedMember, total: int) -> dict[str, Any]:
         "num_steps": member.num_steps,
         "peak_memory_bytes": round(member.peak_memory_bytes),
         "disk_bytes": round(member.disk_bytes),
+        "state_bytes": round(member.state_bytes),
         "seconds": member.seconds,
     }
 

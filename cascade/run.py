@@ -12,12 +12,13 @@ from cascade import parallel
 from cascade.cache_choice import choose_cache, settle, with_cache
 from cascade.caching import open_cache
 from cascade.checks import check_family, require_one_process
-from cascade.errors import UserError
+from cascade.errors import RunError, UserError
 from cascade.estimates import parent_seconds
+from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
-from cascade.lock import locked
+from cascade.lock import locked, require_room
 from cascade.member import make_label_stage, make_member
 from cascade.models.checkpoint import load_config
 from cascade.origins import check_licences
@@ -29,11 +30,12 @@ from cascade.pruning.latency import DecodeLatency
 from cascade.publish import publish_copies, publish_member, write_report
 from cascade.quantising import make_copies
 from cascade.recipe.schema import Recipe
+from cascade.report.write import seal_reports
 from cascade.rows import FinishedMember, teacher_row
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import find_shape
-from cascade.store import append_event, write_atomically
+from cascade.store import MANIFEST, append_event, write_atomically
 from cascade.yaml_reader import write_yaml
 
 
@@ -71,17 +73,24 @@ def run_recipe(
     check_licences(recipe)
     wanted = _with_seeds(members, only)
     with locked(folder):
+        _require_room(folder, wanted)
         write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
         keep_latencies(recipe, config, folder, latencies)
         parallel.barrier()
         settle(folder, choice)
+        if (folder / MANIFEST).exists():
+            seal_reports(folder)  # the recipe may say more than it did
         append_event(folder, "started", members=[member.name for member in wanted])
         estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}
         for member in wanted:
             estimates |= {(member.name, stage): seconds for stage, seconds in member.seconds.items()}
         with RunProgress(console or Console(stderr=True), recipe.name, estimates) as progress:
             chosen = frozenset(only or [member.name for member in members])
-            _make_family(StageRunner(folder, progress, from_stage, chosen), recipe, members, wanted, latencies)
+            runner = StageRunner(folder, progress, from_stage, chosen)
+            _make_family(runner, recipe, members, wanted, latencies)
+        if runner.incomplete:
+            missing = "\n  ".join(runner.incomplete)
+            raise RunError(f"the family is made, but not all of it could be measured:\n  {missing}")
         append_event(folder, "done", members=[member.name for member in wanted])
     return folder
 
@@ -111,6 +120,14 @@ def run_generate(
     dropped = {f"dropped ({reason})": count for reason, count in record["dropped"].items()}
     found: dict[str, Any] = shown | counts | dropped | record["spent"]
     return found
+
+
+def _require_room(folder: Path, wanted: list[ResolvedMember]) -> None:
+    """Refuse now what would not fit on the disk at its end."""
+    missing = [one for one in wanted if not (folder / "members" / one.name).exists()]
+    if missing:
+        most = sum(one.disk_bytes for one in missing) + max(one.state_bytes for one in missing)
+        require_room(folder, round(1.1 * most), f"the members {', '.join(one.name for one in missing)}")
 
 
 def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str]) -> Path:
@@ -166,7 +183,7 @@ def _make_family(
         finished[name] = replace(made, candidates=candidate_rows(member, tried))
         if not writes:
             continue
-        with runner.progress.stage(member.name, "report"):
+        with at("report"), runner.progress.stage(member.name, "report"):
             publish_member(runner.folder, recipe, members, member, finished[member.name], teacher, shared.parent)
             write_report(runner.folder, recipe, members, teacher, finished, copies)
 

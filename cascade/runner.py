@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import transformers
 from cascade import __version__, parallel
 from cascade.failpoints import at
 from cascade.progress import OnStep, RunProgress
-from cascade.store import COST_FILE, append_event, drop_partials, stage_key, staged, verify_folder
+from cascade.store import COST_FILE, INCOMPLETE, append_event, drop_partials, stage_key, staged, verify_folder
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ class StageRunner:
     from_stage: str | None
     members: frozenset[str]
     """Members that `from_stage` is meant for."""
+    incomplete: list[str] = field(default_factory=list)
+    """What could not be measured; all else goes on, and the next run tries it again."""
 
     def run(
         self,
@@ -100,6 +102,7 @@ class StageRunner:
             return self._follow(final, make)
         forced = self._is_forced(member, stage)
         if not forced and self._is_whole(final, member, stage):
+            drop_partials(final)  # a death right after the commit has left them
             parallel.tell(_DONE)
             self.progress.skip(member, stage, "already done with the same inputs and settings")
             append_event(self.folder, "skipped", member=member, stage=stage, key=key)
@@ -122,7 +125,12 @@ class StageRunner:
                 make(staging, on_step)
             cost = read_cost(staging) | {"seconds": time.perf_counter() - started}
             (staging / COST_FILE).write_text(json.dumps(cost))
-        drop_partials(final)
+        if (final / INCOMPLETE).exists():
+            failed = json.loads((final / INCOMPLETE).read_text())
+            self.incomplete.extend(f"{member}: {name}: {why.splitlines()[0]}" for name, why in failed.items())
+            append_event(self.folder, "incomplete", member=member, stage=stage, failed=sorted(failed))
+        else:
+            drop_partials(final)
         parallel.tell(_DONE)
         append_event(self.folder, "finished", member=member, stage=stage, key=key, seconds=round(cost["seconds"], 3))
         return final
@@ -148,7 +156,7 @@ class StageRunner:
         if damaged:
             logger.warning("%s: damaged (%s); it is made again", final, ", ".join(damaged[:3]))
             append_event(self.folder, "damaged", member=member, stage=stage, files=damaged)
-        return not damaged
+        return not damaged and not (final / INCOMPLETE).exists()
 
     def _is_forced(self, member: str, stage: str) -> bool:
         if self.from_stage is None or member not in self.members:

@@ -1,5 +1,6 @@
 """One stage on its own, from the command line's plain arguments: models by reference, text by name."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from cascade.data.blocks import TokenBlocks, pack_documents
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
-from cascade.errors import UserError
+from cascade.errors import RunError, UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.family import hidden_score
@@ -173,6 +174,9 @@ def evaluate_model(
         require_same_vocabulary(load_tokenizer(teacher_source), tokenizer, source.reference)
         expert = load_model(teacher_source).to(default_device())
     result = evaluate(source, tasks=tasks, teacher=expert, heldout=heldout, task_folders=task_folders, limit=limit)
+    if result.failed:
+        told = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
+        raise RunError(f"{told}. The others: {json.dumps(result.metrics)}")
     return {"checkpoint": source.reference, "metrics": result.metrics, "speed": result.speed}
 
 

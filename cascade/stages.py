@@ -1,8 +1,6 @@
 """What each stage of a run does: read its inputs' folders, write its own. No stage knows about another's keys."""
 
-import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,12 +19,12 @@ from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.range_test import find_learning_rate
-from cascade.distillation.step import is_out_of_memory
 from cascade.distillation.trainer import distill
 from cascade.estimates import flops_of
 from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.reload import write_reference
 from cascade.family import ResolvedMember
+from cascade.fitting import is_out_of_memory
 from cascade.inputs import as_guessed, labelled_data, text_data
 from cascade.models.checkpoint import (
     CHECKPOINT,
@@ -36,6 +34,7 @@ from cascade.models.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
+from cascade.plain_json import write_json
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
 from cascade.report.trackers import tracked
@@ -257,23 +256,3 @@ def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:
     if parallel.world_size() == 1:
         return teacher
     return parallel.shard(load_model(parent).to(default_device()).requires_grad_(False))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Strict JSON, whatever lm-eval has put into it."""
-    path.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """JSON's own types: lm-eval's results also hold arrays, functions, dataclasses and NaN (null here)."""
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str | int | bool) or value is None:
-        return value
-    return _plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else str(value)

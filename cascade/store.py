@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
 
 COST_FILE = "cost.json"
+
+INCOMPLETE = "incomplete.json"
+"""In a stage's folder: what of it failed, and is tried again by the next run."""
 
 _OWN_SHA256, _REPLACED = "sha256", ".replaced-"
 
@@ -117,7 +120,7 @@ def make_folder(folder: Path) -> None:
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     for one in reversed(missing):
         one.mkdir(exist_ok=True)
-        _sync_folder(one.parent)
+        sync_folder(one.parent)
 
 
 def partial_of(staging: Path) -> Path:
@@ -150,7 +153,7 @@ def write_atomically(path: Path, text: str) -> None:
             raise DiskError(_no_room(path, error, len(text))) from error
         raise
     failpoint("file.renamed")
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def append_event(run_folder: Path, event: str, **fields: Any) -> None:
@@ -210,8 +213,22 @@ def _write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
             name = path.relative_to(folder).as_posix()
             files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         else:
-            _sync_folder(path)
+            sync_folder(path)
     failpoint("store.synced")
+    _write_files(folder, files, provenance)
+
+
+def seal(folder: Path, names: Iterable[str], provenance: dict[str, Any]) -> None:
+    """A manifest of some files that lie in a folder side by side, each of which was replaced in one step."""
+    files = {}
+    for name in sorted(names):
+        path = folder / name
+        if path.is_file():
+            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    _write_files(folder, files, provenance)
+
+
+def _write_files(folder: Path, files: dict[str, Any], provenance: dict[str, Any]) -> None:
     # As it is read back, so that its own sha256 is of the same text.
     manifest = json.loads(json.dumps(provenance | {"files": files}, default=str))
     whole = {_OWN_SHA256: _text_sha256(_manifest_text(manifest))} | manifest
@@ -234,7 +251,7 @@ def _replace_folder(staging: Path, final: Path) -> None:
         failpoint("store.aside")
     os.rename(staging, final)
     failpoint("store.renamed")
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     failpoint("store.committed")
 
@@ -254,7 +271,8 @@ def _no_room(path: Path, error: BaseException, written: int) -> str:
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Names that were given in a folder, or taken, are on the disk then."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -131,6 +131,16 @@ baselines: [cut, repaired, ce]
 
 
 @pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    """Starts commands in processes that can be killed."""
+    from faults import Zygote
+
+    started = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def tiny_recipe(recipe_folder):
     from cascade.recipe.load import load_recipe
 

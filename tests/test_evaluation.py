@@ -107,7 +107,7 @@ def test_task_files_name_their_data_relative_to_themselves(tmp_path):
     with pytest.raises(UserError, match="data file gone.jsonl is missing"):
         find_tasks(["mine"], [tmp_path])
     (tmp_path / "mine.yaml").write_text(text + "process_docs: !function evil.run\n")
-    with pytest.raises(UserError, match="tag !function is not allowed"):
+    with pytest.raises(UserError, match="names Python functions of its own.*--allow-task-code"):
         find_tasks(["mine"], [tmp_path])
 
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from cascade.errors import RecipeError, UserError
 from cascade.recipe.load import load_recipe
@@ -223,7 +224,7 @@ def _family(tmp_path, parent, members, **sections):
 def _saved_config(config, folder):
     folder.mkdir()
     config.save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(b"")
+    save_file({}, folder / "model.safetensors")
     return folder
 
 

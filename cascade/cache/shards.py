@@ -7,7 +7,6 @@ window and its record, so that a record that was damaged, moved to another windo
 Shapes: W = windows of a shard.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -25,8 +24,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from cascade.errors import RunError, UserError
+from cascade.errors import DiskError, RunError, UserError, is_disk_error
+from cascade.failpoints import failpoint
 from cascade.models.tensor_file import Entry, entries_of
+from cascade.store import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -184,15 +185,16 @@ def telling(folder: Path) -> Iterator[None]:
     """Failures to write there, as errors that say what to do.
 
     Raises:
-        RunError: the disk is full, or the folder cannot be written.
+        DiskError: the disk takes no more.
+        RunError: the folder cannot be written.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(
-                f"{folder}: the disk is full. What was labelled before is kept; make room (`cascade cache prune`) or "
-                "give another distill.cache.folder, and run the same command again"
+        if is_disk_error(error):
+            raise DiskError(
+                f"{folder}: the disk is full, or fails ({error.strerror}). What was labelled before is kept; make room "
+                "(`cascade cache prune`) or give another distill.cache.folder, and run the same command again"
             ) from error
         raise RunError(f"{folder}: cannot be written: {error.strerror}; give another distill.cache.folder") from error
 
@@ -252,10 +254,14 @@ def _write(path: Path, content: bytes) -> None:
     with telling(path.parent):
         try:
             with temporary.open("wb") as file:
+                failpoint("shard.begun")
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            failpoint("shard.synced")
+            os.replace(temporary, path)
+            failpoint("shard.renamed")
+            sync_folder(path.parent)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise

@@ -18,6 +18,7 @@ from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import Objective
 from cascade.errors import TrainingError
 from cascade.failpoints import failpoint
+from cascade.fitting import is_out_of_memory
 from cascade.store import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -100,12 +101,6 @@ def _nothing_fits(task: Task) -> str:
         f"out of memory with a single block of {size} tokens; what would help: data.block_size {size // 2}, "
         "gradient_checkpointing: true, optimizer: adamw_8bit, more processes, or a larger machine"
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says."""
-    # On the CPU it is a plain RuntimeError of the allocator.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def _accumulate(task: Task, microbatch_size: int) -> dict[str, float]:

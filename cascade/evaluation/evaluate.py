@@ -13,6 +13,7 @@ from cascade.data.examples import Examples
 from cascade.evaluation.harness import run_tasks
 from cascade.evaluation.heldout import heldout_report
 from cascade.evaluation.reload import check_reload, start_fresh_process
+from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
 
 
@@ -28,6 +29,8 @@ class Evaluation:
     """lm-eval's own result"""
     tail: dict[str, Any] | None
     """By decile of the teacher's entropy, and by slice (`long_tail`); None without a teacher"""
+    failed: dict[str, str]
+    """Task -> why it could not be measured; the others were"""
     speed: dict[str, float]
     """prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes; empty if not measured"""
 
@@ -45,10 +48,12 @@ def evaluate(
     measure_speed: bool = True,
     reference: Path | None = None,
     seed: int = 0,
+    kept: Path | None = None,
 ) -> Evaluation:
     """Evaluate a saved checkpoint as its users will load it: from disk, rounded as saved, computed in float32.
 
-    `reference` is what `write_reference` wrote when the checkpoint was saved; with it the reload gate compares.
+    `reference` is what `write_reference` wrote when the checkpoint was saved; with it the reload gate compares. Tasks'
+    results lie in the folder `kept` until all is done, so that another try finds them.
 
     Raises:
         UserError: no such checkpoint, or an unknown task.
@@ -63,7 +68,9 @@ def evaluate(
     items: dict[str, list[float]] = {}
     tail: dict[str, Any] | None = None
     if heldout is not None:
-        metrics, items, tail = heldout_report(model, teacher, heldout)
+        metrics, items, tail = in_parts_that_fit(
+            lambda size: heldout_report(model, teacher, heldout, batch_size=size), 8, "heldout"
+        )
     tokenizer = load_tokenizer(source) if tasks else None
     results = run_tasks(
         model,
@@ -74,11 +81,13 @@ def evaluate(
         num_fewshot=num_fewshot,
         batch_size=batch_size,
         seed=seed,
+        source=source,
+        kept=kept,
     )
     speed: dict[str, float] = {}
     if measured:
         speed = check_reload(source.folder, reference)
-    return Evaluation(metrics + results.metrics, items | results.items, results.raw, tail, speed)
+    return Evaluation(metrics + results.metrics, items | results.items, results.raw, tail, results.failed, speed)
 
 
 def default_device() -> torch.device:

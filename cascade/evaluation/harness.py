@@ -2,42 +2,46 @@
 
 import contextlib
 import difflib
+import hashlib
+import json
 import logging
-import math
 import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import nn
 
-from cascade.errors import RunError, UserError
+from cascade.errors import DiskError, RunError, UserError
 from cascade.evaluation.items import TASK_FOLDER
+from cascade.evaluation.results import TaskResults, results_of
+from cascade.evaluation.task_code import CodeTask, code_task, holds_code, measure_apart
+from cascade.failpoints import at, failpoint
+from cascade.fitting import in_parts_that_fit
+from cascade.models.checkpoint import ModelSource
+from cascade.plain_json import plain
+from cascade.store import make_folder, write_atomically
 from cascade.yaml_reader import read_yaml
 
-
-@dataclass(frozen=True)
-class TaskResults:
-    """What lm-eval measured."""
-
-    metrics: list[dict[str, Any]]
-    """One record per task, metric and filter, as in family.json."""
-    items: dict[str, list[float]]
-    """'task/metric/filter' -> the score of each item in order, for paired comparisons."""
-    raw: dict[str, Any]
-    """lm-eval's own result, without the samples."""
+logger = logging.getLogger(__name__)
 
 
-def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> list[str | dict[str, Any]]:
+Task = str | dict[str, Any] | CodeTask
+
+
+def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> list[Task]:
     """What to hand lm-eval for each name: a task's config from a folder, or the name of one of its own tasks.
 
     The package's own tasks are always there. Paths of data files in a task file are relative to that file.
 
     Raises:
-        UserError: nobody knows the name.
+        UserError: nobody knows the name, or the task brings code that was not allowed.
     """
     known: dict[str, Path] = {}
     for folder in (TASK_FOLDER, *folders):
@@ -61,107 +65,114 @@ def run_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    source: ModelSource | None = None,
+    kept: Path | None = None,
 ) -> TaskResults:
-    """Evaluate with `lm_eval.simple_evaluate`.
+    """Evaluate with `lm_eval.simple_evaluate`, task by task: one that fails does not take the others with it.
+
+    `source` is where tasks with code of their own find the model. Results lie in the folder `kept` as soon as they are
+    there, and are taken from it.
 
     Raises:
-        UserError: a task is unknown.
+        UserError: a task is unknown, or may not run.
     """
-    if not tasks:
-        return TaskResults([], {}, {})
-    configs = find_tasks(tasks, task_folders)
+    results = TaskResults([], {}, {})
+    options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed}
+    for name, task in zip(tasks, find_tasks(tasks, task_folders), strict=True):
+        own = None if kept is None else kept / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+        try:
+            if own is not None and own.exists():
+                found = json.loads(own.read_text())
+            else:
+                with at("task"):
+                    found = in_parts_that_fit(
+                        partial(_one, task, model, tokenizer, source, options),
+                        batch_size,
+                        "evaluation",
+                    )
+                if own is not None:
+                    make_folder(own.parent)
+                    write_atomically(own, json.dumps(found))
+        except (DiskError, UserError):
+            raise
+        except RunError as error:
+            logger.warning("%s: could not be measured; the other tasks are. %s", name, error)
+            results.failed[name] = str(error)
+            continue
+        results.metrics.extend(found["metrics"])
+        results.items.update(found["items"])
+        for key, value in found["raw"].items():
+            if isinstance(value, dict) and isinstance(results.raw.get(key), dict):
+                results.raw[key] = results.raw[key] | value
+            else:
+                results.raw.setdefault(key, value)
+    return results
+
+
+def measure_code_task(model: nn.Module, tokenizer: Any, path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """{'metrics', 'items', 'raw'} of a task file with functions of its own, which are imported here."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return asdict(_measure(model, tokenizer, _with_places(load_yaml(path), path), options))
+
+
+def _one(
+    task: Task, model: nn.Module, tokenizer: Any, source: ModelSource | None, options: dict[str, Any], batch_size: int
+) -> dict[str, Any]:
+    """{'metrics', 'items', 'raw'} in JSON's own types."""
+    options = options | {"batch_size": batch_size}
+    if not isinstance(task, CodeTask):
+        found: dict[str, Any] = plain(asdict(_measure(model, tokenizer, task, options)))
+        return found
+    if source is None:
+        raise UserError(f"{task.path}: brings code of its own; such tasks read a checkpoint from its folder")
+    where = {"folder": str(source.folder), "reference": source.reference, "gguf_file": source.gguf_file}
+    return measure_apart(task, where | {"options": options})
+
+
+def _measure(model: nn.Module, tokenizer: Any, config: str | dict[str, Any], options: dict[str, Any]) -> TaskResults:
+    limit, seed = options["limit"], options["seed"]
     with _quiet():
+        failpoint("begun")
+        import lm_eval.utils
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_context_length(model))
+        if isinstance(config, dict) or not isinstance(lm_eval.utils.env, ImmutableSandboxedEnvironment):
+            lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
+        adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options["batch_size"],
+                       max_length=_context_length(model))  # fmt: skip
         raw: Any = simple_evaluate(
             model=adapter,
-            tasks=configs,
+            tasks=[config],
             limit=limit,
-            num_fewshot=num_fewshot,
+            num_fewshot=options["num_fewshot"],
             bootstrap_iters=0,
             log_samples=True,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
-            task_manager=_task_manager(configs),
+            task_manager=_task_manager(config),
         )
-    samples = raw.pop("samples")
-    metrics, items = [], {}
-    for task, values in raw["results"].items():
-        for key in list(values):
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr"):
-                continue
-            scores = _item_scores(samples.get(task, []), metric, filter_name)
-            if scores and not math.isclose(sum(scores) / len(scores), values[key], rel_tol=1e-6, abs_tol=1e-9):
-                scores = []  # the metric is no mean of its items' numbers (perplexity, for one)
-            items[f"{task}/{metric}/{filter_name}"] = scores
-            metrics.append(_record(raw, task, metric, filter_name, scores, samples.get(task, []), limit))
-    return TaskResults(metrics, items, raw)
+    return results_of(raw, limit)
 
 
-def _record(
-    raw: dict[str, Any],
-    task: str,
-    metric: str,
-    filter_name: str,
-    scores: list[float],
-    samples: list[Any],
-    limit: Any,
-) -> dict[str, Any]:
-    values = raw["results"][task]
-    higher = raw.get("higher_is_better", {}).get(task, {}).get(metric)
-    return {
-        "task": task,
-        "metric": metric,
-        "filter": filter_name,
-        "value": _number(values[f"{metric},{filter_name}"]),
-        "stderr": _standard_error(scores) if scores else _number(values.get(f"{metric}_stderr,{filter_name}")),
-        "n": raw["n-samples"].get(task, {}).get("effective"),
-        "higher_is_better": higher,
-        "chance": _chance(raw["configs"].get(task, {}), metric, samples),
-        "num_fewshot": raw.get("n-shot", {}).get(task),
-        "limit": limit,
-        "retention": None,
-        "retention_interval": None,
-    }
+def _sandboxed(environment: Any) -> Any:
+    """lm-eval's templates as templates: a task file's Jinja cannot reach Python's insides."""
+    own = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    own.filters.update(environment.filters)
+    return own
 
 
-def _chance(config: dict[str, Any], metric: str, samples: list[Any]) -> float | None:
-    """What guessing scores: one over the number of choices, 0 for an exact match; unknown for other metrics."""
-    if metric.startswith("acc"):
-        if config.get("output_type") == "multiple_choice" and samples:
-            return sum(1 / max(1, len(sample["filtered_resps"])) for sample in samples) / len(samples)
-        return 0.0
-    return 0.0 if metric.startswith("exact_match") else None
+def _local_task(path: Path) -> Task:
+    if holds_code(path):
+        return code_task(path)
+    return _with_places(read_yaml(path).data, path)
 
 
-def _item_scores(samples: list[Any], metric: str, filter_name: str) -> list[float]:
-    """One number per item where the metric is a mean of such, else nothing."""
-    chosen = [sample for sample in samples if sample.get("filter", filter_name) == filter_name]
-    values = [sample.get(metric) for sample in sorted(chosen, key=lambda sample: int(sample["doc_id"]))]
-    if all(isinstance(value, int | float) for value in values):
-        return [float(value) for value in values]
-    return []
-
-
-def _standard_error(scores: list[float]) -> float | None:
-    count = len(scores)
-    if count < 2:
-        return None
-    mean = sum(scores) / count
-    return float((sum((score - mean) ** 2 for score in scores) / (count * (count - 1))) ** 0.5)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and value == value else None
-
-
-def _local_task(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = read_yaml(path).data
+def _with_places(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A task whose data files are looked for beside its own file."""
     if "include" in config:
         raise UserError(f"{path}: `include` is not supported here; write the task in one file")
     arguments = dict(config.get("dataset_kwargs") or {})
@@ -196,11 +207,11 @@ def _own_task(name: str, known: list[str]) -> str:
     )
 
 
-def _task_manager(configs: list[str | dict[str, Any]]) -> Any:
+def _task_manager(config: str | dict[str, Any]) -> Any:
     from lm_eval.tasks import TaskManager
 
     # Indexing lm-eval's thousands of task files takes seconds; needed only when one of them is asked for.
-    return TaskManager(include_defaults=any(isinstance(config, str) for config in configs))
+    return TaskManager(include_defaults=isinstance(config, str))
 
 
 def _context_length(model: Any) -> int:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from cascade.errors import UserError
 from cascade.models.architecture import model_class_of
 from cascade.models.quantised import is_rounded, unpacked
+from cascade.models.safety import check_model_folder
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
@@ -240,12 +240,7 @@ def _require_safetensors(folder: Path) -> None:
             f"{folder}: no safetensors weights{found}. Convert the model once with "
             "transformers' save_pretrained, in a place you trust."
         )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            raise UserError(f"{folder}: the index names shards that are missing: {', '.join(missing)}")
+    check_model_folder(folder)
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from cascade.errors import RecipeError
 from cascade.recipe.schema import Recipe
+from cascade.secrets import looks_secret, redact
 from cascade.yaml_reader import YamlDocument, parse_yaml, read_yaml
 
 
@@ -25,12 +26,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(document.data, dict):
         raise RecipeError(str(path), [f"{path}:1:1: a recipe is a mapping of keys, starting with `name:`"])
     overridden = [_override(document, text) for text in overrides]
+    _refuse_secrets(document, path, overridden)
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
         problems = [_describe(document, problem, overridden) for problem in error.errors()]
         raise RecipeError(str(path), list(dict.fromkeys(problems))) from error
     return _with_absolute_paths(recipe, path.resolve().parent)
+
+
+def _refuse_secrets(document: YamlDocument, path: Path, overridden: list[tuple[str, ...]]) -> None:
+    """Recipes are shared, and written into every card.
+
+    Raises:
+        RecipeError: a value looks like a key; it is not repeated.
+    """
+    found: list[str] = []
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), document.data)]
+    while waiting:
+        place, value = waiting.pop()
+        inner: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        waiting += [((*place, key), one) for key, one in inner]
+        if isinstance(value, str) and looks_secret(value) or any(looks_secret(str(key)) for key, _ in inner):
+            where = "--set" if tuple(map(str, place)) in overridden else document.where(place)
+            name = ".".join(str(part) for part in place)
+            found.append(f"{where}: {redact(name)}: looks like a key or password; recipes are copied into cards and "
+                         "reports. Put it into an environment variable (HF_TOKEN, or key_env's)")  # fmt: skip
+    if found:
+        raise RecipeError(str(path), found)
 
 
 def _override(document: YamlDocument, text: str) -> tuple[str, ...]:

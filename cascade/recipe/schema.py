@@ -4,6 +4,7 @@ Hugging Face names are used verbatim. There are no keys that do nothing: what is
 """
 
 import re
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -229,6 +230,15 @@ class Recipe(Section):
     def _safe(cls, value: str) -> str:
         if not NAME.fullmatch(value):
             raise ValueError(f"'{value}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _here(cls, value: str) -> str:
+        parts = {*PurePosixPath(value).parts, *PureWindowsPath(value).parts}
+        absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).drive or value.startswith(("~", "\\"))
+        if absolute or ".." in parts or "\0" in value:
+            raise ValueError(f"'{value}' leads out of where the command runs; for another place give --output")
         return value
 
     @model_validator(mode="after")

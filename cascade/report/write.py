@@ -5,6 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from cascade.health import findings
+from cascade.report.logs import training_logs
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
 from cascade.report.production import load_drift, production_table, wrong_diet
 from cascade.report.records import Row, family_csv, family_json, metric_names
@@ -12,7 +14,7 @@ from cascade.report.tables import Table, markdown_table, quality_table, shape_ta
 from cascade.report.tail import decile_table, load_tails, slice_table
 from cascade.report.targets import load_targets, targets_table
 from cascade.report.verdicts import load_verdicts, verdict_table
-from cascade.store import write_atomically
+from cascade.store import MANIFEST, seal, write_atomically
 
 Titled = tuple[str, Table]
 
@@ -23,6 +25,8 @@ _NOTES = (
     "held-out text. Speeds are of a batch of one on this machine's CPU, each in a process of its own, in float32; "
     "copies in fewer bits compute in the dtype that they are stored in."
 )
+
+_SEALED = (".json", ".csv", ".md", ".html", ".yaml")
 
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -40,6 +44,13 @@ def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str,
     write_atomically(run_folder / "family.csv", family_csv(rows))
     write_atomically(run_folder / "report.md", report_markdown(name, rows, further))
     write_atomically(run_folder / "report.html", report_html(name, rows, curves, further))
+    seal_reports(run_folder)
+
+
+def seal_reports(run_folder: Path) -> None:
+    """The manifest of the run's own files, for `cascade verify`."""
+    names = [path.name for path in run_folder.iterdir() if path.suffix in _SEALED]
+    seal(run_folder, [name for name in names if name != MANIFEST], {"stage": "report"})
 
 
 def report_markdown(name: str, rows: list[Row], further: Sequence[Titled] = ()) -> str:
@@ -76,6 +87,8 @@ def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     """What a run has written besides its rows."""
     verdicts, tails = load_verdicts(run_folder), load_tails(run_folder)
     tables = [("Good enough", verdict_table(verdicts))] if verdicts else []
+    said = [[name, one] for name, log in training_logs(run_folder).items() for one in findings(log)]
+    tables += [("Trainings to look at", [["member", "found"], *said])] if said else []
     targets = load_targets(run_folder)
     if targets.get("members"):
         tables.append((f"Teacher's targets: {targets['kind']}", targets_table(targets)))

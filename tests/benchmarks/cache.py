@@ -180,6 +180,15 @@ def gradient(student, batch, teacher=None):
     return total / batch.num_counted()
 
 
+def angle(one, other):
+    """Degrees between two vectors; summed in float64, as float32 sums of 10^8 products are not good enough."""
+    dots = [0.0, 0.0, 0.0]
+    for a, b in zip(one.split(1 << 20), other.split(1 << 20), strict=True):
+        a, b = a.double(), b.double()
+        dots = [dots[0] + float(a @ b), dots[1] + float(a @ a), dots[2] + float(b @ b)]
+    return math.degrees(math.acos(max(-1.0, min(1.0, dots[0] / math.sqrt(dots[1] * dots[2])))))
+
+
 def measure_noise(options):
     """The table of noise, at three places of a recovery."""
     from dataclasses import replace
@@ -232,11 +241,7 @@ def measure_noise(options):
                 added, angles, together = 0.0, [], torch.zeros_like(mean)
                 for one, true in zip(batches, exact, strict=True):
                     found = gradient(student, replace(own.rows(one), known=reader.of(one)))
-                    angles.append(
-                        math.degrees(
-                            math.acos(max(-1.0, min(1.0, float((true @ found) / (true.norm() * found.norm())))))
-                        )
-                    )
+                    angles.append(angle(true, found))
                     added += float((found - true).square().sum()) / steps
                     # The mean error over all steps: noise shrinks with their number, bias does not.
                     together += (found - true) / steps
@@ -249,11 +254,7 @@ def measure_noise(options):
                         "of_minibatch_variance": added / minibatch,
                         "angle_degrees": statistics.median(angles),
                         "mean_error_of_noise": float(together.norm()) / noise,
-                        "angle_of_all_steps": math.degrees(
-                            math.acos(
-                                min(1.0, float((mean @ (mean + together)) / (mean.norm() * (mean + together).norm())))
-                            )
-                        ),
+                        "angle_of_all_steps": angle(mean, mean + together),
                     }
                 )
     return rows

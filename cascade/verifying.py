@@ -1,0 +1,114 @@
+"""Whether a run directory is still, byte for byte, what was written into it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade.errors import UserError
+from cascade.models.safety import check_model_folder
+from cascade.store import INCOMPLETE, MANIFEST, output_digest, verify_folder
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is not as it was written."""
+
+    place: str
+    """Path inside the run directory."""
+    what: str
+    cure: str
+
+
+def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
+    """(files hashed, faults) of a run directory: stages, training states, members, reports, recipe and events.
+
+    Raises:
+        UserError: the folder is no run directory.
+    """
+    if not (run_folder / "recipe.yaml").is_file():
+        raise UserError(f"{run_folder}: no recipe.yaml; give a run directory, as `cascade run` prints it")
+    faults: list[Fault] = []
+    count = 0
+    again = "run the same command again: it is made again from what is whole"
+    for kind in ("stages", "members"):
+        for folder in sorted((run_folder / kind).glob("[!.]*/")):
+            found, files = _committed(folder, run_folder, again)
+            faults += found
+            count += files
+    for folder in sorted((run_folder / "members").glob("[!.]*/")):
+        faults += _member(folder, run_folder)
+    for folder in sorted((run_folder / "stages").glob(".partial-*/step-*/")):
+        found, files = _committed(folder, run_folder, "nothing: the state before it is taken")
+        faults += found
+        count += files
+    if (run_folder / MANIFEST).exists():
+        damaged = verify_folder(run_folder)
+        cure = f"{again}; or `cascade report {run_folder}`"
+        faults += [Fault(name, "is not as the run left it", cure) for name in damaged]
+        count += len(json.loads((run_folder / MANIFEST).read_text()).get("files", {})) if MANIFEST not in damaged else 0
+    faults += _events(run_folder)
+    for pattern in _PICKLED:
+        for path in sorted(run_folder.rglob(pattern)):
+            faults.append(Fault(_inside(path, run_folder), "can hold code; no run writes such files", "remove it"))
+    return count, faults
+
+
+def _committed(folder: Path, run_folder: Path, cure: str) -> tuple[list[Fault], int]:
+    damaged = verify_folder(folder)
+    faults = [Fault(f"{_inside(folder, run_folder)}/{name}", _what(folder / name), cure) for name in damaged]
+    if MANIFEST in damaged:
+        return faults, 0
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    if (folder / INCOMPLETE).exists():
+        missing = ", ".join(json.loads((folder / INCOMPLETE).read_text()))
+        faults.append(Fault(_inside(folder, run_folder), f"not measured: {missing}", "run the same command again"))
+    return faults, len(files)
+
+
+def _what(path: Path) -> str:
+    if not path.exists():
+        return "is missing"
+    return "is not as it was written" if path.name == MANIFEST else "has another content than was written"
+
+
+def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
+    """What a manifest cannot tell: files that were added, an index that leads elsewhere, stages that are others now."""
+    try:
+        known = json.loads((folder / MANIFEST).read_text())["files"]
+        lineage = json.loads((folder / "cascade.json").read_text())
+        stages = {one["folder"]: one["sha256"] for one in lineage["stages"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # told already
+    for path in sorted(folder.rglob("*.safetensors*")):
+        if path.relative_to(folder).as_posix() not in known:
+            yield Fault(_inside(path, run_folder), "is not of this member, and would be loaded with it", "remove it")
+    try:
+        check_model_folder(folder)
+    except UserError as error:
+        yield Fault(_inside(folder, run_folder), str(error), "run the same command again")
+    for name, sha256 in stages.items():
+        place = run_folder / name
+        try:
+            same = not place.exists() or output_digest(place) == sha256
+        except (OSError, ValueError):
+            continue  # told already
+        if not same:
+            yield Fault(_inside(folder, run_folder), f"was not made from what {name} holds now", "run it again")
+
+
+def _events(run_folder: Path) -> Iterator[Fault]:
+    path = run_folder / "events.jsonl"
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            json.loads(line)
+        except ValueError:
+            yield Fault(f"events.jsonl:{number}", "is no JSON: cut off or changed", "nothing: no stage depends on it")
+
+
+def _inside(path: Path, run_folder: Path) -> str:
+    return path.relative_to(run_folder).as_posix()
