@@ -188,7 +188,7 @@ def test_weights_are_known_by_content_whatever_files_they_are_in(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "header", "emptied"])
-def test_a_damaged_shard_is_labelled_again_and_never_used(tmp_path, damage):
+def test_F17_a_damaged_shard_is_labelled_again_and_never_used(tmp_path, damage):
     teacher, blocks = make_model(), make_blocks(6)
     whole = records(labelled(tmp_path, SAMPLED, teacher, blocks))
     shard = next(iter(opened(tmp_path, SAMPLED, teacher).folder.glob("*.safetensors")))
@@ -218,7 +218,7 @@ def test_a_damaged_shard_is_labelled_again_and_never_used(tmp_path, damage):
         assert label(fresh, SAMPLED, teacher, blocks).made == 0
 
 
-def test_shards_of_another_root_and_swapped_records_are_not_used(tmp_path):
+def test_F17_shards_of_another_root_and_swapped_records_are_not_used(tmp_path):
     teacher, other, blocks = make_model(), make_model(seed=1), make_blocks(4)
     mine, theirs = (labelled(tmp_path, SAMPLED, one, blocks) for one in (teacher, other))
     for shard in theirs.folder.glob("*.safetensors"):
@@ -235,7 +235,7 @@ def test_shards_of_another_root_and_swapped_records_are_not_used(tmp_path):
     assert key in forged and forged.read(key) is None and key not in forged
 
 
-def test_a_full_disk_leaves_what_was_written_and_says_what_to_do(tmp_path, monkeypatch):
+def test_F12_a_full_disk_leaves_what_was_written_and_says_what_to_do(tmp_path, monkeypatch):
     teacher, blocks = make_model(), make_blocks(6)
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1)
     whole, written = shards._write, []
@@ -277,7 +277,7 @@ label(opened(Path(sys.argv[1]), SAMPLED, teacher), SAMPLED, teacher, blocks)
 """
 
 
-def test_killed_labelling_goes_on_where_it_was_to_the_same_bytes(tmp_path):
+def test_F18_killed_labelling_goes_on_where_it_was_to_the_same_bytes(tmp_path):
     teacher, blocks = make_model(), make_blocks(400)
     command = [sys.executable, "-c", LABELLING, str(tmp_path)]
     folder = opened(tmp_path, SAMPLED, teacher).folder

@@ -54,7 +54,7 @@ def train(student, teacher, blocks, **options):
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 2, 4])
-def test_accumulated_microbatches_train_as_one_batch(microbatch_size):
+def test_F36_accumulated_microbatches_train_as_one_batch(microbatch_size):
     blocks = make_blocks(count=24)
     # Uneven numbers of counted tokens per block, where a mean of means would differ.
     labels = blocks.labels.clone()
@@ -183,13 +183,13 @@ def test_compiled_layers_train_as_they_are_and_are_left_as_they_were():
 
 
 @given(start=st.integers(0, 200), count=st.integers(1, 30), num_blocks=st.integers(1, 40), seed=st.integers(0, 9))
-def test_any_position_of_the_order_can_be_reached_directly(start, count, num_blocks, seed):
+def test_F07_any_position_of_the_order_can_be_reached_directly(start, count, num_blocks, seed):
     from_zero = blocks_at(0, start + count, num_blocks=num_blocks, seed=seed)
     assert torch.equal(blocks_at(start, count, num_blocks=num_blocks, seed=seed), from_zero[start:])
 
 
 @given(num_blocks=st.integers(1, 40), seed=st.integers(0, 9), epoch=st.integers(0, 3))
-def test_every_epoch_reads_every_block_once_in_an_order_of_its_own(num_blocks, seed, epoch):
+def test_F07_every_epoch_reads_every_block_once_in_an_order_of_its_own(num_blocks, seed, epoch):
     order = blocks_at(epoch * num_blocks, num_blocks, num_blocks=num_blocks, seed=seed)
     assert order.sort().values.tolist() == list(range(num_blocks))
     if num_blocks > 20:

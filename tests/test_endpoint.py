@@ -65,7 +65,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_passes_is_tried_again(tmp_path, fault):
+def test_F22_a_fault_that_passes_is_tried_again(tmp_path, fault):
     with serving(lambda body, number: FAULTS[fault] if number % 2 == 0 else echo(body)) as (url, received):
         wanted, answers = asked(url, tmp_path, concurrency=1)
     assert all(answers[request.key].text == f"answer to {request.prompt.text}" for request in wanted)
@@ -73,7 +73,7 @@ def test_a_fault_that_passes_is_tried_again(tmp_path, fault):
     assert json.loads((tmp_path / "spending.json").read_text())["requests"] == 12
 
 
-def test_a_server_that_never_answers_is_given_up_within_its_timeout(tmp_path):
+def test_F24_a_server_that_never_answers_is_given_up_within_its_timeout(tmp_path):
     with serving(lambda body, number: ("hang", 3.0)) as (url, _):
         started = time.monotonic()
         with pytest.raises(EndpointError, match="no answer after 2 tries; the last: ReadTimeout"):
@@ -81,7 +81,7 @@ def test_a_server_that_never_answers_is_given_up_within_its_timeout(tmp_path):
         assert time.monotonic() - started < 2.5
 
 
-def test_what_was_answered_before_a_failure_is_kept_and_only_the_rest_is_asked_for(tmp_path):
+def test_F22_what_was_answered_before_a_failure_is_kept_and_only_the_rest_is_asked_for(tmp_path):
     with serving(lambda body, number: echo(body) if number < 4 else (500, {}, b"down")) as (url, _):
         with pytest.raises(EndpointError, match="no answer after 2 tries; the last: 500 down"):
             asked(url, tmp_path, count=10, max_retries=1, concurrency=1)
@@ -122,7 +122,7 @@ def test_a_budget_is_kept_over_all_starts(tmp_path, budget, sent):
         (302, "answers with a redirect .* which is not followed"),
     ],
 )
-def test_what_will_not_pass_stops_at_once_without_showing_the_key(tmp_path, status, message):
+def test_F22_what_will_not_pass_stops_at_once_without_showing_the_key(tmp_path, status, message):
     content = f"wrong key {KEY}".encode()
     with serving(lambda body, number: (status, {"Location": "http://127.0.0.2/"}, content)) as (url, received):
         with pytest.raises(UserError, match=message) as raised:
@@ -182,7 +182,7 @@ def test_half_of_a_character_is_no_reason_to_lose_an_answer(tmp_path):
     assert answers[wanted[0].key].text == "good ?"
 
 
-def test_a_pause_that_is_too_long_ends_the_run_instead(tmp_path):
+def test_F22_a_pause_that_is_too_long_ends_the_run_instead(tmp_path):
     with serving(lambda body, number: (429, {"Retry-After": "3600"}, b"")) as (url, _):
         with pytest.raises(EndpointError, match="asks to come back in 3600 seconds"):
             asked(url, tmp_path, count=1)

@@ -158,7 +158,7 @@ def test_retention_is_null_where_the_parent_is_near_chance_and_for_losses():
     assert with_retention([loss], [metric(1.9, chance=None)], {}, {})[0]["retention"] is None
 
 
-def test_the_reload_gate_passes_what_was_saved_and_refuses_what_was_changed(tmp_path):
+def test_F37_the_reload_gate_passes_what_was_saved_and_refuses_what_was_changed(tmp_path):
     model = make_model("qwen3", tied=True)
     rounded = save_checkpoint(model, tmp_path / "model", companions=None, dtype=torch.bfloat16)
     write_reference(rounded, tmp_path / "reference.safetensors")

@@ -67,7 +67,7 @@ PLACES = {
 }
 
 
-def test_F01_F06_killed_at_every_kind_of_place_and_in_every_stage_also_while_resuming_the_family_is_the_same(
+def test_F01_F05_F06_killed_at_every_kind_of_place_and_in_every_stage_also_while_resuming_the_family_is_the_same(
     zygote, recipe, unbroken, tmp_path
 ):
     run, log = tmp_path / "run", tmp_path / "log"

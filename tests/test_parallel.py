@@ -43,7 +43,7 @@ def curve(folder, key):
     return [entry[key] for entry in json.loads((folder / "curve.json").read_text())]
 
 
-def test_two_processes_train_as_one_does_with_a_tied_head_uneven_blocks_and_accumulation(tmp_path):
+def test_F36_two_processes_train_as_one_does_with_a_tied_head_uneven_blocks_and_accumulation(tmp_path):
     options = {"tied": True, "num_steps": 20, "rate": 1e-3}
     for name, processes, microbatch in (("one", 1, 8), ("one-by-one", 1, 1), ("two", 2, 2)):
         run(tmp_path / name, processes=processes, microbatch=microbatch, **options)
@@ -75,7 +75,7 @@ def test_two_nodes_of_one_process_each_are_two_processes(tmp_path):
     assert distance(tmp_path / "nodes", tmp_path / "one") < 1e-5
 
 
-def test_two_processes_that_died_go_on_to_the_same_bits_and_one_can_take_over(tmp_path):
+def test_F09_two_processes_that_died_go_on_to_the_same_bits_and_one_can_take_over(tmp_path):
     run(tmp_path / "whole", processes=2)
     state = tmp_path / "state"
     # Right after a look at the selection loss, which leaves gathered parameters behind.

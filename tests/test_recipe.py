@@ -123,20 +123,20 @@ def test_no_is_a_word_and_not_false(tmp_path):
     }
 
 
-def test_an_alias_bomb_is_refused_quickly(tmp_path):
+def test_F28_an_alias_bomb_is_refused_quickly(tmp_path):
     bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
     assert "aliases are counted" in problems(tmp_path, bomb)
 
 
 @pytest.mark.parametrize("content", [b"", b"- a\n", b"\xff\xfe", b"a: \x00", b"{" * 10_000])
-def test_files_that_are_no_recipe_are_refused_without_a_traceback(tmp_path, content):
+def test_F28_files_that_are_no_recipe_are_refused_without_a_traceback(tmp_path, content):
     (tmp_path / "r.yaml").write_bytes(content)
     with pytest.raises(RecipeError):
         load_recipe(tmp_path / "r.yaml")
 
 
 @given(st.text(max_size=200))
-def test_no_text_makes_the_reader_fail_otherwise_than_with_its_own_error(text):
+def test_F28_no_text_makes_the_reader_fail_otherwise_than_with_its_own_error(text):
     try:
         parse_yaml(text, source="x")
     except RecipeError:

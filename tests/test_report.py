@@ -39,7 +39,7 @@ def test_a_browser_renders_the_report_with_its_tables_and_curves(tiny_family, tm
         assert f"<td>{name}</td>" in dom
 
 
-def test_names_from_outside_cannot_inject_markup(tiny_family):
+def test_F33_names_from_outside_cannot_inject_markup(tiny_family):
     family = load_family(tiny_family)
     evil = '<script>alert(1)</script>|"'
     for row in family["rows"]:

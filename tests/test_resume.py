@@ -43,7 +43,7 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_killed_and_gone_on_with_it_is_the_same_training_bit_for_bit_dropout_included(tmp_path):
+def test_F08_killed_and_gone_on_with_it_is_the_same_training_bit_for_bit_dropout_included(tmp_path):
     blocks, start, teacher = make_blocks(count=24), with_dropout(), with_dropout()
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -109,7 +109,7 @@ def test_dropout_is_on_while_training_and_the_callers_random_numbers_are_left_al
     assert losses[0][0]["loss"] > 1e-4  # the student is its teacher, but for dropout
 
 
-def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog):
+def test_F15_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog):
     blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)
     unbroken = copy.deepcopy(start)
     distill(unbroken, teacher, blocks, **OPTIONS)
@@ -145,7 +145,7 @@ def test_a_state_of_a_training_with_other_settings_is_not_gone_on_with(tmp_path)
     assert steps[0] == 1
 
 
-def test_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, caplog):
+def test_F21_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, caplog):
     blocks, teacher = make_blocks(count=24), make_model(seed=1)
     plain, squeezed = make_model(seed=2), make_model(seed=2)
     expected = distill(plain, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))

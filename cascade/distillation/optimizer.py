@@ -61,6 +61,11 @@ class Optimizer:
         for group, rate, decay in kept:
             group["lr"], group["weight_decay"] = rate, decay
 
+    def forget(self) -> None:
+        """As before the first step."""
+        for part in self.parts:
+            part.state.clear()
+
     def _groups(self) -> Iterator[dict[str, Any]]:
         return (group for part in self.parts for group in part.param_groups)
 

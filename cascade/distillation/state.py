@@ -137,7 +137,10 @@ def _tensors(trained: Trained) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _restore(tensors: dict[str, Tensor], trained: Trained) -> None:
-    trained.optimizer.prepare_state()
+    if any(name.startswith("optimizer.") for name in tensors):
+        trained.optimizer.prepare_state()
+    else:  # a state of the start
+        trained.optimizer.forget()
     for name, weight in trained.student.named_parameters():
         parallel.copy_into(weight, tensors[f"weight.{name}"])
     names: dict[Tensor, str] = {value: name for name, value in trained.student.named_parameters()}

@@ -1,0 +1,369 @@
+"""Files that were cut off, changed, exchanged or made to deceive are found, and never used."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from cascade.cli import main
+from cascade.errors import UserError
+from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+from cascade.models.safety import check_header, check_model_folder, plain_name
+from cascade.run import run_recipe
+from cascade.store import MANIFEST, is_committed, staged, verify_folder
+from cascade.verifying import verify_run
+
+
+@pytest.fixture
+def run(tiny_family, tmp_path):
+    """A finished run to damage."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_family, folder)
+    return folder
+
+
+def faults(run):
+    return {fault.place: fault.what for fault in verify_run(run)[1]}
+
+
+def cut(path, size):
+    data = path.read_bytes()
+    path.write_bytes(data[: size if size >= 0 else len(data) + size])
+
+
+def flip(path, at=-9):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def distilled(run):
+    return next(run.glob("stages/big.distill-*"))
+
+
+def weights(run):
+    files = sorted(run.glob("members/*/model.safetensors"))
+    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def header_size(path):
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize("where", ["0", "4", "8", "header-1", "header", "middle", "-1"])
+def test_F14_a_file_that_was_cut_off_anywhere_is_refused_told_and_made_again(run, tiny_recipe, tiny_family, where):
+    before = weights(tiny_family)
+    for path in (distilled(run) / "checkpoint" / "model.safetensors", run / "members" / "big" / "model.safetensors"):
+        sizes = {"header-1": header_size(path) - 1, "header": header_size(path), "middle": path.stat().st_size // 2}
+        cut(path, sizes[where] if where in sizes else int(where))
+        with pytest.raises(UserError, match="damaged|cut off|no safetensors|header"):
+            load_model(resolve_model(str(path.parent)))
+    found = faults(run)
+    assert {f"{distilled(run).relative_to(run)}/checkpoint/model.safetensors", "members/big/model.safetensors"} <= set(
+        found
+    )
+    if where in ("4", "middle"):  # the others are found the same way
+        run_recipe(tiny_recipe, output=run)
+        assert weights(run) == before and faults(run) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoint/model.safetensors",
+        "checkpoint/config.json",
+        "reference.safetensors",
+        "losses.json",
+        MANIFEST,
+        "log.jsonl",
+    ],
+)
+def test_F15_one_bit_in_any_file_of_a_stage_is_found_and_the_stage_is_made_again_to_the_same_bits(
+    run, tiny_recipe, tiny_family, name, caplog
+):
+    flip(distilled(run) / name)
+    place = f"{distilled(run).relative_to(run)}/{name}"
+    assert place in faults(run) and set(faults(run)) <= {place, "members/big"}
+    run_recipe(tiny_recipe, output=run)
+    assert f"damaged ({name})" in caplog.text and faults(run) == {}
+    assert weights(run) == weights(tiny_family)
+
+
+@pytest.mark.parametrize("name", ["family.json", "report.html", "recipe.yaml", "family.csv", "verdicts.json"])
+def test_F15_a_change_in_what_lies_in_the_run_itself_is_found(run, name):
+    assert faults(run) == {}
+    with (run / name).open("a") as file:
+        file.write(" ")
+    assert set(faults(run)) == {name}
+
+
+def test_F15_a_cut_off_line_of_events_is_told_and_the_next_one_begins_on_its_own(run, tiny_recipe):
+    cut(run / "events.jsonl", -5)
+    number = len((run / "events.jsonl").read_text().splitlines())
+    assert set(faults(run)) == {f"events.jsonl:{number}"}
+    run_recipe(tiny_recipe, output=run)
+    assert set(faults(run)) == {f"events.jsonl:{number}"}
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "outside", "absolute", "windows", "entry"])
+def test_F16_shards_that_are_missing_added_or_elsewhere_are_refused_and_told(run, tmp_path, fault):
+    member = run / "members" / "big"
+    tensors = load_file(member / "model.safetensors")
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:3]}, member / "model-00001-of-00002.safetensors")
+    save_file({name: tensors[name] for name in names[3:]}, member / "model-00002-of-00002.safetensors")
+    table = {name: f"model-0000{1 + (number > 2)}-of-00002.safetensors" for number, name in enumerate(names)}
+    if fault == "missing":
+        (member / "model-00002-of-00002.safetensors").unlink()
+    elif fault != "extra":
+        shutil.copyfile(member / "model-00002-of-00002.safetensors", run / "members" / "x.safetensors")
+        wanted = {"outside": "../x.safetensors", "absolute": str(run / "members" / "x.safetensors"),
+                  "windows": "..\\x.safetensors", "entry": "x.safetensors"}  # fmt: skip
+        table[names[-1]] = wanted[fault]
+    if fault != "extra":
+        (member / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+        with pytest.raises(UserError, match="missing|shards are .safetensors files of the same folder"):
+            resolve_model(str(member))
+    found = faults(run)
+    assert any(place.startswith("members/big") and ("loaded with it" in what) for place, what in found.items())
+
+
+def test_verify_finds_each_planted_fault_says_what_to_do_and_ends_with_1(run):
+    result = CliRunner().invoke(main, ["verify", str(run)])
+    assert result.exit_code == 0 and "no faults" in result.output
+    flip(run / "members" / "small" / "model.safetensors")
+    (distilled(run) / "losses.json").unlink()
+    (run / "stages" / "evil.pkl").write_bytes(pickle.dumps({}))
+    result = CliRunner().invoke(main, ["verify", str(run)])
+    assert result.exit_code == 1 and "3 faults" in result.output
+    for said in ("has another content than was written. Run the same command again", "losses.json: is missing",
+                 "evil.pkl: can hold code"):  # fmt: skip
+        assert said in result.output
+    told = json.loads(CliRunner().invoke(main, ["verify", str(run), "--json"]).output)
+    assert len(told["faults"]) == 3 and told["files"] > 50
+    result = CliRunner().invoke(main, ["verify", str(run.parent)])
+    assert result.exit_code == 2 and "no recipe.yaml" in result.output
+
+
+def test_a_manifest_that_names_files_elsewhere_or_was_edited_is_none(tmp_path):
+    with staged(tmp_path / "x", {"stage": "x"}) as staging:
+        (staging / "file").write_text("1")
+    path = tmp_path / "x" / MANIFEST
+    good = json.loads(path.read_text())
+    assert is_committed(tmp_path / "x") and verify_folder(tmp_path / "x") == []
+    for files in ({"../x/file": good["files"]["file"]}, {str(tmp_path / "x" / "file"): good["files"]["file"]}, {}, 3):
+        path.write_text(json.dumps(good | {"files": files}))
+        assert not is_committed(tmp_path / "x") and verify_folder(tmp_path / "x") == [MANIFEST]
+
+
+def test_F31_no_state_is_a_pickle_and_one_that_is_put_there_is_not_read(run, tiny_recipe, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {canary}",)
+
+    assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
+    for folder in (distilled(run), distilled(run) / "checkpoint", run / "members" / "big", run / "stages"):
+        for name in ("rng_state.pth", ".metadata", "pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+            (folder / name).write_bytes(pickle.dumps(Evil()))
+    run_recipe(tiny_recipe, output=run, from_stage="evaluate")
+    assert not canary.exists()
+
+
+def test_F31_nothing_in_the_package_reads_or_writes_pickles():
+    import ast
+
+    from conftest import ROOT
+
+    for path in sorted((ROOT / "cascade").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} & set(names), path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+                assert node.attr not in ("load", "save"), path
+
+
+@pytest.mark.parametrize("change", ["version", "newer key", "format"])
+def test_F35_a_run_of_another_version_is_gone_on_with_or_refused_and_never_misread(
+    run, tiny_recipe, change, monkeypatch
+):
+    from cascade import runner
+
+    before = weights(run)
+    if change == "format":  # this stage's output means something else now: it is made again
+        monkeypatch.setitem(runner.STAGE_FORMATS, "distill", 99)
+        run_recipe(tiny_recipe, output=run, only=["big"])
+        assert len(list(run.glob("stages/big.distill-*"))) == 2 and weights(run)["big"] == before["big"]
+        return
+    path = run / "recipe.yaml"
+    if change == "version":  # torch and package are provenance: what is finished stays
+        monkeypatch.setattr(runner, "__version__", "99.0")
+        run_recipe(tiny_recipe, output=run)
+        assert weights(run) == before
+        return
+    path.write_text(path.read_text() + "from_the_future: 1\n")
+    with pytest.raises(UserError, match="was written by another version of this program"):
+        run_recipe(tiny_recipe, output=run)
+
+
+def test_F35_a_training_state_of_another_torch_is_told_and_of_another_format_not_used(tmp_path, caplog):
+    from conftest import make_blocks, make_model
+
+    from cascade.distillation import state
+    from cascade.distillation.trainer import distill
+
+    class Killed(BaseException):
+        pass
+
+    def dies(done, total):
+        if done == 4:
+            raise Killed
+
+    options = {"num_tokens": 8 * 16 * 8, "state_folder": tmp_path, "save_every_minutes": 0}
+    with pytest.raises(Killed):
+        distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options, on_step=dies)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", "9.9.0")
+        steps = []
+        distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options,
+                on_step=lambda done, total: steps.append(done))  # fmt: skip
+        assert steps[0] in (4, 5) and "another torch; the result may differ in the bits" in caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "FORMAT", 2)
+        steps = []
+        distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options,
+                on_step=lambda done, total: steps.append(done))  # fmt: skip
+        assert steps[0] == 1
+
+
+def header(path, table, data=b"", length=None):
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+F32 = {"dtype": "F32", "shape": [2]}
+
+
+@pytest.mark.parametrize(
+    ("table", "data"),
+    [
+        ({"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [4, 12]}}, b"\0" * 12),  # overlap
+        ({"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [16, 24]}}, b"\0" * 24),  # a hole
+        ({"a": F32 | {"data_offsets": [0, 8]}}, b"\0" * 12),  # more than the tensors need
+        ({"a": F32 | {"data_offsets": [0, 8]}}, b"\0" * 4),  # less
+        ({"a": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}}, b"\0" * 8),  # a huge shape
+        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, b"\0" * 8),
+        ({"a": {"dtype": "F32", "shape": [0, 1 << 60], "data_offsets": [0, 8]}}, b"\0" * 8),
+        ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, b"\0" * 8),
+        ({"a": {"dtype": "F32", "shape": [2]}}, b"\0" * 8),
+        ({"a": {"dtype": 3, "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+         b"\0" * 8),  # a name twice
+        (b"[" * 100_000, b""),
+        (b"[]", b""),
+        (b"\xff\xfe", b""),
+    ],
+)  # fmt: skip
+def test_F30_headers_that_lie_are_refused_at_once(tmp_path, table, data):
+    with pytest.raises(UserError, match="damaged|cannot be read"):
+        check_header(header(tmp_path / "model.safetensors", table, data))
+
+
+def test_F30_a_header_longer_than_its_file_or_of_100_000_entries_takes_no_memory_and_no_time(tmp_path):
+    import time
+
+    with pytest.raises(UserError, match="claims"):
+        check_header(header(tmp_path / "a.safetensors", b"{}", length=1 << 62))
+    many = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}
+    started = time.perf_counter()
+    check_header(header(tmp_path / "b.safetensors", many))
+    assert time.perf_counter() - started < 10
+
+
+@pytest.fixture
+def model(tiny_parent, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_parent, folder)
+    return folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_F30_models_that_bring_code_are_refused_before_it_is_imported(model, tmp_path):
+    canary = tmp_path / "canary"
+    (model / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    for place, values in (
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}),
+        ("config.json", {"vision_config": {"deep": [{"trust_remote_code": True}]}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["modeling_evil.Evil", None]}}),
+        ("generation_config.json", {"custom_pipelines": {"x": {"impl": "modeling_evil.Evil"}}}),
+    ):
+        path = model / place
+        before = path.read_text() if path.exists() else "{}"
+        path.write_text(json.dumps(json.loads(before) | values))
+        with pytest.raises(UserError, match=f"{place}: .* asks for code that is not transformers' own"):
+            resolve_model(str(model))
+        path.write_text(before)
+    resolve_model(str(model))  # as it was, it is taken
+    assert not canary.exists()
+
+
+def test_F30_pickled_weights_are_refused_and_never_fallen_back_to(model, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {canary}",)
+
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    load_model(resolve_model(str(model)))  # the safetensors beside it are read
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no safetensors weights \(found pytorch_model.bin, which can run code"):
+        resolve_model(str(model))
+    (model / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError):
+        load_model(resolve_model(str(model)))
+    assert not canary.exists()
+
+
+def test_F30_a_chat_template_cannot_reach_python(model, tmp_path):
+    canary = tmp_path / "canary"
+    evil = "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
+    (model / "chat_template.jinja").write_text(evil)
+    tokenizer = load_tokenizer(resolve_model(str(model)))
+    with pytest.raises(Exception, match="unsafe|undefined|access"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert not canary.exists()
+
+
+def test_F30_names_of_shards_are_names_on_every_system():
+    assert plain_name("model-00001-of-00002.safetensors")
+    for name in ("../x", "/x", "a/b", "..", ".", "", "C:x", "C:\\x", "..\\x", "\\\\server\\x", "a\0b", 3, None):
+        assert not plain_name(name), name
+
+
+def test_F30_files_that_are_no_json_or_nested_without_end_are_refused(model):
+    for content in ("{", "[" * 200_000, "\x00"):
+        (model / "config.json").write_text(content)
+        with pytest.raises(UserError, match="config.json: is no JSON"):
+            check_model_folder(model)
+
+
+def test_F37_members_reload_in_plain_transformers_to_the_logits_in_memory_and_a_changed_one_is_found(run):
+    from cascade.evaluation.reload import check_reload
+
+    stage = distilled(run)
+    measured = check_reload(stage / "checkpoint", stage / "reference.safetensors", prompt_tokens=8, new_tokens=2)
+    assert measured["reload_difference"] <= 1e-5
