@@ -59,11 +59,12 @@ def read_yaml(path: Path) -> YamlDocument:
         RecipeError: the file is missing, not UTF-8, too large, or not plain YAML data; every duplicate key is named.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RecipeError(str(path), [f"cannot be read: {error.strerror}"]) from error
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)  # of a device there may be no end
+    except (OSError, ValueError) as error:
+        raise RecipeError(str(path), [f"cannot be read: {getattr(error, 'strerror', error)}"]) from error
     if len(raw) > _MAX_BYTES:
-        raise RecipeError(str(path), [f"has {len(raw):,} bytes; a recipe has at most {_MAX_BYTES:,}"])
+        raise RecipeError(str(path), [f"has more than the {_MAX_BYTES:,} bytes of any recipe"])
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

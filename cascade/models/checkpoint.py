@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from cascade.errors import UserError
 from cascade.models.architecture import model_class_of
+from cascade.models.hub import fetch
 from cascade.models.quantised import is_rounded, unpacked
 from cascade.models.safety import check_model_folder
 
@@ -70,7 +71,7 @@ def resolve_model(reference: str, *, revision: str | None = None) -> ModelSource
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         raise UserError(f"{reference}: no such folder or .gguf file (looked at {path})")
     repository, _, commit = reference.partition("@")
-    return ModelSource(_download(repository, revision or commit or None), f"{repository}@{revision or commit}")
+    return ModelSource(_fetched(repository, revision or commit or None), f"{repository}@{revision or commit}")
 
 
 def load_config(source: ModelSource) -> Any:
@@ -243,33 +244,8 @@ def _require_safetensors(folder: Path) -> None:
     check_model_folder(folder)
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    if revision is None:
-        raise UserError(
-            f"{repository}: no such folder here; if it is a hub model, pin it: add `revision:` with a commit hash, "
-            "so that the recipe means the same model tomorrow"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = [
-        "*.json",
-        "*.safetensors",
-        "*.model",
-        "merges.txt",
-        "vocab*",
-        "*.jinja",
-        "LICENSE*",
-        "LICENCE*",
-        "NOTICE*",
-        "COPYING*",
-        "USE_POLICY*",
-        "README.md",  # whose head names the licence
-    ]
-    try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"{repository}@{revision}: cannot be fetched from the hub: {error}") from error
+def _fetched(repository: str, revision: str | None) -> Path:
+    folder = fetch(repository, revision)
     _require_safetensors(folder)
     return folder
 

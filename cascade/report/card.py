@@ -33,6 +33,7 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
         front |= {"base_model_relation": "quantized", "tags": ["cascade", lineage["quantised"]]}
     if cut and origins and origins[0]["licence"] and origins[0]["name"] == lineage["parent"]:
         front["license"] = origins[0]["licence"]
+    parent = _code(lineage["parent"])
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     share = row["num_parameters"] / teacher["num_parameters"]
     if "quantised" in lineage:
@@ -41,7 +42,7 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
     else:
         origin = f"cut from `{lineage['seed']}`" if lineage["seed"] else "an existing student, not cut"
         made = (
-            f"{origin} and recovered by distillation from `{lineage['parent']}` on {row['tokens']['hop']:,} {unit} "
+            f"{origin} and recovered by distillation from `{parent}` on {row['tokens']['hop']:,} {unit} "
             f"({row['tokens']['cumulative']:,} along its chain)."
         )
     fence = "````"
@@ -69,7 +70,12 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
     )
 
 
+def _code(text: str) -> str:
+    """A text from outside that cannot leave the backquotes it is put into."""
+    return " ".join(text.replace("`", "'").split())
+
+
 def _licence(origin: dict[str, str]) -> str:
     """A model that this one has learned from, and what is known of its terms."""
     named = f"`{origin['licence']}`" if origin["licence"] else "not found: look where the model comes from"
-    return f"`{origin['name']}`: {named}." + (f" Terms: {origin['terms']}." if origin["terms"] else "")
+    return f"`{_code(origin['name'])}`: {named}." + (f" Terms: {origin['terms']}." if origin["terms"] else "")
