@@ -152,6 +152,7 @@ def _command(asked):
         os.dup2(source, target)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _reload_in_a_fork()
     os.chdir(asked["cwd"])
     os.environ.update(asked["environment"])
     if "LIMIT_FILE_BYTES" in os.environ:
@@ -170,6 +171,39 @@ def _command(asked):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class _Reloader:
+    """Stands for the process that reloads checkpoints: a fork of this one, which has imported all that it needs."""
+
+    def __init__(self, pid, stdin, stdout):
+        self.pid, self.stdin, self.stdout = pid, os.fdopen(stdin, "w"), os.fdopen(stdout)
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self):
+        os.waitpid(self.pid, 0)
+
+
+def _reload_in_a_fork():
+    from cascade.evaluation import fresh, reload
+
+    (asked, asks), (answers, answered) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(asks)
+        os.close(answers)
+        sys.stdin, sys.stdout = os.fdopen(asked), os.fdopen(answered, "w")
+        fresh._serve()
+        os._exit(0)
+    os.close(asked)
+    os.close(answered)
+    process = _Reloader(pid, asks, answers)
+    reload.start_fresh_process = lambda: process
+    from cascade.evaluation import evaluate
+
+    evaluate.start_fresh_process = lambda: process
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ def test_the_real_encoders_members_give_nearly_its_embeddings(minilm, reviews, t
 
 
 @needs_shared
+@pytest.mark.nightly
 def test_a_real_encoder_is_fitted_to_the_reviews_and_half_of_it_comes_nearer_to_it(minilm, reviews, tmp_path):
     recipe = load_recipe(ROOT / "recipes" / "sst2.yaml", [
         f"parent.model={minilm}", "parent.fit={examples: 640, learning_rate: 2e-4}", f"data.train={reviews / 'train.jsonl'}",

@@ -58,7 +58,7 @@ def same_as(run, unbroken):
 EVERY_STAGE = ("data", "evaluate", "statistics", "candidate", "prune", "repair", "label", "distill")
 COMMIT = ("begun", "written", "synced", "manifest", "renamed", "committed")
 PLACES = {
-    *(f"{stage}/store.{moment}" for stage in EVERY_STAGE for moment in ("written", "renamed")),
+    *(f"{stage}/store.{moment}" for stage in EVERY_STAGE for moment in ("renamed",)),
     *(f"{stage}/store.{moment}" for stage in ("distill", "state", "report") for moment in COMMIT),
     *(f"label/shard.{moment}" for moment in ("begun", "synced", "renamed")),
     *(f"report/file.{moment}" for moment in ("begun", "synced", "renamed")),
@@ -116,7 +116,9 @@ def test_F02_killed_at_fifty_times_three_moments_that_nobody_chose_the_family_is
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize(("first", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("first", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly)]
+)
 def test_F03_the_first_signal_lets_a_training_save_its_state_and_the_run_goes_on_from_there(
     zygote, recipe, unbroken, tmp_path, first, status
 ):
@@ -153,8 +155,8 @@ def test_F03_the_second_signal_stops_at_once_and_nothing_finished_is_lost(zygote
 
 
 FULL = {
-    *(f"{stage}/store.written" for stage in ("data", "statistics", "evaluate", "distill", "report")),
-    *("state/state.tensors", "label/shard.begun", "distill/file.begun", "report/file.begun", "file.begun"),
+    *("statistics/store.written", "state/state.tensors", "label/shard.begun", "distill/file.begun"),
+    *("report/file.begun", "file.begun"),
 }
 
 

@@ -43,6 +43,7 @@ def curve(folder, key):
     return [entry[key] for entry in json.loads((folder / "curve.json").read_text())]
 
 
+@pytest.mark.nightly
 def test_F36_two_processes_train_as_one_does_with_a_tied_head_uneven_blocks_and_accumulation(tmp_path):
     options = {"tied": True, "num_steps": 20, "rate": 1e-3}
     for name, processes, microbatch in (("one", 1, 8), ("one-by-one", 1, 1), ("two", 2, 2)):

@@ -134,6 +134,7 @@ class Killed(BaseException):
     """Stands for a death that no handler sees."""
 
 
+@pytest.mark.nightly  # every kind of place is in test_faults_run.py
 def test_killed_after_every_stage_and_started_again_the_family_is_the_same(
     tiny_family, tiny_recipe, tmp_path, monkeypatch
 ):
