@@ -99,6 +99,15 @@ def agreed(value: bool) -> bool:
     return bool(answer)
 
 
+def anyone(value: bool) -> bool:
+    """Whether any process says so."""
+    if world_size() == 1:
+        return value
+    answer = torch.tensor([int(value)])
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer)
+
+
 def same(values: Tensor) -> Tensor:
     """int64 [n]: what the first process has, whatever its length."""
     if world_size() == 1:

@@ -127,7 +127,11 @@ def _require_room(folder: Path, wanted: list[ResolvedMember]) -> None:
     missing = [one for one in wanted if not (folder / "members" / one.name).exists()]
     if missing:
         most = sum(one.disk_bytes for one in missing) + max(one.state_bytes for one in missing)
-        require_room(folder, round(1.1 * most), f"the members {', '.join(one.name for one in missing)}")
+        own = [folder.glob(f"stages/*{one.name}.*/**/*.safetensors") for one in missing]  # what is there already
+        held = sum(path.stat().st_size for files in own for path in files)
+        require_room(
+            folder, round(max(0.0, 1.1 * most - held)), f"the members {', '.join(one.name for one in missing)}"
+        )
 
 
 def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str]) -> Path:

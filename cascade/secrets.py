@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any
 
 _FORMS = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
-    r"|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|xox[abpr]-[0-9A-Za-z-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-(?:[a-z0-9]{2,8}-)*[A-Za-z0-9_]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_[A-Za-z0-9_]{20,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|xox[abpr]-[0-9A-Za-z-]{10,}"
+    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)")

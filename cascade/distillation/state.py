@@ -88,12 +88,12 @@ class States:
             self.save(trained, progress)
 
     def step(self, trained: Trained, progress: Progress) -> None:
-        """After a step, on every process: save if it is time or a signal has come; the first process decides.
+        """After a step, on every process: save if the first one says it is time, or to any of them a signal has come.
 
         Raises:
             Stopped: a signal has come.
         """
-        stopping = parallel.agreed(asked())
+        stopping = parallel.anyone(asked())
         if stopping or parallel.agreed(time.perf_counter() - self.saved >= 60 * self.every_minutes):
             self.save(trained, progress)
         if stopping:
