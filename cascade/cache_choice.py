@@ -153,8 +153,11 @@ def _settled(run_folder: Path | None) -> tuple[str, str] | None:
     path = None if run_folder is None else run_folder / _SETTLED
     if path is None or not path.exists():
         return None
-    found = json.loads(path.read_text())
-    return str(found["kind"]), str(found["why"])
+    try:
+        found = json.loads(path.read_text())
+        return str(found["kind"]), str(found["why"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it, and the choice is made again") from error
 
 
 def _auto(recipe: Recipe, parent_config: Any, by_kind: dict[str, Option], read: int) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cascade import parallel
 from cascade.caching import TeacherCache, training_rows
 from cascade.data.blocks import TokenBlocks, load_blocks
 from cascade.data.examples import load_training
@@ -26,7 +27,7 @@ from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
 from cascade.fitting import in_parts_that_fit
 from cascade.importance.scores import score_importance
-from cascade.importance.statistics import collect_statistics, load_statistics, save_statistics
+from cascade.importance.statistics import Statistics, collect_statistics, load_statistics, save_statistics
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_model, save_checkpoint
 from cascade.models.dims import ModelDims, dims_of
 from cascade.progress import OnStep
@@ -42,6 +43,13 @@ REPAIRS = {
     "independent": Repair(sequential=False),
 }
 """What the recipe's prune.repair.method names."""
+
+
+OF_WHOLE_TRAININGS = (
+    *("learning_rate", "selection_every", "ema_decay"),
+    *("save_every_minutes", "keep_states", "on_nan", "max_skipped"),
+)
+"""Options of `distill` that a search for a rate has no use for."""
 
 
 def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
@@ -108,11 +116,14 @@ def make_statistics(
     model = load_model(seed).to(default_device())
     blocks = load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks)
     options = statistics_options(recipe, hidden_choices)
-    statistics = in_parts_that_fit(
-        lambda size: collect_statistics(model, blocks, batch_size=size, on_batch=on_step, **options),
-        recipe.calibration.batch_size,
-        "statistics",
-    )
+
+    def collected(size: int) -> Statistics:
+        return collect_statistics(model, blocks, batch_size=size, on_batch=on_step, **options)
+
+    if parallel.world_size() > 1:  # batches are shared out: one process alone cannot change their size
+        statistics = collected(recipe.calibration.batch_size)
+    else:
+        statistics = in_parts_that_fit(collected, recipe.calibration.batch_size, "statistics")
     save_statistics(statistics, folder / "statistics.safetensors")
 
 

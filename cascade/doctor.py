@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from cascade.errors import UserError
+from cascade.errors import DiskError, UserError
 from cascade.recipe.schema import Recipe
 from cascade.secrets import redact
 from cascade.store import write_atomically
@@ -104,8 +104,8 @@ def _disk(folder: Path) -> Iterator[Check]:
             Path(trial, "a").rename(Path(trial, "b"))
             took = time.perf_counter() - started
         yield Check("write, sync, rename", "ok", f"{took * 1000:.0f} ms at {place}")
-    except OSError as error:
-        yield Check("write, sync, rename", "fault", f"{place}: {error.strerror}", "give an --output elsewhere")
+    except (OSError, DiskError) as error:
+        yield Check("write, sync, rename", "fault", f"{place}: {error}", "make room, or give an --output elsewhere")
 
 
 def _accelerator() -> Check:

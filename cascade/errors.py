@@ -66,5 +66,7 @@ _DISK_WORDS = ("No space left on device", "quota exceeded", "File too large", "R
 
 def is_disk_error(error: BaseException) -> bool:
     """Whether it says that a disk takes no more, in whichever library's words."""
+    if isinstance(error, UserError | RunError):  # told already, as what they are
+        return False
     number = getattr(error, "errno", None)
     return number in _DISK or (number is None and any(word in str(error) for word in _DISK_WORDS))

@@ -17,7 +17,9 @@ _T = TypeVar("_T")
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether that is what an error says."""
     # On the CPU it is a plain RuntimeError of the allocator.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("allocate memory", "CUDA out of memory")
+    )
 
 
 def in_parts_that_fit(action: Callable[[int], _T], size: int, what: str) -> _T:

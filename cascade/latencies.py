@@ -7,7 +7,7 @@ from typing import Any
 from cascade.family import hidden_score, shape_config, target_of
 from cascade.pruning.latency import DecodeLatency, corrected, fit_decode_latency
 from cascade.recipe.schema import Member, Recipe
-from cascade.store import is_committed, stage_key, staged
+from cascade.store import stage_key, staged, verify_folder
 
 _FORMAT = 1
 _FILE = "latency.json"
@@ -26,7 +26,7 @@ def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str
         if member.target is None or member.target.decode_ms is None:
             continue
         kept = _folder(recipe, member, parent_config, folder)
-        if is_committed(kept):
+        if kept.exists() and not verify_folder(kept):
             found[member.name] = DecodeLatency.from_dict(json.loads((kept / _FILE).read_text()))
             continue
         target = target_of(member)
@@ -41,7 +41,7 @@ def keep_latencies(recipe: Recipe, parent_config: Any, folder: Path, latencies: 
     """Commit what was measured to the run directory, unless it has it."""
     for member in recipe.members:
         kept = _folder(recipe, member, parent_config, folder)
-        if member.name in latencies and not is_committed(kept):
+        if member.name in latencies and (not kept.exists() or verify_folder(kept)):
             with staged(kept, {"stage": "latency"}) as staging:
                 (staging / _FILE).write_text(json.dumps(latencies[member.name].as_dict(), indent=1) + "\n")
 

@@ -40,8 +40,13 @@ def locked(run_folder: Path) -> Iterator[None]:
     with _opened(run_folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise BusyError(_held_by(run_folder, _record(file))) from error
+        except OSError as error:
+            raise UserError(
+                f"{run_folder}: this file system has no locks ({error.strerror}), and two runs in one directory would "
+                "spoil each other; give an --output on one that has"
+            ) from error
         _wait_for_others(run_folder, file)
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         _write(file, json.dumps(mine | {"command": redact(" ".join(sys.argv))}))

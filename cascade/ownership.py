@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from cascade.errors import UserError
 from cascade.family import ResolvedMember
+from cascade.lock import LOCK
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.generate import HOW_ASKED
 from cascade.recipe.schema import Recipe
@@ -58,7 +59,7 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
     except OSError as error:  # a name too long for the file system, a folder that may not be looked into
         raise UserError(f"{folder}: cannot be written to: {error.strerror}; give another --output") from error
     if not known:
-        if folder.is_file() or (folder.is_dir() and any(path.name != ".cascade.lock" for path in folder.iterdir())):
+        if folder.is_file() or (folder.is_dir() and any(not _begun(path) for path in folder.iterdir())):
             raise UserError(f"{folder}: holds something that is not a run of this program; give another --output")
         return
     if not any(folder.glob("stages/*/MANIFEST.json")):
@@ -81,6 +82,11 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
             + "\n  ".join(differing)
             + "\nGive another --output, or remove the directory."
         )
+
+
+def _begun(path: Path) -> bool:
+    """Whether a run that died before it had written its recipe can have left this."""
+    return path.is_file() and path.name.startswith((LOCK, f".{LOCK}-", ".recipe.yaml-"))
 
 
 def pinned_names(folder: Path) -> set[str]:

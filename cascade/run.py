@@ -30,7 +30,7 @@ from cascade.pruning.latency import DecodeLatency
 from cascade.publish import publish_copies, publish_member, write_report
 from cascade.quantising import make_copies
 from cascade.recipe.schema import Recipe
-from cascade.report.write import seal_reports
+from cascade.report.write import seal_reports, set_damaged_aside
 from cascade.rows import FinishedMember, teacher_row
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
@@ -79,6 +79,7 @@ def run_recipe(
         parallel.barrier()
         settle(folder, choice)
         if (folder / MANIFEST).exists():
+            set_damaged_aside(folder)
             seal_reports(folder)  # the recipe may say more than it did
         append_event(folder, "started", members=[member.name for member in wanted])
         estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}

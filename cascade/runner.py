@@ -54,6 +54,9 @@ STAGE_FORMATS = {
 _TOGETHER = ("statistics", "label", "rate", "distill", "baseline-ce")
 """Stages that several processes make together; the others are the first one's."""
 
+_SEVERAL = ("candidate", "finalist", "quantise", "evaluate-quantised")
+"""Stages that a member can have several of, with a key each."""
+
 _DONE, _JOIN = 0, 1
 
 _MADE_WITH = {
@@ -130,7 +133,7 @@ class StageRunner:
             self.incomplete.extend(f"{member}: {name}: {why.splitlines()[0]}" for name, why in failed.items())
             append_event(self.folder, "incomplete", member=member, stage=stage, failed=sorted(failed))
         else:
-            drop_partials(final)
+            drop_partials(final, others=stage not in _SEVERAL)
         parallel.tell(_DONE)
         append_event(self.folder, "finished", member=member, stage=stage, key=key, seconds=round(cost["seconds"], 3))
         return final

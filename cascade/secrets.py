@@ -4,22 +4,30 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from types import TracebackType
 from typing import Any
 
 _FORMS = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-(?:[a-z0-9]{2,8}-)*[A-Za-z0-9_]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|sk-[a-z0-9]{32,}|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|github_pat_[A-Za-z0-9_]{20,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|xox[abpr]-[0-9A-Za-z-]{10,}"
     r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)")
-_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)(?:[^/\s@:]+:[^/\s@]+|[^/\s@:]{16,})(?=@)")
+_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|(?:^|_)KEY$|CREDENTIAL", re.IGNORECASE)
 _SHORTEST = 8
 """A shorter value of a variable is more likely a word than a key."""
 
 HIDDEN = "[hidden]"
+
+_known: set[str] = set()
+
+
+def remember(key: str) -> None:
+    """A key that this process uses, whatever its form and its variable's name."""
+    _known.add(key)
 
 
 def is_secret_name(name: str) -> bool:
@@ -35,7 +43,7 @@ def looks_secret(text: str) -> bool:
 def redact(text: str) -> str:
     """The text without keys: those of known forms, those in addresses, and the values of this process's own."""
     own = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST}
-    for value in sorted(own, key=len, reverse=True):
+    for value in sorted(own | _known, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     return _IN_ADDRESS.sub(HIDDEN, _FORMS.sub(HIDDEN, text))
 
@@ -55,9 +63,10 @@ def redact_tracebacks() -> None:
         print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
     sys.excepthook = told
+    threading.excepthook = lambda found: told(found.exc_type, found.exc_value or found.exc_type(), found.exc_traceback)
 
 
 def without_secrets(environment: dict[str, str]) -> dict[str, Any]:
     """An environment for a process that runs foreign code."""
-    kept = {name: value for name, value in environment.items() if not is_secret_name(name)}
+    kept = {name: value for name, value in environment.items() if not is_secret_name(name) and value not in _known}
     return {name: value for name, value in kept.items() if not looks_secret(value)}

@@ -28,6 +28,8 @@ COST_FILE = "cost.json"
 INCOMPLETE = "incomplete.json"
 """In a stage's folder: what of it failed, and is tried again by the next run."""
 
+_OLD_KEYS = {"stage", "key", "settings", "inputs", "made_with", "threads", "torch", "member", "files"}
+
 _OWN_SHA256, _REPLACED = "sha256", ".replaced-"
 
 _VOLATILE = (COST_FILE, "log.jsonl", "lm_eval.json")
@@ -57,12 +59,14 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """
     manifest = json.loads((folder / MANIFEST).read_text())
     try:
-        own, files = manifest.pop(_OWN_SHA256), manifest["files"]
+        # Those of before there was one have these keys at most.
+        own = None if manifest.keys() <= _OLD_KEYS else manifest.pop(_OWN_SHA256)
+        files = manifest["files"]
         outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
         whole = all(isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in files.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST}: is no manifest") from error
-    if own != _text_sha256(_manifest_text(manifest)) or outside or not whole:
+    if (own is not None and own != _text_sha256(_manifest_text(manifest))) or outside or not whole:
         raise ValueError(f"{folder / MANIFEST}: is not as it was written")
     found: dict[str, dict[str, Any]] = files
     return found
@@ -129,10 +133,10 @@ def partial_of(staging: Path) -> Path:
     return staging.with_name(f".partial-{name}")
 
 
-def drop_partials(final: Path) -> None:
-    """Remove what tries of a stage have left beside its place, under whatever key."""
-    stage = final.name.rpartition("-")[0]
-    for leftover in final.parent.glob(f".partial-{stage}-*"):
+def drop_partials(final: Path, *, others: bool = False) -> None:
+    """Remove what tries of a stage have left beside its place; of `others`, too, with the same name and another key."""
+    pattern = f"{final.name.rpartition('-')[0]}-*" if others else final.name
+    for leftover in final.parent.glob(f".partial-{pattern}"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

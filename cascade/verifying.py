@@ -47,8 +47,13 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
     if (run_folder / MANIFEST).exists():
         damaged = verify_folder(run_folder)
         cure = f"{again}; or `cascade report {run_folder}`"
-        faults += [Fault(name, "is not as the run left it", cure) for name in damaged]
+        for name in damaged:
+            own = "put it back as it was: every member's card has it" if name == "recipe.yaml" else cure
+            faults.append(Fault(name, "is not as the run left it", own))
         count += len(json.loads((run_folder / MANIFEST).read_text()).get("files", {})) if MANIFEST not in damaged else 0
+    elif (run_folder / "family.json").exists():
+        faults.append(Fault(MANIFEST, "is missing", f"{again}; or `cascade report {run_folder}`"))
+    faults += _missing(run_folder, again)
     faults += _events(run_folder)
     for pattern in _PICKLED:
         for path in sorted(run_folder.rglob(pattern)):
@@ -58,7 +63,11 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
 
 def _committed(folder: Path, run_folder: Path, cure: str) -> tuple[list[Fault], int]:
     damaged = verify_folder(folder)
-    faults = [Fault(f"{_inside(folder, run_folder)}/{name}", _what(folder / name), cure) for name in damaged]
+    faults = [
+        Fault(f"{_inside(folder, run_folder)}/{name}", _what(folder / name), cure)
+        for name in damaged
+        if not (name == "README.md" and folder.parent.name == "members")  # a card may be written on
+    ]
     if MANIFEST in damaged:
         return faults, 0
     files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -92,11 +101,26 @@ def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
     for name, sha256 in stages.items():
         place = run_folder / name
         try:
-            same = not place.exists() or output_digest(place) == sha256
+            if not place.exists():
+                yield Fault(name, "is missing; the member was made from it", "run it again")
+                continue
+            same = output_digest(place) == sha256
         except (OSError, ValueError):
             continue  # told already
         if not same:
             yield Fault(_inside(folder, run_folder), f"was not made from what {name} holds now", "run it again")
+
+
+def _missing(run_folder: Path, cure: str) -> Iterator[Fault]:
+    """Folders that the family's rows lead to."""
+    try:
+        rows = json.loads((run_folder / "family.json").read_text())["rows"]
+        names = [row["name"] for row in rows if row["role"] == "member" and row["status"] == "done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none yet, or told already
+    for name in names:
+        if not (run_folder / "members" / name).is_dir():
+            yield Fault(f"members/{name}", "is missing", cure)
 
 
 def _events(run_folder: Path) -> Iterator[Fault]:

@@ -104,6 +104,36 @@ def test_F15_a_change_in_what_lies_in_the_run_itself_is_found(run, name):
     assert set(faults(run)) == {name}
 
 
+@pytest.mark.parametrize("name", ["family.json", "tail.json", "verdicts.json"])
+def test_F15_a_damaged_report_is_set_aside_and_made_again(run, tiny_recipe, tiny_family, name):
+    before = json.loads((tiny_family / "family.json").read_text())["rows"]
+    cut(run / name, 1)
+    run_recipe(tiny_recipe, output=run)
+    assert faults(run) == {} and (run / f"{name}.damaged").exists()
+    after = json.loads((run / "family.json").read_text())["rows"]
+    assert [row["name"] for row in after] == [row["name"] for row in before]
+
+
+def test_F15_what_is_gone_altogether_is_told_and_what_a_user_wrote_on_a_card_is_not(run, tiny_recipe):
+    (run / "members" / "big" / "README.md").write_text("my own words\n")
+    assert faults(run) == {}
+    shutil.rmtree(run / "members" / "small")
+    shutil.rmtree(distilled(run))
+    assert set(faults(run).values()) == {"is missing", "is missing; the member was made from it"}
+    run_recipe(tiny_recipe, output=run)
+    assert faults(run) == {}
+
+
+def test_F35_a_stage_of_before_manifests_had_a_sum_of_their_own_is_not_made_again(run):
+    folder = distilled(run)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert verify_folder(folder) == []
+    flip(folder / "losses.json")
+    assert verify_folder(folder) == ["losses.json"]
+
+
 def test_F15_a_cut_off_line_of_events_is_told_and_the_next_one_begins_on_its_own(run, tiny_recipe):
     cut(run / "events.jsonl", -5)
     number = len((run / "events.jsonl").read_text().splitlines())

@@ -289,6 +289,20 @@ def test_F32_the_redactor_takes_out_what_it_should_and_leaves_the_rest(monkeypat
     assert secrets.without_secrets({"A": "1", "X_TOKEN": "2", "URL": "https://u:p@h"}) == {"A": "1"}
 
 
+def test_F32_keys_with_hyphens_and_of_any_variable_that_ends_in_key_are_known(monkeypatch):
+    for key in (
+        "sk-proj-AbC-1234567890abcdefXYZ",
+        "sk-ant-api03-aB_c-0123456789012",
+        "https://" + "t" * 20 + "@host/x",
+    ):
+        assert secrets.looks_secret(key) and "0123" not in secrets.redact(f"x {key} y")
+    for word in ("risk-assessment-dataset-v2-final-english", "sk-learn-datasets-and-more-of-them", "https://me@host"):
+        assert not secrets.looks_secret(word)
+    assert secrets.is_secret_name("OPENAI_KEY") and not secrets.is_secret_name("KEYBOARD_LAYOUT")
+    monkeypatch.setattr(secrets, "_known", {"plain-words-as-a-key"})
+    assert secrets.redact("a plain-words-as-a-key b") == "a [hidden] b"
+
+
 def test_F32_keys_of_the_environment_are_in_no_file_no_output_and_no_traceback(zygote, recipe_folder, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     keys = {"HF_TOKEN": KEY, "WANDB_API_KEY": "f" * 40, "OPENAI_API_KEY": "sk-" + "b2" * 20,

@@ -189,6 +189,43 @@ def test_F19_a_rollback_leaves_out_all_steps_since_the_state_and_the_log_says_ea
     assert "back to step 0" in caplog.text and all(value.isfinite().all() for value in after.values())
 
 
+def test_F03_a_signal_in_the_last_step_stops_too_and_what_was_learned_is_kept(models, tmp_path, monkeypatch):
+    from cascade import stopping
+    from cascade.errors import Stopped
+
+    start, teacher, blocks = models
+    expected, _ = trained(start, teacher, blocks, ema_decay=0.9)
+    options = {"state_folder": tmp_path, "save_every_minutes": 60, "ema_decay": 0.9}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(stopping, "_asked", None)
+        steps = iter([None] * 9 + [15] * 9)
+        from cascade.distillation import state
+
+        patch.setattr(state, "asked", lambda: next(steps) is not None)
+        trained(start, teacher, blocks, **options)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000010"]
+    after, metrics = trained(start, teacher, blocks, **options)
+    assert same(after, expected) and len(metrics.curve) == 10
+
+
+def test_states_later_than_the_one_gone_on_with_do_not_push_new_ones_out(models, tmp_path):
+    start, teacher, blocks = models
+    options = {"state_folder": tmp_path, "save_every_minutes": 0}
+
+    def dies(at):
+        def on_step(done, total):
+            if done == at:
+                raise Killed
+
+        return on_step
+
+    with pytest.raises(Killed):
+        trained(start, teacher, blocks, **options, on_step=dies(8))
+    with pytest.raises(Killed):  # other settings: those states are of no use
+        trained(start, teacher, blocks, learning_rate=1e-3, **options, on_step=dies(3))
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000002", "step-000000003"]
+
+
 def test_F19_after_too_many_it_stops_after_all(models, tmp_path, monkeypatch):
     start, teacher, blocks = models
     broken = copy.deepcopy(teacher)

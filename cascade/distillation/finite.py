@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cascade import parallel
 from cascade.distillation.log import TrainingLog
-from cascade.distillation.state import Progress, Trained, load_state, save_state
+from cascade.distillation.state import Progress, States, Trained, load_state
 from cascade.errors import NotFiniteError
 from cascade.store import make_folder, write_atomically
 
@@ -46,7 +46,7 @@ def leave_out(
     progress: Progress,
     trained: Trained,
     on_nan: OnNan,
-    state_folder: Path | None,
+    states: States | None,
     rows: Tensor,
     losses: dict[str, float],
     log: TrainingLog,
@@ -61,19 +61,19 @@ def leave_out(
     step = progress.step
     told = f"step {step}: loss {losses['loss']}, gradient norm {losses['grad_norm']}"
     if on_nan.policy == "stop" or progress.skips >= on_nan.max_skipped:
-        kept = _record(state_folder, progress, rows, losses)
+        kept = _record(None if states is None else states.folder, progress, rows, losses)
         often = f" after {progress.skips} that were left out" if progress.skips else ""
         raise NotFiniteError(
             f"{told}; stopped before the optimizer step{often}. Blocks of this batch: {rows.tolist()}{kept}. "
             "Try a lower learning_rate, look at those blocks, or on_nan: skip"
         )
-    if on_nan.policy == "rollback" and state_folder is not None:
-        found = load_state(state_folder, trained, progress.settings)
+    if on_nan.policy == "rollback" and states is not None:
+        found = load_state(states.folder, trained, progress.settings)
         if found is not None:
             logger.warning("%s; back to step %d, and steps up to this one are left out", told, found.step)
             found.left_out = sorted({*found.left_out, *range(found.step, step + 1)})
             found.skips = progress.skips + 1
-            save_state(state_folder, trained, found)
+            states.save(trained, found)
             log.again(found.curve)
             return found
     logger.warning("%s; the step is left out (%d of %d)", told, progress.skips + 1, on_nan.max_skipped)

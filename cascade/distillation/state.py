@@ -64,7 +64,9 @@ def save_state(folder: Path, trained: Trained, progress: Progress, kept: int = 2
             record = {"format": FORMAT} | vars(progress)
             (staging / "state.json").write_text(json.dumps(record, allow_nan=False) + "\n")
             failpoint("state.tensors")
-        for old in _states(folder)[:-kept]:
+        own = [one for one in _states(folder) if one.name <= f"step-{progress.step:09d}"]
+        # Later ones are of no use: damaged, of other settings, or from before a return to an earlier step.
+        for old in {*_states(folder)} - {*own[-kept:]}:
             shutil.rmtree(old)
         failpoint("state.dropped")
     parallel.barrier()
@@ -87,14 +89,15 @@ class States:
         if progress.step == 0:
             self.save(trained, progress)
 
-    def step(self, trained: Trained, progress: Progress) -> None:
+    def step(self, trained: Trained, progress: Progress, last: bool) -> None:
         """After a step, on every process: save if the first one says it is time, or to any of them a signal has come.
 
         Raises:
             Stopped: a signal has come.
         """
         stopping = parallel.anyone(asked())
-        if stopping or parallel.agreed(time.perf_counter() - self.saved >= 60 * self.every_minutes):
+        due = not last and time.perf_counter() - self.saved >= 60 * self.every_minutes
+        if stopping or parallel.agreed(due):
             self.save(trained, progress)
         if stopping:
             stop()
@@ -149,5 +152,6 @@ def _restore(tensors: dict[str, Tensor], trained: Trained) -> None:
     if trained.average is not None:
         for name, value in trained.average.values.items():
             parallel.copy_into(value, tensors[f"average.{name}"])
+    trained.buffer.clear()
     kept = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}
     trained.buffer.update(kept)

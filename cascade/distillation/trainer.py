@@ -156,8 +156,7 @@ def _loop(fixed: "_Fixed", trained: Trained, progress: Progress, started: float)
         else:
             losses, rows = _gradients(fixed, trained, progress)
             if unfinished(losses):
-                folder = None if states is None else states.folder
-                progress = leave_out(progress, trained, fixed.policy, folder, rows, losses, fixed.log)
+                progress = leave_out(progress, trained, fixed.policy, states, rows, losses, fixed.log)
                 continue
             _update(trained, step)
             entry |= losses | {"seconds": time.perf_counter() - started}
@@ -168,8 +167,8 @@ def _loop(fixed: "_Fixed", trained: Trained, progress: Progress, started: float)
         progress.step += 1
         progress.curve.append(entry)
         fixed.log.add(entry)
-        if states is not None and not last:
-            states.step(trained, progress)
+        if states is not None:
+            states.step(trained, progress, last)
         if fixed.on_step is not None:
             fixed.on_step(step + 1, fixed.num_steps)
         failpoint("distill.step")

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.harness import measure_code_task
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer
 from cascade.plain_json import write_json
@@ -16,7 +17,9 @@ def main() -> None:
     """One task."""
     asked = json.load(sys.stdin)
     source = ModelSource(Path(asked["folder"]), asked["reference"], asked["gguf_file"])
-    found = measure_code_task(load_model(source), load_tokenizer(source), Path(asked["path"]), asked["options"])
+    found = measure_code_task(
+        load_model(source).to(default_device()), load_tokenizer(source), Path(asked["path"]), asked["options"]
+    )
     write_json(Path(asked["answer"]), found)
 
 

@@ -18,7 +18,7 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import nn
 
-from cascade.errors import DiskError, RunError, UserError
+from cascade.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.evaluation.items import TASK_FOLDER
 from cascade.evaluation.results import TaskResults, results_of
 from cascade.evaluation.task_code import CodeTask, code_task, holds_code, measure_apart
@@ -81,9 +81,8 @@ def run_tasks(
     for name, task in zip(tasks, find_tasks(tasks, task_folders), strict=True):
         own = None if kept is None else kept / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         try:
-            if own is not None and own.exists():
-                found = json.loads(own.read_text())
-            else:
+            found = None if own is None else _kept(own)
+            if found is None:
                 with at("task"):
                     found = in_parts_that_fit(
                         partial(_one, task, model, tokenizer, source, options),
@@ -92,7 +91,8 @@ def run_tasks(
                     )
                 if own is not None:
                     make_folder(own.parent)
-                    write_atomically(own, json.dumps(found))
+                    text = json.dumps(found)
+                    write_atomically(own, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         except (DiskError, UserError):
             raise
         except RunError as error:
@@ -107,6 +107,15 @@ def run_tasks(
             else:
                 results.raw.setdefault(key, value)
     return results
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What an earlier try has measured; None if there is nothing, or it is no longer what was written."""
+    sha256, _, text = path.read_text(errors="replace").partition("\n") if path.exists() else ("", "", "")
+    if not sha256 or hashlib.sha256(text.encode()).hexdigest() != sha256:
+        return None
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def measure_code_task(model: nn.Module, tokenizer: Any, path: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +246,8 @@ def _quiet() -> Any:
     except UserError:
         raise
     except Exception as error:
+        if is_disk_error(error):
+            raise DiskError(f"lm-eval: {error}") from error
         captured.seek(0)
         raise RunError(f"lm-eval failed: {error}\n{captured.read()[-2000:]}") from error
     finally:

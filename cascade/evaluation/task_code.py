@@ -30,9 +30,10 @@ class CodeTask:
     path: Path
 
     def digest(self) -> str:
-        """sha256 of the file and of all Python files beside and below it."""
+        """sha256 of the file and of all that lies beside and below it: code, and the data that it reads."""
         digest = hashlib.sha256()
-        for path in [self.path, *sorted(self.path.parent.rglob("*.py"))]:
+        others = [path for path in self.path.parent.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        for path in [self.path, *sorted(others)]:
             digest.update(path.read_bytes())
         return digest.hexdigest()
 

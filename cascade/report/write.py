@@ -1,5 +1,6 @@
 """family.json, family.csv, report.md and a self-contained report.html of one family."""
 
+import logging
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -14,7 +15,7 @@ from cascade.report.tables import Table, markdown_table, quality_table, shape_ta
 from cascade.report.tail import decile_table, load_tails, slice_table
 from cascade.report.targets import load_targets, targets_table
 from cascade.report.verdicts import load_verdicts, verdict_table
-from cascade.store import MANIFEST, seal, write_atomically
+from cascade.store import MANIFEST, seal, verify_folder, write_atomically
 
 Titled = tuple[str, Table]
 
@@ -25,6 +26,8 @@ _NOTES = (
     "held-out text. Speeds are of a batch of one on this machine's CPU, each in a process of its own, in float32; "
     "copies in fewer bits compute in the dtype that they are stored in."
 )
+
+logger = logging.getLogger(__name__)
 
 _SEALED = (".json", ".csv", ".md", ".html", ".yaml")
 
@@ -45,6 +48,15 @@ def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str,
     write_atomically(run_folder / "report.md", report_markdown(name, rows, further))
     write_atomically(run_folder / "report.html", report_html(name, rows, curves, further))
     seal_reports(run_folder)
+
+
+def set_damaged_aside(run_folder: Path) -> None:
+    """Reports that are not as a run left them get another name: they are made again from what is whole."""
+    for name in verify_folder(run_folder):
+        path = run_folder / name
+        if name not in (MANIFEST, "recipe.yaml") and path.exists():
+            logger.warning("%s: is not as it was written; it is set aside as %s.damaged and made again", path, name)
+            path.rename(run_folder / f"{name}.damaged")
 
 
 def seal_reports(run_folder: Path) -> None:

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from cascade.errors import UserError
 from cascade.recipe.generate import Endpoint
+from cascade.secrets import remember
 
 
 def check_endpoint(endpoint: Endpoint) -> str:
@@ -42,4 +43,5 @@ def check_endpoint(endpoint: Endpoint) -> str:
         raise UserError(
             f"generate.endpoint.key_env: {endpoint.key_env} holds spaces, line breaks or other signs; no key"
         )
+    remember(key)
     return key
