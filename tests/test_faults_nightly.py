@@ -97,7 +97,7 @@ recipe, folder = sys.argv[1], Path(sys.argv[2])
 
 def now():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(lines["VmRSS"].split()[0]), len(os.listdir("/proc/self/fd")), len(os.listdir("/tmp"))
+    return int(lines["VmRSS"].split()[0]), len(os.listdir("/proc/self/fd")), len(os.listdir(os.environ["TMPDIR"]))
 
 seen = []
 for number in range(22):
@@ -120,7 +120,9 @@ assert sum(one[3] for one in seen) >= 200
 
 @pytest.mark.nightly
 def test_F42_over_two_hundred_stages_memory_files_and_descriptors_do_not_grow(recipe, tmp_path):
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    own = tmp_path / "temporary"
+    own.mkdir()
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "TMPDIR": str(own)}
     done = subprocess.run([sys.executable, "-c", SOAK, str(recipe), str(tmp_path)], env=environment, text=True,
                           capture_output=True, timeout=1800)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
