@@ -171,10 +171,7 @@ def _recipe(recipe: Recipe, output: str | Path | None) -> Iterator[Check]:
                     "a smaller distill.microbatch_size, or gradient_checkpointing: true")  # fmt: skip
     else:
         yield Check("memory for the recipe", "ok", f"about {most / 1e9:.2f} GB of {held / 1e9:.1f} GB")
-    disk = 1.1 * (
-        sum(one["disk_bytes"] for one in found["members"])
-        + max((one["state_bytes"] for one in found["members"]), default=0)
-    )
-    enough = disk <= found["disk_free_bytes"]
-    said = f"about {disk / 1e9:.2f} GB of {found['disk_free_bytes'] / 1e9:.1f} GB free"
+    needed, free = found["disk_needed_bytes"], found["disk_free_bytes"]
+    enough = needed <= free
+    said = f"about {needed / 1e9:.2f} GB more, {free / 1e9:.1f} GB free"
     yield Check("disk for the recipe", "ok" if enough else "fault", said, "" if enough else "make room")

@@ -1,5 +1,6 @@
 """What a member costs in memory and time, before any weight is read: counted FLOPs at a rate measured here."""
 
+import math
 import time
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,9 @@ from cascade.recipe.schema import Recipe
 BASE_PROCESS_BYTES = 600_000_000
 """torch, transformers and lm-eval themselves."""
 
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "muon": 8.0}
+"""What an optimizer remembers of one weight."""
+
 
 def peak_memory(recipe: Recipe, distill: Distill, dims: ModelDims, count: int, parent_count: int) -> float:
     """Estimated bytes while training.
@@ -30,11 +34,25 @@ def peak_memory(recipe: Recipe, distill: Distill, dims: ModelDims, count: int, p
     kept_per_layer = 12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
     if distill.features.hidden != "none":
         kept_per_layer += 3 * dims.hidden_size
-    moments = {"adamw": 8.0, "adamw_8bit": 2.1, "muon": 8.0}[distill.optimizer]
-    per_weight = 8.0 + moments + (4.0 if distill.ema_decay else 0.0)
+    per_weight = 8.0 + MOMENT_BYTES[distill.optimizer] + (4.0 if distill.ema_decay else 0.0)
     head = 4.0 * dims.vocab_size * dims.hidden_size + 2.0 * CPU_CHUNK_BYTES
     kept = 4.0 * tokens * dims.num_hidden_layers * kept_per_layer
     return BASE_PROCESS_BYTES + per_weight * count + 4.0 * parent_count + kept + head + LIMIT_BYTES
+
+
+def member_bytes(count: int, stored_bytes: int, *, start: str, repaired: bool, ce: bool) -> int:
+    """Bytes of a member's checkpoints for `count` parameters.
+
+    What it starts from, cut and then repaired, is in float32; what is recovered, published and trained as a baseline
+    is as it is saved.
+    """
+    made_here = {"checkpoint": 0, "prune": 1 + repaired}.get(start, 1)
+    return count * (4 * made_here + stored_bytes * (2 + ce))
+
+
+def training_state_bytes(count: int, *, optimizer: str, averaged: bool, keep_states: int) -> int:
+    """Bytes of the training states that are kept, and of the one that is being written, for `count` parameters."""
+    return math.ceil(count * (4 + MOMENT_BYTES[optimizer] + 4 * averaged) * (keep_states + 1))
 
 
 def flops_of(recipe: Recipe, config: Any) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import UserError
-from cascade.estimates import dtype_bytes, flops_of, peak_memory, stage_seconds
+from cascade.estimates import dtype_bytes, flops_of, member_bytes, peak_memory, stage_seconds, training_state_bytes
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_config, resolve_model
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
@@ -268,9 +268,19 @@ def _resolve(
         num_tokens=num_steps * step_tokens,
         first_position=before,
         peak_memory_bytes=peak_memory(recipe, distill, dims, count, int(parent_axes.num_parameters(parent))),
-        # Cut and repaired in float32; recovered, published and the baseline that is trained as they are saved.
-        disk_bytes=count * (8 + stored_bytes * (2 + ("ce" in recipe.baselines))),
-        state_bytes=count * 4 * (3 + (distill.ema_decay is not None)) * (distill.keep_states + 1),
+        disk_bytes=member_bytes(
+            count,
+            stored_bytes,
+            start=member.start,
+            repaired=recipe.prune.repair.method != "none",
+            ce="ce" in recipe.baselines,
+        ),
+        state_bytes=training_state_bytes(
+            count,
+            optimizer=distill.optimizer,
+            averaged=distill.ema_decay is not None,
+            keep_states=distill.keep_states,
+        ),
         seconds=stage_seconds(
             recipe,
             flops,

@@ -27,6 +27,7 @@ from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
+from cascade.room import bytes_still_needed
 from cascade.teacher.generate import collect_prompts, planned
 
 _LEAST_SHARE, _LEAST_HOP = 0.1, 2 / 3
@@ -77,6 +78,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "run": str(folder),
+        "disk_needed_bytes": bytes_still_needed(folder, members),
         "disk_free_bytes": shutil.disk_usage(_existing(folder)).free,
         "seconds": shared + sum(sum(member.seconds.values()) for member in members),
         "parent": {
@@ -165,9 +167,8 @@ def preview_text(found: dict[str, Any]) -> str:
     lines = [plain_table(table), "", *hops_too_large(found["members"])]
     if found["generate"]:
         lines.append(_asked(found["generate"]))
-    disk = sum(member["disk_bytes"] for member in found["members"])
-    disk += max((member["state_bytes"] for member in found["members"]), default=0)
-    lines.append(f"Run directory {found['run']}: needs {_bytes(disk)} of {_bytes(found['disk_free_bytes'])} free.")
+    needed, free = _bytes(found["disk_needed_bytes"]), _bytes(found["disk_free_bytes"])
+    lines.append(f"Run directory {found['run']}: needs {needed} more on the disk, {free} are free.")
     lines.append(
         f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
     )

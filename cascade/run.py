@@ -18,7 +18,7 @@ from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
-from cascade.lock import locked, require_room
+from cascade.lock import locked
 from cascade.member import make_label_stage, make_member
 from cascade.models.checkpoint import load_config
 from cascade.origins import check_licences
@@ -31,6 +31,7 @@ from cascade.publish import publish_copies, publish_member, write_report
 from cascade.quantising import make_copies
 from cascade.recipe.schema import Recipe
 from cascade.report.write import seal_reports, set_damaged_aside
+from cascade.room import require_room_for
 from cascade.rows import FinishedMember, teacher_row
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
@@ -73,7 +74,7 @@ def run_recipe(
     check_licences(recipe)
     wanted = _with_seeds(members, only)
     with locked(folder):
-        _require_room(folder, wanted)
+        require_room_for(folder, wanted)
         write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
         keep_latencies(recipe, config, folder, latencies)
         parallel.barrier()
@@ -121,18 +122,6 @@ def run_generate(
     dropped = {f"dropped ({reason})": count for reason, count in record["dropped"].items()}
     found: dict[str, Any] = shown | counts | dropped | record["spent"]
     return found
-
-
-def _require_room(folder: Path, wanted: list[ResolvedMember]) -> None:
-    """Refuse now what would not fit on the disk at its end."""
-    missing = [one for one in wanted if not (folder / "members" / one.name).exists()]
-    if missing:
-        most = sum(one.disk_bytes for one in missing) + max(one.state_bytes for one in missing)
-        own = [folder.glob(f"stages/*{one.name}.*/**/*.safetensors") for one in missing]  # what is there already
-        held = sum(path.stat().st_size for files in own for path in files)
-        require_room(
-            folder, round(max(0.0, 1.1 * most - held)), f"the members {', '.join(one.name for one in missing)}"
-        )
 
 
 def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str]) -> Path:

@@ -46,6 +46,7 @@ ORDER = [
     "parent",
     "ownership",
     "latencies",
+    "room",
     "runner",
     "search",
     "generating",

@@ -1,0 +1,44 @@
+"""Room on the disk: what a member takes in a run directory, and what a run has still to write there."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from cascade.family import ResolvedMember
+from cascade.lock import require_room
+
+MARGIN = 1.1
+"""Of what is counted: manifests, statistics and evaluations come on top of the weights."""
+
+
+def bytes_still_needed(run_folder: Path, members: Sequence[ResolvedMember]) -> int:
+    """What the members that are not published will take, less the weights that their stages hold already.
+
+    One member trains at a time, so of the training states only the largest counts.
+    """
+    missing = [one for one in members if not (run_folder / "members" / one.name).exists()]
+    if not missing:
+        return 0
+    most = sum(one.disk_bytes for one in missing) + max(one.state_bytes for one in missing)
+    held = sum(_held(run_folder, one.name) for one in missing)
+    return max(0, math.ceil(MARGIN * most - held))
+
+
+def require_room_for(run_folder: Path, members: Sequence[ResolvedMember]) -> None:
+    """Refuse now what would not fit on the disk at its end.
+
+    Raises:
+        UserError: less is free than the members still need.
+    """
+    names = [one.name for one in members if not (run_folder / "members" / one.name).exists()]
+    require_room(run_folder, bytes_still_needed(run_folder, members), f"the members {', '.join(names)}")
+
+
+def _held(run_folder: Path, name: str) -> int:
+    """Weights in the stages of a member, the finished ones and what another try goes on from."""
+    own = [one for one in run_folder.glob("stages/*") if _owner(one) == name]
+    return sum(path.stat().st_size for folder in own for path in folder.rglob("*.safetensors"))
+
+
+def _owner(stage_folder: Path) -> str:
+    return stage_folder.name.removeprefix(".partial-").rpartition(".")[0]
