@@ -17,6 +17,7 @@ from cascade.cli_options import (
     JSON,
     OUTPUT,
     POSITIVE,
+    PRIVATE,
     RECIPE,
     SET,
     TASK_CODE,
@@ -56,6 +57,7 @@ for _command in (cache, report, verify, doctor):
 @OUTPUT
 @SET
 @TASK_CODE
+@PRIVATE
 @click.option("--only", multiple=True, metavar="MEMBER", help="Make only this member (and what it is cut from).")
 @click.option(
     "--from",
@@ -95,6 +97,7 @@ def run(
 @OUTPUT
 @SET
 @TASK_CODE
+@PRIVATE
 @JSON
 def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check RECIPE and say what would be made, how large and how long. Loads no weights."""
@@ -119,6 +122,7 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
     metavar="FILE.py:NAME",
     help="A function (messages, answer) -> bool of your own: which answers to keep.",
 )
+@PRIVATE
 @JSON
 def generate(recipe: str, output: str | None, overrides: tuple[str, ...], filter_path: str, as_json: bool) -> None:
     """Let the teacher of RECIPE's `generate` section write its dataset, or go on where it was stopped.

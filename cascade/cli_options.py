@@ -44,6 +44,13 @@ TASK_CODE = click.option(
     callback=lambda context, option, given: _allow_task_code() if given else None,
     help="Let tasks of task folders run Python functions of their own, apart and without this machine's keys.",
 )
+PRIVATE = click.option(
+    "--allow-private",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, option, given: _allow_private() if given else None,
+    help="Ask an endpoint that is on a private network.",
+)
 BLOCK = click.option(
     "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
 )
@@ -53,6 +60,12 @@ def _allow_task_code() -> None:
     from cascade.evaluation.task_code import allow
 
     allow()
+
+
+def _allow_private() -> None:
+    from cascade.teacher.address import allow_private
+
+    allow_private()
 
 
 class CommandGroup(click.Group):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cascade.cli_options import JSON, OUTPUT, SET, TASK_CODE, finish, quiet_libraries
+from cascade.cli_options import JSON, OUTPUT, PRIVATE, SET, TASK_CODE, finish, quiet_libraries
 
 RUN = click.argument("run_folder", type=click.Path(file_okay=False))
 
@@ -52,6 +52,7 @@ def verify(run_folder: str, as_json: bool) -> None:
 @OUTPUT
 @SET
 @TASK_CODE
+@PRIVATE
 @JSON
 def doctor(recipe: str | None, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check this machine, and what RECIPE needs of it. Exit code 1 where something would stop a run."""

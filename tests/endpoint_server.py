@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ROOM_TO_CLOSE = 0.05
@@ -19,8 +19,8 @@ def chat_answer(text, *, finish_reason="stop", usage=(5, 7)):
 
 @contextmanager
 def serving(respond):
-    """A server whose answers are `respond(body, number)` -> (status, headers, body as JSON, text or bytes), or "reset"
-    or ("hang", seconds). Yields (url, the requests received: path, headers, body)."""
+    """A server whose answers are `respond(body, number)` -> (status, headers, body as JSON, text or bytes), or "reset",
+    ("hang", seconds) or ("drip", bytes), one at a time. Yields (url, the requests received: path, headers, body)."""
     received, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -34,6 +34,13 @@ def serving(respond):
                 self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{half of")
                 self.wfile.flush()
                 self.connection.close()
+                return
+            if answer[0] == "drip":
+                with suppress(OSError):
+                    for letter in answer[1] + b"x" * 100:
+                        self.wfile.write(bytes([letter]))
+                        self.wfile.flush()
+                        time.sleep(0.05)
                 return
             if answer[0] == "hang":
                 time.sleep(answer[1])

@@ -53,6 +53,8 @@ FAULTS = {
     "429": (429, {}, b"slow down"),
     "429 with Retry-After": (429, {"Retry-After": "0.01"}, b"slow down"),
     "500": (500, {}, b"oops"),
+    "502": (502, {}, b"bad gateway"),
+    "504": (504, {}, b"late"),
     "503": (503, {}, b"<html>busy</html>"),
     "reset in the body": "reset",
     "not JSON": (200, {}, b"<html>hello</html>"),
@@ -76,9 +78,23 @@ def test_F22_a_fault_that_passes_is_tried_again(tmp_path, fault):
 def test_F24_a_server_that_never_answers_is_given_up_within_its_timeout(tmp_path):
     with serving(lambda body, number: ("hang", 3.0)) as (url, _):
         started = time.monotonic()
-        with pytest.raises(EndpointError, match="no answer after 2 tries; the last: ReadTimeout"):
+        with pytest.raises(EndpointError, match="no answer after 2 tries; the last: (ReadTimeout|no whole answer)"):
             asked(url, tmp_path, count=1, timeout_seconds=0.2, max_retries=1)
         assert time.monotonic() - started < 2.5
+
+
+@pytest.mark.parametrize("beginning", [b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
+def test_F24_a_server_that_drips_its_answer_is_given_up_within_the_timeout_and_the_next_is_heard(tmp_path, beginning):
+    def respond(body, number):
+        return ("drip", beginning) if number < 2 else echo(body)
+
+    with serving(respond) as (url, received):
+        started = time.monotonic()
+        with pytest.raises(EndpointError, match="no answer after 2 tries; the last: no whole answer within 0.3 sec"):
+            asked(url, tmp_path, count=1, timeout_seconds=0.3, max_retries=1)
+        assert time.monotonic() - started < 2.0
+        wanted, answers = asked(url, tmp_path, count=1)
+    assert len(received) == 3 and set(answers) == {wanted[0].key}
 
 
 def test_F22_what_was_answered_before_a_failure_is_kept_and_only_the_rest_is_asked_for(tmp_path):
@@ -201,16 +217,46 @@ def test_an_endpoint_that_is_down_is_named(tmp_path):
         ({"url": "ftp://host/v1"}, "expected https://HOST/v1"),
         ({"url": "http://example.com/v1"}, "plain http would show key and text"),
         ({"url": "http://169.254.169.254/v1"}, "link-local"),
+        ({"url": "https://169.254.169.254/v1"}, "link-local"),
+        ({"url": "https://[::ffff:169.254.169.254]/v1"}, "link-local"),
+        ({"url": "https://0xa9fea9fe/v1"}, "link-local"),
+        ({"url": "http://2852039166/v1", "allow_http": True}, "link-local"),
+        ({"url": "http://169.254.169.254./v1", "allow_http": True}, "link-local"),
+        ({"url": "http://0.0.0.0/v1", "allow_http": True}, "link-local, unspecified"),
+        ({"url": "https://[fe80::1]/v1"}, "link-local"),
+        ({"url": "https://10.0.0.5/v1"}, "10.0.0.5 is on a private network; .*--allow-private"),
+        ({"url": "https://[::ffff:192.168.1.1]/v1"}, "192.168.1.1 is on a private network"),
+        ({"url": "https://host:99999999/v1"}, "ort out of range"),
+        ({"url": "https://evil.example/v1", "key_env": "HF_TOKEN"}, "is the key to router.huggingface.co and is not"),
+        ({"url": "https://openai.com.evil.example/v1", "key_env": "OPENAI_API_KEY"}, "is the key to openai.com and is"),
+        ({"url": "https://evil.example/v1", "key_env": "DATABASE_URL"}, "not sent to evil.example; .* CASCADE_KEY"),
         ({"url": "https://user:pw@host/v1"}, "no user, password or query"),
-        ({"key_env": "NOT_SET_ANYWHERE"}, "the environment variable NOT_SET_ANYWHERE is not set"),
-        ({"key_env": "BROKEN_KEY"}, "BROKEN_KEY holds spaces, line breaks or"),
+        ({"key_env": "CASCADE_NOT_SET"}, "the environment variable CASCADE_NOT_SET is not set"),
+        ({"key_env": "CASCADE_BROKEN_KEY"}, "CASCADE_BROKEN_KEY holds spaces, line breaks or"),
     ],
 )
 def test_addresses_and_keys_that_cannot_be_right_are_refused_before_anything_is_sent(settings, message, monkeypatch):
-    monkeypatch.setenv("BROKEN_KEY", "sk-abc\nsecond-secret")
+    monkeypatch.setenv("CASCADE_BROKEN_KEY", "sk-abc\nsecond-secret")
     with pytest.raises(UserError, match=message) as raised:
         check_endpoint(Endpoint(**({"url": "https://host/v1", "model": "m"} | settings)))
     assert "secret" not in str(raised.value)
+
+
+def test_keys_go_to_their_own_service_or_where_they_are_meant_for_and_private_networks_only_if_allowed(monkeypatch):
+    def key_for(url, name):
+        return check_endpoint(Endpoint(url=url, model="m", key_env=name))
+
+    for name in ("OPENAI_API_KEY", "CASCADE_KEY", "ANY_KEY"):
+        monkeypatch.setenv(name, f"key-of-{name}")
+    assert key_for("https://api.openai.com/v1", "OPENAI_API_KEY") == "key-of-OPENAI_API_KEY"
+    assert key_for("https://teacher.example/v1", "CASCADE_KEY") == "key-of-CASCADE_KEY"
+    assert (
+        key_for("http://127.0.0.1:1/v1", "ANY_KEY") == key_for("http://localhost:1/v1", "ANY_KEY") == "key-of-ANY_KEY"
+    )
+    monkeypatch.setattr("cascade.teacher.address._private_allowed", True)
+    assert key_for("https://10.0.0.5/v1", "CASCADE_KEY") == "key-of-CASCADE_KEY"
+    with pytest.raises(UserError, match="link-local"):
+        key_for("https://169.254.169.254/v1", "CASCADE_KEY")
 
 
 def test_keys_of_the_body_can_be_left_out_and_ours_cannot_be_taken(tmp_path):

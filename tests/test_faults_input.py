@@ -193,11 +193,7 @@ def test_F29_endpoints_are_https_or_this_machine(url):
     from cascade.teacher.address import check_endpoint
 
     with pytest.raises((UserError, ValueError)):
-        check_endpoint(
-            Endpoint(url=url, model="m", key_env="", price_per_million_tokens=0.0)
-            if False
-            else Endpoint.model_construct(url=url, model="m", key_env="", allow_http=False)
-        )
+        check_endpoint(Endpoint(url=url, model="m"))
 
 
 def test_F29_variables_of_the_environment_are_not_put_into_recipes(recipe_folder, tmp_path, monkeypatch):

@@ -48,7 +48,8 @@ class Endpoint(Section):
     api: Literal["chat", "completions"] = "chat"
     """chat: messages; completions: a prompt's text is continued."""
     key_env: str = ""
-    """The environment variable that holds the key; the key itself is never in a recipe and never written anywhere."""
+    """The environment variable that holds the key: the service's usual one (OPENAI_API_KEY goes to openai.com alone) or
+    one whose name begins with CASCADE_; this machine is sent any. The key itself is never in a recipe nor written."""
     concurrency: PositiveInt = 4
     """Requests under way at a time."""
     timeout_seconds: PositiveFloat = 120.0

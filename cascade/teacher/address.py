@@ -1,47 +1,102 @@
-"""Where an endpoint is, and the key to it, before anything is sent."""
+"""Where an endpoint is, and the key to it, before anything is sent.
+
+A recipe may come from a stranger: it can name neither a machine that only this network reaches, nor one of this
+machine's other keys to be sent to a place of its choice.
+"""
 
 import ipaddress
 import os
+import socket
 from urllib.parse import urlsplit
 
 from cascade.errors import UserError
 from cascade.recipe.generate import Endpoint
 from cascade.secrets import remember
 
+OWN_KEYS = "CASCADE_"
+"""What the names of variables begin with that whoever starts a run has meant for its endpoints."""
+
+SERVICES = {
+    "ANTHROPIC_API_KEY": "anthropic.com",
+    "CEREBRAS_API_KEY": "cerebras.ai",
+    "COHERE_API_KEY": "cohere.com",
+    "DEEPSEEK_API_KEY": "deepseek.com",
+    "FIREWORKS_API_KEY": "fireworks.ai",
+    "GEMINI_API_KEY": "generativelanguage.googleapis.com",
+    "GROQ_API_KEY": "groq.com",
+    "HF_TOKEN": "router.huggingface.co",
+    "MISTRAL_API_KEY": "mistral.ai",
+    "NVIDIA_API_KEY": "nvidia.com",
+    "OPENAI_API_KEY": "openai.com",
+    "OPENROUTER_API_KEY": "openrouter.ai",
+    "TOGETHER_API_KEY": "together.xyz",
+    "XAI_API_KEY": "x.ai",
+}
+"""Variables that are known to hold a service's key, and the domain of that service: it is sent nowhere else."""
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_private_allowed = False
+
+
+def allow_private() -> None:
+    """From now on this process asks endpoints on private networks."""
+    global _private_allowed
+    _private_allowed = True
+
 
 def check_endpoint(endpoint: Endpoint) -> str:
     """The key, or '' where none is asked for; refuses addresses that no key should be sent to.
 
     Raises:
-        UserError: the key's variable is empty, or the address is not https, or of the local network's own kind.
+        UserError: the address is not https, on a network that was not allowed, or of no machine that is asked; the
+            key's variable is empty, or is not for that address.
     """
     place = f"generate.endpoint.url: {endpoint.url}"
     try:
         parts = urlsplit(endpoint.url)
-        host = parts.hostname or ""
+        host = (parts.hostname or "").rstrip(".")
+        port = parts.port
     except ValueError as error:
         raise UserError(f"{place}: {error}") from error
     if parts.scheme not in ("http", "https") or not host:
         raise UserError(f"{place}: expected https://HOST/v1 (http for this machine)")
     if parts.username or parts.password or parts.query:
         raise UserError(f"{place}: no user, password or query in it; the key goes into an environment variable")
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        address = None
-    here = host == "localhost" or (address is not None and address.is_loopback)
-    if address is not None and address.is_link_local:
-        raise UserError(f"{place}: link-local addresses are not asked")
+    addresses = _addresses(host, port)
+    here = bool(addresses) and all(one.is_loopback for one in addresses)
+    for one in addresses:
+        if one.is_link_local or one.is_unspecified or one.is_multicast:
+            raise UserError(f"{place}: {one} is a link-local, unspecified or multicast address; those are not asked")
+        if not one.is_loopback and not one.is_global and not _private_allowed:
+            raise UserError(f"{place}: {one} is on a private network; where you trust the recipe, give --allow-private")
     if parts.scheme == "http" and not here and not endpoint.allow_http:
         raise UserError(f"{place}: plain http would show key and text to the network; use https, or allow_http: true")
-    if not endpoint.key_env:
-        return ""
-    key = os.environ.get(endpoint.key_env, "").strip()
+    return _key(endpoint.key_env, host, here) if endpoint.key_env else ""
+
+
+def _addresses(host: str, port: int | None) -> list[_Address]:
+    """What the name stands for on this machine; empty where it cannot be told (offline, or a proxy's to know)."""
+    try:
+        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    addresses = [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
+    return [getattr(one, "ipv4_mapped", None) or one for one in addresses]
+
+
+def _key(name: str, host: str, here: bool) -> str:
+    """The variable's value, if it may go there."""
+    place = f"generate.endpoint.key_env: {name}"
+    owner = SERVICES.get(name)
+    own = name.startswith(OWN_KEYS) or (owner is not None and (host == owner or host.endswith(f".{owner}")))
+    if not (own or here):
+        whose = f"is the key to {owner}" if owner else "may be the key to something else"
+        raise UserError(f"{place} {whose} and is not sent to {host}; put that server's key into {OWN_KEYS}KEY")
+    key = os.environ.get(name, "").strip()
     if not key:
-        raise UserError(f"generate.endpoint.key_env: the environment variable {endpoint.key_env} is not set")
+        raise UserError(f"generate.endpoint.key_env: the environment variable {name} is not set")
     if not all("!" <= letter <= "~" for letter in key):
-        raise UserError(
-            f"generate.endpoint.key_env: {endpoint.key_env} holds spaces, line breaks or other signs; no key"
-        )
+        raise UserError(f"{place} holds spaces, line breaks or other signs; no key")
     remember(key)
     return key

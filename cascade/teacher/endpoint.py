@@ -6,7 +6,6 @@ The key comes from the environment, goes into one header, and is struck out of e
 import json
 import random
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Endpoint
 from cascade.teacher.address import check_endpoint
 from cascade.teacher.answers import Answer, AnswerLog, Request
+from cascade.teacher.deadline import PromptSession
 from cascade.teacher.logprobs import top_logprobs
 from cascade.teacher.spending import Spending
 
@@ -146,32 +146,26 @@ class _Client:
     def _post(self, request: Request) -> tuple[int, Any, bytes, str]:
         """(status or 0, headers, body, what went wrong on the way)."""
         if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()
-            self.local.session.auth = lambda request: request  # else a .netrc's password goes along
+            self.local.session = PromptSession()
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         seconds = self.endpoint.timeout_seconds
-        deadline = time.monotonic() + seconds
-        try:
-            with self.local.session.post(
-                self.url,
-                json=self._body(request),
-                headers=headers,
-                timeout=(min(seconds, 30.0), seconds),
-                allow_redirects=False,
-                stream=True,
-            ) as found:
-                body = b""
-                for part in found.iter_content(65536):
-                    body += part
-                    if len(body) > _MOST_BYTES:
-                        return 0, {}, b"", f"its answer is larger than {_MOST_BYTES:,} bytes"
-                    if time.monotonic() > deadline:
-                        return 0, {}, b"", f"no whole answer within {seconds:g} seconds"
-                return found.status_code, found.headers, body, ""
-        except (requests.exceptions.InvalidHeader, requests.exceptions.InvalidURL) as error:
-            raise UserError(f"{self.url}: cannot be asked ({type(error).__name__}); look at url and key") from None
-        except requests.RequestException as error:
-            return 0, {}, b"", f"{type(error).__name__}: {error}"
+        asked = {"json": self._body(request), "headers": headers, "allow_redirects": False, "stream": True}
+        with self.local.session.deadline(seconds) as over:
+            try:
+                with self.local.session.post(self.url, timeout=(min(seconds, 30.0), seconds), **asked) as found:
+                    body = b""
+                    for part in found.iter_content(65536):
+                        body += part
+                        if len(body) > _MOST_BYTES:
+                            return 0, {}, b"", f"its answer is larger than {_MOST_BYTES:,} bytes"
+                    if not over.is_set():
+                        return found.status_code, found.headers, body, ""
+            except (requests.exceptions.InvalidHeader, requests.exceptions.InvalidURL) as error:
+                raise UserError(f"{self.url}: cannot be asked ({type(error).__name__}); look at url and key") from None
+            except requests.RequestException as error:
+                if not over.is_set():
+                    return 0, {}, b"", f"{type(error).__name__}: {error}"
+        return 0, {}, b"", f"no whole answer within {seconds:g} seconds"
 
     def _body(self, request: Request) -> dict[str, Any]:
         asked: dict[str, Any] = {"model": self.endpoint.model, "seed": request.seed} | self.sampling
