@@ -235,7 +235,7 @@ def test_F29_task_files_run_no_code_unless_it_is_allowed_and_then_apart_and_with
         "output_type: loglikelihood\ndoc_to_target: '{{a}}'\nmetric_list: [{metric: acc}]\n"
     )
     (tmp_path / "mine.yaml").write_text(base + "doc_to_text: !function own.text\n")
-    with pytest.raises(UserError, match="would run on this machine.*--allow-task-code"):
+    with pytest.raises(UserError, match="names Python functions of its own.*--allow-task-code"):
         find_tasks(["mine"], [tmp_path])
     assert not canary.exists()
     monkeypatch.setattr(task_code, "_allowed", True)
@@ -245,6 +245,47 @@ def test_F29_task_files_run_no_code_unless_it_is_allowed_and_then_apart_and_with
     assert found.failed == {} and any(one["task"] == "mine" for one in found.metrics)
     seen = json.loads(canary.read_text())
     assert seen["pid"] != os.getpid() and not {"HF_TOKEN", "MY_API_KEY"} & set(seen["env"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("metric_list: [{metric: FOLDER/evil.py, aggregation: mean}]", "names the metric .*evil.py"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]", "names the metric 'acc'"),
+        ("metric_list: [{metric: [acc]}]", "names the metric"),
+        ("dataset_path: pandas", "dataset_path: 'pandas'"),
+        ("dataset_path: FOLDER/evil.py", "dataset_path: .*evil.py"),
+        ("dataset_path: ../evil", "dataset_path: '../evil'"),
+        ("dataset_path: org/data", "from the hub without dataset_kwargs: {revision: COMMIT}"),
+        (
+            "dataset_kwargs: {data_files: {test: rows.jsonl}, trust_remote_code: true}",
+            "dataset_kwargs: 'trust_remote_co",
+        ),
+        ("use_prompt: FOLDER/evil.yaml:x", "has the key 'use_prompt'"),
+        ("class: evil.Task", "has the key 'class'"),
+        ("unsafe_code: true", "has the key 'unsafe_code'"),
+    ],
+)
+def test_F29_task_files_cannot_have_code_fetched_or_imported_by_name(tmp_path, change, said):
+    from cascade.evaluation.harness import find_tasks
+
+    (tmp_path / "rows.jsonl").write_text('{"q": "x", "a": " 1"}\n' * 4)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\n")
+    base = {
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": "{data_files: {test: rows.jsonl}}",
+        "test_split": "test", "output_type": "loglikelihood", "doc_to_text": "'{{q}}'", "doc_to_target": "'{{a}}'",
+        "metric_list": "[{metric: acc}]",
+    }  # fmt: skip
+
+    def find(settings):
+        (tmp_path / "mine.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+        return find_tasks(["mine"], [tmp_path])
+
+    assert find(base)[0]["metric_list"] == [{"metric": "acc"}]
+    name, _, value = change.replace("FOLDER", str(tmp_path)).partition(": ")
+    with pytest.raises(UserError, match=f"{said}.*--allow-task-code"):
+        find(base | {name: value})
+    assert not (tmp_path / "canary").exists()
 
 
 def test_F29_a_tasks_templates_cannot_reach_python(tiny_parent, tmp_path):

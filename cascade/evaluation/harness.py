@@ -21,13 +21,12 @@ from torch import nn
 from cascade.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.evaluation.items import TASK_FOLDER
 from cascade.evaluation.results import TaskResults, results_of
-from cascade.evaluation.task_code import CodeTask, code_task, holds_code, measure_apart
+from cascade.evaluation.task_code import CodeTask, measure_apart, read_task
 from cascade.failpoints import at, failpoint
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource
 from cascade.plain_json import plain
 from cascade.store import make_folder, write_atomically
-from cascade.yaml_reader import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +174,8 @@ def _sandboxed(environment: Any) -> Any:
 
 
 def _local_task(path: Path) -> Task:
-    if holds_code(path):
-        return code_task(path)
-    return _with_places(read_yaml(path).data, path)
+    found = read_task(path)
+    return found if isinstance(found, CodeTask) else _with_places(found, path)
 
 
 def _with_places(config: dict[str, Any], path: Path) -> dict[str, Any]:

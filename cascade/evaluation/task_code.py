@@ -1,4 +1,4 @@
-"""Tasks whose files name Python functions of their own (`!function`): only if this process was told to, and apart.
+"""Tasks whose files could run code (`!function`, metrics from elsewhere): only if this process was told to, and apart.
 
 A permission belongs to the process, which the command line gives it to; a recipe cannot ask for it. The functions run
 in a process of their own, whose environment holds no keys.
@@ -12,11 +12,24 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from cascade.errors import RunError, UserError
 from cascade.secrets import without_secrets
+from cascade.yaml_reader import read_yaml
+
+_KEYS = {
+    "dataset_kwargs", "dataset_name", "dataset_path", "description", "doc_to_choice", "doc_to_decontamination_query",
+    "doc_to_target", "doc_to_text", "fewshot_config", "fewshot_delimiter", "fewshot_split", "filter_list",
+    "gen_prefix", "generation_kwargs", "include", "metadata", "metric_list", "num_fewshot", "output_type", "repeats",
+    "should_decontaminate", "tag", "target_delimiter", "task", "task_alias", "test_split", "training_split",
+    "validation_split",
+}  # fmt: skip
+_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}
+_DATASET_KEYS = {"column_names", "data_dir", "data_files", "delimiter", "encoding", "field", "revision", "sep"}
+_ON_HUB, _COMMIT = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"), re.compile(r"[0-9a-f]{40}")
 
 _FUNCTION = re.compile(r"!\s*function\b|!<function>|!!python|tag:yaml\.org,2002:python")
 
@@ -25,7 +38,7 @@ _allowed = False
 
 @dataclass(frozen=True)
 class CodeTask:
-    """A task file that names functions."""
+    """A task file that may run code."""
 
     path: Path
 
@@ -44,23 +57,60 @@ def allow() -> None:
     _allowed = True
 
 
-def holds_code(path: Path) -> bool:
-    """Whether a task file names functions."""
-    return _FUNCTION.search(path.read_text(errors="replace")) is not None
-
-
-def code_task(path: Path) -> CodeTask:
-    """The task of a file that names functions.
+def read_task(path: Path) -> dict[str, Any] | CodeTask:
+    """A task file's content where it is data alone; else the task to measure apart.
 
     Raises:
-        UserError: nobody has allowed that.
+        UserError: it could run code, and nobody has allowed that; or it is no task file.
     """
+    if _FUNCTION.search(path.read_text(errors="replace")):
+        why = "names Python functions of its own (!function)"
+    else:
+        config: dict[str, Any] = read_yaml(path).data
+        why = _reason(config)
+        if not why:
+            return config
     if not _allowed:
         raise UserError(
-            f"{path}: names Python functions of its own (!function), which would run on this machine. Read them; if "
-            "you trust them, give --allow-task-code"
+            f"{path}: {why}: code from elsewhere could run on this machine. Read what it names; if you trust it, give "
+            "--allow-task-code"
         )
     return CodeTask(path)
+
+
+def _reason(config: dict[str, Any]) -> str:
+    """Why a task without functions is not data alone; '' where it is.
+
+    lm-eval looks for a metric that it does not know, and datasets for a builder, on the hub and among Python files.
+    """
+    unknown = sorted(str(name) for name in config.keys() - _KEYS)
+    if unknown:
+        return f"has the key {unknown[0]!r}, which is none of a task that is data alone ({', '.join(sorted(_KEYS))})"
+    metrics = config.get("metric_list") or []
+    for one in metrics if isinstance(metrics, list) else [metrics]:
+        name = one.get("metric") if isinstance(one, dict) else one
+        if name not in _registered_metrics() or (isinstance(one, dict) and one.get("hf_evaluate")):
+            return f"names the metric {name!r}, which is not one of lm-eval's own ({', '.join(_registered_metrics())})"
+    arguments = config.get("dataset_kwargs") or {}
+    others = sorted(str(name) for name in arguments.keys() - _DATASET_KEYS) if isinstance(arguments, dict) else ["?"]
+    if others:
+        return f"has dataset_kwargs: {others[0]!r} (known: {', '.join(sorted(_DATASET_KEYS))})"
+    path = config.get("dataset_path")
+    if path is None or path in _BUILDERS:
+        return ""
+    if not _ON_HUB.fullmatch(str(path)):
+        return f"has dataset_path: {path!r}, neither {', '.join(sorted(_BUILDERS))} nor a dataset on the hub"
+    if not _COMMIT.fullmatch(str(arguments.get("revision") or "")):
+        return f"reads {path} from the hub without dataset_kwargs: {{revision: COMMIT}} (40 hexadecimal digits)"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _registered_metrics() -> list[str]:
+    import lm_eval.api.metrics  # noqa: F401
+    from lm_eval.api.registry import metric_registry
+
+    return sorted(metric_registry)
 
 
 def measure_apart(task: CodeTask, request: dict[str, Any]) -> dict[str, Any]:
