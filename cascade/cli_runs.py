@@ -17,12 +17,17 @@ RUN = click.argument("run_folder", type=click.Path(file_okay=False))
 @JSON
 def report(run_folder: str, as_json: bool) -> None:
     """Write family.csv, report.md and report.html of a run again from its family.json."""
+    from cascade.lock import locked
     from cascade.report.logs import training_logs
     from cascade.report.records import load_family
-    from cascade.report.write import write_family
+    from cascade.report.write import require_whole, resealed, write_family
 
-    family = load_family(run_folder)
-    write_family(Path(run_folder), family["name"], family["rows"], training_logs(Path(run_folder)))
+    folder = Path(run_folder)
+    family = load_family(folder)
+    with locked(folder):
+        require_whole(folder)
+        with resealed(folder):
+            write_family(folder, family["name"], family["rows"], training_logs(folder))
     finish({name: str(Path(run_folder) / name) for name in ("family.csv", "report.md", "report.html")}, as_json)
 
 

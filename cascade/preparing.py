@@ -1,5 +1,6 @@
 """The stages that all members share: the parent, the text, the parent's evaluation, production text."""
 
+from pathlib import Path
 from typing import Any
 
 from cascade import parallel
@@ -18,6 +19,7 @@ from cascade.models.dims import dims_of
 from cascade.parent import existing_parent, make_converted, make_pretrained
 from cascade.recipe.schema import Recipe
 from cascade.report.production import DRIFT
+from cascade.report.write import resealed
 from cascade.runner import StageRunner
 from cascade.seeding import Shared
 from cascade.stages import CLASSIFYING, make_data, reads_logprobs
@@ -123,7 +125,7 @@ def compare_with_production(runner: StageRunner, recipe: Recipe, shared: Shared)
     """drift.json in the run directory; none without production text."""
     if not recipe.data.production:
         if parallel.rank() == 0:
-            (runner.folder / DRIFT).unlink(missing_ok=True)
+            _write_drift(runner.folder, "")
         return
     folder = runner.run(
         "parent",
@@ -133,7 +135,18 @@ def compare_with_production(runner: StageRunner, recipe: Recipe, shared: Shared)
         lambda folder, on_step: make_drift(folder, recipe, shared.parent, shared.teacher(), shared.data),
     )
     if parallel.rank() == 0:
-        write_atomically(runner.folder / DRIFT, (folder / DRIFT).read_text())
+        _write_drift(runner.folder, (folder / DRIFT).read_text())
+
+
+def _write_drift(run_folder: Path, text: str) -> None:
+    path = run_folder / DRIFT
+    if text == (path.read_text() if path.exists() else ""):
+        return
+    with resealed(run_folder):
+        if text:
+            write_atomically(path, text)
+        else:
+            path.unlink()
 
 
 def _classifying(recipe: Recipe) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cascade.report.records import Row, load_family
 from cascade.report.tail import TAIL, load_tails
 from cascade.report.targets import TARGETS, load_targets
 from cascade.report.verdicts import VERDICTS, judge
-from cascade.report.write import write_family
+from cascade.report.write import resealed, write_family
 from cascade.rows import FinishedMember, RoundedCopy, copy_row, member_row, read_json
 from cascade.runner import read_cost
 from cascade.store import output_digest, staged, verify_folder, write_atomically
@@ -133,15 +133,16 @@ def write_report(
     order = ("member", "quantised", "baseline", "candidate")
     ordered = sorted(family, key=lambda row: order.index(row["role"]))  # stable
     verdicts = judge([teacher, *ordered], recipe.evaluate.at_least)
-    write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
     told = {name: one.evaluation for name, one in finished.items()}
     told |= {copy.name: copy.evaluation for one in finished.values() for copy in one.copies}
     told |= {copy.name: copy.evaluation for copy in parent_copies}
     tails = load_tails(run_folder) | {name: tail for name, folder in told.items() if (tail := _tail(folder))}
     tails = {row["name"]: tails[row["name"]] for row in ordered if row["name"] in tails}
-    write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
-    _write_targets(run_folder, recipe, members, finished)
-    write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
+    with resealed(run_folder):
+        write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
+        write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
+        _write_targets(run_folder, recipe, members, finished)
+        write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
 
 
 def _write_targets(

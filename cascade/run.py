@@ -30,7 +30,7 @@ from cascade.pruning.latency import DecodeLatency
 from cascade.publish import publish_copies, publish_member, write_report
 from cascade.quantising import make_copies
 from cascade.recipe.schema import Recipe
-from cascade.report.write import seal_reports, set_damaged_aside
+from cascade.report.write import resealed, set_damaged_aside
 from cascade.room import require_room_for
 from cascade.rows import FinishedMember, teacher_row
 from cascade.runner import STAGES, StageRunner
@@ -75,13 +75,13 @@ def run_recipe(
     wanted = _with_seeds(members, only)
     with locked(folder):
         require_room_for(folder, wanted)
-        write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
+        if (folder / MANIFEST).exists():
+            set_damaged_aside(folder)
+        with resealed(folder):
+            write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
         keep_latencies(recipe, config, folder, latencies)
         parallel.barrier()
         settle(folder, choice)
-        if (folder / MANIFEST).exists():
-            set_damaged_aside(folder)
-            seal_reports(folder)  # the recipe may say more than it did
         append_event(folder, "started", members=[member.name for member in wanted])
         estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}
         for member in wanted:

@@ -225,7 +225,7 @@ def _write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
 def seal(folder: Path, names: Iterable[str], provenance: dict[str, Any]) -> None:
     """A manifest of some files that lie in a folder side by side, each of which was replaced in one step."""
     files = {}
-    for name in sorted(names):
+    for name in sorted(set(names) - {MANIFEST}):
         path = folder / name
         if path.is_file():
             files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}

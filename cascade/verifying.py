@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cascade.errors import UserError
 from cascade.models.safety import check_model_folder
+from cascade.report.write import DERIVED
 from cascade.store import INCOMPLETE, MANIFEST, output_digest, verify_folder
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
@@ -46,13 +47,13 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
         count += files
     if (run_folder / MANIFEST).exists():
         damaged = verify_folder(run_folder)
-        cure = f"{again}; or `cascade report {run_folder}`"
         for name in damaged:
+            cure = f"`cascade report {run_folder}`" if name in DERIVED else again
             own = "put it back as it was: every member's card has it" if name == "recipe.yaml" else cure
             faults.append(Fault(name, "is not as the run left it", own))
         count += len(json.loads((run_folder / MANIFEST).read_text()).get("files", {})) if MANIFEST not in damaged else 0
     elif (run_folder / "family.json").exists():
-        faults.append(Fault(MANIFEST, "is missing", f"{again}; or `cascade report {run_folder}`"))
+        faults.append(Fault(MANIFEST, "is missing: a run ended while it wrote its reports", again))
     faults += _missing(run_folder, again)
     faults += _events(run_folder)
     for pattern in _PICKLED:

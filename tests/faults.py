@@ -107,7 +107,7 @@ def results_of(run):
 
 def leftovers(run):
     """What no finished run may leave."""
-    names = ("**/.staging-*", "**/.partial-*", "**/.replaced-*", "**/.*.json-*")
+    names = ("**/.staging-*", "**/.partial-*", "**/.replaced-*", "**/.*.json-*", "**/*.damaged")
     return [str(path) for name in names for path in run.glob(name)]
 
 

@@ -10,6 +10,7 @@ import struct
 import pytest
 import torch
 from click.testing import CliRunner
+from faults import failing, fired, results_of
 from safetensors.torch import load_file, save_file
 
 from cascade.cli import main
@@ -112,6 +113,36 @@ def test_F15_a_damaged_report_is_set_aside_and_made_again(run, tiny_recipe, tiny
     assert faults(run) == {} and (run / f"{name}.damaged").exists()
     after = json.loads((run / "family.json").read_text())["rows"]
     assert [row["name"] for row in after] == [row["name"] for row in before]
+
+
+@pytest.mark.parametrize("name", ["family.json", "verdicts.json", "tail.json", "recipe.yaml"])
+def test_F15_no_report_is_made_of_files_that_are_not_as_the_run_left_them(run, name):
+    (run / name).write_text((run / name).read_text().replace("e", "3", 1) + " ")
+    before = (run / MANIFEST).read_bytes()
+    result = CliRunner().invoke(main, ["report", str(run)])
+    assert result.exit_code == 2 and name in result.output
+    assert name in faults(run) and (run / MANIFEST).read_bytes() == before
+
+
+def test_F15_a_damaged_report_is_made_again_from_whole_files(run):
+    was = (run / "report.html").read_bytes()
+    flip(run / "report.html")
+    assert CliRunner().invoke(main, ["report", str(run)]).exit_code == 0
+    assert faults(run) == {} and (run / "report.html").read_bytes() == was
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_F01_a_death_between_any_two_reports_leaves_whole_files_and_the_next_run_all_rows(
+    zygote, run, recipe_folder, tmp_path, count
+):
+    (run / "events.jsonl").unlink()
+    before, log = results_of(run), tmp_path / "log"
+    fault = failing(f"report/file.renamed:kill@{count}", log)
+    only = ("run", recipe_folder / "tiny.yaml", "--output", run, "--only", "big")
+    assert zygote.run(*only, **fault)[0] == -9 and fired(log)
+    assert set(faults(run)) <= {MANIFEST}
+    assert zygote.run(*only)[0] == 0
+    assert faults(run) == {} and results_of(run) == before and not list(run.glob("*.damaged"))
 
 
 def test_F15_what_is_gone_altogether_is_told_and_what_a_user_wrote_on_a_card_is_not(run, tiny_recipe):

@@ -63,7 +63,7 @@ PLACES = {
     *(f"label/shard.{moment}" for moment in ("begun", "synced", "renamed")),
     *(f"report/file.{moment}" for moment in ("begun", "synced", "renamed")),
     *("distill/distill.microbatch", "distill/distill.step", "distill/distill.loaded", "state/state.tensors"),
-    *("distill/state.dropped", "event.begun", "file.begun", "file.synced"),
+    *("report/unsealed", "unsealed", "distill/state.dropped", "event.begun", "file.begun", "file.synced"),
 }
 
 

@@ -1,11 +1,14 @@
 """family.json, family.csv, report.md and a self-contained report.html of one family."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from cascade.errors import UserError
+from cascade.failpoints import failpoint
 from cascade.health import findings
 from cascade.report.logs import training_logs
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
@@ -15,7 +18,7 @@ from cascade.report.tables import Table, markdown_table, quality_table, shape_ta
 from cascade.report.tail import decile_table, load_tails, slice_table
 from cascade.report.targets import load_targets, targets_table
 from cascade.report.verdicts import load_verdicts, verdict_table
-from cascade.store import MANIFEST, seal, verify_folder, write_atomically
+from cascade.store import MANIFEST, seal, sync_folder, verify_folder, write_atomically
 
 Titled = tuple[str, Table]
 
@@ -29,6 +32,9 @@ _NOTES = (
 
 logger = logging.getLogger(__name__)
 
+DERIVED = ("family.csv", "report.md", "report.html")
+"""What is made of the other files alone."""
+
 _SEALED = (".json", ".csv", ".md", ".html", ".yaml")
 
 _STYLE = (
@@ -41,13 +47,15 @@ _STYLE = (
 
 
 def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> None:
-    """Write all four files, each replaced in one step; verdicts and the long tail come from the run directory."""
+    """Write all four files, each replaced in one step; verdicts and the long tail come from the run directory.
+
+    To be called within `resealed`.
+    """
     further = _further_tables(run_folder, rows)
     write_atomically(run_folder / "family.json", family_json(name, rows))
     write_atomically(run_folder / "family.csv", family_csv(rows))
     write_atomically(run_folder / "report.md", report_markdown(name, rows, further))
     write_atomically(run_folder / "report.html", report_html(name, rows, curves, further))
-    seal_reports(run_folder)
 
 
 def set_damaged_aside(run_folder: Path) -> None:
@@ -59,10 +67,29 @@ def set_damaged_aside(run_folder: Path) -> None:
             path.rename(run_folder / f"{name}.damaged")
 
 
-def seal_reports(run_folder: Path) -> None:
-    """The manifest of the run's own files, for `cascade verify`."""
+@contextmanager
+def resealed(run_folder: Path) -> Iterator[None]:
+    """Around all writing of the run's own files: their manifest is taken away before and made anew after.
+
+    A death in between leaves whole files and no manifest, not one that calls them damaged.
+    """
+    (run_folder / MANIFEST).unlink(missing_ok=True)
+    sync_folder(run_folder)
+    failpoint("unsealed")
+    yield
     names = [path.name for path in run_folder.iterdir() if path.suffix in _SEALED]
-    seal(run_folder, [name for name in names if name != MANIFEST], {"stage": "report"})
+    seal(run_folder, names, {"stage": "report"})
+
+
+def require_whole(run_folder: Path) -> None:
+    """Refuse to make reports of files that are not as a run left them.
+
+    Raises:
+        UserError: one is not.
+    """
+    damaged = [name for name in verify_folder(run_folder) if name not in DERIVED]
+    if (run_folder / MANIFEST).exists() and damaged:
+        raise UserError(f"{run_folder / damaged[0]}: is not as the run left it; run the same command again first")
 
 
 def report_markdown(name: str, rows: list[Row], further: Sequence[Titled] = ()) -> str:
