@@ -47,7 +47,7 @@ REPAIRS = {
 
 OF_WHOLE_TRAININGS = (
     *("learning_rate", "selection_every", "ema_decay"),
-    *("save_every_minutes", "keep_states", "on_nan", "max_skipped"),
+    *("save_every_minutes", "keep_states", "on_nan", "max_skipped", "on_divergence"),
 )
 """Options of `distill` that a search for a rate has no use for."""
 

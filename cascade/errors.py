@@ -1,8 +1,8 @@
 """The errors that a user can cause or has to know of: told in one message, without a traceback.
 
 Exit codes: 2 a recipe or arguments that cannot be used, 73 a directory that another run is writing to; 1 a stage that
-could not be done, 65 numbers that are not finite, 75 a disk that takes no more (try again); 130 and 143 after Ctrl-C
-and SIGTERM.
+could not be done, 65 numbers that are not finite or a loss that climbs, 75 a disk that takes no more (try again); 130
+and 143 after Ctrl-C and SIGTERM.
 """
 
 import errno
@@ -41,6 +41,12 @@ class TrainingError(RunError):
 
 class NotFiniteError(TrainingError):
     """A loss or gradient is not finite."""
+
+    exit_code = 65
+
+
+class DivergedError(TrainingError):
+    """A loss has climbed and stays there."""
 
     exit_code = 65
 

@@ -20,6 +20,12 @@ def findings(log: Sequence[dict[str, float]]) -> list[str]:
     since = diverged(trained)
     if since is not None:
         found.append(f"the loss has climbed to over {CLIMBED:g} times its first {FIRST} steps' from step {since} on")
+    lost = [entry["step"] for entry in log if entry.get("not_finite")]
+    if lost:
+        found.append(f"{len(lost)} entries, the first at step {lost[0]:.0f}, had other figures that were not finite")
+    dead = max((entry.get("zero_matrices", 0.0) for entry in log), default=0.0)
+    if dead:
+        found.append(f"{dead:.0f} weight matrices were all zero before the first step: nothing flows through them")
     still = sum(entry.get("grad_norm", 1.0) == 0.0 and entry["loss"] > 0.0 for entry in trained)
     if still:
         found.append(f"{still} steps had gradients that are all zero: nothing was learned in them")

@@ -140,8 +140,12 @@ class _Reader:
             return float(text)
         if kind == "bool":
             return text.lower() == "true"
-        if kind in ("null", "str"):
-            return None if kind == "null" else text
+        if kind == "null":
+            return None
+        if kind == "str":
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                self._problem(node, "half of a surrogate pair is no text")
+            return text
         self._problem(node, f"tag {node.tag} is not allowed; files here are plain data")
         return None
 
@@ -150,9 +154,28 @@ class _Reader:
         self.problems.append(f"{self.source}:{line}:{column}: {message}")
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts into quotes whatever the loader would not read as the same text."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: _Loader.yaml_implicit_resolvers.get(first, []) + yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+    for first in _Loader.yaml_implicit_resolvers.keys() | yaml.SafeDumper.yaml_implicit_resolvers.keys()
+}
+_ODD = re.compile(r"[^ -~\u00a0-\ud7ff\ue000-\ufefe\U00010000-\U0010ffff]|[\u2028\u2029]")
+"""Line breaks and signs that only an escape keeps as they are."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if _ODD.search(value) else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def write_yaml(data: Any) -> str:
     """YAML text that `parse_yaml` reads back as the same data."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _position(node: yaml.Node) -> tuple[int, int]:

@@ -132,6 +132,47 @@ def test_F28_documents_that_are_no_recipe_end_with_2_in_two_seconds_and_little_m
     assert not (tmp_path / "canary").exists()
 
 
+_TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.sampled_from(
+        [
+            "1e3",
+            "08",
+            "0o7",
+            "no",
+            "~",
+            "",
+            ".inf",
+            "1_000",
+            "\x85a",
+            "\u2028",
+            " a",
+            "a: b",
+            "#",
+            "\ufeff",
+            "2020-01-01",
+        ]
+    ),
+)
+_DATA = st.recursive(
+    st.one_of(_TEXTS, st.none(), st.booleans(), st.integers(-(10**30), 10**30), st.floats(allow_nan=False, allow_infinity=False)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_TEXTS.filter(lambda key: key != "<<"), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(_DATA)
+@settings(max_examples=300)
+def test_F28_what_is_written_as_yaml_is_read_back_as_it_was(data):
+    assert parse_yaml(write_yaml(data), source="x").data == data
+
+
+def test_F28_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    (tmp_path / "r.yaml").write_text('name: "\\ud800"\n')
+    code, output = plan(tmp_path / "r.yaml")
+    assert code == 2 and "r.yaml:1:7: half of a surrogate pair" in output
+
+
 def test_F28_a_byte_order_mark_changes_nothing_and_a_device_without_end_is_refused(tmp_path):
     path = ROOT / "recipes" / "quickstart.yaml"
     (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbf" + path.read_bytes())

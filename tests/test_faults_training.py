@@ -13,9 +13,10 @@ from cascade import failpoints
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation import trainer
 from cascade.distillation.trainer import distill
-from cascade.errors import NotFiniteError, RunError
+from cascade.errors import DivergedError, NotFiniteError, RunError
 from cascade.fitting import in_parts_that_fit
 from cascade.health import findings
+from cascade.report.write import report_html
 
 OPTIONS = {"num_tokens": 8 * 16 * 10, "batch_size": 8, "microbatch_size": 4, "learning_rate": 1e-2}
 
@@ -258,6 +259,49 @@ def test_F20_a_training_that_diverges_says_so_in_its_log_and_in_the_report(model
             schedule=trainer.Schedule("wsd", warmup_fraction=0.5, decay_fraction=0.05),
         )[1]  # fmt: skip
     assert findings(metrics.curve) and "the loss has climbed" in caplog.text
+    shown = report_html(
+        "family", [], {}, [("Trainings to look at", [["member", "found"], ["m", *findings(metrics.curve)]])]
+    )
+    assert "the loss has climbed" in shown
+
+
+def test_F20_a_training_that_diverges_is_stopped_where_the_recipe_says_so(models):
+    start, teacher, blocks = models
+    climbing = {
+        "num_tokens": 8 * 16 * 200, "learning_rate": 3.0, "max_grad_norm": 1e9,
+        "schedule": trainer.Schedule("wsd", warmup_fraction=0.15, decay_fraction=0.05),
+    }  # fmt: skip
+    seen = []
+    with pytest.raises(
+        DivergedError, match=r"the loss has been over 2 times its first 10 steps' since step \d+"
+    ) as raised:
+        trained(start, teacher, blocks, **climbing, on_divergence="stop", on_log=seen.append)
+    assert len(seen) < 200 and raised.value.exit_code == 65
+    calm = trained(start, teacher, blocks, num_tokens=8 * 16 * 40, on_divergence="stop")
+    assert len(calm[1].curve) == 40
+
+
+def test_F20_a_matrix_that_a_cut_has_left_empty_is_told(models, caplog):
+    start, teacher, blocks = models
+    dead = copy.deepcopy(start)
+    dead.model.layers[1].mlp.down_proj.weight.data.zero_()
+    with caplog.at_level(logging.WARNING):
+        metrics = trained(dead, teacher, blocks)[1]
+    assert "all zero before the first step: model.layers.1.mlp.down_proj.weight" in caplog.text
+    assert any("1 weight matrices were all zero" in one for one in findings(metrics.curve))
+    assert findings(trained(start, teacher, blocks)[1].curve) == []
+
+
+def test_F19_a_figure_besides_the_loss_that_is_not_finite_is_told_and_the_state_is_saved(models, tmp_path, monkeypatch):
+    start, teacher, blocks = models
+    monkeypatch.setattr(
+        trainer, "selection_losses", lambda *rest: {"selection_loss": math.nan, "selection_kl": math.inf}
+    )
+    options = {"state_folder": tmp_path / "state", "save_every_minutes": 0, "log_path": tmp_path / "log.jsonl"}
+    metrics = trained(start, teacher, blocks, selection=blocks, selection_every=4, **options)[1]
+    assert metrics.selection_loss is None
+    assert findings(metrics.curve) == ["3 entries, the first at step 4, had other figures that were not finite"]
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text() and "Infinity" not in (tmp_path / "log.jsonl").read_text()
 
 
 @pytest.mark.parametrize("what", ["statistics", "heldout", "evaluation"])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from cascade import parallel
 from cascade.distillation.log import TrainingLog
 from cascade.distillation.state import Progress, States, Trained, load_state
-from cascade.errors import NotFiniteError
+from cascade.errors import DivergedError, NotFiniteError
+from cascade.health import CLIMBED, FIRST, LONG, diverged
 from cascade.store import make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,27 @@ def gradient_norm(trained: Trained, max_grad_norm: float) -> float:
 def unfinished(losses: dict[str, float]) -> bool:
     """Whether a step's `loss` or `grad_norm` is not finite; other figures may be infinite."""
     return not (math.isfinite(losses["loss"]) and math.isfinite(losses["grad_norm"]))
+
+
+def kept_figures(entry: dict[str, float]) -> dict[str, float]:
+    """A log's entry without what is not finite (on selection text, or a part of the loss), and how many those were."""
+    kept = {name: value for name, value in entry.items() if math.isfinite(value)}
+    lost = len(entry) - len(kept)
+    return kept | ({"not_finite": float(lost)} if lost else {})
+
+
+def require_no_divergence(progress: Progress) -> None:
+    """Stop a training whose loss has climbed and stays there.
+
+    Raises:
+        DivergedError: it has.
+    """
+    since = diverged(progress.curve) if progress.step % LONG == 0 else None
+    if since is not None:
+        raise DivergedError(
+            f"step {progress.step}: the loss has been over {CLIMBED:g} times its first {FIRST} steps' since step "
+            f"{since}. Try a lower learning_rate, or on_divergence: warn"
+        )
 
 
 def leave_out(

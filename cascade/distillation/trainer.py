@@ -23,8 +23,16 @@ from cascade.data.targets import StoredTargets
 from cascade.distillation.average import Average
 from cascade.distillation.batch import FORWARD_KL, selection_losses
 from cascade.distillation.computing import computed
+from cascade.distillation.dead import zero_matrices
 from cascade.distillation.features import FeatureLoss
-from cascade.distillation.finite import OnNan, gradient_norm, leave_out, unfinished
+from cascade.distillation.finite import (
+    OnNan,
+    gradient_norm,
+    kept_figures,
+    leave_out,
+    require_no_divergence,
+    unfinished,
+)
 from cascade.distillation.fused import Objective
 from cascade.distillation.log import TrainingLog
 from cascade.distillation.on_policy import OnPolicy, Rollouts, end_tokens, own_batch
@@ -97,6 +105,7 @@ def distill(
     keep_states: int = 2,
     on_nan: Literal["stop", "skip", "rollback"] = "stop",
     max_skipped: int = 3,
+    on_divergence: Literal["warn", "stop"] = "warn",
     on_step: Callable[[int, int], None] | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainingMetrics:
@@ -112,7 +121,8 @@ def distill(
     step `on_step(done, all)` and `on_log(entry)` are called. `keep`: others read the same, so what is seen is kept.
 
     Raises:
-        TrainingError: a loss or gradient is not finite (before the optimizer step), or not even one block fits.
+        TrainingError: a loss or gradient is not finite (before the optimizer step), not even one block fits, or the
+            loss has climbed and `on_divergence` is stop.
         Stopped: a signal has come, and the state is saved.
         UserError: a step's blocks cannot be shared out evenly, or a teacher, a package or a single process is needed.
     """
@@ -134,7 +144,7 @@ def distill(
     log, policy = TrainingLog(log_path, on_log), OnNan(on_nan, max_skipped)
     fixed = _Fixed(student, teacher, blocks, targets, objective, features, rollouts, schedule, num_steps, learning_rate,
                    batch_size, first_position, seed, max_grad_norm, keep, selection, selection_every, states,
-                   log, policy, on_step)  # fmt: skip
+                   log, policy, on_divergence == "stop", on_step)  # fmt: skip
     progress = _progress(state_folder, trained, microbatch_size, settings, log)
     if states is not None and on_nan == "rollback":
         states.begin(trained, progress)
@@ -151,6 +161,8 @@ def _loop(fixed: "_Fixed", trained: Trained, progress: Progress, started: float)
     while progress.step < fixed.num_steps:
         step, last = progress.step, progress.step + 1 == fixed.num_steps
         entry: dict[str, float] = {"step": step + 1, "num_tokens": (step + 1) * fixed.step_tokens}
+        if step == 0:
+            entry |= zero_matrices(student)
         if step in progress.left_out:
             entry["skipped"] = 1.0
         else:
@@ -165,6 +177,7 @@ def _loop(fixed: "_Fixed", trained: Trained, progress: Progress, started: float)
         if fixed.selection is not None and (last or (step + 1) % fixed.selection_every == 0):
             entry |= selection_losses(student, fixed.teacher, fixed.selection, progress.microbatch_size)
         progress.step += 1
+        entry = kept_figures(entry)
         progress.curve.append(entry)
         fixed.log.add(entry)
         if states is not None:
@@ -172,6 +185,8 @@ def _loop(fixed: "_Fixed", trained: Trained, progress: Progress, started: float)
         if fixed.on_step is not None:
             fixed.on_step(step + 1, fixed.num_steps)
         failpoint("distill.step")
+        if fixed.stops_at_divergence:
+            require_no_divergence(progress)
     student.eval()
     return progress
 
@@ -200,6 +215,7 @@ class _Fixed:
     states: States | None
     log: TrainingLog
     policy: OnNan
+    stops_at_divergence: bool
     on_step: Callable[[int, int], None] | None
 
     @property

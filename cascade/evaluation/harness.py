@@ -174,7 +174,10 @@ def _sandboxed(environment: Any) -> Any:
 
 
 def _local_task(path: Path) -> Task:
-    found = read_task(path)
+    import lm_eval.api.metrics  # noqa: F401
+    from lm_eval.api.registry import metric_registry
+
+    found = read_task(path, sorted(metric_registry))
     return found if isinstance(found, CodeTask) else _with_places(found, path)
 
 

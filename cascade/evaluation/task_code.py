@@ -11,8 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def allow() -> None:
     _allowed = True
 
 
-def read_task(path: Path) -> dict[str, Any] | CodeTask:
-    """A task file's content where it is data alone; else the task to measure apart.
+def read_task(path: Path, metrics: Sequence[str]) -> dict[str, Any] | CodeTask:
+    """A task file's content where it is data alone, with none but these `metrics`; else the task to measure apart.
 
     Raises:
         UserError: it could run code, and nobody has allowed that; or it is no task file.
@@ -67,7 +67,7 @@ def read_task(path: Path) -> dict[str, Any] | CodeTask:
         why = "names Python functions of its own (!function)"
     else:
         config: dict[str, Any] = read_yaml(path).data
-        why = _reason(config)
+        why = _reason(config, metrics)
         if not why:
             return config
     if not _allowed:
@@ -78,7 +78,7 @@ def read_task(path: Path) -> dict[str, Any] | CodeTask:
     return CodeTask(path)
 
 
-def _reason(config: dict[str, Any]) -> str:
+def _reason(config: dict[str, Any], metrics: Sequence[str]) -> str:
     """Why a task without functions is not data alone; '' where it is.
 
     lm-eval looks for a metric that it does not know, and datasets for a builder, on the hub and among Python files.
@@ -86,11 +86,11 @@ def _reason(config: dict[str, Any]) -> str:
     unknown = sorted(str(name) for name in config.keys() - _KEYS)
     if unknown:
         return f"has the key {unknown[0]!r}, which is none of a task that is data alone ({', '.join(sorted(_KEYS))})"
-    metrics = config.get("metric_list") or []
-    for one in metrics if isinstance(metrics, list) else [metrics]:
+    asked = config.get("metric_list") or []
+    for one in asked if isinstance(asked, list) else [asked]:
         name = one.get("metric") if isinstance(one, dict) else one
-        if name not in _registered_metrics() or (isinstance(one, dict) and one.get("hf_evaluate")):
-            return f"names the metric {name!r}, which is not one of lm-eval's own ({', '.join(_registered_metrics())})"
+        if name not in metrics or (isinstance(one, dict) and one.get("hf_evaluate")):
+            return f"names the metric {name!r}, which is not one of lm-eval's own ({', '.join(metrics)})"
     arguments = config.get("dataset_kwargs") or {}
     others = sorted(str(name) for name in arguments.keys() - _DATASET_KEYS) if isinstance(arguments, dict) else ["?"]
     if others:
@@ -103,14 +103,6 @@ def _reason(config: dict[str, Any]) -> str:
     if not _COMMIT.fullmatch(str(arguments.get("revision") or "")):
         return f"reads {path} from the hub without dataset_kwargs: {{revision: COMMIT}} (40 hexadecimal digits)"
     return ""
-
-
-@lru_cache(maxsize=1)
-def _registered_metrics() -> list[str]:
-    import lm_eval.api.metrics  # noqa: F401
-    from lm_eval.api.registry import metric_registry
-
-    return sorted(metric_registry)
 
 
 def measure_apart(task: CodeTask, request: dict[str, Any]) -> dict[str, Any]:

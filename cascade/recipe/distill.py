@@ -15,6 +15,7 @@ WITHOUT_EFFECT = (
     "keep_states",
     "on_nan",
     "max_skipped",
+    "on_divergence",
     "gradient_checkpointing",
     "compile",
     "trackers",
@@ -150,6 +151,9 @@ class Distill(Section):
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """Where a loss or gradient is not finite. stop: before the optimizer's step; skip: the step is left out; rollback:
     back to the last state, and the steps from there up to this one are left out."""
+    on_divergence: Literal["warn", "stop"] = "warn"
+    """Where the loss stays over twice its first steps' for 20 steps and more: say so at the end and in the report, or
+    stop."""
     max_skipped: PositiveInt = 3
     """How often a training may skip or go back before it stops."""
 
