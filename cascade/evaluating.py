@@ -33,6 +33,7 @@ from cascade.models.checkpoint import (
 )
 from cascade.plain_json import write_json
 from cascade.recipe.schema import Recipe
+from cascade.secrets import redact_all
 from cascade.store import COST_FILE, INCOMPLETE, partial_of
 
 _TRAINING_BLOCKS = 2048
@@ -79,10 +80,10 @@ def make_evaluation(
     metrics = with_retention(result.metrics, parent["metrics"], result.items, parent["items"], seed=recipe.seed)
     tail = None if result.tail is None else _told(result.tail, heldout, checkpoint)
     write_json(folder / "eval.json", {"metrics": metrics, "items": result.items, "tail": tail})
-    write_json(folder / "lm_eval.json", result.raw)
+    write_json(folder / "lm_eval.json", redact_all(result.raw))
     write_json(folder / COST_FILE, {"speed": result.speed})
     if result.failed:
-        write_json(folder / INCOMPLETE, result.failed)
+        write_json(folder / INCOMPLETE, redact_all(result.failed))
 
 
 def failures(failed: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from cascade.errors import BusyError, UserError
+from cascade.failpoints import at
 from cascade.secrets import redact
-from cascade.store import make_folder, sweep
+from cascade.store import make_folder, sweep, write_atomically
 
 LOCK = ".cascade.lock"
 
@@ -78,8 +80,9 @@ def _opened(run_folder: Path) -> IO[str]:
     """The lock file; that a file can be made and renamed here is tried first."""
     try:
         make_folder(run_folder)
-        probe = run_folder / f".{LOCK}-{os.getpid()}"
-        probe.write_text("")
+        probe = run_folder / f"{LOCK}-0"
+        with at("lock"):
+            write_atomically(probe, "written, synced and renamed")
         probe.unlink()
         return (run_folder / LOCK).open("a+")
     except OSError as error:
@@ -116,13 +119,21 @@ def _wait_for_others(run_folder: Path, file: IO[str]) -> None:
     if holder.get("host") in (None, socket.gethostname()):
         return
     last = os.stat(run_folder / LOCK).st_mtime
-    until = min(last, time.time()) + _WAIT_SECONDS
-    if time.time() < until:
+    # Both times are the file system's own: the machines' clocks may differ.
+    waits = min(_WAIT_SECONDS, _WAIT_SECONDS - (_clock_of(run_folder) - last))
+    until = time.monotonic() + waits
+    if waits > 0:
         print(f"{run_folder}: waiting to see whether the run on {holder['host']} is alive", file=sys.stderr, flush=True)
-    while time.time() < until:
+    while time.monotonic() < until:
         time.sleep(min(1.0, _WAIT_SECONDS / 10))
         if os.stat(run_folder / LOCK).st_mtime != last:
             raise BusyError(_held_by(run_folder, holder))
+
+
+def _clock_of(folder: Path) -> float:
+    """What time it is for the file system of a folder."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{LOCK}-") as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _beat(path: Path, ended: threading.Event) -> None:

@@ -16,9 +16,19 @@ import torch
 import transformers
 
 from cascade import __version__, parallel
+from cascade.errors import UserError
 from cascade.failpoints import at
 from cascade.progress import OnStep, RunProgress
-from cascade.store import COST_FILE, INCOMPLETE, append_event, drop_partials, stage_key, staged, verify_folder
+from cascade.store import (
+    COST_FILE,
+    INCOMPLETE,
+    added_weights,
+    append_event,
+    drop_partials,
+    stage_key,
+    staged,
+    verify_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +169,9 @@ class StageRunner:
         if damaged:
             logger.warning("%s: damaged (%s); it is made again", final, ", ".join(damaged[:3]))
             append_event(self.folder, "damaged", member=member, stage=stage, files=damaged)
+        added = [] if damaged else added_weights(final)
+        if added:
+            raise UserError(f"{final / added[0]}: no run has written this, and it would be loaded; remove it")
         return not damaged and not (final / INCOMPLETE).exists()
 
     def _is_forced(self, member: str, stage: str) -> bool:

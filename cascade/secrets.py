@@ -48,6 +48,15 @@ def redact(text: str) -> str:
     return _IN_ADDRESS.sub(HIDDEN, _FORMS.sub(HIDDEN, text))
 
 
+def redact_all(value: Any) -> Any:
+    """Dictionaries and lists with every text in them redacted."""
+    if isinstance(value, dict):
+        return {name: redact_all(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_all(part) for part in value]
+    return redact(value) if isinstance(value, str) else value
+
+
 class Redacting(logging.Formatter):
     """A formatter whose records, with their tracebacks, are redacted."""
 

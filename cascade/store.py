@@ -18,6 +18,7 @@ from typing import Any
 
 from cascade.errors import DiskError, UserError, is_disk_error
 from cascade.failpoints import failpoint
+from cascade.secrets import redact_all
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,15 @@ def verify_folder(folder: Path) -> list[str]:
     return [
         name
         for name, entry in files.items()
-        if not (folder / name).is_file() or _sha256(folder / name) != entry["sha256"]
+        if not (folder / name).is_file() or file_sha256(folder / name) != entry["sha256"]
     ]
+
+
+def added_weights(folder: Path) -> list[str]:
+    """Weights, or indices of weights, in a committed folder that were not committed with it: they would be loaded."""
+    files = read_manifest(folder)
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors*"))
+    return [name for name in found if name not in files]
 
 
 def output_digest(folder: Path) -> str:
@@ -162,7 +170,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def append_event(run_folder: Path, event: str, **fields: Any) -> None:
     """One more line of events.jsonl, which nothing depends on: where it cannot be written, that is told."""
-    record = {"time": round(time.time(), 3), "event": event} | fields
+    record = {"time": round(time.time(), 3), "event": event} | redact_all(fields)
     try:
         failpoint("event.begun")
         append_line(run_folder / "events.jsonl", json.dumps(record))
@@ -212,10 +220,9 @@ def _write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
             name = path.relative_to(folder).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
         else:
             sync_folder(path)
     failpoint("store.synced")
@@ -228,7 +235,7 @@ def seal(folder: Path, names: Iterable[str], provenance: dict[str, Any]) -> None
     for name in sorted(set(names) - {MANIFEST}):
         path = folder / name
         if path.is_file():
-            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     _write_files(folder, files, provenance)
 
 
@@ -275,6 +282,12 @@ def _no_room(path: Path, error: BaseException, written: int) -> str:
     )
 
 
+def sync_file(path: Path) -> None:
+    """What was written into a file is on the disk then."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Names that were given in a folder, or taken, are on the disk then."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -284,6 +297,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,8 @@ from pathlib import Path
 from cascade.errors import UserError
 from cascade.models.safety import check_model_folder
 from cascade.report.write import DERIVED
-from cascade.store import INCOMPLETE, MANIFEST, output_digest, verify_folder
+from cascade.store import INCOMPLETE, MANIFEST, added_weights, output_digest, verify_folder
+from cascade.teacher.answers import damaged_lines
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
@@ -56,6 +57,10 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
         faults.append(Fault(MANIFEST, "is missing: a run ended while it wrote its reports", again))
     faults += _missing(run_folder, again)
     faults += _events(run_folder)
+    for path in sorted(run_folder.glob("answers/**/answers.jsonl")):
+        for number in damaged_lines(path):
+            told = "is not as it was written, or was cut off"
+            faults.append(Fault(f"{_inside(path, run_folder)}:{number}", told, "nothing: it is asked for again"))
     for pattern in _PICKLED:
         for path in sorted(run_folder.rglob(pattern)):
             faults.append(Fault(_inside(path, run_folder), "can hold code; no run writes such files", "remove it"))
@@ -72,6 +77,9 @@ def _committed(folder: Path, run_folder: Path, cure: str) -> tuple[list[Fault], 
     if MANIFEST in damaged:
         return faults, 0
     files = json.loads((folder / MANIFEST).read_text())["files"]
+    if folder.parent.name != "members":  # `_member` looks at those
+        told = "is not of this stage, and would be loaded with it"
+        faults += [Fault(f"{_inside(folder, run_folder)}/{name}", told, "remove it") for name in added_weights(folder)]
     if (folder / INCOMPLETE).exists():
         missing = ", ".join(json.loads((folder / INCOMPLETE).read_text()))
         faults.append(Fault(_inside(folder, run_folder), f"not measured: {missing}", "run the same command again"))

@@ -230,6 +230,28 @@ def test_streamed_text_gives_the_blocks_of_text_read_at_once_and_goes_on_where_i
     assert read[4] in read[1:4]  # after the last whole shard, not from the start
 
 
+@pytest.mark.parametrize("damage", ["bit", "gone", "cursor"])
+def test_F17_a_damaged_shard_of_streamed_text_is_read_again(tokenizer, tmp_path, monkeypatch, caplog, damage):
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(900):
+            file.write(json.dumps({"text": f"document {number} has these words"}) + "\n")
+    data = TextData("files", {"train": (str(tmp_path / "a.jsonl"),)}, streaming=True)
+    options = {"block_size": 32, "max_blocks": 200, "document_masks": False}
+    own = {**options, "folder": tmp_path / "cursor", "shard_tokens": 2000}
+    whole = streaming.stream_blocks(data, "train", tokenizer, **own)
+    shard = sorted((tmp_path / "cursor").glob("*.safetensors"))[0]
+    if damage == "bit":
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 1
+        shard.write_bytes(content)
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        (tmp_path / "cursor" / "train-cursor.json").write_text('{"shards": 1')
+    assert_same(streaming.stream_blocks(data, "train", tokenizer, **own), whole)
+    assert "what an earlier try left cannot be used" in caplog.text
+
+
 def test_streamed_chat_and_its_splits_are_those_of_chat_read_at_once(tokenizer, tmp_path):
     data = chats(tmp_path / "chat.jsonl", 400)
     for split in ("train", "selection"):

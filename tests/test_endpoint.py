@@ -9,7 +9,7 @@ from endpoint_server import chat_answer, serving
 from cascade.errors import UserError
 from cascade.recipe.generate import Endpoint
 from cascade.teacher.address import check_endpoint
-from cascade.teacher.answers import AnswerLog, requests_of
+from cascade.teacher.answers import AnswerLog, damaged_lines, requests_of
 from cascade.teacher.endpoint import EndpointError, ask
 from cascade.teacher.prompts import prompts_of
 from cascade.teacher.spending import BudgetSpent, Spending
@@ -111,6 +111,19 @@ def test_F22_what_was_answered_before_a_failure_is_kept_and_only_the_rest_is_ask
     assert {body["messages"][-1]["content"] for _, _, body in received} == {
         request.prompt.text for request in wanted if request.key not in kept
     }
+
+
+def test_F15_an_answer_that_was_changed_on_the_disk_is_told_and_asked_for_again(tmp_path, caplog):
+    with serving(echo) as (url, received):
+        asked(url, tmp_path, count=4)
+        path = tmp_path / "answers.jsonl"
+        assert damaged_lines(path) == []
+        path.write_text(path.read_text().replace("answer to question 2", "answer to question 9"))
+        assert damaged_lines(path) == [next(n for n, line in enumerate(path.open(), 1) if "question 9" in line)]
+        _, answers = asked(url, tmp_path, count=4)
+    assert len(received) == 5 and received[-1][2]["messages"][-1]["content"] == "question 2"
+    assert sorted(answer.text for answer in answers.values()) == [f"answer to question {n}" for n in range(4)]
+    assert "a line is not as it was written" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 
@@ -173,7 +174,16 @@ def test_F15_a_cut_off_line_of_events_is_told_and_the_next_one_begins_on_its_own
     assert set(faults(run)) == {f"events.jsonl:{number}"}
 
 
-@pytest.mark.parametrize("fault", ["missing", "extra", "outside", "absolute", "windows", "entry"])
+SAID = {
+    "missing": "missing",
+    "left out": "lacks|missing",
+    **dict.fromkeys(
+        ("outside", "absolute", "windows", "entry"), "missing|shards are .safetensors files of the same folder"
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "outside", "absolute", "windows", "entry", "left out"])
 def test_F16_shards_that_are_missing_added_or_elsewhere_are_refused_and_told(run, tmp_path, fault):
     member = run / "members" / "big"
     tensors = load_file(member / "model.safetensors")
@@ -183,17 +193,35 @@ def test_F16_shards_that_are_missing_added_or_elsewhere_are_refused_and_told(run
     table = {name: f"model-0000{1 + (number > 2)}-of-00002.safetensors" for number, name in enumerate(names)}
     if fault == "missing":
         (member / "model-00002-of-00002.safetensors").unlink()
+    elif fault == "left out":
+        del table[names[-1]]
+        save_file({name: tensors[name] for name in names[3:-1]}, member / "model-00002-of-00002.safetensors")
     elif fault != "extra":
         shutil.copyfile(member / "model-00002-of-00002.safetensors", run / "members" / "x.safetensors")
         wanted = {"outside": "../x.safetensors", "absolute": str(run / "members" / "x.safetensors"),
                   "windows": "..\\x.safetensors", "entry": "x.safetensors"}  # fmt: skip
         table[names[-1]] = wanted[fault]
     if fault != "extra":
-        (member / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-        with pytest.raises(UserError, match="missing|shards are .safetensors files of the same folder"):
-            resolve_model(str(member))
+        (member / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+        (member / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=f"big.*({SAID[fault]})"):
+            load_model(resolve_model(str(member)))
     found = faults(run)
     assert any(place.startswith("members/big") and ("loaded with it" in what) for place, what in found.items())
+    if fault not in ("extra", "left out"):
+        assert re.search(SAID[fault], found["members/big"])
+
+
+def test_F16_weights_planted_in_a_stage_are_told_and_never_loaded(run, tiny_recipe):
+    planted = distilled(run) / "checkpoint" / "model.safetensors.index.json"
+    planted.write_text(json.dumps({"weight_map": {}}))
+    place = planted.relative_to(run).as_posix()
+    assert faults(run) == {place: "is not of this stage, and would be loaded with it"}
+    with pytest.raises(UserError, match=f"{planted}: no run has written this, and it would be loaded; remove it"):
+        run_recipe(tiny_recipe, output=run)
+    planted.unlink()
+    run_recipe(tiny_recipe, output=run)
+    assert faults(run) == {}
 
 
 def test_verify_finds_each_planted_fault_says_what_to_do_and_ends_with_1(run):

@@ -245,6 +245,24 @@ def test_F25_a_holder_on_another_machine_that_still_touches_the_lock_is_waited_f
     beating.join()
 
 
+@pytest.mark.parametrize("ahead", [-7200, 7200])
+def test_F25_clocks_that_differ_do_not_make_a_living_holder_a_dead_one(tmp_path, monkeypatch, ahead):
+    """The other machine's clock is the file system's; ours goes wrong by two hours."""
+    monkeypatch.setattr(lock, "_WAIT_SECONDS", 1.0)
+    own = time.time
+    monkeypatch.setattr(time, "time", lambda: own() + ahead)
+    (tmp_path / lock.LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 7, "started": "then", "command": "c"}))
+    beating = threading.Timer(0.3, lambda: os.utime(tmp_path / lock.LOCK))
+    beating.start()
+    with pytest.raises(BusyError, match="process 7 on elsewhere"), locked(tmp_path):
+        pass
+    beating.join()
+    os.utime(tmp_path / lock.LOCK, (1, 1))
+    started = time.monotonic()
+    with locked(tmp_path):  # long dead: nobody is waited for
+        assert time.monotonic() - started < 0.5
+
+
 def test_F25_a_run_signs_off_and_touches_its_lock_while_it_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.05)
     with locked(tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor
 from cascade.data.blocks import TokenBlocks, append_document, batched, blocks_of, encoded
 from cascade.data.messages import chat_documents
 from cascade.data.sources import TextData, belongs, kept_elsewhere, open_stream
-from cascade.store import write_atomically
+from cascade.store import file_sha256, sync_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,12 @@ def stream_blocks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{split}-cursor.json"
-    cursor: dict[str, Any] = {"file": 0, "reader": None, "shards": 0, "bytes": 0, "tokens": 0}
-    if place.exists():
-        cursor = json.loads(place.read_text())
+    cursor: dict[str, Any] = {"file": 0, "reader": None, "shards": 0, "bytes": 0, "tokens": 0, "sha256": []}
+    found = _cursor(place, folder, split)
+    if found is not None:
+        cursor = found
         logger.warning("data.%s: going on after %d tokens", split, cursor["tokens"])
-    shards = [_shard(folder, split, number) for number in range(cursor["shards"])]
+    shards = [load_file(_path(folder, split, number))["tokens"] for number in range(cursor["shards"])]
     waiting: list[Tensor] = []
     for documents, file, reader in _batches(data, split, cursor):
         if cursor["tokens"] + sum(part.shape[1] for part in waiting) >= max_blocks * block_size:
@@ -58,17 +59,36 @@ def stream_blocks(
         cursor |= {"file": file, "reader": reader, "bytes": cursor["bytes"] + _bytes(documents)}
         if sum(part.shape[1] for part in waiting) >= shard_tokens:
             shard, waiting = torch.cat(waiting, 1), []
-            save_file({"tokens": shard}, folder / f"{split}-{cursor['shards']:05d}.safetensors")
+            path = _path(folder, split, cursor["shards"])
+            save_file({"tokens": shard}, path)
+            sync_file(path)
             shards.append(shard)
             cursor |= {"shards": cursor["shards"] + 1, "tokens": cursor["tokens"] + shard.shape[1]}
+            cursor["sha256"] = [*cursor["sha256"], file_sha256(path)]
             write_atomically(place, json.dumps(cursor) + "\n")
     whole = torch.cat([*shards, *waiting], 1) if shards or waiting else torch.zeros(3, 0, dtype=torch.int32)
     return blocks_of(whole, cursor["bytes"], block_size, max_blocks, document_masks, f"data.{split}")
 
 
-def _shard(folder: Path, split: str, number: int) -> Tensor:
-    tokens: Tensor = load_file(folder / f"{split}-{number:05d}.safetensors")["tokens"]
-    return tokens
+def _path(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:05d}.safetensors"
+
+
+def _cursor(place: Path, folder: Path, split: str) -> dict[str, Any] | None:
+    """Where an earlier try was; None without one, or where what it left is not as it was written."""
+    if not place.exists():
+        return None
+    try:
+        cursor: dict[str, Any] = json.loads(place.read_text())
+        for number, sha256 in enumerate(cursor["sha256"]):
+            if file_sha256(_path(folder, split, number)) != sha256:
+                raise ValueError(f"shard {number} is not as it was written")
+        if len(cursor["sha256"]) != cursor["shards"]:
+            raise ValueError("its shards are not those it counts")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("data.%s: what an earlier try left cannot be used (%s); read from the start", split, error)
+        return None
+    return cursor
 
 
 def _batches(data: TextData, split: str, cursor: dict[str, Any]) -> Iterator[tuple[list[Any], int, dict[str, Any]]]:

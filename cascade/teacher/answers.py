@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,8 @@ from threading import Lock
 from typing import Any
 
 from cascade.teacher.prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,12 @@ class AnswerLog:
                 answer = _read(line)
                 if answer is not None:
                     self.answers[answer.key] = answer
+                elif line:
+                    logger.warning("%s: a line is not as it was written; what it answered is asked for again", path)
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Append, on disk before this returns."""
-        lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
+        lines = "".join(_line(answer) + "\n" for answer in answers)
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             before, self._complete = "" if self._complete else "\n", False  # until it is known to be there
@@ -85,8 +90,25 @@ class AnswerLog:
             self.answers |= {answer.key: answer for answer in answers}
 
 
+def damaged_lines(path: Path) -> list[int]:
+    """Numbers, from 1, of the lines that are not as they were written (the last may be half of one)."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [number for number, line in enumerate(lines, start=1) if line and _read(line) is None]
+
+
+def _line(answer: Answer) -> str:
+    record = asdict(answer)
+    return json.dumps(record | {"sha256": _digest(record)})
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _read(line: str) -> Answer | None:
     try:
-        return Answer(**json.loads(line))
-    except (ValueError, TypeError):
+        record = json.loads(line)
+        own = record.pop("sha256", None)  # none in lines of before there was one
+        return Answer(**record) if own is None or own == _digest(record) else None
+    except (ValueError, TypeError, AttributeError):
         return None
