@@ -154,7 +154,7 @@ def _settled(run_folder: Path | None) -> tuple[str, str] | None:
     if path is None or not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return str(found["kind"]), str(found["why"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it, and the choice is made again") from error

@@ -177,7 +177,7 @@ def make_repaired(
     model, plan = load_model(seed).to(device), load_plan(cut / "plan.json")
     blocks = load_blocks(data / "calibration.safetensors").take(settings.num_blocks)
     best = load_model(ModelSource(cut / CHECKPOINT, str(cut))).to(device)
-    losses = json.loads((cut / "losses.json").read_text())
+    losses = json.loads((cut / "losses.json").read_text(encoding="utf-8"))
     tried: dict[str, Any] = {"none": losses}
     chosen = "none"
     names = list(REPAIRS) if settings.method == "auto" else [settings.method]
@@ -292,4 +292,4 @@ def _selection(model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path)
 
 
 def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

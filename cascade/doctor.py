@@ -70,7 +70,7 @@ def _memory_bytes() -> int | None:
     except (ValueError, OSError, AttributeError):
         return None
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     return min(held, int(text)) if text.isdigit() else held
 
 

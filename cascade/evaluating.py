@@ -76,7 +76,7 @@ def make_evaluation(
     if parent_evaluation is None:
         parent: dict[str, Any] = {"metrics": result.metrics, "items": result.items}
     else:
-        parent = json.loads((parent_evaluation / "eval.json").read_text())
+        parent = json.loads((parent_evaluation / "eval.json").read_text(encoding="utf-8"))
     metrics = with_retention(result.metrics, parent["metrics"], result.items, parent["items"], seed=recipe.seed)
     tail = None if result.tail is None else _told(result.tail, heldout, checkpoint)
     write_json(folder / "eval.json", {"metrics": metrics, "items": result.items, "tail": tail})

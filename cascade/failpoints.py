@@ -98,7 +98,7 @@ def _read(text: str) -> _Fault:
 
 def _due(fault: _Fault, full: str) -> bool:
     if fault.each:  # of all processes that write to one log, the first to pass
-        return _log is None or not _log.exists() or full not in _log.read_text().split("\n")
+        return _log is None or not _log.exists() or full not in _log.read_text(encoding="utf-8").split("\n")
     fault.left -= 1
     return fault.left == 0
 

@@ -121,12 +121,12 @@ def make_generated(
         "origins": [origin.record() for origin in origins_of(recipe)],
     }
     save_dataset(dataset, folder, provenance)
-    (folder / COST_FILE).write_text(json.dumps({"money": dataset.spent["money"]}))
+    (folder / COST_FILE).write_text(json.dumps({"money": dataset.spent["money"]}), encoding="utf-8")
 
 
 def reading(recipe: Recipe, generated: Path) -> Recipe:
     """The recipe with the generated conversations as its text."""
-    chat = json.loads((generated / "provenance.json").read_text())["chat"]
+    chat = json.loads((generated / "provenance.json").read_text(encoding="utf-8"))["chat"]
     data = recipe.data.model_copy(
         update={
             "source": "files",

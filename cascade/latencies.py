@@ -27,7 +27,7 @@ def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str
             continue
         kept = _folder(recipe, member, parent_config, folder)
         if kept.exists() and not verify_folder(kept):
-            found[member.name] = DecodeLatency.from_dict(json.loads((kept / _FILE).read_text()))
+            found[member.name] = DecodeLatency.from_dict(json.loads((kept / _FILE).read_text(encoding="utf-8")))
             continue
         target = target_of(member)
         at = (target.context, target.batch_size)
@@ -43,7 +43,9 @@ def keep_latencies(recipe: Recipe, parent_config: Any, folder: Path, latencies: 
         kept = _folder(recipe, member, parent_config, folder)
         if member.name in latencies and (not kept.exists() or verify_folder(kept)):
             with staged(kept, {"stage": "latency"}) as staging:
-                (staging / _FILE).write_text(json.dumps(latencies[member.name].as_dict(), indent=1) + "\n")
+                (staging / _FILE).write_text(
+                    json.dumps(latencies[member.name].as_dict(), indent=1) + "\n", encoding="utf-8"
+                )
 
 
 def _folder(recipe: Recipe, member: Member, parent_config: Any, folder: Path) -> Path:

@@ -159,7 +159,7 @@ def _make_rate(
             lineage=lineage,
         ),
     )
-    return folder, float(json.loads((folder / "rate.json").read_text())["learning_rate"])
+    return folder, float(json.loads((folder / "rate.json").read_text(encoding="utf-8"))["learning_rate"])
 
 
 def _make_baseline(

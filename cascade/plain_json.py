@@ -9,7 +9,7 @@ from typing import Any
 
 def write_json(path: Path, value: Any) -> None:
     """Strict JSON, whatever lm-eval has put into it."""
-    path.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

@@ -135,12 +135,12 @@ def compare_with_production(runner: StageRunner, recipe: Recipe, shared: Shared)
         lambda folder, on_step: make_drift(folder, recipe, shared.parent, shared.teacher(), shared.data),
     )
     if parallel.rank() == 0:
-        _write_drift(runner.folder, (folder / DRIFT).read_text())
+        _write_drift(runner.folder, (folder / DRIFT).read_text(encoding="utf-8"))
 
 
 def _write_drift(run_folder: Path, text: str) -> None:
     path = run_folder / DRIFT
-    if text == (path.read_text() if path.exists() else ""):
+    if text == (path.read_text(encoding="utf-8") if path.exists() else ""):
         return
     with resealed(run_folder):
         if text:

@@ -101,8 +101,8 @@ def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str,
             shutil.copyfile(file, staging / file.name)
         for name in ("eval.json", "lm_eval.json"):
             shutil.copyfile(evaluation / name, staging / name)
-        (staging / "cascade.json").write_text(json.dumps(lineage, indent=1) + "\n")
-        (staging / "README.md").write_text(card)
+        (staging / "cascade.json").write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(card, encoding="utf-8")
     if not (final / "config.json").is_file():
         raise ReloadError(f"{final}: published without a config.json")
 

@@ -112,7 +112,7 @@ def make_rounded(
             source = Path(temporary)
             save_checkpoint(plain, source, companions=None, dtype=dtype)
             per_token = flops_of(recipe, load_config(parent))
-            (folder / COST_FILE).write_text(json.dumps({"teacher_flops_per_token": per_token}))
+            (folder / COST_FILE).write_text(json.dumps({"teacher_flops_per_token": per_token}), encoding="utf-8")
         rounded: Any = load_rounded(source, plain, entry.quantise, dtype)
     # As for members: the parent's own is copied below, and transformers refuses to write some that it reads.
     rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
@@ -133,7 +133,7 @@ def _train(
     kept = partial_of(folder) / "rate.json"  # a run that was killed goes on at the rate that it had found
     rate = entry.learning_rate
     if rate == "auto" and kept.exists():
-        rate = float(json.loads(kept.read_text()))
+        rate = float(json.loads(kept.read_text(encoding="utf-8")))
     if rate == "auto":
         own = ("learning_rate", "selection_every", "save_every_minutes", "ema_decay")
         found = find_learning_rate(
@@ -162,4 +162,4 @@ def _train(
         **options | {"learning_rate": rate},
     )
     found_losses = {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl, "learning_rate": rate}
-    (folder / "losses.json").write_text(json.dumps(found_losses) + "\n")
+    (folder / "losses.json").write_text(json.dumps(found_losses) + "\n", encoding="utf-8")

@@ -184,4 +184,4 @@ def _speed(evaluation: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """What a stage has written."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from cascade.caching import open_cache
 from cascade.checks import check_family, require_one_process
 from cascade.errors import RunError, UserError
 from cascade.estimates import parent_seconds
+from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.generating import reading, run_generation
@@ -36,7 +37,7 @@ from cascade.rows import FinishedMember, teacher_row
 from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import find_shape
-from cascade.store import MANIFEST, append_event, write_atomically
+from cascade.store import MANIFEST, write_atomically
 from cascade.yaml_reader import write_yaml
 
 
@@ -116,7 +117,7 @@ def run_generate(
             write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, [])))
         runner = StageRunner(folder, progress, None, frozenset())
         made = run_generation(runner, recipe, make_parent(runner, recipe), filter_path)
-    record: dict[str, Any] = json.loads((made / "provenance.json").read_text())
+    record: dict[str, Any] = json.loads((made / "provenance.json").read_text(encoding="utf-8"))
     shown = {"dataset": str(made / "dataset.jsonl"), "teacher": record["teacher"], "prompts": record["prompts"]}
     counts = {name: record[name] for name in ("answers", "rows")}
     dropped = {f"dropped ({reason})": count for reason, count in record["dropped"].items()}

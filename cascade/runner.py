@@ -17,13 +17,13 @@ import transformers
 
 from cascade import __version__, parallel
 from cascade.errors import UserError
+from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.progress import OnStep, RunProgress
 from cascade.store import (
     COST_FILE,
     INCOMPLETE,
     added_weights,
-    append_event,
     drop_partials,
     stage_key,
     staged,
@@ -137,9 +137,9 @@ class StageRunner:
             with nullcontext() if together else parallel.alone():
                 make(staging, on_step)
             cost = read_cost(staging) | {"seconds": time.perf_counter() - started}
-            (staging / COST_FILE).write_text(json.dumps(cost))
+            (staging / COST_FILE).write_text(json.dumps(cost), encoding="utf-8")
         if (final / INCOMPLETE).exists():
-            failed = json.loads((final / INCOMPLETE).read_text())
+            failed = json.loads((final / INCOMPLETE).read_text(encoding="utf-8"))
             self.incomplete.extend(f"{member}: {name}: {why.splitlines()[0]}" for name, why in failed.items())
             append_event(self.folder, "incomplete", member=member, stage=stage, failed=sorted(failed))
         else:
@@ -184,7 +184,7 @@ class StageRunner:
 def read_cost(folder: Path) -> dict[str, Any]:
     """A stage's cost.json; empty where it has none."""
     path = folder / COST_FILE
-    cost: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    cost: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return cost
 
 
@@ -198,4 +198,6 @@ def _versions() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "process": os.getpid(),
+        # bitwise: the same bits with as many threads; seeded: the same random numbers, sums in any order.
+        "determinism": "seeded" if torch.cuda.is_available() else "bitwise",
     }

@@ -38,7 +38,7 @@ class Candidate:
 
     def losses(self) -> dict[str, Any]:
         """What the last of its stages found on selection blocks."""
-        found: dict[str, Any] = json.loads((self.folders[-1] / "losses.json").read_text())
+        found: dict[str, Any] = json.loads((self.folders[-1] / "losses.json").read_text(encoding="utf-8"))
         return found
 
     def score(self) -> float:

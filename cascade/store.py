@@ -10,15 +10,13 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from cascade.errors import DiskError, UserError, is_disk_error
 from cascade.failpoints import failpoint
-from cascade.secrets import redact_all
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +56,12 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         OSError: there is none.
         ValueError: it is not as it was written, or names files outside of the folder.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     try:
         # Those of before there was one have these keys at most.
         own = None if manifest.keys() <= _OLD_KEYS else manifest.pop(_OWN_SHA256)
         files = manifest["files"]
-        outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+        outside = [name for name in files if not inside(name)]
         whole = all(isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in files.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST}: is no manifest") from error
@@ -71,6 +69,13 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{folder / MANIFEST}: is not as it was written")
     found: dict[str, dict[str, Any]] = files
     return found
+
+
+def inside(name: str) -> bool:
+    """Whether a relative path stays in its folder, by the rules of every system."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    leads = posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts)
+    return bool(name) and not leads and "\0" not in name and "\\" not in name
 
 
 def verify_folder(folder: Path) -> list[str]:
@@ -166,28 +171,6 @@ def write_atomically(path: Path, text: str) -> None:
         raise
     failpoint("file.renamed")
     sync_folder(path.parent)
-
-
-def append_event(run_folder: Path, event: str, **fields: Any) -> None:
-    """One more line of events.jsonl, which nothing depends on: where it cannot be written, that is told."""
-    record = {"time": round(time.time(), 3), "event": event} | redact_all(fields)
-    try:
-        failpoint("event.begun")
-        append_line(run_folder / "events.jsonl", json.dumps(record))
-    except OSError as error:
-        logger.warning("%s: an event is not recorded: %s", run_folder / "events.jsonl", error)
-
-
-def append_line(path: Path, line: str, *, sync: bool = True) -> None:
-    """One more line of a file, synced; a line that a death has cut off is ended first."""
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(line.encode() + b"\n")
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
 
 
 def sweep(run_folder: Path) -> None:

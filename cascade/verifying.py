@@ -52,7 +52,11 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
             cure = f"`cascade report {run_folder}`" if name in DERIVED else again
             own = "put it back as it was: every member's card has it" if name == "recipe.yaml" else cure
             faults.append(Fault(name, "is not as the run left it", own))
-        count += len(json.loads((run_folder / MANIFEST).read_text()).get("files", {})) if MANIFEST not in damaged else 0
+        count += (
+            len(json.loads((run_folder / MANIFEST).read_text(encoding="utf-8")).get("files", {}))
+            if MANIFEST not in damaged
+            else 0
+        )
     elif (run_folder / "family.json").exists():
         faults.append(Fault(MANIFEST, "is missing: a run ended while it wrote its reports", again))
     faults += _missing(run_folder, again)
@@ -76,12 +80,12 @@ def _committed(folder: Path, run_folder: Path, cure: str) -> tuple[list[Fault], 
     ]
     if MANIFEST in damaged:
         return faults, 0
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     if folder.parent.name != "members":  # `_member` looks at those
         told = "is not of this stage, and would be loaded with it"
         faults += [Fault(f"{_inside(folder, run_folder)}/{name}", told, "remove it") for name in added_weights(folder)]
     if (folder / INCOMPLETE).exists():
-        missing = ", ".join(json.loads((folder / INCOMPLETE).read_text()))
+        missing = ", ".join(json.loads((folder / INCOMPLETE).read_text(encoding="utf-8")))
         faults.append(Fault(_inside(folder, run_folder), f"not measured: {missing}", "run the same command again"))
     return faults, len(files)
 
@@ -95,8 +99,8 @@ def _what(path: Path) -> str:
 def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
     """What a manifest cannot tell: files that were added, an index that leads elsewhere, stages that are others now."""
     try:
-        known = json.loads((folder / MANIFEST).read_text())["files"]
-        lineage = json.loads((folder / "cascade.json").read_text())
+        known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        lineage = json.loads((folder / "cascade.json").read_text(encoding="utf-8"))
         stages = {one["folder"]: one["sha256"] for one in lineage["stages"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # told already
@@ -123,7 +127,7 @@ def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
 def _missing(run_folder: Path, cure: str) -> Iterator[Fault]:
     """Folders that the family's rows lead to."""
     try:
-        rows = json.loads((run_folder / "family.json").read_text())["rows"]
+        rows = json.loads((run_folder / "family.json").read_text(encoding="utf-8"))["rows"]
         names = [row["name"] for row in rows if row["role"] == "member" and row["status"] == "done"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # none yet, or told already

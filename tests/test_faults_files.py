@@ -7,6 +7,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -435,6 +437,66 @@ def test_F30_a_chat_template_cannot_reach_python(model, tmp_path):
     with pytest.raises(Exception, match="unsafe|undefined|access"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert not canary.exists()
+
+
+def test_F30_links_out_of_a_models_folder_are_refused_and_those_of_the_hubs_cache_are_not(model, tmp_path):
+    (tmp_path / "secret").write_text("a private key")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="LICENSE: is a link to .*secret, out of the model's folder"):
+        resolve_model(str(model))
+    (model / "LICENSE").unlink()
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / ("c" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in model.iterdir():
+        shutil.move(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    load_tokenizer(resolve_model(str(snapshot)))
+
+
+def test_F30_paths_in_a_models_settings_are_not_opened(model, tmp_path):
+    (tmp_path / "canary").write_text("{}")
+    keys = ("vocab_file", "merges_file", "tokenizer_file", "special_tokens_map_file", "added_tokens_file", "spm_file",
+            "chat_template_file", "name_or_path", "_name_or_path", "tokenizer_name", "tokenizer_object")  # fmt: skip
+    for name, path in (("tokenizer_config.json", str(tmp_path / "canary")), ("config.json", "../canary")):
+        change(model / name, **dict.fromkeys(keys, path))
+    code = (
+        "import sys\n"
+        "seen = []\n"
+        "sys.addaudithook(lambda event, of: seen.append(str(of[0])) if event == 'open' else None)\n"
+        "from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model\n"
+        "from cascade.errors import UserError\n"
+        f"source = resolve_model({str(model)!r})\n"
+        "for load in (load_model, load_tokenizer):\n"
+        "    try:\n        load(source)\n"
+        "    except UserError as error:\n        print('refused', error)\n"
+        "assert any('config.json' in one for one in seen)\n"
+        "sys.exit(any('canary' in one for one in seen))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_F30_code_named_beside_a_gguf_file_is_refused(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "other.json").write_text("no JSON at all: somebody's downloads")
+    resolve_model(str(tmp_path / "a.gguf"))
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Evil", null]}}')
+    with pytest.raises(UserError, match="tokenizer_config.json: auto_map asks for code"):
+        resolve_model(str(tmp_path / "a.gguf"))
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "C:\\x", "C:x", "..\\x", "a\\b", "\\\\server\\x", "a\0b", ""])
+def test_F31_a_manifest_that_leads_out_of_its_folder_on_any_system_is_none(tmp_path, name):
+    with staged(tmp_path / "a", {}) as staging:
+        (staging / "x").write_text("x")
+    assert verify_folder(tmp_path / "a") == []
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    del manifest["sha256"]
+    (tmp_path / "a" / MANIFEST).write_text(
+        json.dumps({"stage": "x", "files": manifest["files"] | {name: {"size": 1, "sha256": "0"}}})
+    )
+    assert verify_folder(tmp_path / "a") == [MANIFEST] and not is_committed(tmp_path / "a")
 
 
 def test_F30_names_of_shards_are_names_on_every_system():

@@ -237,6 +237,28 @@ def test_F29_endpoints_are_https_or_this_machine(url):
         check_endpoint(Endpoint(url=url, model="m"))
 
 
+def test_F29_a_recipe_cannot_have_files_from_elsewhere_sent_to_a_server(recipe_folder, tmp_path, monkeypatch):
+    (tmp_path / "id_rsa").write_text("a private key")
+    near, there = recipe_folder / "prompts.jsonl", recipe_folder / "link.jsonl"
+    near.write_text('{"prompt": "def f"}\n' * 3)
+    there.unlink(missing_ok=True)
+    there.symlink_to(tmp_path / "id_rsa")
+    monkeypatch.chdir(recipe_folder)
+    base = ["data={source: generated, block_size: 32}", "members=[]", "baselines=[]"]
+
+    def load(files, url):
+        sections = f"generate={{endpoint: {{url: '{url}', model: m}}, {files}}}"
+        return load_recipe(recipe_folder / "tiny.yaml", [*base, sections])
+
+    for files in (f"text: {tmp_path / 'id_rsa'}", "prompts: link.jsonl", "text: ../../../etc/hostname"):
+        with pytest.raises(UserError, match="would be sent to https://h.example/v1, and lies neither beside or below"):
+            load(files, "https://h.example/v1")
+    assert load("prompts: prompts.jsonl", "https://h.example/v1").generate.prompts == [str(near)]
+    assert load(f"text: {tmp_path / 'id_rsa'}", "http://127.0.0.1:9/v1").generate is not None
+    monkeypatch.chdir(tmp_path)  # who starts it there means what lies there
+    assert load(f"text: {tmp_path / 'id_rsa'}", "https://h.example/v1").generate is not None
+
+
 def test_F29_variables_of_the_environment_are_not_put_into_recipes(recipe_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "q" * 34)
     for text in ("${HF_TOKEN}", "$HF_TOKEN", "%HF_TOKEN%", "{{ env.HF_TOKEN }}"):
@@ -546,8 +568,40 @@ def test_F23_each_refusal_of_the_hub_says_what_to_do_without_showing_a_key(monke
     assert KEY not in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("no route"), "no route Is there a network?"),
+        (ValueError("Unknown split 'trian'. Should be one of ['train']."), r"Should be one of \['train'\]\.$"),
+    ],
+)
+def test_F23_a_dataset_of_the_hub_that_cannot_be_had_says_what_to_do(recipe_folder, monkeypatch, error, said):
+    import datasets
+
+    def refused(*rest, **named):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    pinned = f"data={{source: hub, dataset: org/data, revision: {'a' * 40}, train: trian}}"
+    code, output = plan(recipe_folder / "tiny.yaml", "--set", pinned)
+    told = re.sub(r"\s+", " ", output).strip()
+    assert code == 2 and re.search(f"data: org/data@a+, split trian: cannot be loaded: .*{said}", told), output
+
+
 @pytest.mark.nightly  # half a minute of the hub's own tries
-def test_F24_a_hub_that_never_answers_is_given_up(tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (f"from cascade.models.hub import fetch; fetch('org/model', '{'a' * 40}')", "cannot be fetched from the hub"),
+        (
+            "from cascade.data.sources import TextData, load_file\n"
+            f"data = TextData('hub', {{'train': ('train',)}}, dataset='org/data', revision='{'a' * 40}')\n"
+            "load_file(data, 'train')",
+            "split train: cannot be loaded",
+        ),
+    ],
+)
+def test_F24_a_hub_that_never_answers_is_given_up(tmp_path, asked, said):
     server = socket.create_server(("127.0.0.1", 0))
     held = []
     threading.Thread(target=lambda: [held.append(server.accept()) for _ in range(50)], daemon=True).start()
@@ -555,11 +609,11 @@ def test_F24_a_hub_that_never_answers_is_given_up(tmp_path):
         "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
-    code = f"from cascade.models.hub import fetch; fetch('org/model', '{'a' * 40}')"
+    code = asked
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     server.close()
-    assert done.returncode == 1 and "cannot be fetched from the hub" in done.stderr
+    assert done.returncode == 1 and said in done.stderr
     assert time.monotonic() - started < 90
 
 

@@ -14,6 +14,7 @@ ORDER = [
     "stopping",
     "secrets",
     "health",
+    "events",
     "yaml_reader",
     "plain_json",
     "recipe",

@@ -77,6 +77,11 @@ def test_a_run_tells_production_text_that_is_like_its_own_from_other_text(recipe
     assert "Production" not in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_production_text_is_looked_for_beside_the_recipe(recipe_folder):
+    recipe = load_recipe(recipe_folder / "tiny.yaml", ["data.production=heldout.jsonl.gz"])
+    assert recipe.data.production == [str(recipe_folder / "heldout.jsonl.gz")]
+
+
 def test_production_text_that_is_not_there_is_named(recipe_folder, tmp_path):
     recipe = load_recipe(recipe_folder / "tiny.yaml", ["members=[]", f"data.production={tmp_path / 'none.jsonl'}"])
     with pytest.raises(UserError, match=r"data.production: .*none.jsonl: no such file"):

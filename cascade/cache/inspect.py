@@ -105,7 +105,7 @@ def _is_root(folder: Path) -> bool:
 
 def _record(root: Path) -> dict[str, Any]:
     try:
-        found = json.loads((root / ROOT_FILE).read_text())
+        found = json.loads((root / ROOT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -105,7 +105,7 @@ class Windows:
 
     def targets(self) -> dict[str, Any]:
         """How records are laid out, as the root says."""
-        found: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text())["targets"]
+        found: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text(encoding="utf-8"))["targets"]
         return found
 
     def num_bytes(self) -> int:

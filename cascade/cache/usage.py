@@ -26,7 +26,7 @@ def note_usage(folder: Path, *, asked: int, made: int) -> None:
 def usage(folder: Path) -> dict[str, int]:
     """{'asked', 'made', 'last'}: windows, and when it was last asked or written (seconds since 1970)."""
     try:
-        found: dict[str, Any] = json.loads((folder / _FILE).read_text())
+        found: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         counted = {name: int(found[name]) for name in ("asked", "made", "last")}
     except (OSError, ValueError, KeyError, TypeError):
         counted = {"asked": 0, "made": 0, "last": 0}

@@ -9,6 +9,7 @@ from typing import Any
 from cascade.data.splits import SPLIT_SHARE, SPLITS, drop_near_copies, split_of_text
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
 from cascade.errors import UserError
+from cascade.models.hub import bound_waiting, hub_cause
 
 _READERS = {
     ".jsonl": "json",
@@ -187,7 +188,9 @@ def _load_table(data: TextData, name: str, load_dataset: Any, **options: Any) ->
 
 
 def _load_hub(data: TextData, split: str, load_dataset: Any, **options: Any) -> Any:
+    bound_waiting()
     try:
         return load_dataset(data.dataset, data.dataset_config or None, split=split, revision=data.revision, **options)
     except Exception as error:  # network, missing dataset, missing split: all the user's to mend
-        raise UserError(f"data: {data.dataset}@{data.revision}, split {split}: cannot be loaded: {error}") from error
+        told = f"data: {data.dataset}@{data.revision}, split {split}: cannot be loaded: {hub_cause(error)}"
+        raise UserError(told) from error

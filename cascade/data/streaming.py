@@ -79,7 +79,7 @@ def _cursor(place: Path, folder: Path, split: str) -> dict[str, Any] | None:
     if not place.exists():
         return None
     try:
-        cursor: dict[str, Any] = json.loads(place.read_text())
+        cursor: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
         for number, sha256 in enumerate(cursor["sha256"]):
             if file_sha256(_path(folder, split, number)) != sha256:
                 raise ValueError(f"shard {number} is not as it was written")

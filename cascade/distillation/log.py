@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cascade import parallel
+from cascade.events import append_line
 from cascade.failpoints import failpoint
 from cascade.health import findings
-from cascade.store import append_line
 
 logger = logging.getLogger(__name__)
 

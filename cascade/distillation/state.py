@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from cascade import parallel
 from cascade.distillation.average import Average
 from cascade.distillation.optimizer import Optimizer
+from cascade.errors import DiskError
 from cascade.failpoints import at, failpoint
 from cascade.stopping import asked, stop
-from cascade.store import staged, verify_folder
+from cascade.store import is_committed, staged, verify_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,11 @@ def save_state(folder: Path, trained: Trained, progress: Progress, kept: int = 2
         with at("state"), staged(folder / f"step-{progress.step:09d}", provenance) as staging:
             save_file(tensors, staging / "state.safetensors")
             record = {"format": FORMAT} | vars(progress)
-            (staging / "state.json").write_text(json.dumps(record, allow_nan=False) + "\n")
+            (staging / "state.json").write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
             failpoint("state.tensors")
+        newest = folder / f"step-{progress.step:09d}"
+        if not is_committed(newest):
+            raise DiskError(f"{newest}: was written and is not there as it was; the states before it are kept")
         own = [one for one in _states(folder) if one.name <= f"step-{progress.step:09d}"]
         # Later ones are of no use: damaged, of other settings, or from before a return to an earlier step.
         for old in {*_states(folder)} - {*own[-kept:]}:
@@ -110,11 +114,11 @@ def load_state(folder: Path, trained: Trained, settings: dict[str, Any]) -> Prog
         if damaged:
             logger.warning("%s: damaged (%s); an earlier state is taken", candidate, ", ".join(damaged))
             continue
-        record = json.loads((candidate / "state.json").read_text())
+        record = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
         if record.pop("format") != FORMAT or record["settings"] != settings:
             logger.warning("%s: belongs to a training with other settings; it is not gone on with", candidate)
             continue
-        made_with = json.loads((candidate / "MANIFEST.json").read_text())
+        made_with = json.loads((candidate / "MANIFEST.json").read_text(encoding="utf-8"))
         if (made_with["threads"], made_with["torch"]) != (torch.get_num_threads(), torch.__version__):
             logger.warning("%s: made with other threads or another torch; the result may differ in the bits", candidate)
         _restore(load_file(candidate / "state.safetensors"), trained)

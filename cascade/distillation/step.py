@@ -80,7 +80,7 @@ def fitting_microbatch(state_folder: Path | None, microbatch_size: int) -> int:
     noted = None if state_folder is None else state_folder / _FITTING
     if noted is None or not noted.exists():
         return microbatch_size
-    return min(microbatch_size, int(json.loads(noted.read_text())["microbatch_size"]))
+    return min(microbatch_size, int(json.loads(noted.read_text(encoding="utf-8"))["microbatch_size"]))
 
 
 def _note(state_folder: Path | None, microbatch_size: int, smaller: int) -> str:

@@ -60,7 +60,7 @@ def measure(folder: str, request: str, answer: str) -> None:
             if writes:
                 result["decode_tokens_per_s"] = new_tokens / _median_seconds(lambda: _decode(model, prompt, new_tokens))
     result["peak_memory_bytes"] = _peak_memory_bytes()
-    Path(answer).write_text(json.dumps(result))
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
 
 
 def _load(folder: str) -> Any:
@@ -80,7 +80,7 @@ def _peak_memory_bytes() -> int:
     """This process's peak. On Linux not from getrusage, which starts a child at its parent's own peak."""
     status = Path("/proc/self/status")
     if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024
     import resource
 
@@ -107,7 +107,7 @@ def _median_seconds(action: Callable[[], Any], *, rounds: int = 3) -> float:
 
 def _attempt(asked: dict[str, str]) -> int:
     """Exit status of one request; what went wrong goes into its file of errors."""
-    with Path(asked["errors"]).open("w") as errors:
+    with Path(asked["errors"]).open("w", encoding="utf-8") as errors:
         sys.stderr = errors
         try:
             measure(asked["folder"], asked["request"], asked["answer"])

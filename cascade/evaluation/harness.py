@@ -47,7 +47,9 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> list[Task]:
         if not folder.is_dir():
             raise UserError(f"evaluate.task_folders: {folder}: no such folder")
         for path in sorted(folder.rglob("*.yaml")):
-            named = re.search(r"^task: *['\"]?([^\s'\"#]+)", path.read_text(errors="replace"), flags=re.M)
+            named = re.search(
+                r"^task: *['\"]?([^\s'\"#]+)", path.read_text(errors="replace", encoding="utf-8"), flags=re.M
+            )
             if named:
                 known[named[1]] = path
     # Only what is asked for is read: another task's missing data must not stop this run.
@@ -110,7 +112,9 @@ def run_tasks(
 
 def _kept(path: Path) -> dict[str, Any] | None:
     """What an earlier try has measured; None if there is nothing, or it is no longer what was written."""
-    sha256, _, text = path.read_text(errors="replace").partition("\n") if path.exists() else ("", "", "")
+    sha256, _, text = (
+        path.read_text(encoding="utf-8", errors="replace").partition("\n") if path.exists() else ("", "", "")
+    )
     if not sha256 or hashlib.sha256(text.encode()).hexdigest() != sha256:
         return None
     found: dict[str, Any] = json.loads(text)
@@ -237,7 +241,7 @@ def _quiet() -> Any:
     os.environ["TQDM_DISABLE"] = "1"
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    captured = tempfile.TemporaryFile("w+", errors="replace")
+    captured = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
     # Programs that lm-eval starts (git, for its version) write to the process's own stderr, not Python's.
     own_stderr = os.dup(2)
     try:

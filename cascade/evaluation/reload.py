@@ -67,9 +67,9 @@ def check_reload(
         status, answer = _ask({"folder": str(folder.resolve()), **paths}), Path(paths["answer"])
         if status != 0 or not answer.is_file():
             errors = Path(paths["errors"])
-            said = errors.read_text()[-3000:] if errors.exists() else ""
+            said = errors.read_text(encoding="utf-8")[-3000:] if errors.exists() else ""
             raise ReloadError(f"{folder} does not load in a fresh process (exit status {status}):\n{said}")
-        measured: dict[str, float] = json.loads(answer.read_text())
+        measured: dict[str, float] = json.loads(answer.read_text(encoding="utf-8"))
     difference = measured.get("reload_difference", 0.0)
     if not difference <= RELOAD_TOLERANCE:
         raise ReloadError(
@@ -79,7 +79,7 @@ def check_reload(
 
 
 _process: subprocess.Popen[str] | None = None
-_errors = tempfile.TemporaryFile("w+", errors="replace")
+_errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
 def start_fresh_process() -> subprocess.Popen[str]:

@@ -63,7 +63,7 @@ def read_task(path: Path, metrics: Sequence[str]) -> dict[str, Any] | CodeTask:
     Raises:
         UserError: it could run code, and nobody has allowed that; or it is no task file.
     """
-    if _FUNCTION.search(path.read_text(errors="replace")):
+    if _FUNCTION.search(path.read_text(encoding="utf-8", errors="replace")):
         why = "names Python functions of its own (!function)"
     else:
         config: dict[str, Any] = read_yaml(path).data
@@ -120,5 +120,5 @@ def measure_apart(task: CodeTask, request: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
         if done.returncode or not answer.is_file():
             raise RunError(f"{task.path}: its process ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        found: dict[str, Any] = json.loads(answer.read_text())
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return found

@@ -16,7 +16,7 @@ from cascade.errors import UserError
 from cascade.models.architecture import model_class_of
 from cascade.models.hub import fetch
 from cascade.models.quantised import is_rounded, unpacked
-from cascade.models.safety import check_model_folder
+from cascade.models.safety import check_model_folder, check_settings
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
@@ -62,6 +62,8 @@ def resolve_model(reference: str, *, revision: str | None = None) -> ModelSource
     if revision is not None and path.exists():
         raise UserError(f"{reference}: a local path has no `revision`; remove it")
     if path.is_file() and path.suffix == ".gguf":
+        for name in ("*config.json", "*token*.json", "*.jinja"):  # what is read beside it, in a folder of anything
+            check_settings(path.parent, name)
         return ModelSource(path.parent, str(reference), gguf_file=path.name)
     if path.is_dir():
         _require_safetensors(path)
@@ -77,8 +79,8 @@ def resolve_model(reference: str, *, revision: str | None = None) -> ModelSource
 def load_config(source: ModelSource) -> Any:
     """The transformers config, without loading weights."""
     try:
-        return AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file or None)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file or None, trust_remote_code=False)
+    except Exception as error:  # whatever its values make transformers trip over
         raise UserError(f"{source.reference}: its config cannot be read: {_cause(source, error)}") from error
 
 
@@ -89,8 +91,10 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
         UserError: there is none, or it has ids that the model's embedding has not.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file or None)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, gguf_file=source.gguf_file or None, trust_remote_code=False
+        )
+    except Exception as error:  # as above; and the tokenizers library has no class of its own for its errors
         raise UserError(f"{source.reference}: its tokenizer cannot be read: {_cause(source, error)}") from error
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UserError(
@@ -114,7 +118,7 @@ def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn
         model, found = model_class_of(config).from_pretrained(
             source.folder, dtype="auto" if rounded else dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError) as error:
         raise UserError(f"{source.reference}: the model cannot be loaded: {_cause(source, error)}") from error
     wrong = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in found[kind])
     if wrong:
@@ -137,7 +141,7 @@ def load_with_new_head(source: ModelSource, config: Any) -> nn.Module:
             source.folder, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
             output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError) as error:
         raise UserError(f"{source.reference}: the model cannot be loaded: {_cause(source, error)}") from error
     body = [name for name in found["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")]
     body = [name for name in body if ".pooler." not in name]  # some are trained with it, some without

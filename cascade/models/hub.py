@@ -18,10 +18,10 @@ def fetch(repository: str, revision: str | None) -> Path:
             f"{repository}: no such folder here; if it is a hub model, pin it: add `revision:` with a commit hash, "
             "so that the recipe means the same model tomorrow"
         )
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    _bound_waiting(float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
+    bound_waiting()
     patterns = [
         "*.json",
         "*.safetensors",
@@ -39,12 +39,14 @@ def fetch(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"{repository}@{revision}: cannot be fetched from the hub: {_hub_cause(error)}") from error
+        raise UserError(f"{repository}@{revision}: cannot be fetched from the hub: {hub_cause(error)}") from error
 
 
-def _bound_waiting(seconds: float) -> None:
-    """No request of the hub's client waits for ever: some of them ask for no time limit at all."""
-    from huggingface_hub import get_session, set_client_factory
+def bound_waiting() -> None:
+    """From now on no request of the hub's client waits for ever: some of them ask for no time limit at all."""
+    from huggingface_hub import constants, get_session, set_client_factory
+
+    seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     usual: Any = get_session()
     hooks = getattr(usual, "event_hooks", None)
@@ -64,7 +66,7 @@ def _limited(request: Any) -> None:
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
 
 
-def _hub_cause(error: Exception) -> str:
+def hub_cause(error: Exception) -> str:
     """What to do about a hub that does not give what was asked for."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     kind = type(error).__name__
@@ -75,4 +77,6 @@ def _hub_cause(error: Exception) -> str:
         return f"{said} Check the name and the commit; of a private one, HF_TOKEN"
     if status == 429:
         return f"{said} Too many requests: wait, or give HF_TOKEN"
+    if isinstance(error, ValueError) and not isinstance(error, OSError):  # a name, a split: nothing the network does
+        return said
     return f"{said} Is there a network? With HF_HUB_OFFLINE=1 only what was fetched before is there"

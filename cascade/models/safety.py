@@ -25,13 +25,36 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         UserError: with the file, what is wrong in it, and what to do.
     """
-    for path in sorted(folder.glob("*.json")):
-        _check_json(path)
+    check_settings(folder)
     index = folder / _INDEX
     if index.is_file():
         _check_index(index)
     for path in sorted(folder.glob("*.safetensors")):
         check_header(path)
+
+
+def check_settings(folder: Path, pattern: str = "*") -> None:
+    """As `check_model_folder`, all but the weights.
+
+    Raises:
+        UserError: a config asks for code, or a file is a link out of the folder.
+    """
+    for path in sorted(folder.glob(pattern)):
+        if path.is_symlink() and path.suffix != ".safetensors":
+            _check_link(path)
+        if path.suffix == ".json":
+            _check_json(path)
+
+
+def _check_link(path: Path) -> None:
+    """Files are copied with a model and published: what they are may not lie elsewhere on this machine.
+
+    The hub's cache is made of links, from snapshots/COMMIT into blobs beside it.
+    """
+    folder = path.parent.resolve()
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise UserError(f"{path}: is a link to {path.resolve()}, out of the model's folder; put the file itself there")
 
 
 def check_header(path: Path) -> None:

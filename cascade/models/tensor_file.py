@@ -64,7 +64,7 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        paths = {folder / str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        paths = {folder / str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     else:  # what lies beside it, such as a copy in another format, is not the model
         paths = {single} if single.is_file() else set(folder.glob("*.safetensors"))
     entries: dict[str, Entry] = {}
@@ -104,7 +104,7 @@ def write_checkpoint(
         total = sum(_size(shape, dtype) for shard in shards for _, shape, dtype in shard)
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def entries_of(path: Path) -> Iterator[tuple[str, Entry]]:

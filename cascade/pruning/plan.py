@@ -149,7 +149,7 @@ def save_plan(plan: PruningPlan, path: Path) -> None:
             lines.append(f"  {json.dumps(name)}: " + json.dumps(value, indent=2).replace("\n", "\n  "))
         else:
             lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def load_plan(path: Path) -> PruningPlan:
@@ -159,7 +159,7 @@ def load_plan(path: Path) -> PruningPlan:
         UserError: it is no plan, one of another format, or without the rotation that belongs to it.
     """
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("format") != PLAN_FORMAT:
             raise UserError(f"{path}: written in another plan format; make the plan again")
         digest = record.pop("rotation_sha256")

@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from cascade.errors import RecipeError
+from cascade.errors import RecipeError, UserError
+from cascade.recipe.generate import Generate
 from cascade.recipe.schema import Recipe
 from cascade.secrets import looks_secret, redact
 from cascade.yaml_reader import YamlDocument, parse_yaml, read_yaml
@@ -119,6 +121,9 @@ def _section_of(annotation: Any) -> Any:
     return next((found for part in get_args(annotation) if (found := _section_of(part))), None)
 
 
+_HERE = ("localhost", "127.0.0.1", "::1")
+
+
 def _is_branch(part: Any) -> bool:
     # pydantic puts the name of a validator into the path, such as 'function-before[_as_list(), ...]'.
     return isinstance(part, str) and "[" in part
@@ -126,6 +131,7 @@ def _is_branch(part: Any) -> bool:
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     data = recipe.data
+    data = data.model_copy(update={"production": [_absolute(value, folder) for value in data.production]})
     if data.source == "files":
         names = ("train", "calibration", "selection", "heldout", "unlabelled")
         data = data.model_copy(
@@ -138,6 +144,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if generate is not None:
         paths = {name: [_absolute(value, folder) for value in getattr(generate, name)] for name in ("prompts", "text")}
         teacher = generate.teacher if generate.teacher == "parent" else _model_path(generate.teacher, folder)
+        if generate.endpoint is not None and urlsplit(generate.endpoint.url).hostname not in _HERE:
+            _require_near(generate, folder)
         generate = generate.model_copy(update=paths | {"teacher": teacher})
     folders = [_absolute(value, folder) for value in recipe.evaluate.task_folders]
     parent = recipe.parent.model_copy(update={"model": _model_path(recipe.parent.model, folder)})
@@ -151,6 +159,24 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
             "evaluate": recipe.evaluate.model_copy(update={"task_folders": folders}),
         }
     )
+
+
+def _require_near(generate: Generate, folder: Path) -> None:
+    """What is sent to a server lies where the recipe does, or where the command runs: a recipe may be a stranger's.
+
+    Raises:
+        UserError: a file lies elsewhere, also by way of a link.
+    """
+    near = [one.resolve() for one in (folder, Path.cwd())]
+    for name in ("prompts", "text"):
+        for value in getattr(generate, name):
+            url = generate.endpoint and generate.endpoint.url
+            place = Path(_absolute(value, folder)).resolve()
+            if not any(place.is_relative_to(one) for one in near):
+                raise UserError(
+                    f"generate.{name}: {value} would be sent to {url}, and lies neither beside or below the recipe nor "
+                    f"where the command runs ({near[1]}); copy it there"
+                )
 
 
 def _model_path(reference: str, folder: Path) -> str:

@@ -244,9 +244,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         names = [member.name for member in self.members]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        small = [name.lower() for name in names]
+        twice = sorted({name for name in names if small.count(name.lower()) > 1})
         if twice:
-            raise ValueError(f"members: the name {', '.join(twice)} stands twice")
+            raise ValueError(
+                f"members: the name {', '.join(twice)} stands twice; capitals make no difference, as on some disks"
+            )
         for member in self.members:
             if member.seed not in ("previous", "parent", *names) or member.seed == member.name:
                 raise ValueError(

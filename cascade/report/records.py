@@ -22,7 +22,7 @@ def load_family(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = path / "family.json" if path.is_dir() else path
     try:
-        family: dict[str, Any] = json.loads(path.read_text())
+        family: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a family.json: {error}") from error
     if family.get("version") != VERSION:

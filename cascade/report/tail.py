@@ -16,7 +16,7 @@ Tails = Mapping[str, dict[str, Any]]
 def load_tails(run_folder: Path) -> dict[str, dict[str, Any]]:
     """What a run wrote; nothing where it has no members yet."""
     path = run_folder / TAIL
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 

@@ -13,7 +13,7 @@ TARGETS = "targets.json"
 def load_targets(run_folder: Path) -> dict[str, Any]:
     """What a run has written; empty where its teacher was asked each time."""
     path = run_folder / TARGETS
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
 

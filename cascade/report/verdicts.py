@@ -56,5 +56,5 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
 def load_verdicts(run_folder: Path) -> list[Verdict]:
     """What a run wrote; nothing where it had no thresholds."""
     path = run_folder / VERDICTS
-    found: list[Verdict] = json.loads(path.read_text()) if path.is_file() else []
+    found: list[Verdict] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     return found

@@ -244,4 +244,4 @@ def save_dataset(dataset: Dataset, folder: Path, provenance: dict[str, Any]) -> 
         "dropped": dataset.dropped,
         "spent": dataset.spent,
     }
-    (folder / "provenance.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "provenance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ class Spending:
         self.spent = {"requests": 0, "prompt_tokens": 0, "answer_tokens": 0}
         if path.exists():
             try:
-                self.spent |= json.loads(path.read_text())
+                self.spent |= json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{path}: damaged ({error}); write there what was spent, or remove it") from error
         self._lock = threading.Lock()
