@@ -455,10 +455,13 @@ def test_F30_links_out_of_a_models_folder_are_refused_and_those_of_the_hubs_cach
 
 
 def test_F30_paths_in_a_models_settings_are_not_opened(model, tmp_path):
-    (tmp_path / "canary").write_text("{}")
+    (tmp_path / "someone-elses-file").write_text("{}")
     keys = ("vocab_file", "merges_file", "tokenizer_file", "special_tokens_map_file", "added_tokens_file", "spm_file",
             "chat_template_file", "name_or_path", "_name_or_path", "tokenizer_name", "tokenizer_object")  # fmt: skip
-    for name, path in (("tokenizer_config.json", str(tmp_path / "canary")), ("config.json", "../canary")):
+    for name, path in (
+        ("tokenizer_config.json", str(tmp_path / "someone-elses-file")),
+        ("config.json", "../someone-elses-file"),
+    ):
         change(model / name, **dict.fromkeys(keys, path))
     code = (
         "import sys\n"
@@ -471,7 +474,7 @@ def test_F30_paths_in_a_models_settings_are_not_opened(model, tmp_path):
         "    try:\n        load(source)\n"
         "    except UserError as error:\n        print('refused', error)\n"
         "assert any('config.json' in one for one in seen)\n"
-        "sys.exit(any('canary' in one for one in seen))\n"
+        "sys.exit(any('someone-elses-file' in one for one in seen))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
