@@ -105,7 +105,7 @@ def _due(fault: _Fault, full: str) -> bool:
 
 def _do(fault: _Fault, full: str) -> bool:
     if _log is not None:
-        with _log.open("a") as file:
+        with _log.open("a", encoding="utf-8") as file:
             file.write(full + "\n")
             file.flush()
             os.fsync(file.fileno())

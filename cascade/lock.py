@@ -84,7 +84,7 @@ def _opened(run_folder: Path) -> IO[str]:
         with at("lock"):
             write_atomically(probe, "written, synced and renamed")
         probe.unlink()
-        return (run_folder / LOCK).open("a+")
+        return (run_folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{run_folder}: cannot be written to: {error.strerror or error}; give an --output where this user may write"

@@ -158,6 +158,10 @@ def _command(asked):
     if "LIMIT_FILE_BYTES" in os.environ:
         limit = int(os.environ["LIMIT_FILE_BYTES"])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if "LIMIT_MORE_MEMORY" in os.environ:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = held + int(os.environ["LIMIT_MORE_MEMORY"])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     from cascade.cli import main
 
     status = 0

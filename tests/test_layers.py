@@ -130,11 +130,41 @@ def test_held_out_text_is_asked_for_by_evaluation_alone():
                 assert constant != "heldout", path
 
 
-def test_no_pickle_is_read_or_written():
+def test_F31_no_pickle_is_read_or_written_and_no_text_is_run():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         assert not {"pickle", "joblib", "dill", "shelve"} & set(outside(path)), path
-        assert "torch.load(" not in text and "torch.save(" not in text, path
+        for word in (
+            "torch.load(",
+            "torch.save(",
+            "allow_pickle",
+            "read_pickle",
+            "weights_only",
+            "trust_remote_code=True",
+        ):
+            assert word not in text, f"{path}: {word}"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module == "torch":
+                assert not {"load", "save"} & {one.name for one in node.names}, path
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("eval", "exec", "compile", "__import__"):
+                raise AssertionError(f"{path}:{node.lineno}")
+
+
+def test_F34_no_text_is_read_or_written_in_the_encoding_of_some_locale():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            named = {one.arg for one in node.keywords}
+            if name in ("read_text", "write_text"):
+                assert "encoding" in named, f"{path}:{node.lineno}"
+            if name in ("open", "TemporaryFile", "NamedTemporaryFile"):
+                modes = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+                binary = any("b" in mode for mode in modes) or name == "NamedTemporaryFile" and not modes
+                assert binary or "encoding" in named or getattr(node.func.value, "id", "") in ("os", "Image"), (
+                    f"{path}:{node.lineno}"
+                )
 
 
 def test_files_and_functions_stay_short():

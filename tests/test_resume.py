@@ -109,7 +109,8 @@ def test_dropout_is_on_while_training_and_the_callers_random_numbers_are_left_al
     assert losses[0][0]["loss"] > 1e-4  # the student is its teacher, but for dropout
 
 
-def test_F15_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "MANIFEST.json"])
+def test_F15_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog, name):
     blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)
     unbroken = copy.deepcopy(start)
     distill(unbroken, teacher, blocks, **OPTIONS)
@@ -119,13 +120,13 @@ def test_F15_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog)
             on_step=dies_after(6),
         )  # fmt: skip
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000005", "step-000000006"]
-    newest = tmp_path / "step-000000006" / "state.safetensors"
+    newest = tmp_path / "step-000000006" / name
     data = bytearray(newest.read_bytes())
     data[-5] ^= 1
     newest.write_bytes(bytes(data))
     student, steps = copy.deepcopy(start), []
     distill(student, teacher, blocks, **OPTIONS, state_folder=tmp_path, on_step=lambda done, total: steps.append(done))
-    assert steps[0] == 6 and "damaged (state.safetensors)" in caplog.text
+    assert steps[0] == 6 and f"damaged ({name})" in caplog.text
     assert all(torch.equal(weights(student)[name], value) for name, value in weights(unbroken).items())
 
 
