@@ -28,6 +28,7 @@ from cascade.models.checkpoint import (
     stored_dtype,
 )
 from cascade.models.quantised import load_rounded, round_while_training
+from cascade.models.tensor_file import sort_metadata
 from cascade.progress import OnStep
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.finish import Finish
@@ -117,6 +118,8 @@ def make_rounded(
     # As for members: the parent's own is copied below, and transformers refuses to write some that it reads.
     rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
     rounded.save_pretrained(folder / CHECKPOINT)
+    for path in (folder / CHECKPOINT).glob("*.safetensors"):
+        sort_metadata(path)
     copy_companions(checkpoint.folder, folder / CHECKPOINT)
     write_reference(rounded, folder / "reference.safetensors")
 

@@ -100,6 +100,34 @@ def test_F15_one_bit_in_any_file_of_a_stage_is_found_and_the_stage_is_made_again
     assert weights(run) == weights(tiny_family)
 
 
+def test_F15_a_stage_that_all_others_read_is_made_again_to_the_same_bytes_and_none_of_them_with_it(run, tiny_recipe):
+    (run / "events.jsonl").unlink()
+    for _ in range(4):  # an order left to chance would show
+        flip(next(run.glob("stages/parent.data-*")) / "train.safetensors")
+        run_recipe(tiny_recipe, output=run)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert {event["stage"] for event in events if event["event"] == "finished"} == {"data"}
+    assert faults(run) == {}
+
+
+@pytest.mark.parametrize("metadata", [{"a": "1", "b": "2", "c": 'ü\n"x\\'}, {"only": "one"}, None])
+def test_F34_equal_tensors_and_metadata_are_equal_bytes(tmp_path, metadata):
+    from safetensors import safe_open
+
+    from cascade.models.tensor_file import sort_metadata
+
+    path, seen = tmp_path / "x.safetensors", set()
+    for order in range(12):
+        items = list((metadata or {}).items())
+        save_file({"t": torch.arange(3)}, path, metadata=dict(items if order % 2 else items[::-1]) or None)
+        sort_metadata(path)
+        seen.add(path.read_bytes())
+    assert len(seen) == 1
+    check_header(path)
+    with safe_open(path, "pt") as file:
+        assert (file.metadata() or {}) == (metadata or {}) and file.get_tensor("t").tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["family.json", "report.html", "recipe.yaml", "family.csv", "verdicts.json"])
 def test_F15_a_change_in_what_lies_in_the_run_itself_is_found(run, name):
     assert faults(run) == {}

@@ -127,3 +127,76 @@ def test_F42_over_two_hundred_stages_memory_files_and_descriptors_do_not_grow(re
                           capture_output=True, timeout=1800)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+OTHERS = {
+    # A parent that is trained here, a shape that is searched for, a rate, a random start, production text, a copy.
+    "searched": (
+        """\
+name: searched
+parent:
+  pretrain: {{config: {{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+             num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8}}, tokens: 1024, tokenizer: {{vocab_size: 300}}, block_size: 32}}
+data: {{source: files, train: {0}/train.jsonl.gz, calibration: {0}/calibration.jsonl.gz, selection: {0}/selection.jsonl.gz,
+       heldout: {0}/heldout.jsonl.gz, production: {0}/heldout.jsonl.gz, block_size: 32}}
+members:
+  - {{name: cut, target: {{params: 0.8}}}}
+  - {{name: new, config: {{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
+      num_attention_heads: 2, num_key_value_heads: 1, head_dim: 8}}}}
+calibration: {{num_blocks: 4}}
+prune: {{search: {{candidates: 3, finalists: 2, tokens: 128}}, repair: {{num_blocks: 4}}}}
+distill: {{tokens: 256, learning_rate: auto, batch_size: 4, microbatch_size: 4, selection_blocks: 2, cache: none}}
+evaluate: {{tasks: [], heldout_blocks: 4}}
+finish: [{{quantise: int8, members: [cut]}}]
+""",
+        ("pretrain", "init", "candidate", "finalist", "rate", "drift", "quantise", "evaluate-quantised"),
+    ),
+    "classes": (
+        """\
+name: classes
+task: image_classification
+parent:
+  fit: {{config: {{model_type: vit, image_size: 8, patch_size: 2, num_channels: 1, hidden_size: 16, intermediate_size: 32,
+        num_hidden_layers: 1, num_attention_heads: 2}}, examples: 128}}
+data: {{source: digits, train_examples: 50, unlabelled: rest}}
+members: [{{name: small, config: {{model_type: vit, patch_size: 2, hidden_size: 8, intermediate_size: 16,
+            num_hidden_layers: 1, num_attention_heads: 2}}}}]
+distill: {{examples: 128, batch_size: 16, microbatch_size: 16, learning_rate: 1e-3}}
+""",
+        ("fit",),
+    ),
+    "written": (
+        """\
+name: written
+parent: {1}
+generate: {{stdlib: true, num_prompts: 150, answers: 1, max_new_tokens: 4, batch_size: 50}}
+data: {{source: generated, block_size: 16}}
+members: [{{name: half, target: {{dims: {{num_hidden_layers: 1}}}}, init: layers}}]
+distill: {{teacher: text, tokens: 128, learning_rate: 1e-3, batch_size: 4, microbatch_size: 4, selection_blocks: 2}}
+evaluate: {{tasks: [], heldout_blocks: 2}}
+""",
+        ("generate",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_F01_killed_at_every_place_of_stages_that_only_some_recipes_have_the_family_is_the_same(
+    zygote, recipe_folder, tiny_parent, tmp_path, name
+):
+    text, stages = OTHERS[name]
+    (tmp_path / "r.yaml").write_text(text.format(recipe_folder, tiny_parent))
+    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    status, output = zygote.run("run", tmp_path / "r.yaml", "--output", whole, **cache)
+    assert status == 0, output
+    fault = failing(",".join(f"{stage}/*:kill@each" for stage in stages), log) | cache
+    for deaths in range(150):
+        status, output = zygote.run("run", tmp_path / "r.yaml", "--output", run, **fault)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL and len(fired(log)) == deaths + 1, output
+    assert status == 0 and {place.partition("/")[0] for place in fired(log)} == set(stages)
+    moments = ("begun", "written", "synced", "manifest", "renamed")  # after that it is not made again
+    assert {f"{stage}/store.{moment}" for stage in stages for moment in moments} <= set(fired(log))
+    assert weights_of(run) == weights_of(whole) and results_of(run) == results_of(whole) and leftovers(run) == []

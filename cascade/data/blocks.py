@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cascade.data.targets import KnownTargets, Listed, ListedTargets, StoredTargets, as_targets, as_tensors
 from cascade.errors import UserError
+from cascade.models.tensor_file import sort_metadata
 
 _T = TypeVar("_T")
 
@@ -241,6 +242,7 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
     if isinstance(blocks.known, ListedTargets):
         tensors |= {"listed_ids": blocks.known.ids.to(torch.int32), "listed_log_p": blocks.known.log_p}
     save_file(tensors, path, metadata={"bytes_per_token": repr(blocks.bytes_per_token), "masked": str(blocks.masked)})
+    sort_metadata(path)
 
 
 def load_blocks(path: Path) -> TokenBlocks:

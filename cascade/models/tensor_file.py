@@ -56,6 +56,23 @@ class Entry:
         return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
 
 
+def sort_metadata(path: Path) -> None:
+    """Put a file's metadata into an order: the library writes it in any, and equal content should be equal bytes.
+
+    In place, for files that nobody reads yet.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ValueError(f"{path}: its header is not written as expected")
+        file.seek(8)
+        file.write(text.ljust(length))  # the format pads with spaces
+
+
 def checkpoint_entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint folder by name, from the headers alone.
 
