@@ -1,5 +1,6 @@
 """Faults that take their time: processes that stop and go on, ranks that die, many runs in one process."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 
 import pytest
 from faults import failing, fired, leftovers, results_of, weights_of
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.nightly
 
@@ -22,13 +24,15 @@ def recipe(recipe_folder):
     return recipe_folder / "tiny.yaml"
 
 
-def two(zygote, recipe, run, faults=({}, {})):
+def two(zygote, recipe, run, faults=({}, {}), *options):
     """Both processes of a run on this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     return [
-        zygote.start("run", recipe, "--output", run, *BRIEF, **together, RANK=str(n), LOCAL_RANK=str(n), **faults[n])
+        zygote.start(
+            "run", recipe, "--output", run, *BRIEF, *options, **together, RANK=str(n), LOCAL_RANK=str(n), **faults[n]
+        )
         for n in range(2)
     ]
 
@@ -200,3 +204,43 @@ def test_F01_killed_at_every_place_of_stages_that_only_some_recipes_have_the_fam
     moments = ("begun", "written", "synced", "manifest", "renamed")  # after that it is not made again
     assert {f"{stage}/store.{moment}" for stage in stages for moment in moments} <= set(fired(log))
     assert weights_of(run) == weights_of(whole) and results_of(run) == results_of(whole) and leftovers(run) == []
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("rank", [0, 1])
+def test_F19_where_one_of_two_processes_meets_a_nan_both_stop_before_the_step_or_both_leave_it_out(
+    zygote, recipe, unbroken_pair, tmp_path, rank
+):
+    run, log, faults = tmp_path / "run", tmp_path / "log", [{}, {}]
+    faults[rank] = failing("*distill.loss:nan@3", log)
+    commands = two(zygote, recipe, run, faults)
+    assert [command.wait() for command in commands] == [65, 65] and fired(log)
+    assert "stopped before the optimizer step" in commands[0].output
+    assert [command.wait() for command in two(zygote, recipe, run)] == [0, 0]  # the cause is gone
+    assert weights_of(run) == weights_of(unbroken_pair)
+    log.unlink()
+    skipping = two(zygote, recipe, tmp_path / "skipping", faults, "--set", "distill.on_nan=skip")
+    assert [command.wait() for command in skipping] == [0, 0] and fired(log)
+    (lines,) = [path.read_text() for path in (tmp_path / "skipping").glob("stages/big.distill-*/log.jsonl")]
+    assert lines.count('"skipped"') == 1
+    for path in (tmp_path / "skipping").glob("members/*/model.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+@pytest.mark.nightly
+def test_F21_where_one_of_two_processes_runs_out_of_memory_the_next_start_of_both_goes_on_with_less(
+    zygote, recipe, unbroken_pair, tmp_path
+):
+    run, log = tmp_path / "run", tmp_path / "log"
+    commands = two(zygote, recipe, run, [{}, failing("*distill.microbatch:oom@3", log)])
+    # One process alone cannot take its step again: the others are in the middle of theirs.
+    assert commands[1].wait() == 1 and commands[0].wait(60) != 0 and fired(log)
+    assert "on process 1; run the same command again: it goes on with 2, the same batches" in commands[1].output
+    assert [command.wait() for command in two(zygote, recipe, run)] == [0, 0]
+    (lines,) = [path.read_text() for path in run.glob("stages/big.distill-*/log.jsonl")]
+    sizes = [json.loads(line)["microbatch_size"] for line in lines.splitlines()]
+    assert sizes == [4, 4, 2, 2]
+    for name in ("big", "small"):
+        ours, theirs = (load_file(one / "members" / name / "model.safetensors") for one in (run, unbroken_pair))
+        for key, value in theirs.items():
+            assert (ours[key].float() - value.float()).norm() <= 0.02 * value.float().norm()  # stored in bfloat16

@@ -109,6 +109,16 @@ def test_dropout_is_on_while_training_and_the_callers_random_numbers_are_left_al
     assert losses[0][0]["loss"] > 1e-4  # the student is its teacher, but for dropout
 
 
+@pytest.mark.parametrize(("asked", "used"), [(2, 2), (4, 4), (8, 4)])
+def test_F21_a_smaller_microbatch_that_is_asked_for_when_going_on_is_used(tmp_path, asked, used):
+    blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)
+    options = OPTIONS | {"microbatch_size": 4, "state_folder": tmp_path, "save_every_minutes": 0}
+    with pytest.raises(Killed):
+        distill(copy.deepcopy(start), teacher, blocks, **options, on_step=dies_after(6))
+    found = distill(copy.deepcopy(start), teacher, blocks, **(options | {"microbatch_size": asked}))
+    assert {entry["microbatch_size"] for entry in found.curve[-2:]} == {used}
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "MANIFEST.json"])
 def test_F15_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog, name):
     blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)

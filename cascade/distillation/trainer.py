@@ -257,17 +257,15 @@ def _batch(
 
 
 def _progress(
-    state_folder: Path | None,
-    trained: Trained,
-    microbatch_size: int,
-    settings: dict[str, Any],
-    log: TrainingLog,
+    state_folder: Path | None, trained: Trained, microbatch_size: int, settings: dict[str, Any], log: TrainingLog
 ) -> Progress:
     """How far an earlier attempt came, its log written again; else the start."""
     found = None if state_folder is None else load_state(state_folder, trained, settings)
     failpoint("distill.loaded")
     log.again(found.curve if found else [])
-    return found or Progress(0, fitting_microbatch(state_folder, microbatch_size), [], settings)
+    progress = found or Progress(0, microbatch_size, [], settings)
+    progress.microbatch_size = fitting_microbatch(state_folder, min(microbatch_size, progress.microbatch_size))
+    return progress
 
 
 def _update(trained: Trained, step: int) -> None:
