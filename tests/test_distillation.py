@@ -178,7 +178,8 @@ def test_compiled_layers_train_as_they_are_and_are_left_as_they_were():
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 1
     assert [entry["loss"] for entry in first.curve] == pytest.approx([e["loss"] for e in second.curve], rel=1e-5)
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+        # By norm: AdamW makes a whole step of a gradient that is all rounding.
+        assert (compiled.state_dict()[name] - value).norm() <= 1e-4 * value.norm(), name
     assert all(layer._compiled_call_impl is None for layer in compiled.model.layers)
 
 
