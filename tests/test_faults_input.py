@@ -637,3 +637,33 @@ def test_the_doctor_finds_what_would_stop_a_run_and_passes_what_would_not(recipe
         ["doctor", str(recipe_folder / "tiny.yaml"), "--set", f"parent={{model: org/model, revision: {'a' * 40}}}"],
     )
     assert result.exit_code == 1 and "the hub is switched off" in result.output
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_doctor_asks_the_hub_for_what_a_recipe_names_and_for_nothing_else(recipe_folder, monkeypatch, answers):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    asked = []
+
+    def info(self, name, **named):
+        asked.append((name, named["repo_type"], named["revision"], named["timeout"] > 0))
+        if not answers:
+            response = type("Response", (), {"status_code": 403, "headers": {}, "request": None})()
+            raise errors.GatedRepoError(f"403 for {KEY}", response=response)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", info)
+    result = CliRunner().invoke(main, ["doctor", str(recipe_folder / "tiny.yaml"), "--json"])
+    assert asked == [] and {one["name"]: one for one in json.loads(result.stdout)}["hub"]["status"] == "ok"
+    pinned = f"parent={{model: org/model, revision: {'a' * 40}}}"
+    result = CliRunner().invoke(main, ["doctor", str(recipe_folder / "tiny.yaml"), "--json", "--set", pinned])
+    assert asked == [("org/model", "model", "a" * 40, True)] and KEY not in result.output
+    found = {one["name"]: one for one in json.loads(result.stdout)}["model org/model"]
+    assert (found["status"], found["said"]) == (("ok", "on the hub") if answers else ("fault", "403 for [hidden]"))
+    assert answers or "is it gated, is a token set?" in found["do"]
+
+
+def test_F39_members_whose_names_differ_in_capitals_alone_are_refused(recipe_folder):
+    twice = "members=[{name: Big, target: {params: 0.5}}, {name: big, target: {params: 0.4}}]"
+    code, output = plan(recipe_folder / "tiny.yaml", "--set", twice)
+    assert code == 2 and "members: the name Big, big stands twice" in output

@@ -140,6 +140,21 @@ def test_F15_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog,
     assert all(torch.equal(weights(student)[name], value) for name, value in weights(unbroken).items())
 
 
+def test_F15_states_are_only_dropped_for_one_that_is_there_as_it_was_written(tmp_path, monkeypatch):
+    from cascade.distillation import state
+    from cascade.errors import DiskError
+
+    blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)
+    options = OPTIONS | {"state_folder": tmp_path, "save_every_minutes": 0}
+    with pytest.raises(Killed):
+        distill(copy.deepcopy(start), teacher, blocks, **options, on_step=dies_after(4))
+    before = sorted(path.name for path in tmp_path.glob("step-*"))
+    monkeypatch.setattr(state, "is_committed", lambda folder: False)  # a disk that has lost what it took
+    with pytest.raises(DiskError, match="was written and is not there as it was; the states before it are kept"):
+        distill(copy.deepcopy(start), teacher, blocks, **options)
+    assert set(before) < {path.name for path in tmp_path.glob("step-*")}
+
+
 def test_a_state_of_a_training_with_other_settings_is_not_gone_on_with(tmp_path):
     blocks, teacher = make_blocks(count=24), make_model(seed=1)
     with pytest.raises(Killed):
