@@ -55,7 +55,9 @@ def test_members_that_are_not_cut_or_not_repaired_need_no_room_for_it(recipe_fol
     assert bytes_of("distill.keep_states=5").state_bytes == 2 * cut.state_bytes
 
 
-@pytest.mark.parametrize("kind", MOMENT_BYTES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(one, marks=pytest.mark.nightly) if "8bit" in one else one for one in MOMENT_BYTES]
+)
 def test_what_an_optimizer_is_said_to_remember_is_not_less_than_it_does(kind):
     model = make_model(vocab_size=2048, hidden_size=128, intermediate_size=256)
     optimizer = build_optimizer(kind, model, 1e-3, 0.0)
