@@ -56,6 +56,7 @@ def locked(run_folder: Path) -> Iterator[None]:
         threading.Thread(target=_beat, args=(run_folder / LOCK, ended), daemon=True).start()
         try:
             sweep(run_folder)
+            _try_writing(run_folder)
             yield
         finally:
             ended.set()
@@ -77,18 +78,22 @@ def require_room(folder: Path, num_bytes: int, what: str) -> None:
 
 
 def _opened(run_folder: Path) -> IO[str]:
-    """The lock file; that a file can be made and renamed here is tried first."""
+    """The lock file."""
     try:
         make_folder(run_folder)
-        probe = run_folder / f"{LOCK}-0"
-        with at("lock"):
-            write_atomically(probe, "written, synced and renamed")
-        probe.unlink()
         return (run_folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{run_folder}: cannot be written to: {error.strerror or error}; give an --output where this user may write"
         ) from error
+
+
+def _try_writing(run_folder: Path) -> None:
+    """Write, sync and rename a file, before hours depend on it."""
+    probe = run_folder / f"{LOCK}-0"
+    with at("lock"):
+        write_atomically(probe, "written, synced and renamed")
+    probe.unlink()
 
 
 def _record(file: IO[str]) -> dict[str, Any]:
