@@ -104,7 +104,7 @@ def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:
     dims = {}
     for text in texts:
         name, _, value = text.partition("=")
-        if not value.isdigit():
+        if not (value.isascii() and value.isdigit()):
             raise UserError(f"--dim {text}: not of the form NAME=N, such as num_hidden_layers=4")
         dims[name] = int(value)
     return dims

@@ -93,7 +93,7 @@ def _versions() -> Iterator[Check]:
 
 def _disk(folder: Path) -> Iterator[Check]:
     """Room, and whether files can be made, synced and renamed where runs will be."""
-    place = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    place = next(one for one in (folder.absolute(), *folder.absolute().parents) if _can_see(one))
     free = shutil.disk_usage(place).free
     status: Literal["ok", "warning"] = "ok" if free > _LITTLE_DISK else "warning"
     yield Check("disk", status, f"{free / 1e9:.1f} GB free at {place}")
@@ -106,6 +106,13 @@ def _disk(folder: Path) -> Iterator[Check]:
         yield Check("write, sync, rename", "ok", f"{took * 1000:.0f} ms at {place}")
     except (OSError, DiskError) as error:
         yield Check("write, sync, rename", "fault", f"{place}: {error}", "make room, or give an --output elsewhere")
+
+
+def _can_see(folder: Path) -> bool:
+    try:
+        return folder.exists()
+    except OSError:  # below a folder that is closed to us, or a name that is too long
+        return False
 
 
 def _accelerator() -> Check:
@@ -131,7 +138,7 @@ def _environment() -> Check:
 def _hub(recipe: Recipe) -> Iterator[Check]:
     """Whether what the recipe names is on the hub, or already here."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     named = [("model", recipe.parent.model, recipe.parent.revision)] if recipe.parent.revision else []
     if recipe.data.source == "hub":
@@ -149,7 +156,7 @@ def _hub(recipe: Recipe) -> Iterator[Check]:
         except OfflineModeIsEnabled:
             yield Check(f"{kind} {name}", "fault", "not in the cache, and the hub is switched off",
                         "unset HF_HUB_OFFLINE, or fetch it where there is a network and copy the cache")  # fmt: skip
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # the client's own errors are those of whichever HTTP library it uses
             first = (str(error).splitlines() or [type(error).__name__])[0]
             yield Check(f"{kind} {name}", "fault", redact(first), "is the name right, is it gated, is a token set?")
 

@@ -18,7 +18,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether that is what an error says."""
     # On the CPU it is a plain RuntimeError of the allocator.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("allocate memory", "CUDA out of memory")
+        words in str(error)
+        for words in (
+            "allocate memory",
+            "out of memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+            "std::bad_alloc",
+            "bad allocation",
+        )
     )
 
 

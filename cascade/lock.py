@@ -83,17 +83,22 @@ def _opened(run_folder: Path) -> IO[str]:
         make_folder(run_folder)
         return (run_folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"{run_folder}: cannot be written to: {error.strerror or error}; give an --output where this user may write"
-        ) from error
+        raise UserError(_closed(run_folder, error)) from error
+
+
+def _closed(run_folder: Path, error: OSError) -> str:
+    return f"{run_folder}: cannot be written to: {error.strerror or error}; give an --output where this user may write"
 
 
 def _try_writing(run_folder: Path) -> None:
     """Write, sync and rename a file, before hours depend on it."""
     probe = run_folder / f"{LOCK}-0"
-    with at("lock"):
-        write_atomically(probe, "written, synced and renamed")
-    probe.unlink()
+    try:
+        with at("lock"):
+            write_atomically(probe, "written, synced and renamed")
+        probe.unlink()
+    except PermissionError as error:
+        raise UserError(_closed(run_folder, error)) from error
 
 
 def _record(file: IO[str]) -> dict[str, Any]:

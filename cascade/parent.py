@@ -23,6 +23,7 @@ from cascade.models.checkpoint import (
 from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
+from cascade.store import partial_of
 
 
 def existing_parent(recipe: Recipe) -> ModelSource | None:
@@ -76,6 +77,7 @@ def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
         seed=recipe.seed,
         selection=as_guessed(recipe, selection.take(48), "selection", tokenizer),
         log_path=folder / "log.jsonl",
+        state_folder=partial_of(folder),
         on_step=on_step,
         schedule=Schedule("cosine", settings.warmup_fraction, settings.final_learning_rate_fraction),
         **{name: value for name, value in settings.model_dump().items() if name not in own},

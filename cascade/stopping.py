@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from cascade.errors import Stopped
@@ -58,6 +58,11 @@ def _take(number: int, frame: FrameType | None) -> None:
     global _asked
     first, _asked = _asked is None, number
     if first and _savers:
-        print("\nStopping once the training's state is saved; once more stops at once.", file=sys.stderr, flush=True)
+        with suppress(
+            OSError, ValueError, RuntimeError
+        ):  # nobody reads it any more (| tee), or it is just being written
+            print(
+                "\nStopping once the training's state is saved; once more stops at once.", file=sys.stderr, flush=True
+            )
         return
     stop()

@@ -84,7 +84,7 @@ def _committed(folder: Path, run_folder: Path, cure: str) -> tuple[list[Fault], 
     if folder.parent.name != "members":  # `_member` looks at those
         told = "is not of this stage, and would be loaded with it"
         faults += [Fault(f"{_inside(folder, run_folder)}/{name}", told, "remove it") for name in added_weights(folder)]
-    if (folder / INCOMPLETE).exists():
+    if (folder / INCOMPLETE).exists() and INCOMPLETE not in damaged:
         missing = ", ".join(json.loads((folder / INCOMPLETE).read_text(encoding="utf-8")))
         faults.append(Fault(_inside(folder, run_folder), f"not measured: {missing}", "run the same command again"))
     return faults, len(files)

@@ -104,13 +104,13 @@ class _Reader:
         if self.count > _MAX_NODES or len(place) > _MAX_DEPTH:
             raise ValueError(f"more than {_MAX_NODES} values or {_MAX_DEPTH} levels (aliases are counted each time)")
         self.marks.setdefault(place, _position(node))
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             return self._mapping(node, place)
-        if not node.tag.startswith("tag:yaml.org,2002:"):
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [self.read(child, (*place, index)) for index, child in enumerate(node.value)]
+        if not isinstance(node, yaml.ScalarNode) or not node.tag.startswith("tag:yaml.org,2002:"):
             self._problem(node, f"tag {node.tag} is not allowed; files here are plain data")
             return None
-        if isinstance(node, yaml.SequenceNode):
-            return [self.read(child, (*place, index)) for index, child in enumerate(node.value)]
         return self._scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
@@ -139,6 +139,8 @@ class _Reader:
         if kind == "float":
             return float(text)
         if kind == "bool":
+            if text.lower() not in ("true", "false"):
+                self._problem(node, f"'{text}' is neither true nor false")
             return text.lower() == "true"
         if kind == "null":
             return None

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cascade import parallel
@@ -36,13 +37,16 @@ class TrainingLog:
             self.on_log(entry)
 
     def close(self, curve: Sequence[dict[str, float]]) -> None:
-        """Warn of what the whole log tells."""
+        """Warn of what the whole log tells; one that could not be written whole is written again if it can be."""
+        if self.failed:
+            self.again(curve)
         for found in findings(curve) if parallel.rank() == 0 else []:
             logger.warning("%s%s", f"{self.path}: " if self.path else "", found)
 
     def again(self, curve: Sequence[dict[str, float]]) -> None:
         """All steps that count, of a training that goes on from a state."""
         if self.path is not None and parallel.rank() == 0:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
         for entry in curve:
             self.add(entry, show=False)

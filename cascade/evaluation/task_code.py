@@ -115,7 +115,8 @@ def measure_apart(task: CodeTask, request: dict[str, Any]) -> dict[str, Any]:
         answer = Path(folder) / "answer.json"
         asked = request | {"path": str(task.path), "answer": str(answer)}
         done = subprocess.run(
-            [sys.executable, "-m", "cascade.evaluation.apart"], input=json.dumps(asked), text=True,
+            [sys.executable, "-m", "cascade.evaluation.apart"], input=json.dumps(asked), text=True, encoding="utf-8",
+            errors="replace",
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=without_secrets(dict(os.environ)),
         )  # fmt: skip
         if done.returncode or not answer.is_file():

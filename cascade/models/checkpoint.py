@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ def resolve_model(reference: str, *, revision: str | None = None) -> ModelSource
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         raise UserError(f"{reference}: no such folder or .gguf file (looked at {path})")
     repository, _, commit = reference.partition("@")
+    if commit and not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise UserError(f"{reference}: '{commit}' can move; give a commit: {repository}@ and 40 hexadecimal digits")
     return ModelSource(_fetched(repository, revision or commit or None), f"{repository}@{revision or commit}")
 
 

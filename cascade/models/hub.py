@@ -19,7 +19,6 @@ def fetch(repository: str, revision: str | None) -> Path:
             "so that the recipe means the same model tomorrow"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     bound_waiting()
     patterns = [
@@ -38,7 +37,7 @@ def fetch(repository: str, revision: str | None) -> Path:
     ]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the client's own errors are those of whichever HTTP library it uses
         raise UserError(f"{repository}@{revision}: cannot be fetched from the hub: {hub_cause(error)}") from error
 
 

@@ -5,6 +5,7 @@ The flag that turns remote code off is no boundary by itself: a key inside confi
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 from cascade.errors import UserError
 
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+_KERNELS = ("attn_implementation", "experts_implementation")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_]*")
 _MAX_JSON_BYTES = 200_000_000
 _MAX_HEADER_BYTES = 100_000_000
 """As the format's own limit."""
 _MAX_DIMS, _MAX_LENGTH = 16, 1 << 48
-_INDEX = "model.safetensors.index.json"
 
 
 def check_model_folder(folder: Path) -> None:
@@ -26,8 +28,7 @@ def check_model_folder(folder: Path) -> None:
         UserError: with the file, what is wrong in it, and what to do.
     """
     check_settings(folder)
-    index = folder / _INDEX
-    if index.is_file():
+    for index in sorted(folder.glob("*.index.json")):
         _check_index(index)
     for path in sorted(folder.glob("*.safetensors")):
         check_header(path)
@@ -122,7 +123,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_json(path: Path) -> None:
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size:,} bytes; no config or tokenizer is that large")
-    if path.name == _INDEX:
+    if path.name.endswith(".index.json"):
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -136,6 +137,14 @@ def _check_json(path: Path) -> None:
                 f"{path}: {'.'.join([*place, key])} asks for code that is not transformers' own; this program runs "
                 "none that comes with a model. If transformers has this architecture itself, remove the key from a "
                 "copy of the model, and give that"
+            )
+        if key == "transformers_weights" and value is not None:
+            raise UserError(f"{path}: {'.'.join([*place, key])} names other weights than model.safetensors; remove it")
+        texts = [one for one in (value.values() if isinstance(value, dict) else [value]) if isinstance(one, str)]
+        if key.lstrip("_") in _KERNELS and not all(_PLAIN_NAME.fullmatch(one) for one in texts):
+            raise UserError(
+                f"{path}: {'.'.join([*place, key])}: {value} would be fetched and run; remove the key from a copy of "
+                "the model, and give that"
             )
 
 

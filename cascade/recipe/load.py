@@ -68,7 +68,7 @@ def _override(document: YamlDocument, text: str) -> tuple[str, ...]:
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
+            if not (part.isascii() and part.isdigit()) or int(part) >= len(target):
                 place = ".".join(parts[:number])
                 raise RecipeError(f"--set {text}", [f"{place} has {len(target)} items, numbered from 0; no '{part}'"])
             index: Any = int(part)
@@ -188,5 +188,10 @@ def _model_path(reference: str, folder: Path) -> str:
 
 
 def _absolute(value: str, folder: Path) -> str:
-    path = Path(value).expanduser()
+    if "\0" in value:
+        raise UserError(f"{value!r}: no path has a NUL in it")
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{value}: {error}") from error
     return str(path if path.is_absolute() else (folder / path).resolve())

@@ -15,5 +15,15 @@ def training_logs(run_folder: Path) -> dict[str, list[dict[str, float]]]:
             / "log.jsonl"
         )
         if log.is_file():
-            logs[path.parent.name] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            lines = (_entry(line) for line in log.read_text(encoding="utf-8", errors="replace").splitlines())
+            logs[path.parent.name] = [entry for entry in lines if entry]
     return logs
+
+
+def _entry(line: str) -> dict[str, float]:
+    """A step's figures; none where a full disk has cut the line off."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ machine's other keys to be sent to a place of its choice.
 
 import ipaddress
 import os
+import re
 import socket
 from urllib.parse import urlsplit
 
@@ -33,6 +34,11 @@ SERVICES = {
     "XAI_API_KEY": "x.ai",
 }
 """Variables that are known to hold a service's key, and the domain of that service: it is sent nowhere else."""
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
+_PLAIN = re.compile(r"[!-~]+")
+_LOOPBACK = re.compile(r"127(?:\.\d{1,3}){3}")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -63,26 +69,53 @@ def check_endpoint(endpoint: Endpoint) -> str:
         raise UserError(f"{place}: expected https://HOST/v1 (http for this machine)")
     if parts.username or parts.password or parts.query:
         raise UserError(f"{place}: no user, password or query in it; the key goes into an environment variable")
-    addresses = _addresses(host, port)
-    here = bool(addresses) and all(one.is_loopback for one in addresses)
-    for one in addresses:
-        if one.is_link_local or one.is_unspecified or one.is_multicast:
-            raise UserError(f"{place}: {one} is a link-local, unspecified or multicast address; those are not asked")
-        if not one.is_loopback and not one.is_global and not _private_allowed:
-            raise UserError(f"{place}: {one} is on a private network; where you trust the recipe, give --allow-private")
+    if not _HOST.fullmatch(host) or not _PLAIN.fullmatch(endpoint.url):
+        raise UserError(f"{place}: expected a host's name of letters, digits, '.' and '-', and no odd signs")
+    here = is_here(endpoint.url)
+    for text in _addresses(host, port):
+        require_address(text, endpoint.url, here)
     if parts.scheme == "http" and not here and not endpoint.allow_http:
         raise UserError(f"{place}: plain http would show key and text to the network; use https, or allow_http: true")
     return _key(endpoint.key_env, host, here) if endpoint.key_env else ""
 
 
-def _addresses(host: str, port: int | None) -> list[_Address]:
+def is_here(url: str) -> bool:
+    """Whether a url says that it is of this machine; other names can lead anywhere, also a moment later."""
+    host = (urlsplit(url).hostname or "").rstrip(".")
+    return host in ("localhost", "::1") or _LOOPBACK.fullmatch(host) is not None
+
+
+def require_address(text: str, url: str, here: bool = False) -> None:
+    """Refuse an address that a name stands for, or that was connected to; `here`: this machine is meant.
+
+    Raises:
+        UserError: it is link-local, or of another network than it should be.
+    """
+    address: _Address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        address = inner or address
+    place = f"generate.endpoint.url: {url}: {address}"
+    if address.is_link_local or address.is_unspecified or address.is_multicast:
+        raise UserError(f"{place} is a link-local, unspecified or multicast address; those are not asked")
+    if address.is_loopback != here:
+        raise UserError(
+            f"{place} is {'not ' if here else ''}this machine; write localhost for it, and for nothing else"
+        )
+    private = not address.is_global or getattr(address, "is_site_local", False)
+    if private and not here and not _private_allowed:
+        raise UserError(f"{place} is on a private network; where you trust the recipe, give --allow-private")
+
+
+def _addresses(host: str, port: int | None) -> list[str]:
     """What the name stands for on this machine; empty where it cannot be told (offline, or a proxy's to know)."""
     try:
         found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return []
-    addresses = [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
-    return [getattr(one, "ipv4_mapped", None) or one for one in addresses]
+    return [str(one[4][0]) for one in found]
 
 
 def _key(name: str, host: str, here: bool) -> str:

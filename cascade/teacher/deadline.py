@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
@@ -12,12 +12,15 @@ from requests.adapters import HTTPAdapter
 
 
 class PromptSession(requests.Session):
-    """A session for one thread, whose connections another can cut off."""
+    """A session for one thread, whose connections another can cut off.
 
-    def __init__(self) -> None:
+    `require(address)` may refuse what a name has led to, before anything is sent there (a proxy's is its own to know).
+    """
+
+    def __init__(self, require: Callable[[str], None]) -> None:
         super().__init__()
         self.auth = lambda request: request  # else a .netrc's password goes along
-        self._adapter = _Watched()
+        self._adapter = _Watched(require)
         self.mount("https://", self._adapter)
         self.mount("http://", self._adapter)
 
@@ -42,16 +45,15 @@ class PromptSession(requests.Session):
 class _Watched(HTTPAdapter):
     """Knows the connections that it has made."""
 
-    def __init__(self) -> None:
-        self.connections: WeakSet[Any] = WeakSet()
+    def __init__(self, require: Callable[[str], None]) -> None:
+        self.sockets: WeakSet[socket.socket] = WeakSet()
+        self.require = require
         super().__init__()
 
     def cut(self) -> None:
-        for connection in list(self.connections):
-            if connection.sock is not None:
-                with suppress(OSError):  # closed meanwhile
-                    # Unlike a close, it wakes the thread that reads.
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+        for one in list(self.sockets):
+            with suppress(OSError):  # closed meanwhile
+                one.shutdown(socket.SHUT_RDWR)  # unlike a close, it wakes the thread that reads
 
     def init_poolmanager(self, *arguments: Any, **named: Any) -> None:
         super().init_poolmanager(*arguments, **named)
@@ -64,15 +66,30 @@ class _Watched(HTTPAdapter):
 
     def _watch(self, manager: Any) -> None:
         kinds = manager.pool_classes_by_scheme
-        manager.pool_classes_by_scheme = {scheme: _watching(kind, self.connections) for scheme, kind in kinds.items()}
+        manager.pool_classes_by_scheme = {scheme: self._watching(kind) for scheme, kind in kinds.items()}
+
+    def _watching(self, pool: Any) -> Any:
+        return _watching(pool, self.sockets, self.require)
 
 
-def _watching(pool: Any, made: WeakSet[Any]) -> Any:
-    """The class of connection pools, whose connections are put into `made`."""
+def _watching(pool: Any, made: WeakSet[socket.socket], require: Callable[[str], None]) -> Any:
+    """The class of connection pools, whose sockets are put into `made`, and their addresses looked at."""
+
+    def opened(self: Any) -> socket.socket:
+        own: socket.socket = pool.ConnectionCls._new_conn(self)
+        made.add(own)
+        if self.proxy is None:
+            try:
+                require(str(own.getpeername()[0]))
+            except BaseException:
+                own.close()
+                raise
+        return own
 
     def connect(self: Any) -> None:
-        made.add(self)
         pool.ConnectionCls.connect(self)
+        made.add(self.sock)  # for https another one, around the first
 
-    connection = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), {"connect": connect})
+    own = {"connect": connect, "_new_conn": opened}
+    connection = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), own)
     return type(pool.__name__, (pool,), {"ConnectionCls": connection})

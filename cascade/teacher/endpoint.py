@@ -16,7 +16,7 @@ import requests
 
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Endpoint
-from cascade.teacher.address import check_endpoint
+from cascade.teacher.address import check_endpoint, is_here, require_address
 from cascade.teacher.answers import Answer, AnswerLog, Request
 from cascade.teacher.deadline import PromptSession
 from cascade.teacher.logprobs import top_logprobs
@@ -121,6 +121,10 @@ class _Client:
             self.error = self.error or error
         self.stopped.set()
 
+    def require_peer(self, address: str) -> None:
+        """Refuse where a name has led to since it was looked at."""
+        require_address(address, self.endpoint.url, is_here(self.endpoint.url))
+
     def answer(self, request: Request) -> tuple[Answer, bool] | None:
         """(one answer, whether it is one to keep), however many tries it takes; None if all was stopped meanwhile."""
         retries = random.Random(request.seed)
@@ -146,7 +150,7 @@ class _Client:
     def _post(self, request: Request) -> tuple[int, Any, bytes, str]:
         """(status or 0, headers, body, what went wrong on the way)."""
         if not hasattr(self.local, "session"):
-            self.local.session = PromptSession()
+            self.local.session = PromptSession(self.require_peer)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         seconds = self.endpoint.timeout_seconds
         asked = {"json": self._body(request), "headers": headers, "allow_redirects": False, "stream": True}
