@@ -15,6 +15,7 @@ from cascade.cli_options import (
     BLOCK,
     DATA,
     JSON,
+    NOTHING_KEPT,
     OUTPUT,
     POSITIVE,
     PRIVATE,
@@ -194,14 +195,15 @@ def prune(
         if own:
             named = ", ".join(option.opts[0] for option in context.command.params if option.name in own)
             raise UserError(f"--plan already says how MODEL is cut, and cuts only; leave out: {named}")
-        finish(prune_model_on_disk(model, Path(plan), Path(output)), as_json)
+        with interruptible(NOTHING_KEPT):
+            finish(prune_model_on_disk(model, Path(plan), Path(output)), as_json)
         return
     if offload and repair:
         raise UserError("--offload cannot repair: that needs the cut model in memory; add --no-repair")
     options: dict[str, Any] = {"hidden": hidden, "repaired": repair, "offload": offload}
-    found = prune_model(
-        model, params, dims_of_texts(dims), Path(output), calibration_blocks, data, block_size, **options
-    )
+    wanted = dims_of_texts(dims)
+    with interruptible(NOTHING_KEPT):
+        found = prune_model(model, params, wanted, Path(output), calibration_blocks, data, block_size, **options)
     finish(found, as_json)
 
 
@@ -249,7 +251,8 @@ def distill(
         "objective": Objective(loss, temperature),
         "seed": seed,
     }
-    finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)
+    with interruptible(NOTHING_KEPT):
+        finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)
 
 
 @main.command()
@@ -285,7 +288,8 @@ def evaluate(
     from cascade.single import evaluate_model
 
     folders = [Path(folder) for folder in task_folders]
-    found = evaluate_model(checkpoint, tasks, folders, teacher, limit, heldout_blocks, data, block_size)
+    with interruptible(NOTHING_KEPT):
+        found = evaluate_model(checkpoint, tasks, folders, teacher, limit, heldout_blocks, data, block_size)
     if not as_json:
         lines = {
             f"{metric['task']}/{metric['metric']}": f"{metric['value']}"

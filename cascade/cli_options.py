@@ -13,6 +13,7 @@ from cascade.errors import DiskError, RunError, Stopped, UserError, is_disk_erro
 from cascade.secrets import redact
 from cascade.stopping import handled
 
+NOTHING_KEPT = "Nothing is left of it."
 _KEPT = "What is finished is kept; the same command goes on from there."
 
 POSITIVE = click.IntRange(min=1)
@@ -42,7 +43,7 @@ TASK_CODE = click.option(
     is_flag=True,
     expose_value=False,
     callback=lambda context, option, given: _allow_task_code() if given else None,
-    help="Let tasks of task folders run Python functions of their own, apart and without this machine's keys.",
+    help="Let tasks of task folders run Python functions of their own, apart, without keys in their environment.",
 )
 PRIVATE = click.option(
     "--allow-private",
@@ -89,13 +90,13 @@ class CommandGroup(click.Group):
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM let a training save its state; then, or at the second, a message."""
+def interruptible(told: str = _KEPT) -> Iterator[None]:
+    """Ctrl-C and SIGTERM let a training that keeps states save one; then, or at the second, a message."""
     try:
         with handled():
             yield
     except Stopped as error:
-        click.echo(f"\nStopped. {_KEPT}", err=True)
+        click.echo(f"\nStopped. {told}", err=True)
         sys.exit(error.exit_code)
 
 

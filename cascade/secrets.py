@@ -8,15 +8,32 @@ import threading
 import traceback
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 _FORMS = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|sk-[a-z0-9]{32,}|gh[pousr]_[A-Za-z0-9]{20,}"
-    r"|github_pat_[A-Za-z0-9_]{20,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}|xox[abpr]-[0-9A-Za-z-]{10,}"
-    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    # Also after an escaped line break or a percent-encoded sign, whose last letter belongs to no word.
+    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2}))"
+    r"(?:hf_[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|sk-[a-z0-9]{32,}|sk-or-v1-[0-9a-f]{20,}"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[\w-]{15,}|(?:gsk|fw)_[A-Za-z0-9]{20,}"
+    r"|(?:xai|csk)-[A-Za-z0-9]{20,}|nvapi-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{30,}"
+    r"|xox[abpr]-[0-9A-Za-z-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
-_IN_ADDRESS = re.compile(r"(?<=://)(?:[^/\s@:]+:[^/\s@]+|[^/\s@:]{16,})(?=@)")
-_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|(?:^|_)KEY$|CREDENTIAL", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)(?:[^/\s@:]*:[^/\s]*|[^/\s@:]{16,})(?=@)")
+_CARRIED = re.compile(
+    r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic)\s+|x-amz-(?:signature|credential|security-token)=)[^\s'\"&]+"
+)
+_NAMES = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|SSHPASS|API_?KEY|(?:^|_)KEY$|CREDENTIAL|._PWD$|_PASS$|_PAT$|_AUTH$"
+    r"|AUTH_CONFIG|CONNECTION_STRING|SSH_AUTH_SOCK",
+    re.IGNORECASE,
+)
+_HARMLESS = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|LANG|LANGUAGE|LC_\w+|TMPDIR|TEMP|TMP|VIRTUAL_ENV|LD_LIBRARY_PATH|PYTHON\w+"
+    r"|(?:OMP|MKL|OPENBLAS|CUDA|NVIDIA|TORCH|PYTORCH|HF|TRANSFORMERS|TOKENIZERS|XDG|TQDM|SSL|REQUESTS)_\w+|\w+_PROXY",
+    re.IGNORECASE,
+)
+"""What a process that runs foreign code may know of the environment."""
 _SHORTEST = 8
 """A shorter value of a variable is more likely a word than a key."""
 
@@ -37,14 +54,17 @@ def is_secret_name(name: str) -> bool:
 
 def looks_secret(text: str) -> bool:
     """Whether a text holds what looks like a key, or a user and password in an address."""
-    return _FORMS.search(text) is not None or _IN_ADDRESS.search(text) is not None
+    return any(form.search(text) is not None for form in (_FORMS, _IN_ADDRESS, _CARRIED))
 
 
 def redact(text: str) -> str:
     """The text without keys: those of known forms, those in addresses, and the values of this process's own."""
     own = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST}
-    for value in sorted(own | _known, key=len, reverse=True):
+    own |= _known
+    own |= {quote(value, safe="") for value in own}
+    for value in sorted(own, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
+    text = _CARRIED.sub(lambda found: found.group(1) + HIDDEN, text)
     return _IN_ADDRESS.sub(HIDDEN, _FORMS.sub(HIDDEN, text))
 
 
@@ -77,5 +97,6 @@ def redact_tracebacks() -> None:
 
 def without_secrets(environment: dict[str, str]) -> dict[str, Any]:
     """An environment for a process that runs foreign code."""
-    kept = {name: value for name, value in environment.items() if not is_secret_name(name) and value not in _known}
+    kept = {name: value for name, value in environment.items() if _HARMLESS.fullmatch(name)}
+    kept = {name: value for name, value in kept.items() if not is_secret_name(name) and value not in _known}
     return {name: value for name, value in kept.items() if not looks_secret(value)}

@@ -59,7 +59,7 @@ def prune_model(
 
     With `offload` the model is never in memory as a whole, and nothing is repaired.
     """
-    require_empty(output)
+    output = require_empty(output)
     if params is None and not dims:
         raise UserError("give --params or at least one --dim")
     source = resolve_model(reference)
@@ -102,7 +102,7 @@ def prune_model(
 
 def prune_model_on_disk(reference: str, plan_path: Path, output: Path) -> dict[str, Any]:
     """Carries out a plan from safetensors to safetensors; writes the checkpoint and plan.json."""
-    require_empty(output)
+    output = require_empty(output)
     source = resolve_model(reference)
     plan = load_plan(plan_path)
     found = dims_of(load_config(source))
@@ -121,7 +121,7 @@ def distill_model(
     student: str, teacher: str, output: Path, data: str, block_size: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl."""
-    require_empty(output)
+    output = require_empty(output)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
     require_same_vocabulary(load_tokenizer(teacher_source), load_tokenizer(source), source.reference)
     learner, expert = load_model(source), load_model(teacher_source)

@@ -58,11 +58,9 @@ def _take(number: int, frame: FrameType | None) -> None:
     global _asked
     first, _asked = _asked is None, number
     if first and _savers:
-        with suppress(
-            OSError, ValueError, RuntimeError
-        ):  # nobody reads it any more (| tee), or it is just being written
-            print(
-                "\nStopping once the training's state is saved; once more stops at once.", file=sys.stderr, flush=True
-            )
+        told = "Stopping once the training's state is saved; once more stops at once."
+        # Nobody may be there to read it any more (| tee), or something is just being printed.
+        with suppress(OSError, ValueError, RuntimeError):
+            print(f"\n{told}", file=sys.stderr, flush=True)
         return
     stop()

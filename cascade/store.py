@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -189,14 +190,24 @@ def sweep(run_folder: Path) -> None:
                 leftover.unlink(missing_ok=True)
 
 
-def require_empty(folder: Path) -> None:
-    """Refuse to write where something is.
+def require_empty(folder: Path) -> Path:
+    """Where a new folder will be, whatever links lead there; refuses what would fail at the end, after hours.
 
     Raises:
-        UserError: the path is a file or a folder with something in it.
+        UserError: something is there, a disk is mounted there, the command runs there, or nothing can be written.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"--output {folder}: there is something there already; give a new folder")
+    try:
+        place = folder.resolve()
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(f"--output {folder}: there is something there already; give a new folder")
+        if place.is_dir() and (place.is_mount() or place == Path.cwd()):
+            why = "a disk is mounted there" if place.is_mount() else "the command runs there"
+            raise UserError(f"--output {folder}: {why}; give a new folder in it")
+        make_folder(place.parent)
+        with tempfile.TemporaryFile(dir=place.parent):
+            return place
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written to: {error.strerror or error}") from error
 
 
 def _write_manifest(folder: Path, provenance: dict[str, Any]) -> None:

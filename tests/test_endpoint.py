@@ -83,7 +83,13 @@ def test_F24_a_server_that_never_answers_is_given_up_within_its_timeout(tmp_path
         assert time.monotonic() - started < 2.5
 
 
-@pytest.mark.parametrize("beginning", [b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: ",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b"HTTP/1.0 200 OK\r\n\r\n",
+    ],
+)  # fmt: skip
 def test_F24_a_server_that_drips_its_answer_is_given_up_within_the_timeout_and_the_next_is_heard(tmp_path, beginning):
     def respond(body, number):
         return ("drip", beginning) if number < 2 else echo(body)
@@ -237,6 +243,12 @@ def test_an_endpoint_that_is_down_is_named(tmp_path):
         ({"url": "http://169.254.169.254./v1", "allow_http": True}, "link-local"),
         ({"url": "http://0.0.0.0/v1", "allow_http": True}, "link-local, unspecified"),
         ({"url": "https://[fe80::1]/v1"}, "link-local"),
+        ({"url": "https://[64:ff9b::a9fe:a9fe]/v1"}, "169.254.169.254 is a link-local"),
+        ({"url": "https://[fec0::1]/v1"}, "on a private network"),
+        ({"url": "https://[::ffff:127.0.0.1]/v1"}, "127.0.0.1 is this machine; write localhost"),
+        ({"url": "https://evil.com\\.openai.com/v1", "key_env": "OPENAI_API_KEY"}, "no odd signs"),
+        ({"url": "http://169.254.169.254\\.x/v1", "allow_http": True}, "no odd signs"),
+        ({"url": "https://h.example/v 1"}, "no odd signs"),
         ({"url": "https://10.0.0.5/v1"}, "10.0.0.5 is on a private network; .*--allow-private"),
         ({"url": "https://[::ffff:192.168.1.1]/v1"}, "192.168.1.1 is on a private network"),
         ({"url": "https://host:99999999/v1"}, "ort out of range"),
@@ -270,6 +282,31 @@ def test_keys_go_to_their_own_service_or_where_they_are_meant_for_and_private_ne
     assert key_for("https://10.0.0.5/v1", "CASCADE_KEY") == "key-of-CASCADE_KEY"
     with pytest.raises(UserError, match="link-local"):
         key_for("https://169.254.169.254/v1", "CASCADE_KEY")
+
+
+@pytest.mark.parametrize("at_first", ["93.184.216.34", None])
+def test_F29_a_name_that_leads_elsewhere_once_it_was_looked_at_is_sent_nothing(tmp_path, monkeypatch, at_first):
+    import socket
+
+    own, asked_for = socket.getaddrinfo, []
+
+    def rebinding(host, port, *rest, **named):
+        if host != "rebind.example":
+            return own(host, port, *rest, **named)
+        asked_for.append(host)
+        if len(asked_for) > 1:
+            return own("127.0.0.1", port, *rest, **named)
+        if at_first is None:
+            raise OSError("no such name")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (at_first, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    monkeypatch.setenv("CASCADE_KEY", KEY)
+    with serving(echo) as (url, received):
+        there = url.replace("127.0.0.1", "rebind.example")
+        with pytest.raises(UserError, match="127.0.0.1 is this machine; write localhost for it"):
+            asked(there, tmp_path, count=1, key_env="CASCADE_KEY", allow_http=True)
+    assert received == [] and len(asked_for) == 2
 
 
 def test_keys_of_the_body_can_be_left_out_and_ours_cannot_be_taken(tmp_path):

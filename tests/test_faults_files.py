@@ -20,6 +20,7 @@ from cascade.cli import main
 from cascade.errors import UserError
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
 from cascade.models.safety import check_header, check_model_folder, plain_name
+from cascade.report.logs import training_logs
 from cascade.run import run_recipe
 from cascade.store import MANIFEST, is_committed, staged, verify_folder
 from cascade.verifying import verify_run
@@ -465,6 +466,63 @@ def test_F30_a_chat_template_cannot_reach_python(model, tmp_path):
     with pytest.raises(Exception, match="unsafe|undefined|access"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("victim", ["../victim/model.safetensors", "pytorch_model.bin"])
+def test_F30_weights_that_a_config_names_are_not_followed(model, tmp_path, victim):
+    shutil.copytree(model, tmp_path / "victim")
+    (model / "pytorch_model.bin").write_bytes(b"")
+    before = (model / "config.json").read_text()
+    names = list(load_file(model / "model.safetensors"))
+    (model / "w.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, victim)})
+    )
+    with pytest.raises(
+        UserError, match="w.safetensors.index.json: names .*; shards are .safetensors files of the same"
+    ):
+        resolve_model(str(model))
+    (model / "w.safetensors.index.json").unlink()
+    change(model / "config.json", transformers_weights="w.safetensors")
+    with pytest.raises(UserError, match="transformers_weights names other weights"):
+        resolve_model(str(model))
+    (model / "config.json").write_text(before)
+    resolve_model(str(model))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"attn_implementation": "org/kernel"}, {"_attn_implementation": "org/kernel@v1:f"},
+     {"text_config": {"_experts_implementation": "a/b"}}, {"attn_implementation": {"": "sdpa", "text_config": "a/b"}}],
+)  # fmt: skip
+def test_F30_kernels_that_a_config_would_have_fetched_are_refused(model, values):
+    change(model / "config.json", _attn_implementation="sdpa")
+    resolve_model(str(model))
+    change(model / "config.json", **values)
+    with pytest.raises(UserError, match="implementation: .* would be fetched and run; remove the key"):
+        resolve_model(str(model))
+
+
+def test_F30_a_hub_model_is_pinned_however_it_is_written():
+    with pytest.raises(UserError, match="org/model@main: 'main' can move; give a commit"):
+        resolve_model("org/model@main")
+
+
+def test_F15_a_damaged_list_of_what_is_missing_is_told(run):
+    folder = next(run.glob("stages/big.evaluate-*"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    manifest["files"]["incomplete.json"] = {"size": 2, "sha256": "0" * 64}
+    (folder / MANIFEST).write_text(json.dumps({"stage": "evaluate", "files": manifest["files"]}))
+    (folder / "incomplete.json").write_text("{")
+    assert f"{folder.relative_to(run)}/incomplete.json" in faults(run)
+
+
+def test_F13_a_line_of_a_log_that_a_full_disk_has_cut_off_costs_that_line_alone(run, tiny_family):
+    log = distilled(run) / "log.jsonl"
+    whole = log.read_text().splitlines()
+    log.write_text("\n".join([whole[0][:5], *whole[1:]]) + "\n[1]\n")
+    assert training_logs(run)["big"] == training_logs(tiny_family)["big"][1:]
+    assert CliRunner().invoke(main, ["report", str(run)]).exit_code == 0
 
 
 def test_F30_links_out_of_a_models_folder_are_refused_and_those_of_the_hubs_cache_are_not(model, tmp_path):

@@ -381,7 +381,7 @@ def test_F32_the_redactor_takes_out_what_it_should_and_leaves_the_rest(monkeypat
     assert secrets.redact(text) == (
         "a [hidden] b https://[hidden]@host/x c [hidden] d short e sk-learn task_key=3 https://host/u:p"
     )
-    assert secrets.without_secrets({"A": "1", "X_TOKEN": "2", "URL": "https://u:p@h"}) == {"A": "1"}
+    assert secrets.without_secrets({"LANG": "C", "X_TOKEN": "2", "URL": "https://u:p@h"}) == {"LANG": "C"}
 
 
 def test_F32_keys_with_hyphens_and_of_any_variable_that_ends_in_key_are_known(monkeypatch):
@@ -396,6 +396,43 @@ def test_F32_keys_with_hyphens_and_of_any_variable_that_ends_in_key_are_known(mo
     assert secrets.is_secret_name("OPENAI_KEY") and not secrets.is_secret_name("KEYBOARD_LAYOUT")
     monkeypatch.setattr(secrets, "_known", {"plain-words-as-a-key"})
     assert secrets.redact("a plain-words-as-a-key b") == "a [hidden] b"
+
+
+LONG = "0123456789abcdefABCDEF"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"sk-or-v1-{LONG.lower()}", f"gsk_{LONG}", f"xai-{LONG}", f"nvapi-{LONG}", f"csk-{LONG}", f"fw_{LONG}", f"glpat-{LONG}",
+        f"redis://:{LONG}@host", f"https://{LONG}:@host", f"https://bob:p@{LONG}@host", f"'x\\nhf_{LONG}'", f"a%3Dhf_{LONG}",
+        f"Authorization: Bearer {LONG}", f"{{'Authorization': 'Basic {LONG}'}}", f"https://s3/x?X-Amz-Signature={LONG}&a=b",
+        f"-----BEGIN RSA PRIVATE KEY-----\n{LONG}\n{LONG}\n-----END RSA PRIVATE KEY-----", f"-----BEGIN PRIVATE KEY-----\n{LONG}",
+    ],
+)  # fmt: skip
+def test_F32_keys_of_many_services_and_forms_are_known_and_taken_out(text):
+    assert secrets.looks_secret(text)
+    assert LONG.lower() not in secrets.redact(f"before {text} after").lower()
+    assert secrets.redact(f"before {text} after").startswith("before ")
+
+
+def test_F32_values_of_this_process_are_taken_out_as_they_stand_in_addresses_too(monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "a b/c=d+e-f")
+    assert secrets.redact("x a b/c=d+e-f y a%20b%2Fc%3Dd%2Be-f z") == "x [hidden] y [hidden] z"
+
+
+def test_F32_foreign_code_gets_an_environment_of_what_it_may_know_alone():
+    names = ("MYSQL_PWD", "DB_PASS", "GITHUB_PAT", "SSHPASS", "GPG_PASSPHRASE", "X_AUTH", "DOCKER_AUTH_CONFIG", "HF_TOKEN",
+             "AZURE_STORAGE_CONNECTION_STRING", "SSH_AUTH_SOCK", "CASCADE_KEY", "DATABASE_URL", "WHATEVER")  # fmt: skip
+    harmless = {
+        "PATH": "/bin",
+        "HOME": "/h",
+        "LC_ALL": "C",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": "/c",
+        "PYTHONPATH": "/p",
+    }
+    assert secrets.without_secrets(dict.fromkeys(names, "value-of-it") | harmless) == harmless
 
 
 def test_F32_keys_of_the_environment_are_in_no_file_no_output_and_no_traceback(zygote, recipe_folder, tmp_path):
@@ -667,3 +704,83 @@ def test_F39_members_whose_names_differ_in_capitals_alone_are_refused(recipe_fol
     twice = "members=[{name: Big, target: {params: 0.5}}, {name: big, target: {params: 0.4}}]"
     code, output = plan(recipe_folder / "tiny.yaml", "--set", twice)
     assert code == 2 and "members: the name Big, big stands twice" in output
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("parent=~nosuchuser/x", "~nosuchuser"),
+        ('parent="a\\0b"', "no path has a NUL in it"),
+        ("data.train=~nosuchuser/x", "~nosuchuser"),
+    ],
+)
+def test_F29_paths_that_cannot_be_end_without_a_traceback(recipe_folder, change, said):
+    code, output = plan(recipe_folder / "tiny.yaml", "--set", change)
+    assert code == 2 and said in output
+
+
+def test_F28_tags_are_refused_on_mappings_and_lists_too():
+    for text in ("a: !!python/object:os.x {b: 1}", "a: !foo {}", "a: !foo [1]", "a: !!set {b}", "a: !!bool yes"):
+        with pytest.raises(RecipeError, match="x:1:4: (tag .* is not allowed|'yes' is neither true nor false)"):
+            parse_yaml(text, source="x")
+    assert parse_yaml("a: !!map {b: !!seq [!!str 1]}", source="x").data == {"a": {"b": ["1"]}}
+
+
+@pytest.mark.parametrize("kind", ["mount", "here", "file", "closed", "full"])
+def test_F39_where_a_single_commands_output_cannot_be_is_said_before_anything_is_made(tmp_path, monkeypatch, kind):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path / "here")
+    place, said = {
+        "mount": ("/proc/", "something there|mounted there"), "here": (".", "the command runs there"),
+        "file": (str(tmp_path / "file" / "x"), "cannot be written to"), "closed": ("/sys/x", "cannot be written to"),
+        "full": (str(tmp_path), "something there already"),
+    }[kind]  # fmt: skip
+    result = CliRunner().invoke(main, ["distill", "a", "--teacher", "b", "--tokens", "1", "--output", place])
+    assert result.exit_code == 2 and re.search(said, result.output), result.output
+
+
+def test_F39_an_output_that_is_a_link_is_written_where_it_leads(tmp_path):
+    from cascade.store import require_empty
+
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert require_empty(tmp_path / "link") == tmp_path / "real"
+
+
+@pytest.mark.parametrize(("signal_", "status"), [(2, 130), (15, 143)])
+def test_F03_a_signal_ends_a_single_command_with_its_code_and_leaves_nothing(
+    zygote, tiny_parent, tmp_path, signal_, status
+):
+    log = tmp_path / "log"
+    command = zygote.start("distill", tiny_parent, "--teacher", tiny_parent, "--tokens", "4096", "--learning-rate", "1e-4",
+                           "--output", tmp_path / "out", "--block-size", "64",
+                           **failing("*distill.step:sleep=30@2", log))  # fmt: skip
+    command.until(lambda: fired(log))
+    os.kill(command.pid, signal_)
+    assert command.wait(20) == status and "Nothing is left of it" in command.output
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_F03_a_signal_that_nobody_can_be_told_of_is_taken_all_the_same(monkeypatch):
+    from cascade import stopping
+
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(stopping, "_savers", 1)
+    monkeypatch.setattr(stopping, "_asked", None)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    stopping._take(2, None)
+    assert stopping.asked()
+
+
+def test_F21_allocators_words_are_known():
+    from cascade.fitting import is_out_of_memory
+
+    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "std::bad_alloc", "CUDA error: out of memory"):
+        assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -161,7 +161,7 @@ def test_F34_no_text_is_read_or_written_in_the_encoding_of_some_locale():
                 assert "encoding" in named, f"{path}:{node.lineno}"
             if name in ("open", "TemporaryFile", "NamedTemporaryFile"):
                 modes = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-                binary = any("b" in mode for mode in modes) or name == "NamedTemporaryFile" and not modes
+                binary = any("b" in mode for mode in modes) or (name != "open" and not modes)
                 assert binary or "encoding" in named or getattr(node.func.value, "id", "") in ("os", "Image"), (
                     f"{path}:{node.lineno}"
                 )
