@@ -17,6 +17,7 @@ from cascade.estimates import parent_seconds
 from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
+from cascade.forcing import forced_stages
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.lock import locked
@@ -88,9 +89,11 @@ def run_recipe(
         for member in wanted:
             estimates |= {(member.name, stage): seconds for stage, seconds in member.seconds.items()}
         with RunProgress(console or Console(stderr=True), recipe.name, estimates) as progress:
-            chosen = frozenset(only or [member.name for member in members])
-            runner = StageRunner(folder, progress, from_stage, chosen)
+            forced = forced_stages(folder, from_stage, only or [member.name for member in members])
+            runner = StageRunner(folder, progress, forced)
             _make_family(runner, recipe, members, wanted, latencies)
+        if forced is not None:
+            forced.end()
         if runner.incomplete:
             missing = "\n  ".join(runner.incomplete)
             raise RunError(f"the family is made, but not all of it could be measured:\n  {missing}")
@@ -115,7 +118,7 @@ def run_generate(
     with locked(folder), RunProgress(console or Console(stderr=True), recipe.name, {}) as progress:
         if not (folder / "recipe.yaml").exists():
             write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, [])))
-        runner = StageRunner(folder, progress, None, frozenset())
+        runner = StageRunner(folder, progress)
         made = run_generation(runner, recipe, make_parent(runner, recipe), filter_path)
     record: dict[str, Any] = json.loads((made / "provenance.json").read_text(encoding="utf-8"))
     shown = {"dataset": str(made / "dataset.jsonl"), "teacher": record["teacher"], "prompts": record["prompts"]}
@@ -131,7 +134,7 @@ def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str]) 
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     with RunProgress(Console(quiet=True), recipe.name, {}) as progress:
-        runner = StageRunner(folder, progress, None, frozenset())
+        runner = StageRunner(folder, progress)
         _make_family(runner, recipe, members, _with_seeds(members, only), latencies)
     return folder
 

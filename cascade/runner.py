@@ -19,6 +19,7 @@ from cascade import __version__, parallel
 from cascade.errors import UserError
 from cascade.events import append_event
 from cascade.failpoints import at
+from cascade.forcing import Forced
 from cascade.progress import OnStep, RunProgress
 from cascade.store import (
     COST_FILE,
@@ -89,9 +90,8 @@ class StageRunner:
 
     folder: Path
     progress: RunProgress
-    from_stage: str | None
-    members: frozenset[str]
-    """Members that `from_stage` is meant for."""
+    forced: Forced | None = None
+    """What is made again though it is there."""
     incomplete: list[str] = field(default_factory=list)
     """What could not be measured; all else goes on, and the next run tries it again."""
 
@@ -113,8 +113,8 @@ class StageRunner:
         final = self.folder / "stages" / f"{label or member}.{stage}-{key[:16]}"
         if parallel.rank() > 0:
             return self._follow(final, make)
-        forced = self._is_forced(member, stage)
-        if not forced and self._is_whole(final, member, stage):
+        forced = self.forced if self._is_forced(member, stage, final.name) else None
+        if forced is None and self._is_whole(final, member, stage):
             drop_partials(final)  # a death right after the commit has left them
             parallel.tell(_DONE)
             self.progress.skip(member, stage, "already done with the same inputs and settings")
@@ -127,7 +127,7 @@ class StageRunner:
             "inputs": inputs,
             "made_with": _versions(),
         }
-        if forced:
+        if forced is not None and forced.begin(final.name):
             drop_partials(final)
         together = stage in _TOGETHER
         if together:
@@ -144,6 +144,8 @@ class StageRunner:
             append_event(self.folder, "incomplete", member=member, stage=stage, failed=sorted(failed))
         else:
             drop_partials(final, others=stage not in _SEVERAL)
+        if forced is not None:
+            forced.done(final.name)
         parallel.tell(_DONE)
         append_event(self.folder, "finished", member=member, stage=stage, key=key, seconds=round(cost["seconds"], 3))
         return final
@@ -174,11 +176,11 @@ class StageRunner:
             raise UserError(f"{final / added[0]}: no run has written this, and it would be loaded; remove it")
         return not damaged and not (final / INCOMPLETE).exists()
 
-    def _is_forced(self, member: str, stage: str) -> bool:
-        if self.from_stage is None or member not in self.members:
+    def _is_forced(self, member: str, stage: str, name: str) -> bool:
+        if self.forced is None or member not in self.forced.members or name in self.forced.made:
             return False
         stage = _MADE_WITH.get(stage, stage)
-        return stage in STAGES and STAGES.index(stage) >= STAGES.index(self.from_stage)
+        return stage in STAGES and STAGES.index(stage) >= STAGES.index(self.forced.stage)
 
 
 def read_cost(folder: Path) -> dict[str, Any]:

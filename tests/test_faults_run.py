@@ -427,3 +427,25 @@ def test_failpoints_are_refused_where_nothing_says_that_this_is_a_test_and_cost_
             failpoints.arm({"CASCADE_FAILPOINT": wrong, "CASCADE_ALLOW_FAILPOINTS": "1"})
     failpoints.arm({})
     assert failpoints.failpoint("anything") is False
+
+
+def test_F06_a_run_from_a_stage_on_that_is_killed_goes_on_and_makes_nothing_twice(zygote, recipe, unbroken, tmp_path):
+    run, cache = tmp_path / "run", {"XDG_CACHE_HOME": str(unbroken.parent / "cache")}
+    shutil.copytree(unbroken, run)
+    (run / "events.jsonl").unlink()
+    command = ("run", recipe, "--output", run, *BRIEF, "--from", "distill")
+    for number, place in enumerate(
+        ("distill/distill.step:kill@2", "distill/distill.step:kill@6", "evaluate/store.renamed:kill")
+    ):
+        log = tmp_path / f"log-{number}"
+        assert zygote.run(*command, **cache, **failing(place, log))[0] == -signal.SIGKILL and fired(log)
+        assert (run / "stages" / "from.json").exists()
+    assert zygote.run(*command, **cache)[0] == 0
+    same_as(run, unbroken)
+    assert not (run / "stages" / "from.json").exists()
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    finished = [(event["member"], event["stage"]) for event in events if event["event"] == "finished"]
+    # Of the last death the record came too late, by the one stage whose folder was just renamed.
+    assert sorted(finished) == sorted(
+        (member, stage) for member in ("big", "small") for stage in ("distill", "evaluate")
+    )

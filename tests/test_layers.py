@@ -48,6 +48,7 @@ ORDER = [
     "ownership",
     "latencies",
     "room",
+    "forcing",
     "runner",
     "search",
     "generating",
