@@ -42,7 +42,7 @@ def fetch(repository: str, revision: str | None) -> Path:
 
 
 def bound_waiting() -> None:
-    """From now on no request of the hub's client waits for ever: some of them ask for no time limit at all."""
+    """From now on no request of the hub's client waits for ever: some of them ask for no or a long time limit."""
     from huggingface_hub import constants, get_session, set_client_factory
 
     seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
@@ -60,9 +60,10 @@ def _limited(request: Any) -> None:
     from huggingface_hub import constants
 
     asked = request.extensions.get("timeout") or {}
-    if asked.get("read") is None:
-        seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+    # Seconds without a byte; datasets asks for a hundred of them, others for no limit.
+    most = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    limits = {name: asked.get(name) for name in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = {name: most if one is None else min(one, most) for name, one in limits.items()}
 
 
 def hub_cause(error: Exception) -> str:
