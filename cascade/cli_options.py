@@ -1,5 +1,6 @@
 """What the commands share: options, and how a result is printed."""
 
+import errno
 import json
 import logging
 import sys
@@ -13,6 +14,8 @@ from cascade.errors import DiskError, RunError, Stopped, UserError, is_disk_erro
 from cascade.secrets import redact
 from cascade.stopping import handled
 
+_PLACES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
+"""What is wrong with a place that a user has given, where nothing says it better."""
 NOTHING_KEPT = "Nothing is left of it."
 _KEPT = "What is finished is kept; the same command goes on from there."
 
@@ -83,6 +86,9 @@ class CommandGroup(click.Group):
             click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
             sys.exit(error.exit_code)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _PLACES:
+                click.echo(redact(f"Error: {error.filename}: {error.strerror}; give another place"), err=True)
+                sys.exit(UserError.exit_code)
             if not is_disk_error(error):
                 raise
             click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)

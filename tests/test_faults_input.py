@@ -784,3 +784,12 @@ def test_F21_allocators_words_are_known():
     for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "std::bad_alloc", "CUDA error: out of memory"):
         assert is_out_of_memory(RuntimeError(words))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.parametrize("command", ["verify", "report", "run", "plan", "doctor"])
+def test_F39_a_run_directory_whose_name_is_too_long_is_told_without_a_traceback(recipe_folder, tmp_path, command):
+    place = tmp_path / ("a" * 300)
+    recipe = [str(recipe_folder / "tiny.yaml"), "--output", str(place)]
+    result = CliRunner().invoke(main, [command, *([str(place)] if command in ("verify", "report") else recipe)])
+    assert isinstance(result.exception, SystemExit) and result.exit_code == (1 if command == "doctor" else 2)
+    assert "File name too long" in result.output
