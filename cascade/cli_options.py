@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import click
@@ -41,35 +42,30 @@ DATA = click.option(
     show_default=True,
     help="Text: 'stdlib', or a JSONL(.gz), Parquet or text file.",
 )
-TASK_CODE = click.option(
+
+
+def _permission(option: str, module: str, function: str, told: str) -> Any:
+    """A flag that gives this process a permission, which no recipe can ask for."""
+
+    def give(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given:
+            getattr(import_module(module), function)()
+
+    return click.option(option, is_flag=True, expose_value=False, callback=give, help=told)
+
+
+TASK_CODE = _permission(
     "--allow-task-code",
-    is_flag=True,
-    expose_value=False,
-    callback=lambda context, option, given: _allow_task_code() if given else None,
-    help="Let tasks of task folders run Python functions of their own, apart, without keys in their environment.",
+    "cascade.evaluation.task_code",
+    "allow",
+    "Let tasks of task folders run Python functions of their own, apart, without keys in their environment.",
 )
-PRIVATE = click.option(
-    "--allow-private",
-    is_flag=True,
-    expose_value=False,
-    callback=lambda context, option, given: _allow_private() if given else None,
-    help="Ask an endpoint that is on a private network.",
+PRIVATE = _permission(
+    "--allow-private", "cascade.teacher.address", "allow_private", "Ask an endpoint that is on a private network."
 )
 BLOCK = click.option(
     "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
 )
-
-
-def _allow_task_code() -> None:
-    from cascade.evaluation.task_code import allow
-
-    allow()
-
-
-def _allow_private() -> None:
-    from cascade.teacher.address import allow_private
-
-    allow_private()
 
 
 class CommandGroup(click.Group):

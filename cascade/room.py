@@ -16,7 +16,7 @@ def bytes_still_needed(run_folder: Path, members: Sequence[ResolvedMember]) -> i
 
     One member trains at a time, so of the training states only the largest counts.
     """
-    missing = [one for one in members if not (run_folder / "members" / one.name).exists()]
+    missing = _missing(run_folder, members)
     if not missing:
         return 0
     most = sum(one.disk_bytes for one in missing) + max(one.state_bytes for one in missing)
@@ -30,8 +30,12 @@ def require_room_for(run_folder: Path, members: Sequence[ResolvedMember]) -> Non
     Raises:
         UserError: less is free than the members still need.
     """
-    names = [one.name for one in members if not (run_folder / "members" / one.name).exists()]
-    require_room(run_folder, bytes_still_needed(run_folder, members), f"the members {', '.join(names)}")
+    names = ", ".join(one.name for one in _missing(run_folder, members))
+    require_room(run_folder, bytes_still_needed(run_folder, members), f"the members {names}")
+
+
+def _missing(run_folder: Path, members: Sequence[ResolvedMember]) -> list[ResolvedMember]:
+    return [one for one in members if not (run_folder / "members" / one.name).exists()]
 
 
 def _held(run_folder: Path, name: str) -> int:

@@ -13,11 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from cascade.errors import DiskError, UserError, is_disk_error
 from cascade.failpoints import failpoint
+from cascade.paths import inside
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,6 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{folder / MANIFEST}: is not as it was written")
     found: dict[str, dict[str, Any]] = files
     return found
-
-
-def inside(name: str) -> bool:
-    """Whether a relative path stays in its folder, by the rules of every system."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    leads = posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts)
-    return bool(name) and not leads and "\0" not in name and "\\" not in name
 
 
 def verify_folder(folder: Path) -> list[str]:

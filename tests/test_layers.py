@@ -10,6 +10,7 @@ PACKAGE = ROOT / "cascade"
 
 ORDER = [
     "errors",
+    "paths",
     "failpoints",
     "stopping",
     "secrets",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import RunError, UserError
+from cascade.recipe.section import COMMIT
 from cascade.secrets import without_secrets
 from cascade.yaml_reader import read_yaml
 
@@ -29,7 +30,7 @@ _KEYS = {
 }  # fmt: skip
 _BUILDERS = {"arrow", "csv", "json", "parquet", "text"}
 _DATASET_KEYS = {"column_names", "data_dir", "data_files", "delimiter", "encoding", "field", "revision", "sep"}
-_ON_HUB, _COMMIT = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"), re.compile(r"[0-9a-f]{40}")
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _FUNCTION = re.compile(r"!\s*function\b|!<function>|!!python|tag:yaml\.org,2002:python")
 
@@ -100,7 +101,7 @@ def _reason(config: dict[str, Any], metrics: Sequence[str]) -> str:
         return ""
     if not _ON_HUB.fullmatch(str(path)):
         return f"has dataset_path: {path!r}, neither {', '.join(sorted(_BUILDERS))} nor a dataset on the hub"
-    if not _COMMIT.fullmatch(str(arguments.get("revision") or "")):
+    if not COMMIT.fullmatch(str(arguments.get("revision") or "")):
         return f"reads {path} from the hub without dataset_kwargs: {{revision: COMMIT}} (40 hexadecimal digits)"
     return ""
 

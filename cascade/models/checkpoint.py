@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from cascade.models.architecture import model_class_of
 from cascade.models.hub import fetch
 from cascade.models.quantised import is_rounded, unpacked
 from cascade.models.safety import check_model_folder, check_settings
+from cascade.recipe.section import COMMIT
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
@@ -74,7 +74,7 @@ def resolve_model(reference: str, *, revision: str | None = None) -> ModelSource
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         raise UserError(f"{reference}: no such folder or .gguf file (looked at {path})")
     repository, _, commit = reference.partition("@")
-    if commit and not re.fullmatch(r"[0-9a-f]{40}", commit):
+    if commit and not COMMIT.fullmatch(commit):
         raise UserError(f"{reference}: '{commit}' can move; give a commit: {repository}@ and 40 hexadecimal digits")
     return ModelSource(_fetched(repository, revision or commit or None), f"{repository}@{revision or commit}")
 

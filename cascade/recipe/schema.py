@@ -4,11 +4,11 @@ Hugging Face names are used verbatim. There are no keys that do nothing: what is
 """
 
 import re
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from cascade.paths import inside
 from cascade.recipe.data import Data
 from cascade.recipe.distill import Distill
 from cascade.recipe.finish import Finish
@@ -235,9 +235,7 @@ class Recipe(Section):
     @field_validator("output")
     @classmethod
     def _here(cls, value: str) -> str:
-        parts = {*PurePosixPath(value).parts, *PureWindowsPath(value).parts}
-        absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).drive or value.startswith(("~", "\\"))
-        if absolute or ".." in parts or "\0" in value:
+        if value and (value.startswith("~") or not inside(value)):
             raise ValueError(f"'{value}' leads out of where the command runs; for another place give --output")
         return value
 
