@@ -171,7 +171,7 @@ def test_F34_no_text_is_read_or_written_in_the_encoding_of_some_locale():
 
 def test_files_and_functions_stay_short():
     for path in PACKAGE.rglob("*.py"):
-        assert path.read_text().count("\n") <= 300, path
+        assert path.read_text().count("\n") <= 500, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 90, f"{path}: {node.name}"
