@@ -42,6 +42,8 @@ _WHERE = {
     "resolve_model": "cascade.models.checkpoint",
     "save_checkpoint": "cascade.models.checkpoint",
     "pack_documents": "cascade.data.blocks",
+    "framing_of": "cascade.data.framing",
+    "choose_framing": "cascade.evaluation.framing",
     "TokenBlocks": "cascade.data.blocks",
     "load_family": "cascade.report.records",
 }

@@ -4,16 +4,18 @@ import errno
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from cascade.errors import DiskError, RunError, Stopped, UserError, is_disk_error
 from cascade.secrets import redact
 from cascade.stopping import handled
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _PLACES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 """What is wrong with a place that a user has given, where nothing says it better."""
@@ -44,7 +46,7 @@ DATA = click.option(
 )
 
 
-def _permission(option: str, module: str, function: str, told: str) -> Any:
+def _permission(option: str, module: str, function: str, told: str) -> Callable[[_Command], _Command]:
     """A flag that gives this process a permission, which no recipe can ask for."""
 
     def give(context: click.Context, parameter: click.Parameter, given: bool) -> None:

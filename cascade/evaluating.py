@@ -23,7 +23,7 @@ from cascade.evaluation.heldout import (
     sample_blocks,
 )
 from cascade.evaluation.retention import with_retention
-from cascade.inputs import as_guessed, text_data
+from cascade.inputs import as_guessed, framing_settings, text_data
 from cascade.models.architecture import reads_images
 from cascade.models.checkpoint import (
     ModelSource,
@@ -101,6 +101,8 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
         "messages_field": recipe.data.messages_field,
         "template": recipe.data.template,
     }
+    if not recipe.counts_examples:
+        heldout |= framing_settings(recipe)
     if recipe.task != "language":
         heldout |= {"task": recipe.task, "seed": recipe.seed}
     if recipe.counts_examples:

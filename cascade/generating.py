@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cascade.data.framing import written_around
 from cascade.data.listed import ListedReader
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
@@ -50,7 +51,7 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
     return runner.run(
         "parent",
         "generate",
-        _key_settings(settings) | {"seed": recipe.seed},
+        _key_settings(settings) | {"seed": recipe.seed} | _prefix_settings(settings, parent),
         {
             "prompts": hashlib.sha256(json.dumps([one.messages for one in prompts]).encode()).hexdigest(),
             "teacher": "" if settings.endpoint else fingerprint(_source(settings, parent)),
@@ -175,6 +176,15 @@ def _key_settings(settings: Generate) -> dict[str, Any]:
     if endpoint.top_logprobs is None:
         asked.pop("top_logprobs")
     return record | {"endpoint": asked | cut}
+
+
+def _prefix_settings(settings: Generate, parent: ModelSource) -> dict[str, Any]:
+    """What a local teacher reads before each prompt, for the key; nothing where that is nothing, or a template's."""
+    if settings.endpoint is not None:
+        return {}
+    tokenizer = load_tokenizer(_source(settings, parent))
+    prefix, _ = written_around(tokenizer)
+    return {"prefix": prefix} if prefix and not is_chat(settings, tokenizer) else {}
 
 
 def _filter_digest(path: str) -> str:

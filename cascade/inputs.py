@@ -41,7 +41,15 @@ def text_data(data: Data) -> TextData:
         chat_template=data.template == "model",
         weights=tuple(data.weights),
         streaming=data.streaming,
+        begin_blocks=data.begin_token != "documents",
+        end_token=data.end_token != "none",
     )
+
+
+def framing_settings(recipe: Recipe) -> dict[str, Any]:
+    """What the keys of stages that read packed text take from it; nothing where the tokenizer begins no text."""
+    values = recipe.data.model_dump(include={"begin_token", "end_token"})
+    return {} if "auto" in values.values() else values
 
 
 def as_guessed(recipe: Recipe, blocks: TokenBlocks, split: str, tokenizer: Any) -> TokenBlocks:

@@ -6,7 +6,7 @@ from typing import Any
 from cascade import parallel
 from cascade.classifier import make_fitted
 from cascade.evaluating import evaluation_settings, make_drift, make_evaluation
-from cascade.inputs import data_fingerprint, production_fingerprint, task_fingerprint
+from cascade.inputs import data_fingerprint, framing_settings, production_fingerprint, task_fingerprint
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -103,6 +103,7 @@ def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
             }
         )  # fmt: skip
         | {"document_masks": recipe.data.masks_documents}
+        | framing_settings(recipe)
         | ({"mask_copies": recipe.data.mask_copies, "seed": recipe.seed} if recipe.task == "masked_language" else {})
         | ({"listed": True} if reads_logprobs(recipe) else {})
         | (_classifying(recipe) if recipe.counts_examples else {}),

@@ -18,6 +18,7 @@ from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.forcing import forced_stages
+from cascade.framing import framed
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.lock import locked
@@ -149,6 +150,7 @@ def _make_family(
     parent = make_parent(runner, recipe)
     if recipe.generate is not None:
         recipe = reading(recipe, run_generation(runner, recipe, parent))
+    recipe = framed(runner, recipe, parent)
     choice = choose_cache(recipe, load_config(parent), members, run_folder=runner.folder)
     shared = replace(prepare(runner, recipe, parent), cache=open_cache(recipe, choice, parent))
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)

@@ -41,6 +41,7 @@ STAGE_FORMATS = {
     "fit": 1,
     "convert": 1,
     "generate": 1,
+    "framing": 1,
     "data": 1,
     "statistics": 3,
     "candidate": 2,

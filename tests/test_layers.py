@@ -53,6 +53,7 @@ ORDER = [
     "runner",
     "search",
     "generating",
+    "framing",
     "evaluating",
     "rows",
     "publish",

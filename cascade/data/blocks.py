@@ -1,6 +1,6 @@
-"""Documents -> blocks of token ids, packed one after another with an end token between documents.
+"""Documents -> blocks of token ids, packed one after another, each framed as its tokenizer frames a text.
 
-Shapes: N = blocks, S = block size (tokens), B = batch.
+Shapes: N = blocks, S = block size (tokens), B = batch, T = tokens of all documents, P = tokens of the prefix.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cascade.data.framing import Framing, framing_of
 from cascade.data.targets import KnownTargets, Listed, ListedTargets, StoredTargets, as_targets, as_tensors
 from cascade.errors import UserError
 from cascade.models.tensor_file import sort_metadata
@@ -106,45 +107,40 @@ def pack_documents(
     block_size: int,
     max_blocks: int | None = None,
     document_masks: bool = False,
+    framing: Framing | None = None,
     name: str = "text",
 ) -> TokenBlocks:
-    """Blocks of exactly `block_size` tokens; the end token stands after each document, the remainder is dropped.
+    """Blocks of exactly `block_size` tokens of documents one after another; the remainder is dropped.
 
-    With `document_masks` the blocks say where each document starts, so that none sees the one before it.
+    Each document stands between the tokens of `framing` (`framing_of` the tokenizer where not given). With
+    `document_masks` the blocks say where each document starts, so that none sees the one before it.
 
     Raises:
         UserError: the text does not fill one block.
     """
-    documents = encoded(texts, tokenizer, name)
+    framing = framing or framing_of(tokenizer, name)
     return pack_tokens(
-        documents, block_size=block_size, max_blocks=max_blocks, document_masks=document_masks, name=name
+        encoded(texts, tokenizer, framing),
+        block_size=block_size,
+        max_blocks=max_blocks,
+        document_masks=document_masks,
+        framing=framing,
+        name=name,
     )
 
 
-def encoded(texts: Iterable[str], tokenizer: Any, name: str) -> Iterator[Tokenized]:
-    """What `pack_tokens` takes, one document per text: its ids and the end token.
+def encoded(texts: Iterable[str], tokenizer: Any, framing: Framing) -> Iterator[Tokenized]:
+    """What `pack_tokens` takes, one document per text: its ids, framed.
 
-    Raises:
-        UserError: the tokenizer has no end token.
+    A prefix is no target unless it is also what ends the document before it.
     """
-    end = end_token(tokenizer, name)
+    ignored = [] if framing.prefix_counts else [IGNORE_INDEX] * len(framing.prefix)
     for some in batched(texts, 256):
-        ids = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        yield from (Tokenized([*own, end], None, len(text.encode())) for own, text in zip(ids, some, strict=True))
-
-
-def end_token(tokenizer: Any, name: str) -> int:
-    """What stands after each document.
-
-    Raises:
-        UserError: the tokenizer has no such token.
-    """
-    end = tokenizer.eos_token_id
-    if end is None:
-        end = tokenizer.sep_token_id  # what encoders end a text with
-    if end is None:
-        raise UserError(f"{name}: the tokenizer has no end-of-text token, so documents cannot be kept apart")
-    return int(end)
+        written = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        for text, plain in zip(some, written, strict=True):
+            ids = framing.around(plain)
+            labels = [*ignored, *ids[len(ignored) :]] if ignored else None
+            yield Tokenized(ids, labels, len(text.encode()))
 
 
 def pack_tokens(
@@ -153,9 +149,12 @@ def pack_tokens(
     block_size: int,
     max_blocks: int | None = None,
     document_masks: bool = False,
+    framing: Framing | None = None,
     name: str = "text",
 ) -> TokenBlocks:
     """Blocks of `Tokenized` documents (or their parts as a tuple), one after another.
+
+    `framing` says what the documents begin with, and whether blocks inside a document do, too; None: with nothing.
 
     Raises:
         UserError: they do not fill one block, or no token in them counts.
@@ -173,7 +172,19 @@ def pack_tokens(
     stream = torch.tensor(rows, dtype=torch.int64).view(3, -1)
     if listed and sum(len(one.ids) for one in listed) != stream.shape[1]:
         raise ValueError("either all documents say what a teacher says of their tokens, or none")
-    return blocks_of(stream, num_bytes, block_size, max_blocks, document_masks, name, listed)
+    return blocks_of(
+        stream,
+        num_bytes,
+        block_size=block_size,
+        max_blocks=max_blocks,
+        document_masks=document_masks,
+        framing=framing or _UNFRAMED,
+        name=name,
+        listed=listed,
+    )
+
+
+_UNFRAMED = Framing((), (), begin_blocks=False)
 
 
 def append_document(rows: list[list[int]], ids: list[int], labels: list[int] | None) -> None:
@@ -186,9 +197,11 @@ def append_document(rows: list[list[int]], ids: list[int], labels: list[int] | N
 def blocks_of(
     stream: Tensor,
     num_bytes: int,
+    *,
     block_size: int,
     max_blocks: int | None,
     document_masks: bool,
+    framing: Framing,
     name: str,
     listed: Sequence[ListedTargets] = (),
 ) -> TokenBlocks:
@@ -197,24 +210,30 @@ def blocks_of(
     Raises:
         UserError: it does not fill one block, or no token counts.
     """
-    count = stream.shape[1] // block_size
+    index, missing = _cut(stream, block_size, max_blocks, framing)
+    count = len(index)
     if count == 0:
         raise UserError(
             f"{name}: {stream.shape[1]} tokens do not fill one block of {block_size} tokens; give more text or a "
             "smaller data.block_size"
         )
-    count = count if max_blocks is None else min(count, max_blocks)
-    ids, labels, places = stream[:, : count * block_size].to(torch.int64).view(3, count, block_size)
-    all_count = torch.equal(ids, labels)
+    all_ids, all_labels, all_places = stream
+    text_counts = torch.equal(
+        torch.where(all_places < len(framing.prefix), all_ids, all_labels), all_ids
+    )  # all that is not framing
+    if bool(missing.any()):
+        ids, labels, places = stream[:, index.clamp(min=0)].to(torch.int64).unbind(0)
+    else:  # the stream in its order: no copy of it
+        ids, labels, places = stream[:, : count * block_size].to(torch.int64).view(3, count, block_size)
     if document_masks:  # nothing that a document's first token could be told from
         labels = labels.masked_fill(places == 0, IGNORE_INDEX)
-        places = from_block_start(places)
+    ids, labels, places = _with_prefix(ids, labels, places, index, missing, framing)
     blocks = TokenBlocks(
         ids,
         labels,
-        num_bytes / stream.shape[1] if all_count else 0.0,
-        places if document_masks else None,
-        as_targets(listed, count, block_size) if listed else None,
+        num_bytes / int((all_labels != IGNORE_INDEX).sum()) if text_counts else 0.0,
+        from_block_start(places) if document_masks else None,
+        as_targets(listed, index) if listed else None,
     )
     kept = (labels[:, 1:] != IGNORE_INDEX).any(1).nonzero()[:, 0]
     if len(kept) == 0:
@@ -223,6 +242,50 @@ def blocks_of(
             "conversations have an answer of the assistant"
         )
     return blocks if len(kept) == count else blocks.rows(kept)
+
+
+def _cut(stream: Tensor, block_size: int, max_blocks: int | None, framing: Framing) -> tuple[Tensor, Tensor]:
+    """(index [N, S] of each block's tokens in the stream, -1 where the prefix stands instead; [N] of such places).
+
+    A block that starts inside a document begins with as much of the prefix as stands before it in the document, so that
+    no block begins with it twice.
+    """
+    total, places = stream.shape[1], stream[2]
+    if not framing.begin_blocks:
+        count = total // block_size if max_blocks is None else min(total // block_size, max_blocks)
+        return torch.arange(count * block_size).view(count, block_size), torch.zeros(count, dtype=torch.int64)
+    starts: list[int] = []
+    missing: list[int] = []
+    position = 0
+    while position < total and (max_blocks is None or len(starts) < max_blocks):
+        lacking = min(int(places[position]), len(framing.prefix))
+        if position + block_size - lacking > total:
+            break
+        starts.append(position - lacking)
+        missing.append(lacking)
+        position += block_size - lacking
+    index = torch.tensor(starts, dtype=torch.int64)[:, None] + torch.arange(block_size)
+    lacking_N = torch.tensor(missing, dtype=torch.int64)
+    return index.masked_fill(torch.arange(block_size) < lacking_N[:, None], -1), lacking_N
+
+
+def _with_prefix(
+    ids: Tensor, labels: Tensor, places: Tensor, index: Tensor, missing: Tensor, framing: Framing
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, S] each: with the prefix where the index is -1; what follows it inside a document is no target."""
+    if not bool(missing.any()):
+        return ids, labels, places
+    block_size = ids.shape[1]
+    column = torch.arange(block_size)
+    inserted = index < 0
+    prefix = torch.tensor(framing.prefix, dtype=torch.int64)
+    ids = torch.where(inserted, prefix[column.clamp(max=len(prefix) - 1)], ids)
+    whole = missing == len(framing.prefix)
+    first = (column == missing[:, None]) & whole[:, None]
+    labels = labels.masked_fill(inserted | first, IGNORE_INDEX)
+    first_place = places.gather(1, missing[:, None].clamp(max=block_size - 1))
+    places = torch.where(inserted, first_place - missing[:, None] + column, places)
+    return ids, labels, places
 
 
 def from_block_start(places: Tensor) -> Tensor:

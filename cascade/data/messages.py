@@ -6,7 +6,8 @@ A conversation is a list of {"role": ..., "content": ...}.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cascade.data.blocks import IGNORE_INDEX, Tokenized, end_token
+from cascade.data.blocks import IGNORE_INDEX, Tokenized
+from cascade.data.framing import Framing, framing_of
 from cascade.data.listed import ListedReader
 from cascade.errors import UserError
 
@@ -14,13 +15,14 @@ Conversation = list[dict[str, Any]]
 
 
 def conversation_tokens(
-    messages: Conversation, tokenizer: Any, *, template: bool = True
+    messages: Conversation, tokenizer: Any, *, template: bool = True, framing: Framing | None = None
 ) -> tuple[list[int], list[int]]:
     """(ids, labels) of one conversation; labels are IGNORE_INDEX outside the assistant's turns.
 
     A turn of the assistant is what the template adds to the conversation before it, opened for an answer; a token
-    counts if it ends in one. Without `template` the messages' texts follow one another, and an end token them. What
-    ends a message that is marked as `truncated` does not count: it would teach to stop there.
+    counts if it ends in one. Without `template` the messages' texts follow one another, framed as `framing`
+    (`framing_of` the tokenizer where not given) frames a text; a template writes the tokens that begin a text itself.
+    What ends a message that is marked as `truncated` does not count: it would teach to stop there.
 
     Raises:
         UserError: the tokenizer has no chat template, or the template refuses the messages, or writes what came before
@@ -34,10 +36,12 @@ def conversation_tokens(
         for token, (_, end) in zip(ids, found["offset_mapping"], strict=True)
     ]
     if not template:
+        framing = framing or framing_of(tokenizer, "data.template: none")
         last = messages[-1]
         counts = last["role"] == "assistant" and not last.get("truncated")
-        ids.append(end_token(tokenizer, "data.template: none"))
-        labels.append(ids[-1] if counts else IGNORE_INDEX)
+        ids = framing.around(ids)
+        labels = [IGNORE_INDEX] * len(framing.prefix) + labels
+        labels += [token if counts else IGNORE_INDEX for token in framing.suffix]
     return ids, labels
 
 
@@ -87,6 +91,7 @@ def chat_documents(
     name: str,
     *,
     template: bool = True,
+    framing: Framing | None = None,
     listed: ListedReader | None = None,
 ) -> Iterator[Tokenized]:
     """What `pack_tokens` takes, one document per conversation; with what `listed` reads in its last message.
@@ -108,7 +113,7 @@ def chat_documents(
         if not good:
             raise UserError(f"{name}: expected a list of {{role, content}} messages, found {str(messages)[:200]}")
         try:
-            ids, labels = conversation_tokens(messages, tokenizer, template=template)
+            ids, labels = conversation_tokens(messages, tokenizer, template=template, framing=framing)
         except UserError as error:
             raise UserError(f"{name}: {error}. The conversation: {str(messages)[:200]}") from error
         theirs = None if listed is None else listed.read(messages[-1], ids, labels)

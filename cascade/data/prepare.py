@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cascade.data.blocks import TokenBlocks, pack_documents, pack_tokens
+from cascade.data.framing import framing_of
 from cascade.data.listed import ListedReader
 from cascade.data.messages import chat_documents
 from cascade.data.sources import TextData, read_documents
@@ -36,14 +37,18 @@ def prepare_blocks(
         UserError: there is not one block of text, or a source cannot be read.
     """
     name = name or f"data.{split}"
+    framing = framing_of(tokenizer, name, begin_blocks=data.begin_blocks, end_token=data.end_token)
 
     def packed(only: tuple[str, ...] | None, limit: int | None) -> TokenBlocks:
         documents = read_documents(data, split, only=only)
         options: dict[str, Any] = {"block_size": block_size, "max_blocks": limit, "document_masks": document_masks}
+        options |= {"framing": framing}
         place = name if only is None else f"{name}: {only[0]}"
         if data.messages_field:
             listed = ListedReader(tokenizer) if data.listed else None
-            conversations = chat_documents(documents, tokenizer, place, template=data.chat_template, listed=listed)
+            conversations = chat_documents(
+                documents, tokenizer, place, template=data.chat_template, framing=framing, listed=listed
+            )
             blocks = pack_tokens(conversations, name=place, **options)
             if listed is not None:
                 listed.require_agreement(place)
@@ -59,6 +64,7 @@ def prepare_blocks(
                 block_size=block_size,
                 max_blocks=max_blocks or MOST_STREAMED,
                 document_masks=document_masks,
+                framing=framing,
                 folder=Path(folder),
             )
     if split != "train" or not data.weights:

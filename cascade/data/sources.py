@@ -47,6 +47,10 @@ class TextData:
     """Of the files of 'train': shares of its tokens; by their size where not given"""
     streaming: bool = False
     """Documents are read one after another, only as many as are needed"""
+    begin_blocks: bool = False
+    """Whether a block that starts inside a document begins as the tokenizer begins a text"""
+    end_token: bool = False
+    """Whether an end token stands behind each document also where the tokenizer begins the next one with a token"""
 
     @property
     def own_splits(self) -> dict[str, tuple[str, ...]]:

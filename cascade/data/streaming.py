@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cascade.data.blocks import TokenBlocks, append_document, batched, blocks_of, encoded
+from cascade.data.framing import Framing, framing_of
 from cascade.data.messages import chat_documents
 from cascade.data.sources import TextData, belongs, kept_elsewhere, open_stream
 from cascade.store import file_sha256, sync_file, write_atomically
@@ -35,6 +36,7 @@ def stream_blocks(
     block_size: int,
     max_blocks: int,
     document_masks: bool,
+    framing: Framing | None = None,
     folder: Path,
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenBlocks:
@@ -43,6 +45,7 @@ def stream_blocks(
     Raises:
         UserError: the text does not fill one block, or no token in it counts.
     """
+    framing = framing or framing_of(tokenizer, f"data.{split}")
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{split}-cursor.json"
     cursor: dict[str, Any] = {"file": 0, "reader": None, "shards": 0, "bytes": 0, "tokens": 0, "sha256": []}
@@ -55,7 +58,7 @@ def stream_blocks(
     for documents, file, reader in _batches(data, split, cursor):
         if cursor["tokens"] + sum(part.shape[1] for part in waiting) >= max_blocks * block_size:
             break
-        waiting.append(_tokens(documents, data, tokenizer, split))
+        waiting.append(_tokens(documents, data, tokenizer, split, framing))
         cursor |= {"file": file, "reader": reader, "bytes": cursor["bytes"] + _bytes(documents)}
         if sum(part.shape[1] for part in waiting) >= shard_tokens:
             shard, waiting = torch.cat(waiting, 1), []
@@ -67,7 +70,15 @@ def stream_blocks(
             cursor["sha256"] = [*cursor["sha256"], file_sha256(path)]
             write_atomically(place, json.dumps(cursor) + "\n")
     whole = torch.cat([*shards, *waiting], 1) if shards or waiting else torch.zeros(3, 0, dtype=torch.int32)
-    return blocks_of(whole, cursor["bytes"], block_size, max_blocks, document_masks, f"data.{split}")
+    return blocks_of(
+        whole,
+        cursor["bytes"],
+        block_size=block_size,
+        max_blocks=max_blocks,
+        document_masks=document_masks,
+        framing=framing,
+        name=f"data.{split}",
+    )
 
 
 def _path(folder: Path, split: str, number: int) -> Path:
@@ -103,12 +114,12 @@ def _batches(data: TextData, split: str, cursor: dict[str, Any]) -> Iterator[tup
             yield [row[field] for row in some if belongs(data, split, row[field], elsewhere)], number, rows.state_dict()
 
 
-def _tokens(documents: list[Any], data: TextData, tokenizer: Any, split: str) -> Tensor:
+def _tokens(documents: list[Any], data: TextData, tokenizer: Any, split: str, framing: Framing) -> Tensor:
     """int32 [3, T] of these documents."""
     pieces = (
-        chat_documents(documents, tokenizer, f"data.{split}", template=data.chat_template)
+        chat_documents(documents, tokenizer, f"data.{split}", template=data.chat_template, framing=framing)
         if data.messages_field
-        else encoded(documents, tokenizer, f"data.{split}")
+        else encoded(documents, tokenizer, framing)
     )
     rows: list[list[int]] = [[], [], []]
     for one in pieces:

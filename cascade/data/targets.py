@@ -94,13 +94,13 @@ def as_tensors(listed: Sequence[Listed]) -> ListedTargets:
     return ListedTargets(ids, torch.tensor([[value for _, value in one] for one in padded]).view(-1, width))
 
 
-def as_targets(documents: Sequence[ListedTargets], count: int, block_size: int) -> ListedTargets:
-    """[T, K] of documents one after another, each with a K of its own, as those of `count` blocks."""
+def as_targets(documents: Sequence[ListedTargets], index: Tensor) -> ListedTargets:
+    """[T, K] of documents one after another, each with a K of its own, as blocks; `index` [N, S] is -1: nothing."""
     width = max(one.ids.shape[1] for one in documents)
 
     def joined(parts: list[Tensor], fill: float) -> Tensor:
-        padded = [pad(part, (0, width - part.shape[1]), value=fill) for part in parts]
-        return torch.cat(padded)[: count * block_size].view(count, block_size, width)
+        whole = torch.cat([pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
+        return whole[index.clamp(min=0)].masked_fill((index < 0)[..., None], fill)
 
     return ListedTargets(
         joined([one.ids for one in documents], -1), joined([one.log_p for one in documents], -math.inf)

@@ -59,7 +59,15 @@ class Data(Section):
     dataset_config: str = ""
     """source hub: the dataset's configuration name"""
     block_size: Annotated[int, Field(ge=8)] = 256
-    """Tokens per block; documents are packed with an end token between them."""
+    """Tokens per block; documents are packed one after another, each between the tokens that begin and end it."""
+    begin_token: Literal["auto", "documents", "blocks"] = "auto"
+    """Where the token stands with which the parent's tokenizer begins a text, if it has one. documents: at the start of
+    each document (of a chat what its template writes); blocks: also at the start of blocks that begin inside one. auto:
+    blocks, or documents where the parent has the smaller loss so on selection text."""
+    end_token: Literal["auto", "documents", "none"] = "auto"
+    """documents: the end token stands behind each document; none: the next document's begin token ends it. auto:
+    documents, but none where the parent finds the end token less likely there than a guess among all tokens, as one
+    does that was not trained with it."""
     max_tokens: PositiveInt = 20_000_000
     """Training tokens to prepare at most; training past the end starts over in another order."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from cascade.data.framing import written_around
 from cascade.data.sources import opening
 from cascade.data.splits import SPLIT_SHARE, SPLITS, split_of_text
 from cascade.errors import RunError, UserError
@@ -156,6 +157,8 @@ def generate(
         who |= {"top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {}
     elif teacher is not None:
         who |= {"teacher": teacher.digest, "top_k": settings.top_k, "batch_size": settings.batch_size}
+        prefix, _ = written_around(teacher.tokenizer)
+        who |= {"prefix": prefix} if prefix and not chat else {}
     wanted = requests_of(prompts, settings.answers, who)
     log = AnswerLog(folder / "answers.jsonl")
 

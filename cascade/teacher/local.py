@@ -7,21 +7,23 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from cascade.data.framing import written_around
 from cascade.errors import UserError
 from cascade.teacher.answers import Answer, AnswerLog, Request
 from cascade.teacher.prompts import Prompt
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, *, chat: bool) -> list[int]:
-    """The prompt as the teacher reads it, opened for an answer.
+    """The prompt as the teacher reads it, opened for an answer, behind the tokens that begin a text.
 
     Raises:
         UserError: the chat template refuses it.
     """
     if not chat:
-        found = tokenizer(prompt.text, add_special_tokens=False, verbose=False)["input_ids"]
+        prefix, _ = written_around(tokenizer)
+        ids = [*prefix, *tokenizer(prompt.text, add_special_tokens=False, verbose=False)["input_ids"]]
         start = tokenizer.bos_token_id
-        return found or ([start] if start is not None else [])
+        return ids or ([start] if start is not None else [])
     from jinja2 import TemplateError
 
     try:

@@ -1,0 +1,90 @@
+"""The stage that finds how the parent's text is framed, and the recipe that says so."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cascade.data.blocks import TokenBlocks
+from cascade.data.framing import Framing, framing_of, require_end_token
+from cascade.data.prepare import prepare_blocks
+from cascade.evaluation.evaluate import default_device
+from cascade.evaluation.framing import choose_framing
+from cascade.inputs import data_fingerprint, text_data
+from cascade.models.checkpoint import ModelSource, fingerprint, load_config, load_model, load_tokenizer
+from cascade.models.dims import dims_of
+from cascade.plain_json import write_json
+from cascade.recipe.schema import Recipe
+from cascade.runner import StageRunner
+
+logger = logging.getLogger(__name__)
+
+FRAMING = "framing.json"
+
+
+def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
+    """The recipe with data.begin_token and data.end_token as they are used, where the parent's tokenizer begins texts.
+
+    Unchanged where it begins them with nothing. Encoders have the token at the start of every block, as they were
+    trained; of a language model the parent itself is asked, on selection text, for what the recipe leaves open.
+    """
+    if dims_of(load_config(parent)).vocab_size == 0:
+        return recipe
+    data, tokenizer = recipe.data, load_tokenizer(parent)
+    if data.end_token == "none":
+        require_end_token(tokenizer)
+    if not framing_of(tokenizer, "data").prefix:
+        return recipe
+    if recipe.task != "language" or "auto" not in (data.begin_token, data.end_token):
+        begin = "blocks" if data.begin_token == "auto" else data.begin_token
+        end = "documents" if data.end_token == "auto" else data.end_token
+        return _with(recipe, begin, end)
+    settings = data.model_dump(
+        include={"source", "text_field", "messages_field", "template", "block_size", "begin_token", "end_token"}
+    )
+    folder = runner.run(
+        "parent",
+        "framing",
+        settings | {"document_masks": data.masks_documents},
+        {"source": data_fingerprint(data), "parent": fingerprint(parent)},
+        lambda folder, on_step: make_framing(folder, recipe, parent),
+    )
+    record = json.loads((folder / FRAMING).read_text(encoding="utf-8"))
+    return _with(recipe, record["begin_token"], record["end_token"])
+
+
+def make_framing(folder: Path, recipe: Recipe, parent: ModelSource) -> None:
+    """framing.json: where the begin and end tokens stand, and the parent's losses by which that was chosen."""
+    data, tokenizer = recipe.data, load_tokenizer(parent)
+    source = text_data(data)
+
+    def pack(framing: Framing) -> TokenBlocks:
+        return prepare_blocks(
+            replace(source, begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix)),
+            "selection",
+            tokenizer,
+            block_size=data.block_size,
+            document_masks=data.masks_documents,
+        )
+
+    choice = choose_framing(
+        load_model(parent).to(default_device()),
+        framing_of(tokenizer, "data", begin_blocks=source.begin_blocks, end_token=source.end_token),
+        pack,
+        choose_begin=data.begin_token == "auto",
+        choose_end=data.end_token == "auto" and not (data.messages_field and source.chat_template),
+    )
+    write_json(folder / FRAMING, choice.record())
+    if choice.end_token_loss is not None and not choice.framing.suffix:
+        logger.warning(
+            "data.end_token: the parent gives its end token %.1f nats behind documents, more than a guess among all "
+            "tokens (%.1f): it was not trained with it, and it is left out; data.end_token: documents keeps it",
+            choice.end_token_loss,
+            choice.guess_loss,
+        )
+
+
+def _with(recipe: Recipe, begin_token: str, end_token: str) -> Recipe:
+    update: dict[str, Any] = {"begin_token": begin_token, "end_token": end_token}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
