@@ -7,10 +7,12 @@ from cascade.distillation.optimizer import require_optimizer
 from cascade.distillation.relations import fitting_heads
 from cascade.errors import UserError
 from cascade.evaluation.heldout import production_documents
+from cascade.evaluation.tokenizer_files import require_tokenizer_files
 from cascade.family import ResolvedMember
 from cascade.inputs import production_fingerprint, text_data
 from cascade.models.architecture import build_on_meta, guesses, is_classifier, model_class_of
 from cascade.models.axes import probe_axes
+from cascade.models.checkpoint import resolve_model
 from cascade.models.dims import dims_of
 from cascade.models.packing import require_document_masks
 from cascade.models.quantised import GROUPS, group_size, is_rounded, require_torchao
@@ -50,6 +52,7 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     for name in recipe.evaluate.at_least:
         if name.partition("/")[0] not in known or "/" not in name:
             raise UserError(f"evaluate.at_least: '{name}' is not task/metric of: {', '.join(sorted(known))}")
+    _require_tokenizer_files(recipe, parent_config, members)
     if recipe.distill is not None:
         _require_trainable(recipe.distill, parent_config, members)
     if recipe.data.production:
@@ -74,6 +77,17 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             cut |= {name for name in CUT_DIMS if name not in (one.target.dims or {})}  # what may be tried
     rotated = any(one.seed and "pca" in (one.hidden, *one.hidden_choices) for one in members)
     return prove_cuts(parent_config, along=sorted(cut), rotated=rotated) if cut else {}
+
+
+def _require_tokenizer_files(recipe: Recipe, parent_config: Any, members: list[ResolvedMember]) -> None:
+    """Refuse members whose folders would make another tokenizer of the parent's files."""
+    if recipe.parent.pretrain is not None or not recipe.parent.model or recipe.task == "image_classification":
+        return
+    source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
+    types = {one.config.model_type: one for one in reversed(members)}
+    for model_type, member in types.items():
+        if model_type != parent_config.model_type or source.gguf_file:
+            require_tokenizer_files(member.config, source, member.name)
 
 
 def require_one_process(recipe: Recipe) -> None:

@@ -50,8 +50,12 @@ def make_evaluation(
     teacher: nn.Module | None,
     parent_evaluation: Path | None,
     reference: Path | None,
+    trained_with: ModelSource,
 ) -> None:
-    """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json."""
+    """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json.
+
+    `trained_with` is the model whose tokenizer wrote the training text: the parent.
+    """
     settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint)
     result = evaluate(
         checkpoint,
@@ -63,6 +67,7 @@ def make_evaluation(
         num_fewshot=settings.num_fewshot,
         batch_size=settings.batch_size,
         reference=reference,
+        trained_tokenizer=None if reads_images(load_config(trained_with)) else load_tokenizer(trained_with),
         seed=recipe.seed,
         kept=partial_of(folder) / "tasks",
     )

@@ -96,6 +96,7 @@ def make_member(
             teacher=shared.teacher(),
             parent_evaluation=shared.evaluation,
             reference=distilled / "reference.safetensors",
+            trained_with=shared.parent,
         ),
     )
     checkpoint = ModelSource(distilled / CHECKPOINT, member.name)

@@ -116,7 +116,7 @@ def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
         evaluation_settings(recipe),
         digests,
         lambda folder, on_step: make_evaluation(
-            folder, recipe, parent, teacher=None, parent_evaluation=None, reference=None
+            folder, recipe, parent, teacher=None, parent_evaluation=None, reference=None, trained_with=parent
         ),
     )
     return Shared(parent, data, evaluation, digests | {"data": output_digest(data)}, [])

@@ -84,6 +84,7 @@ def _make_copy(
             teacher=shared.teacher(),
             parent_evaluation=shared.evaluation,
             reference=made / "reference.safetensors",
+            trained_with=shared.parent,
         ),
     )
     return RoundedCopy(f"{owner}-{entry.suffix}", entry.quantise, made, evaluation, entry.budget)
@@ -121,7 +122,7 @@ def make_rounded(
     for path in (folder / CHECKPOINT).glob("*.safetensors"):
         sort_metadata(path)
     copy_companions(checkpoint.folder, folder / CHECKPOINT)
-    write_reference(rounded, folder / "reference.safetensors")
+    write_reference(rounded, folder / "reference.safetensors", folder=folder / CHECKPOINT)
 
 
 def _train(

@@ -52,14 +52,14 @@ STAGE_FORMATS = {
     "label": 1,
     "rate": 1,
     "distill": 2,
-    "evaluate": 2,
+    "evaluate": 3,
     "drift": 1,
     "baseline-ce": 2,
     "heldout-cut": 2,
     "heldout-repaired": 2,
     "heldout-ce": 2,
     "quantise": 1,
-    "evaluate-quantised": 1,
+    "evaluate-quantised": 2,
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 

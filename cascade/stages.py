@@ -155,7 +155,7 @@ def make_recovered(
     write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
     dtype = stored_dtype(parent) if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
     rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
-    write_reference(rounded, folder / "reference.safetensors")
+    write_reference(rounded, folder / "reference.safetensors", folder=folder / CHECKPOINT)
     per_token = flops_of(recipe, load_config(parent)) if teacher is not None else 0.0
     write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token, "angles_degrees": angles})
 

@@ -47,13 +47,15 @@ def evaluate(
     batch_size: int = 16,
     measure_speed: bool = True,
     reference: Path | None = None,
+    trained_tokenizer: Any | None = None,
     seed: int = 0,
     kept: Path | None = None,
 ) -> Evaluation:
     """Evaluate a saved checkpoint as its users will load it: from disk, rounded as saved, computed in float32.
 
-    `reference` is what `write_reference` wrote when the checkpoint was saved; with it the reload gate compares. Tasks'
-    results lie in the folder `kept` until all is done, so that another try finds them.
+    `reference` is what `write_reference` wrote when the checkpoint was saved; with it the reload gate compares. With
+    `trained_tokenizer` the checkpoint's own must write text as that does. Tasks' results lie in the folder `kept` until
+    all is done, so that another try finds them.
 
     Raises:
         UserError: no such checkpoint, or an unknown task.
@@ -86,7 +88,7 @@ def evaluate(
     )
     speed: dict[str, float] = {}
     if measured:
-        speed = check_reload(source.folder, reference)
+        speed = check_reload(source.folder, reference, tokenizer=trained_tokenizer)
     return Evaluation(metrics + results.metrics, items | results.items, results.raw, tail, results.failed, speed)
 
 

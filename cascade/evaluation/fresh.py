@@ -26,6 +26,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.models.llama import modeling_llama  # noqa: F401 - most of what any architecture imports
 
@@ -36,14 +38,109 @@ _AUTO: dict[str, Any] = {
 }
 
 
+WRITTEN_TOKENS = 8
+"""Of the greedy continuation that is compared."""
+
+_TEXTS = (
+    "",
+    " ",
+    "a",
+    "Once upon a time, there was a little girl named Lily.",
+    "  two spaces  before,  between and  after  ",
+    "line\nbreaks\n\n\tand\ttabs\r\n",
+    "def add(a, b):\n    return a + b  # 12345 67.89\n",
+    "Ünïcödé, ﬁne: café, Straße, İstanbul, ½",
+    "日本語のテキスト、中文文本和한국어",
+    "Привет, мир! שלום مرحبا नमस्ते",
+    "emoji 🙂👩‍👩‍👧‍👦🏳️‍🌈 and zero\u200bwidth",
+    "UPPER lower MiXeD iPhone ALLCAPS",
+    "don't can't it's we'll I'd you're",
+    "https://example.org/a_b-c?d=e&f=%20#g",
+    "<s> </s> <unk> [CLS] [SEP] [MASK] <|endoftext|> <bos> <eos> <pad>",
+    '{"key": [1, 2.5, null], "other": {"x": true}}',
+    "____----====....!!!!????",
+    "x" * 200,
+)
+_CHAT = (
+    {"role": "user", "content": "What is two and two?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": " And three? "},
+)
+
+
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """All by which two tokenizers can write the same text differently, in JSON's own types, to be compared."""
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+    return {
+        "ids": {text: _list(tokenizer(text, verbose=False)["input_ids"]) for text in _TEXTS},
+        "ids without special tokens": {
+            text: _list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in _TEXTS
+        },
+        "text of ids": {text: _decoded(tokenizer, text) for text in _TEXTS},
+        "special tokens": special,
+        "number of tokens": len(tokenizer),
+        "padding side": tokenizer.padding_side,
+        "truncation side": tokenizer.truncation_side,
+        "chat template": _rendered(tokenizer),
+    }
+
+
+_SPECIAL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+
+
+def _list(ids: Any) -> list[int]:
+    return [int(number) for number in ids]
+
+
+def _decoded(tokenizer: Any, text: str) -> str:
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+
+
+def _rendered(tokenizer: Any) -> list[str]:
+    """The template's conversation, opened for an answer and not; what it says where it refuses."""
+    if not tokenizer.chat_template:
+        return []
+    found = []
+    for opened in (True, False):
+        try:
+            text = tokenizer.apply_chat_template(list(_CHAT), tokenize=False, add_generation_prompt=opened)
+        except Exception as error:  # a template's own word, compared like any other
+            text = f"refused: {error}"
+        found.append(str(text))
+    return found
+
+
+def written(model: Any, input_ids: Tensor, generation_config: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """(greedy continuation [N], how far each token's logit is above the next, relative to the largest logit [N])."""
+    found = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=generation_config,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=WRITTEN_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.cat(found.logits).float()
+    best = logits.topk(2).values
+    scale = logits.abs().masked_fill(~logits.isfinite(), 0).amax(-1).clamp_min(1e-30)
+    return found.sequences[0, input_ids.shape[1] :].cpu(), ((best[:, 0] - best[:, 1]) / scale).cpu()
+
+
 def measure(folder: str, request: str, answer: str) -> None:
     """Load, compare with the request's logits where there are any, time; write what was found."""
     tensors = load_file(request)
-    prompt_tokens, new_tokens, threads = (int(number) for number in tensors["sizes"])
+    prompt_tokens, new_tokens, threads = (int(number) for number in tensors["sizes"][:3])
     torch.set_num_threads(threads)
     model = _load(folder)
-    result: dict[str, float] = {}
+    result: dict[str, Any] = {}
+    if tensors["sizes"][3]:
+        result["tokenizer"] = tokenizer_facts(AutoTokenizer.from_pretrained(folder))
     with torch.inference_mode():
+        if "generated" in tensors:
+            continued, _ = written(model, tensors["input_ids"][:1], model.generation_config)
+            result["generated"] = continued.tolist()
         if "logits" in tensors:
             inputs = {name: tensors[name] for name in ("input_ids", "pixel_values") if name in tensors}
             found = model(**inputs)
