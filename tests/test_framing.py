@@ -15,6 +15,7 @@ from cascade.data.masking import masked_blocks
 from cascade.data.messages import conversation_tokens
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData
+from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.framing import choose_framing
 from cascade.evaluation.heldout import heldout_blocks
@@ -177,6 +178,21 @@ def test_the_parent_is_asked_how_its_text_is_framed_and_reads_it_as_it_was_train
     plain = [(tokenizer(text, add_special_tokens=False)["input_ids"] + [2], None, 1) for text in texts]
     without = text_loss(model, pack_tokens(plain, block_size=256))
     assert text_loss(model, pack(choice.framing)) < without - 0.05
+
+
+@needs_shared
+def test_a_model_that_was_trained_with_the_prefix_in_every_block_and_an_end_token_gets_both():
+    source = resolve_model(str(SHARED / "models" / "stories260K"))
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    framing = framing_of(tokenizer, "text", begin_blocks=True, end_token=True)
+    train = pack_documents(stories("train", 300), tokenizer, block_size=32, framing=framing)
+    distill(model, None, train, num_tokens=60_000, learning_rate=2e-3, batch_size=32, microbatch_size=32)
+
+    def pack(wanted):
+        return pack_documents(stories("valid", 100), tokenizer, block_size=32, framing=wanted)
+
+    choice = choose_framing(model.eval(), replace(framing, begin_blocks=False), pack)
+    assert choice.framing == framing, choice
 
 
 def test_a_model_that_has_seen_its_end_token_keeps_it():
