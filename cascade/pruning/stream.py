@@ -11,7 +11,7 @@ from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, copy_companions, load_config
 from cascade.models.dims import dims_of
 from cascade.models.stored import stored_parameters
-from cascade.models.tensor_file import checkpoint_entries, write_checkpoint
+from cascade.models.tensor_file import write_checkpoint
 from cascade.pruning.cut import cut_weight, renumbered
 from cascade.pruning.plan import PruningPlan, config_of
 
@@ -33,7 +33,7 @@ def prune_on_disk(
     if dims_of(config) != plan.source_dims:
         raise ValueError(f"the plan is for {plan.source_dims}, the model has {dims_of(config)}")
     axes = probe_axes(config)
-    stored = stored_parameters(checkpoint_entries(source.folder), config, axes, source)
+    stored = stored_parameters(config, axes, source)
     pruned_config = config_of(plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in build_on_meta(pruned_config).named_parameters()}
     order = []
