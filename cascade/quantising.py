@@ -27,6 +27,7 @@ from cascade.models.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
+from cascade.models.older_keys import add_older_keys
 from cascade.models.quantised import load_rounded, round_while_training
 from cascade.models.tensor_file import sort_metadata
 from cascade.progress import OnStep
@@ -118,6 +119,7 @@ def make_rounded(
     # As for members: the parent's own is copied below, and transformers refuses to write some that it reads.
     rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
     rounded.save_pretrained(folder / CHECKPOINT)
+    add_older_keys(folder / CHECKPOINT)
     for path in (folder / CHECKPOINT).glob("*.safetensors"):
         sort_metadata(path)
     copy_companions(checkpoint.folder, folder / CHECKPOINT)

@@ -19,6 +19,7 @@ from cascade.models.contents import WeightMatch, match_weights
 from cascade.models.gguf_file import check_gguf
 from cascade.models.hub import fetch
 from cascade.models.loading import require_whole, tell_once, told_warnings
+from cascade.models.older_keys import add_older_keys
 from cascade.models.quantised import is_rounded, unpacked
 from cascade.models.safety import check_model_folder, check_settings
 from cascade.models.tensor_file import checkpoint_entries
@@ -200,6 +201,7 @@ def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, 
     # The parent's own is copied byte for byte below; transformers refuses to write some that it reads.
     rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
     rounded.save_pretrained(folder, max_shard_size="4GB")
+    add_older_keys(folder)
     if companions is not None:
         copy_companions(companions, folder)
     result: nn.Module = rounded

@@ -10,6 +10,7 @@ from cascade.models.architecture import build_on_meta, model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, copy_companions, load_config
 from cascade.models.dims import dims_of
+from cascade.models.older_keys import add_older_keys
 from cascade.models.stored import stored_parameters
 from cascade.models.tensor_file import write_checkpoint
 from cascade.pruning.cut import cut_weight, renumbered
@@ -56,6 +57,7 @@ def prune_on_disk(
     pruned_config.dtype = order[0][3].dtype
     pruned_config.architectures = config.architectures or [model_class_of(config).__name__]
     pruned_config.save_pretrained(folder)
+    add_older_keys(folder)
     copy_companions(source.folder, folder)
     tensors = [(written_name, shapes[new_name], entry.dtype) for _, new_name, written_name, entry in order]
     write_checkpoint(folder, tensors, values(), max_shard_bytes=max_shard_bytes)
