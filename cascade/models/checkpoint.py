@@ -23,6 +23,7 @@ from cascade.models.older_keys import add_older_keys
 from cascade.models.quantised import is_rounded, unpacked
 from cascade.models.safety import check_model_folder, check_settings
 from cascade.models.tensor_file import checkpoint_entries
+from cascade.models.value_range import require_held
 from cascade.models.weight_files import check_weight_files, refuse_adapters
 from cascade.recipe.section import COMMIT
 
@@ -193,7 +194,11 @@ def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, 
     """Write a stock checkpoint in `dtype`; returns the rounded copy that was written, in `dtype`.
 
     `companions` is a folder whose tokenizer, chat template, generation config and licence are copied unchanged.
+
+    Raises:
+        UserError: `dtype` cannot hold a weight; nothing is written.
     """
+    require_held(model.named_parameters(), dtype, str(folder))
     rounded: Any = copy.deepcopy(model)
     for parameter in rounded.parameters():  # not .to(dtype): that would round the rotary frequencies, too
         parameter.data = parameter.data.to(dtype)

@@ -51,7 +51,13 @@ def prune_on_disk(
 
     def values() -> Iterator[tuple[str, Tensor]]:
         for name, _, written_name, entry in order:
-            yield written_name, cut_weight(name, entry.read(), axes, plan, lambda other: stored[other][1].read())
+            weight = entry.read()
+            cut = cut_weight(name, weight, axes, plan, lambda other: stored[other][1].read())
+            if weight.isfinite().all() and not cut.isfinite().all():  # merged heads, rotated and rescaled weights grow
+                raise UserError(
+                    f"{source.reference}: {entry.dtype} cannot hold {name} once it is cut; store in bfloat16"
+                )
+            yield written_name, cut
 
     folder.mkdir(parents=True, exist_ok=True)
     pruned_config.dtype = order[0][3].dtype
