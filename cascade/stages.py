@@ -179,7 +179,7 @@ def _check_computable(
     dtype = _saved_dtype(recipe, parent)
     if dtype != torch.float16 or parallel.world_size() > 1:
         return
-    sample = selection.rows(torch.arange(min(2, len(selection))))
+    sample = selection.rows(torch.arange(min(8, len(selection))))
     refuse, place = recipe.save.dtype != "parent", f"members: {member.name}"
     told = require_computable(student.eval(), sample.inputs(), dtype, place, refuse=refuse)
     if told:

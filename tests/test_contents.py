@@ -366,3 +366,45 @@ def test_a_real_checkpoint_has_nothing_to_be_told():
     source = resolve_model(str(SHARED / "models" / "stories260K"))
     match = check_weights(source, load_config(source))
     assert match.notes == () and len(match.stored) == 47
+
+
+def test_buffers_with_values_of_their_own_are_read_in_memory_and_refused_from_disk(tmp_path):
+    config = transformers.ApertusConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    transformers.ApertusForCausalLM(config).save_pretrained(tmp_path / "model")
+    name = "model.layers.1.mlp.act_fn.beta"
+    change_weights(tmp_path / "model", lambda tensors: tensors | {name: torch.full_like(tensors[name], 0.25)})
+    assert float(load_model(resolve_model(str(tmp_path / "model"))).state_dict()[name]) == 0.25
+    for reader in (on_disk, layer_by_layer):
+        with pytest.raises(UserError, match="is no parameter of ApertusForCausalLM that can be read from disk"):
+            reader(tmp_path / "model")
+
+
+def test_names_of_older_versions_are_read_as_the_library_renames_them(tmp_path):
+    from cascade.models.axes import probe_axes
+    from cascade.models.stored import stored_parameters
+
+    bert(tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    change_weights(
+        tmp_path,
+        lambda t: {
+            n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v + 1
+            for n, v in t.items()
+        },
+    )
+    source = resolve_model(str(tmp_path))
+    config = load_config(source)
+    in_memory = load_model(source).state_dict()
+    from_disk = stored_parameters(config, probe_axes(config), source)
+    norm = "bert.encoder.layer.1.output.LayerNorm.weight"
+    assert from_disk[norm][0] == norm.replace("weight", "gamma")
+    assert all(torch.equal(entry.read(), in_memory[name]) for name, (_, entry) in from_disk.items())
+    assert torch.equal(in_memory[norm], before[norm] + 1)

@@ -104,3 +104,17 @@ def test_a_rounded_copy_that_float16_cannot_hold_is_refused(tmp_path):
             tmp_path / "out", recipe, entry, source, source, tmp_path, teacher=lambda: None, on_step=lambda *_: None
         )
     assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_rounded_copy_of_a_parent_with_weights_that_are_rightly_not_read_is_made(tmp_path):
+    pytest.importorskip("torchao")
+    from cascade.models.quantised import load_rounded
+
+    make_model("llama").save_pretrained(tmp_path)
+    unread = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "mtp.norm.weight": torch.ones(4)}
+    change_weights(tmp_path, lambda tensors: tensors | unread)
+    plain = load_model(resolve_model(str(tmp_path)))
+    load_rounded(tmp_path, plain, "int8", torch.float32)
+    change_weights(tmp_path, lambda tensors: tensors | {"model.gate.weight": torch.ones(4)})
+    with pytest.raises(UserError, match="does not read model.gate.weight"):
+        load_rounded(tmp_path, plain, "int8", torch.float32)

@@ -21,7 +21,9 @@ from cascade.models.architecture import build_on_meta, is_body
 from cascade.models.tensor_file import Entry, checkpoint_entries
 from cascade.models.weight_files import equal_values, listed_names
 
-_COMPUTED = (re.compile(r"rotary_emb\.inv_freq$"), re.compile(r"(^|\.)position_ids$"))
+_COMPUTED = tuple(
+    re.compile(pattern) for pattern in (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.relative_position_index$")
+)
 _CAUSAL_MASK = re.compile(r"\.(attn|attention)(\.attention)?\.(bias|masked_bias)$")
 _MULTI_TOKEN = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
@@ -163,6 +165,8 @@ def _reason_to_lack(name: str, model: Any, config: Any, *, new_head: bool) -> st
         return "absent, as its class allows"
     if new_head and _is_of_head(name, model):
         return "absent or of another task, made anew"
+    if any(pattern.search(name) for pattern in _COMPUTED):
+        return "absent, as they are computed from config.json"
     if "pooler." in name and (new_head or is_body(config)):
         return "an absent pooler, whose weights are random"
     return ""
