@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from cascade import parallel
 from cascade.distillation.optimizer import require_optimizer
 from cascade.distillation.relations import fitting_heads
@@ -16,6 +18,7 @@ from cascade.models.checkpoint import resolve_model
 from cascade.models.dims import dims_of
 from cascade.models.packing import require_document_masks
 from cascade.models.quantised import GROUPS, group_size, is_rounded, require_torchao
+from cascade.models.value_range import require_stored_held
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.rotation import require_rotatable
 from cascade.pruning.shape import CUT_DIMS
@@ -35,6 +38,7 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             f"parent: {recipe.parent.model}: its weights are rounded already (torchao); give the one it was made from, "
             "and `finish` for rounded copies"
         )
+    _require_held_by_save_dtype(recipe, parent_config)
     if not recipe.counts_examples:
         require_context(parent_config, recipe.data.block_size, "data.block_size")
     elif recipe.task != "image_classification":
@@ -112,6 +116,16 @@ def _require_trainable(distill: Distill, parent_config: Any, members: list[Resol
     if distill.features.relations:
         for one in members:
             fitting_heads(distill.features.relation_heads, [one.dims, dims_of(parent_config)])
+
+
+def _require_held_by_save_dtype(recipe: Recipe, parent_config: Any) -> None:
+    """Refuse a dtype that cannot hold the parent's own weights, let alone those of what is made of it."""
+    dtype = parent_config.dtype if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
+    existing = recipe.parent.pretrain is None and recipe.parent.fit is None
+    if dtype == torch.float16 and existing:
+        source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
+        if source.gguf_file is None:
+            require_stored_held(source.folder, dtype, f"save.dtype: {source.reference}")
 
 
 def _require_same_width(parent_config: Any, members: list[ResolvedMember]) -> None:

@@ -13,6 +13,7 @@ from cascade.inputs import classes_of, labelled_data
 from cascade.models.architecture import as_classifier, config_from_values, image_shape, is_classifier, model_from_config
 from cascade.models.checkpoint import (
     CHECKPOINT,
+    check_weights,
     load_config,
     load_tokenizer,
     load_with_new_head,
@@ -53,12 +54,14 @@ def fitted_config(recipe: Recipe, settings: Fit) -> Any:
     Raises:
         UserError: transformers has no classifier of this type.
     """
+    classes = classes_of(recipe)
     if settings.config:
         config = config_from_values(settings.config, "parent.fit.config")
+        config = as_classifier(config, recipe.task, classes, "parent.fit.config")
     else:
-        config = load_config(resolve_model(recipe.parent.model, revision=recipe.parent.revision))
-    place = "parent.fit.config" if settings.config else f"parent.model: {recipe.parent.model}"
-    config = as_classifier(config, recipe.task, classes_of(recipe), place)
+        source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
+        config = as_classifier(load_config(source), recipe.task, classes, f"parent.model: {recipe.parent.model}")
+        check_weights(source, config, new_head=True)
     config.dtype = torch.float32 if recipe.save.dtype == "parent" else made_dtype(recipe)
     return config
 

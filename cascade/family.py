@@ -9,7 +9,7 @@ from typing import Any
 from cascade.errors import UserError
 from cascade.estimates import dtype_bytes, flops_of, member_bytes, peak_memory, stage_seconds, training_state_bytes
 from cascade.models.axes import probe_axes
-from cascade.models.checkpoint import load_config, resolve_model
+from cascade.models.checkpoint import check_weights, load_config, resolve_model
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.pruning.rotation import require_rotatable, untied
 from cascade.pruning.shape import solve_shape
@@ -127,7 +127,10 @@ def _seed(
     member: Member, resolved: dict[str, ResolvedMember], parent_config: Any, pinned: dict[str, str]
 ) -> tuple[str, Any]:
     if member.student:
-        return "", load_config(resolve_model(member.student))
+        source = resolve_model(member.student)
+        config = load_config(source)
+        check_weights(source, config)
+        return "", config
     if member.start == "random":
         own = student_config(member.config, parent_config, member.name) if member.config else parent_config
         return "", own

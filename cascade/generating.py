@@ -12,6 +12,7 @@ from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
 from cascade.models.checkpoint import (
     ModelSource,
+    check_weights,
     file_sha256,
     fingerprint,
     load_config,
@@ -79,7 +80,9 @@ def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], 
     if recipe.distill is not None and recipe.distill.teacher == "logprobs":
         ListedReader(tokenizer)  # that what its tokens stand for can be told
     if settings.endpoint is None:
-        config = load_config(_source(settings, parent))
+        source = _source(settings, parent)
+        config = load_config(source)
+        check_weights(source, config)
         named = {prompt.id: prompt for prompt in prompts}
         fitting_ids(named, teacher, config, chat=chat, max_new_tokens=settings.max_new_tokens)
     if chat and recipe.data.template == "model" and not tokenizer.chat_template:

@@ -14,11 +14,13 @@ from cascade.models.architecture import as_masked, require_body, require_masked
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
+    check_weights,
     load_config,
     load_model,
     load_tokenizer,
     resolve_model,
     save_checkpoint,
+    stored_dtype,
 )
 from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
 from cascade.progress import OnStep
@@ -38,6 +40,8 @@ def parent_config(recipe: Recipe) -> Any:
     source = existing_parent(recipe)
     if source is not None:
         config = load_config(source)
+        check_weights(source, config)
+        config.dtype = stored_dtype(source)  # what config.json says of it may be left out, or wrong
         if recipe.task == "masked_language":
             require_masked(config, f"parent: {recipe.parent.model}")
         if recipe.task == "embedding":

@@ -27,8 +27,10 @@ from cascade.models.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
+from cascade.models.older_keys import add_older_keys
 from cascade.models.quantised import load_rounded, round_while_training
 from cascade.models.tensor_file import sort_metadata
+from cascade.models.value_range import require_held
 from cascade.progress import OnStep
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.finish import Finish
@@ -115,10 +117,12 @@ def make_rounded(
             save_checkpoint(plain, source, companions=None, dtype=dtype)
             per_token = flops_of(recipe, load_config(parent))
             (folder / COST_FILE).write_text(json.dumps({"teacher_flops_per_token": per_token}), encoding="utf-8")
+        require_held(plain.named_parameters(), dtype, f"finish: {checkpoint.reference}")
         rounded: Any = load_rounded(source, plain, entry.quantise, dtype)
     # As for members: the parent's own is copied below, and transformers refuses to write some that it reads.
     rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
     rounded.save_pretrained(folder / CHECKPOINT)
+    add_older_keys(folder / CHECKPOINT)
     for path in (folder / CHECKPOINT).glob("*.safetensors"):
         sort_metadata(path)
     copy_companions(checkpoint.folder, folder / CHECKPOINT)

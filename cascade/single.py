@@ -22,6 +22,7 @@ from cascade.importance.statistics import collect_statistics
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import (
     ModelSource,
+    check_weights,
     load_config,
     load_model,
     load_tokenizer,
@@ -64,6 +65,7 @@ def prune_model(
         raise UserError("give --params or at least one --dim")
     source = resolve_model(reference)
     config = load_config(source)
+    check_weights(source, config)
     require_context(config, block_size, "--block-size")
     axes, before = probe_axes(config), dims_of(config)
     hidden = hidden_score(hidden, config)

@@ -34,6 +34,8 @@ from cascade.models.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
+from cascade.models.loading import tell_once
+from cascade.models.value_range import require_computable
 from cascade.plain_json import write_json
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
@@ -115,6 +117,7 @@ def make_recovered(
     if teacher is None and isinstance(blocks, Examples):
         blocks = blocks.labelled()  # the others have nothing to say
     selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
+    _check_computable(student, recipe, member, parent, selection)
     if stage != "distill" and isinstance(blocks, TokenBlocks) and isinstance(selection, TokenBlocks):
         blocks, selection = replace(blocks, known=None), replace(selection, known=None)
     options = training_options(settings, learning_rate)
@@ -153,11 +156,34 @@ def make_recovered(
     if parallel.rank() > 0:
         return
     write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
-    dtype = stored_dtype(parent) if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
+    _check_computable(student, recipe, member, parent, selection)
+    dtype = _saved_dtype(recipe, parent)
     rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
     write_reference(rounded, folder / "reference.safetensors", folder=folder / CHECKPOINT)
     per_token = flops_of(recipe, load_config(parent)) if teacher is not None else 0.0
     write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token, "angles_degrees": angles})
+
+
+def _saved_dtype(recipe: Recipe, parent: ModelSource) -> torch.dtype:
+    dtype: torch.dtype = stored_dtype(parent) if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
+    return dtype
+
+
+def _check_computable(
+    student: nn.Module, recipe: Recipe, member: ResolvedMember, parent: ModelSource, selection: TokenBlocks | Examples
+) -> None:
+    """Refuse a student that its users could not run in float16, before its training and once more before it is saved.
+
+    Where float16 is the parent's own dtype it is told only: then the parent is as it is, too.
+    """
+    dtype = _saved_dtype(recipe, parent)
+    if dtype != torch.float16 or parallel.world_size() > 1:
+        return
+    sample = selection.rows(torch.arange(min(8, len(selection))))
+    refuse, place = recipe.save.dtype != "parent", f"members: {member.name}"
+    told = require_computable(student.eval(), sample.inputs(), dtype, place, refuse=refuse)
+    if told:
+        tell_once(told)
 
 
 def make_labels(

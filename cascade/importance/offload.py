@@ -17,7 +17,7 @@ from cascade.models.axes import ModelAxes, probe_axes
 from cascade.models.checkpoint import ModelSource, load_config
 from cascade.models.dims import dims_of
 from cascade.models.stored import stored_parameters
-from cascade.models.tensor_file import Entry, checkpoint_entries
+from cascade.models.tensor_file import Entry
 
 
 @contextmanager
@@ -38,10 +38,7 @@ def offloaded(source: ModelSource, device: torch.device) -> Iterator[nn.Module]:
     for buffer_owner in model.modules():
         for name, buffer in buffer_owner.named_buffers(recurse=False):
             setattr(buffer_owner, name, buffer.to(device))
-    entries = {
-        name: entry
-        for name, (_, entry) in stored_parameters(checkpoint_entries(source.folder), config, axes, source).items()
-    }
+    entries = {name: entry for name, (_, entry) in stored_parameters(config, axes, source).items()}
     handles: list[Any] = []
     free: dict[torch.Size, list[torch.Tensor]] = {}
     for group in _turns(model, axes):

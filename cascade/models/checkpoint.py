@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from cascade.errors import UserError
 from cascade.models.architecture import model_class_of
+from cascade.models.contents import WeightMatch, match_weights
+from cascade.models.gguf_file import check_gguf
 from cascade.models.hub import fetch
+from cascade.models.loading import require_whole, tell_once, told_warnings
+from cascade.models.older_keys import add_older_keys
 from cascade.models.quantised import is_rounded, unpacked
 from cascade.models.safety import check_model_folder, check_settings
+from cascade.models.tensor_file import checkpoint_entries
+from cascade.models.value_range import require_held
+from cascade.models.weight_files import check_weight_files, refuse_adapters
 from cascade.recipe.section import COMMIT
+
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    SafetensorError,
+)
+"""What transformers raises about a checkpoint that it cannot load."""
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
@@ -107,28 +126,46 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
     return tokenizer
 
 
+def check_weights(source: ModelSource, config: Any, *, new_head: bool = False) -> WeightMatch:
+    """The weights matched with the architecture, from headers alone; what is rightly not read is told once.
+
+    Raises:
+        UserError: the checkpoint is not exactly what its config asks for; with what differs.
+    """
+    if source.gguf_file is None:
+        match = match_weights(source.folder, config, source.reference, new_head=new_head)
+    else:
+        try:
+            match = WeightMatch({}, check_gguf(source.folder / source.gguf_file, config, source.reference))
+        except ImportError as error:
+            raise UserError(f"{source.reference}: the model cannot be loaded: {_cause(source, error)}") from error
+    for note in match.notes:
+        tell_once(note)
+    return match
+
+
 def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model, of the class that its config names, in evaluation mode, in `dtype` whatever it is stored in.
 
     Weights that torchao has rounded are plain ones here, of the same values.
+
+    Raises:
+        UserError: it cannot be loaded, or the checkpoint is not exactly what its config asks for.
     """
     model: nn.Module
+    config = load_config(source)
+    match = check_weights(source, config)
     try:
-        if source.gguf_file:
-            return _load_gguf(source, dtype)
-        config = load_config(source)
-        rounded = is_rounded(config)
-        model, found = model_class_of(config).from_pretrained(
-            source.folder, dtype="auto" if rounded else dtype, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError) as error:
+        with told_warnings(source.reference):
+            if source.gguf_file:
+                return _load_gguf(source, dtype)
+            rounded = is_rounded(config)
+            model, report = model_class_of(config).from_pretrained(
+                source.folder, dtype="auto" if rounded else dtype, use_safetensors=True, output_loading_info=True
+            )
+    except _LOADING_ERRORS as error:
         raise UserError(f"{source.reference}: the model cannot be loaded: {_cause(source, error)}") from error
-    wrong = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in found[kind])
-    if wrong:
-        raise UserError(
-            f"{source.reference}: its weights do not fill its architecture; missing or of another shape: "
-            f"{', '.join(wrong[:5])}{' and more' if len(wrong) > 5 else ''}"
-        )
+    require_whole(report, source.reference, left_out=match.left_out, absent=match.absent)
     return (unpacked(model, dtype) if rounded else model).eval()
 
 
@@ -136,20 +173,19 @@ def load_with_new_head(source: ModelSource, config: Any) -> nn.Module:
     """The body of a model under a new, random head of `config`, in float32.
 
     Raises:
-        UserError: more than the head is missing.
+        UserError: more than the head is missing, or of another shape.
     """
     kind = model_class_of(config)
+    match = check_weights(source, config, new_head=True)
     try:
-        model, found = kind.from_pretrained(
-            source.folder, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, SafetensorError) as error:
+        with told_warnings(source.reference):
+            model, report = kind.from_pretrained(
+                source.folder, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except _LOADING_ERRORS as error:
         raise UserError(f"{source.reference}: the model cannot be loaded: {_cause(source, error)}") from error
-    body = [name for name in found["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")]
-    body = [name for name in body if ".pooler." not in name]  # some are trained with it, some without
-    if body:
-        raise UserError(f"{source.reference}: its weights do not fill its body; missing: {', '.join(sorted(body)[:5])}")
+    require_whole(report, source.reference, left_out=match.left_out, absent=match.absent)
     result: nn.Module = model
     return result
 
@@ -158,7 +194,11 @@ def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, 
     """Write a stock checkpoint in `dtype`; returns the rounded copy that was written, in `dtype`.
 
     `companions` is a folder whose tokenizer, chat template, generation config and licence are copied unchanged.
+
+    Raises:
+        UserError: `dtype` cannot hold a weight; nothing is written.
     """
+    require_held(model.named_parameters(), dtype, str(folder))
     rounded: Any = copy.deepcopy(model)
     for parameter in rounded.parameters():  # not .to(dtype): that would round the rotary frequencies, too
         parameter.data = parameter.data.to(dtype)
@@ -166,6 +206,7 @@ def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, 
     # The parent's own is copied byte for byte below; transformers refuses to write some that it reads.
     rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
     rounded.save_pretrained(folder, max_shard_size="4GB")
+    add_older_keys(folder)
     if companions is not None:
         copy_companions(companions, folder)
     result: nn.Module = rounded
@@ -181,11 +222,27 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
-    """The dtype that the weights are stored in (float32 for GGUF files, which store mixtures)."""
-    dtype = None if source.gguf_file else getattr(load_config(source), "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."))
-    return dtype or torch.float32
+    """The dtype that most bytes of the weights are stored in, as their headers say; float32 for GGUF files.
+
+    What config.json says is no proof: it may be left out, or be another's.
+    """
+    if source.gguf_file:
+        return torch.float32
+    config = load_config(source)
+    if getattr(config, "quantization_config", None):  # packed: the dtype that it computes in
+        return _torch_dtype(getattr(config, "dtype", None)) or torch.float32
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in checkpoint_entries(source.folder).values():
+        if entry.dtype.is_floating_point:
+            sizes[entry.dtype] += entry.size
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _torch_dtype(value: Any) -> torch.dtype | None:
+    """A dtype as configs hold it: a name, or the dtype itself."""
+    if isinstance(value, str):
+        value = getattr(torch, value.removeprefix("torch."))
+    return value if isinstance(value, torch.dtype) else None
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -239,6 +296,7 @@ def _builtin(name: str) -> Path:
 
 
 def _require_safetensors(folder: Path) -> None:
+    refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; this is not a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
@@ -249,6 +307,7 @@ def _require_safetensors(folder: Path) -> None:
             "transformers' save_pretrained, in a place you trust."
         )
     check_model_folder(folder)
+    check_weight_files(folder)
 
 
 def _fetched(repository: str, revision: str | None) -> Path:
@@ -259,7 +318,11 @@ def _fetched(repository: str, revision: str | None) -> Path:
 
 def _load_gguf(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     """A GGUF file through transformers' reader, as a plain model (the reader's own counts as quantised)."""
-    read: Any = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=dtype)
+    read: Any
+    read, report = AutoModelForCausalLM.from_pretrained(
+        source.folder, gguf_file=source.gguf_file, dtype=dtype, output_loading_info=True
+    )
+    require_whole(report, source.reference)
     values = read.config.to_dict()
     values.pop("quantization_config", None)
     config = type(read.config)(**values)

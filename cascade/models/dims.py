@@ -78,9 +78,11 @@ def config_with_dims(config: Any, dims: ModelDims, *, kept_layers: list[int] | N
         if isinstance(values.get(name), list) and len(values[name]) == before.num_hidden_layers:
             # A deeper twin than the original repeats the last entry.
             values[name] = [values[name][min(layer, before.num_hidden_layers - 1)] for layer in kept]
-    # Qwen's sliding window starts at this layer; layer_types, sliced above, already says so.
+    # Qwen's sliding window starts at this layer: layer_types, sliced above, says so to transformers 5 alone.
     if "max_window_layers" in values and values.get("layer_types"):
-        values["max_window_layers"] = min(values["max_window_layers"], dims.num_hidden_layers)
+        windows = [number for number, kind in enumerate(values["layer_types"]) if kind == "sliding_attention"]
+        start = windows[0] if windows else values["max_window_layers"]
+        values["max_window_layers"] = min(start, dims.num_hidden_layers)
     for name in _FOLLOW_HIDDEN_SIZE:
         if values.get(name) == before.hidden_size:
             values[name] = dims.hidden_size

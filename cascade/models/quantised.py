@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from cascade.errors import UserError
+from cascade.models.contents import match_weights
+from cascade.models.loading import require_whole
 
 _INT4 = getattr(torch, "int4")  # noqa: B009 - torch makes it while it starts, unseen by type checkers
 
@@ -74,13 +76,17 @@ def load_rounded(folder: Path, plain: nn.Module, kind: str, dtype: torch.dtype) 
     inside = {id(module) for module in _body(plain).modules()}
     linear = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
     kept = [name for name, module in linear.items() if id(module) not in inside]
-    model: nn.Module = type(plain).from_pretrained(  # type: ignore[attr-defined]
+    model, report = type(plain).from_pretrained(  # type: ignore[attr-defined]
         folder,
         dtype=dtype,
         quantization_config=TorchAoConfig(wanted, modules_to_not_convert=kept),
         use_safetensors=True,
+        output_loading_info=True,
     )
-    return model.eval()
+    match = match_weights(folder, plain.config, str(folder))
+    require_whole(report, str(folder), left_out=match.left_out, absent=match.absent)
+    result: nn.Module = model.eval()
+    return result
 
 
 def is_rounded(config: Any) -> bool:

@@ -1,53 +1,43 @@
-"""Which tensor of a checkpoint is which parameter of the model."""
+"""Which tensor of a checkpoint is which parameter of the model, for readers that take them one at a time from disk."""
 
-import re
 from typing import Any
-
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from cascade.errors import UserError
 from cascade.models.architecture import build_on_meta, model_class_of
 from cascade.models.axes import ModelAxes
-from cascade.models.checkpoint import ModelSource
+from cascade.models.checkpoint import ModelSource, check_weights
 from cascade.models.tensor_file import Entry
 
 
-def stored_parameters(
-    entries: dict[str, Entry], config: Any, axes: ModelAxes, source: ModelSource
-) -> dict[str, tuple[str, Entry]]:
-    """(name in the checkpoint, entry) of every tensor, by the model's own parameter names.
+def stored_parameters(config: Any, axes: ModelAxes, source: ModelSource) -> dict[str, tuple[str, Entry]]:
+    """(name in the checkpoint, entry) of every parameter, by the model's own names; of tied ones the owner alone.
 
     Raises:
-        UserError: a tensor that is neither a parameter nor known to be ignored.
+        UserError: the checkpoint is not exactly what its config asks for, or needs more than reading: tensors computed
+            from several, buffers with values of their own, packed weights.
     """
-    kind = model_class_of(config)
-    prefix = f"{kind.base_model_prefix}."
-    ignored = [re.compile(pattern) for pattern in getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or []]
-    buffers = {name for name, _ in build_on_meta(config).named_buffers()}
-    found: dict[str, tuple[str, Entry]] = {}
-    for name, entry in entries.items():
-        for candidate in (name, prefix + name, name.removeprefix(prefix), _as_loaded(name, config)):
-            if axes.template(candidate) in axes.weights:
-                found[candidate] = (name, entry)
-                break
-        else:
-            if name in axes.tied or name in buffers or any(pattern.search(name) for pattern in ignored):
-                continue
+    match = check_weights(source, config)
+    kind = model_class_of(config).__name__
+    if match.absent or not match.stored:
+        what = ", ".join(sorted(match.absent)[:5]) or "weights that are stored packed"
+        raise UserError(f"{source.reference}: {what}: not read from disk one tensor at a time; load it into memory")
+    parameters: dict[str, tuple[str, Entry]] = {}
+    for name, stored in match.stored.items():
+        owner = axes.tied.get(name, name)
+        if axes.template(owner) not in axes.weights:
             raise UserError(
-                f"{source.reference}: tensor '{name}' is no parameter of {kind.__name__} here; this checkpoint needs "
-                "converting first (load it with transformers and save it)"
+                f"{source.reference}: tensor '{name}' is no parameter of {kind} that can be read from disk on its own; "
+                "load the model into memory instead"
             )
-    return found
-
-
-def _as_loaded(name: str, config: Any) -> str:
-    """A tensor's name after the plain renamings that transformers does while loading."""
-    known = (
-        get_checkpoint_conversion_mapping(key) or [] for key in (config.model_type, model_class_of(config).__name__)
-    )
-    for renaming in (one for mapping in known for one in mapping):
-        if isinstance(renaming, WeightRenaming):
-            for pattern, target in zip(renaming.source_patterns, renaming.target_patterns, strict=True):
-                name = re.sub(pattern, target, name)
-    return name
+        if owner == name:
+            parameters[owner] = stored
+        elif owner not in match.stored:  # only the tied name is stored
+            parameters[owner] = (owner, stored[1])
+    lacking = [name for name, _ in build_on_meta(config).named_parameters() if name not in parameters]
+    lacking = [name for name in lacking if name not in axes.tied]
+    if lacking:
+        raise UserError(
+            f"{source.reference}: {', '.join(lacking[:5])}: made from several tensors of the checkpoint; load it with "
+            "transformers and save it, then give that folder"
+        )
+    return parameters

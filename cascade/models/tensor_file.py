@@ -27,6 +27,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The file of weights, and the list of shards where there are several."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
     Raises:
         UserError: a header is damaged, or says something that the file cannot hold.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
+    index, single = folder / INDEX, folder / SINGLE
+    if single.is_file():  # as transformers does, also where an index lies beside it
+        paths = {single}
+    elif index.is_file():
         paths = {folder / str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    else:  # what lies beside it, such as a copy in another format, is not the model
-        paths = {single} if single.is_file() else set(folder.glob("*.safetensors"))
+    else:  # what else lies there, such as a copy in another format, is not the model
+        raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}")
     entries: dict[str, Entry] = {}
     for path in sorted(paths):
         for name, entry in entries_of(path):
@@ -111,7 +115,7 @@ def write_checkpoint(
         shards[-1].append(item)
         held += size
     names = (
-        ["model.safetensors"]
+        [SINGLE]
         if len(shards) == 1
         else [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     )
@@ -121,7 +125,7 @@ def write_checkpoint(
         total = sum(_size(shape, dtype) for shard in shards for _, shape, dtype in shard)
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def entries_of(path: Path) -> Iterator[tuple[str, Entry]]:

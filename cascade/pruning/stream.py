@@ -10,8 +10,9 @@ from cascade.models.architecture import build_on_meta, model_class_of
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, copy_companions, load_config
 from cascade.models.dims import dims_of
+from cascade.models.older_keys import add_older_keys
 from cascade.models.stored import stored_parameters
-from cascade.models.tensor_file import checkpoint_entries, write_checkpoint
+from cascade.models.tensor_file import write_checkpoint
 from cascade.pruning.cut import cut_weight, renumbered
 from cascade.pruning.plan import PruningPlan, config_of
 
@@ -33,7 +34,7 @@ def prune_on_disk(
     if dims_of(config) != plan.source_dims:
         raise ValueError(f"the plan is for {plan.source_dims}, the model has {dims_of(config)}")
     axes = probe_axes(config)
-    stored = stored_parameters(checkpoint_entries(source.folder), config, axes, source)
+    stored = stored_parameters(config, axes, source)
     pruned_config = config_of(plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in build_on_meta(pruned_config).named_parameters()}
     order = []
@@ -50,12 +51,19 @@ def prune_on_disk(
 
     def values() -> Iterator[tuple[str, Tensor]]:
         for name, _, written_name, entry in order:
-            yield written_name, cut_weight(name, entry.read(), axes, plan, lambda other: stored[other][1].read())
+            weight = entry.read()
+            cut = cut_weight(name, weight, axes, plan, lambda other: stored[other][1].read())
+            if weight.isfinite().all() and not cut.isfinite().all():  # merged heads, rotated and rescaled weights grow
+                raise UserError(
+                    f"{source.reference}: {entry.dtype} cannot hold {name} once it is cut; store in bfloat16"
+                )
+            yield written_name, cut
 
     folder.mkdir(parents=True, exist_ok=True)
     pruned_config.dtype = order[0][3].dtype
     pruned_config.architectures = config.architectures or [model_class_of(config).__name__]
     pruned_config.save_pretrained(folder)
+    add_older_keys(folder)
     copy_companions(source.folder, folder)
     tensors = [(written_name, shapes[new_name], entry.dtype) for _, new_name, written_name, entry in order]
     write_checkpoint(folder, tensors, values(), max_shard_bytes=max_shard_bytes)
