@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.caching import LABELS, taught_steps
+from cascade.carrying import CARD, carry_over
 from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
 from cascade.models.architecture import auto_class_of
@@ -96,19 +97,19 @@ def publish_member(
 def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str, Any], card: str) -> None:
     if final.exists() and not _damaged(final) and read_json(final / "cascade.json") == lineage:
         return  # the same as an earlier run published; what a user added stays, and what he wrote on the card
-    with staged(final, {"stage": "publish", "member": lineage["name"]}) as staging:
+    with staged(final, {"stage": "publish", "member": lineage["name"]}, carry=carry_over) as staging:
         for file in sorted(checkpoint.iterdir()):
             shutil.copyfile(file, staging / file.name)
         for name in ("eval.json", "lm_eval.json"):
             shutil.copyfile(evaluation / name, staging / name)
         (staging / "cascade.json").write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / CARD).write_text(card, encoding="utf-8")
     if not (final / "config.json").is_file():
         raise ReloadError(f"{final}: published without a config.json")
 
 
 def _damaged(folder: Path) -> list[str]:
-    return [name for name in verify_folder(folder) if name != "README.md"]
+    return [name for name in verify_folder(folder) if name != CARD]
 
 
 def write_report(

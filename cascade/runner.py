@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from cascade import __version__, parallel
+from cascade.carrying import carry_over
 from cascade.errors import UserError
 from cascade.events import append_event
 from cascade.failpoints import at
@@ -67,6 +68,9 @@ _TOGETHER = ("statistics", "label", "rate", "distill", "baseline-ce")
 
 _SEVERAL = ("candidate", "finalist", "quantise", "evaluate-quantised")
 """Stages that a member can have several of, with a key each."""
+
+_READ_BY_USERS = ("generate",)
+"""Stages whose folder is given to users to work with: what they changed in it is not lost where it is made again."""
 
 _DONE, _JOIN = 0, 1
 
@@ -132,7 +136,8 @@ class StageRunner:
         together = stage in _TOGETHER
         if together:
             parallel.tell(_JOIN)
-        with at(stage), self.progress.stage(member, stage) as on_step, staged(final, provenance) as staging:
+        carry = carry_over if stage in _READ_BY_USERS else None
+        with at(stage), self.progress.stage(member, stage) as on_step, staged(final, provenance, carry=carry) as staging:
             started = time.perf_counter()
             with nullcontext() if together else parallel.alone():
                 make(staging, on_step)

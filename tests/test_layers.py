@@ -20,6 +20,7 @@ ORDER = [
     "plain_json",
     "recipe",
     "store",
+    "carrying",
     "lock",
     "models",
     "fitting",

@@ -1,12 +1,14 @@
 """family.json, family.csv, report.md and a self-contained report.html of one family."""
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from cascade.carrying import free_name
 from cascade.errors import UserError
 from cascade.failpoints import failpoint
 from cascade.health import findings
@@ -59,12 +61,20 @@ def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str,
 
 
 def set_damaged_aside(run_folder: Path) -> None:
-    """Reports that are not as a run left them get another name: they are made again from what is whole."""
+    """Reports that are not as a run left them get another name: they are made again from what is whole.
+
+    Of the recipe a copy is set aside: whose directory it is has to be known at every moment.
+    """
     for name in verify_folder(run_folder):
         path = run_folder / name
-        if name not in (MANIFEST, "recipe.yaml") and path.exists():
-            logger.warning("%s: is not as it was written; it is set aside as %s.damaged and made again", path, name)
-            path.rename(run_folder / f"{name}.damaged")
+        if name == MANIFEST or not path.exists():
+            continue
+        aside = free_name(path, ".damaged")
+        logger.warning("%s: is not as it was written; it is set aside as %s and made again", path, aside.name)
+        if name == "recipe.yaml":
+            shutil.copyfile(path, aside)
+        else:
+            path.rename(aside)
 
 
 @contextmanager
