@@ -27,8 +27,9 @@ def carry_over(earlier: Path, staging: Path) -> list[str]:
     """
     written = _written(earlier)
     carried = []
-    # What keeps its own name first, so that no other is given it.
-    for name in sorted(_names(earlier), key=lambda name: name in written or (staging / name).exists()):
+    # The card first, whose successor moves, then what keeps its name, so that no other is given it.
+    late = {name for name in _names(earlier) if name in (NEW_CARD, *written) or (staging / name).exists()}
+    for name in sorted(_names(earlier), key=lambda name: (name != CARD, name in late)):
         source, place = earlier / name, staging / name
         if source.is_dir() and not source.is_symlink():
             (place if not place.is_file() else free_name(place)).mkdir(parents=True, exist_ok=True)

@@ -136,8 +136,8 @@ class StageRunner:
         together = stage in _TOGETHER
         if together:
             parallel.tell(_JOIN)
-        carry = carry_over if stage in _READ_BY_USERS else None
-        with at(stage), self.progress.stage(member, stage) as on_step, staged(final, provenance, carry=carry) as staging:
+        place = staged(final, provenance, carry=carry_over if stage in _READ_BY_USERS else None)
+        with at(stage), self.progress.stage(member, stage) as on_step, place as staging:
             started = time.perf_counter()
             with nullcontext() if together else parallel.alone():
                 make(staging, on_step)
