@@ -15,7 +15,8 @@ from cascade.recipe.finish import Finish
 from cascade.recipe.generate import Generate
 from cascade.recipe.licences import TERMS
 from cascade.recipe.prune import Prune
-from cascade.recipe.section import COMMIT, Fraction, Paths, PositiveFloat, PositiveInt, Section
+from cascade.recipe.places import ModelReference, RecipePaths, RunPath
+from cascade.recipe.section import COMMIT, Fraction, Names, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
 from cascade.recipe.task import require_finish, require_task, require_teacher
 
@@ -72,7 +73,7 @@ class Fit(Section):
 class Parent(Section):
     """The first model of the family, and the teacher of every member."""
 
-    model: str = ""
+    model: ModelReference = ""
     """builtin:NAME, a folder, a GGUF file, or a hub id."""
     revision: str | None = None
     """A commit of the hub; required for hub ids."""
@@ -105,7 +106,7 @@ class Member(Section):
     name: str
     target: TargetSize | None = None
     """What to cut to."""
-    student: str = ""
+    student: ModelReference = ""
     """Instead of a target: an existing checkpoint of any shape with the teacher's vocabulary; no cut."""
     config: dict[str, object] = {}
     """Instead of a target: a transformers config of any shape (model_type and the architecture's own keys), filled with
@@ -161,9 +162,9 @@ class Calibration(Section):
 class Evaluate(Section):
     """What is measured on each finished row."""
 
-    tasks: Paths = []
+    tasks: Names = []
     """lm-eval tasks: the package's own, those of task_folders, and lm-eval's."""
-    task_folders: Paths = []
+    task_folders: RecipePaths = []
     """Folders of lm-eval task files, relative to the recipe's folder."""
     limit: PositiveInt | None = None
     """Items per task; all where not given."""
@@ -212,7 +213,7 @@ class Recipe(Section):
     the program asks for its name here."""
     seed: int = 0
     """Every random draw comes from this number."""
-    output: str = ""
+    output: RunPath = ""
     """The run directory, from where the command runs; runs/NAME where not given."""
     finish: list[Finish] = []
     """What is done to copies of finished members: weights in 8 or 4 bits."""
