@@ -56,6 +56,7 @@ ORDER = [
     "generating",
     "evaluating",
     "rows",
+    "ancestry",
     "publish",
     "seeding",
     "quantising",

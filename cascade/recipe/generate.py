@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cascade.recipe.places import ModelReference, RecipePaths
+from cascade.recipe.places import ModelReference, RecipePaths, ServedModel
 from cascade.recipe.section import Fraction, Names, PositiveFloat, PositiveInt, Section
 
 HOW_ASKED = (
@@ -44,7 +44,7 @@ class Endpoint(Section):
 
     url: str
     """Up to and without `/chat/completions`, such as https://api.openai.com/v1."""
-    model: str
+    model: ServedModel
     """The name that the server knows the model by."""
     api: Literal["chat", "completions"] = "chat"
     """chat: messages; completions: a prompt's text is continued."""

@@ -34,6 +34,21 @@ def shown_model(reference: str) -> str:
     return Path(reference).name if is_local(reference) else reference
 
 
+def without_folders(value: Any) -> Any:
+    """Lists and dicts with the paths of what lies on this machine cut down to names."""
+    if isinstance(value, dict):
+        return {key: without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    here = isinstance(value, str) and len(value) < 4096 and "\0" not in value and Path(value).is_absolute()
+    return Path(value).name or value if here and Path(value).exists() else value
+
+
+def served_model(name: str) -> str:
+    """A model by the name that a server knows it by; where that is a path, its last part."""
+    return Path(name).name if name.startswith((".", "/", "~")) else name
+
+
 def is_local(reference: str) -> bool:
     """Whether a model's reference leads to a folder or file on this machine, and not to the hub."""
     if not reference or reference.startswith("builtin:"):
@@ -52,6 +67,10 @@ def _resolved_model(reference: str, info: ValidationInfo) -> str:
 
 def _shown_model(reference: str, info: SerializationInfo) -> str:
     return shown_model(reference) if _is_public(info) else reference
+
+
+def _shown_served(name: str, info: SerializationInfo) -> str:
+    return served_model(name) if _is_public(info) else name
 
 
 def _is_public(info: SerializationInfo) -> bool:
@@ -76,6 +95,9 @@ RecipePaths = Annotated[list[RecipePath], BeforeValidator(as_list)]
 
 RunPath = Annotated[str, PlainSerializer(shown)]
 """A folder that counts from where the command runs."""
+
+ServedModel = Annotated[str, PlainSerializer(_shown_served)]
+"""What a server knows a model by; often the path that it was started with."""
 
 ModelReference = Annotated[str, AfterValidator(_resolved_model), PlainSerializer(_shown_model)]
 """builtin:NAME, a hub id, or the path of a folder or GGUF file."""

@@ -14,8 +14,8 @@ from cascade.recipe.distill import Distill
 from cascade.recipe.finish import Finish
 from cascade.recipe.generate import Generate
 from cascade.recipe.licences import TERMS
-from cascade.recipe.prune import Prune
 from cascade.recipe.places import ModelReference, RecipePaths, RunPath
+from cascade.recipe.prune import Prune
 from cascade.recipe.section import COMMIT, Fraction, Names, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
 from cascade.recipe.task import require_finish, require_task, require_teacher

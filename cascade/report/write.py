@@ -15,6 +15,7 @@ from cascade.health import findings
 from cascade.report.logs import training_logs
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
 from cascade.report.production import load_drift, production_table, wrong_diet
+from cascade.report.provenance import load_provenances, provenance_table
 from cascade.report.records import Row, family_csv, family_json, metric_names
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
 from cascade.report.tail import decile_table, load_tails, slice_table
@@ -134,13 +135,15 @@ def report_html(
 
 def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     """What a run has written besides its rows."""
-    verdicts, tails = load_verdicts(run_folder), load_tails(run_folder)
+    verdicts, tails, made = load_verdicts(run_folder), load_tails(run_folder), load_provenances(run_folder)
     tables = [("Good enough", verdict_table(verdicts))] if verdicts else []
     said = [[name, one] for name, log in training_logs(run_folder).items() for one in findings(log)]
     tables += [("Trainings to look at", [["member", "found"], *said])] if said else []
     targets = load_targets(run_folder)
     if targets.get("members"):
         tables.append((f"Teacher's targets: {targets['kind']}", targets_table(targets)))
+    published = [made[row["name"]] for row in rows if row["name"] in made]
+    tables += [("Where they come from", provenance_table(published))] if published else []
     drift = load_drift(run_folder)
     if drift:
         said = [[one] for one in wrong_diet(drift, rows)]
