@@ -20,6 +20,7 @@ from cascade.recipe.schema import Recipe
 from cascade.report.card import member_card
 from cascade.report.logs import training_logs
 from cascade.report.provenance import Provenance
+from cascade.report.rates import RATES, load_rates
 from cascade.report.records import Row, load_family
 from cascade.report.tail import TAIL, load_tails
 from cascade.report.targets import TARGETS, load_targets
@@ -155,6 +156,9 @@ def write_report(
         write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
         write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
         _write_targets(run_folder, recipe, members, finished)
+        rates = load_rates(run_folder) | {name: rate for one in finished.values() for name, rate in one.rates.items()}
+        rates = {row["name"]: rates[row["name"]] for row in ordered if row["name"] in rates}
+        write_atomically(run_folder / RATES, json.dumps(rates, indent=1) + "\n")
         write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
 
 

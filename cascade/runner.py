@@ -51,10 +51,11 @@ STAGE_FORMATS = {
     "repair": 2,
     "label": 1,
     "rate": 1,
+    "rate-ce": 1,
     "distill": 2,
     "evaluate": 2,
     "drift": 1,
-    "baseline-ce": 2,
+    "baseline-ce": 3,
     "heldout-cut": 2,
     "heldout-repaired": 2,
     "heldout-ce": 2,
@@ -63,7 +64,7 @@ STAGE_FORMATS = {
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
-_TOGETHER = ("statistics", "label", "rate", "distill", "baseline-ce")
+_TOGETHER = ("statistics", "label", "rate", "distill", "rate-ce", "baseline-ce")
 """Stages that several processes make together; the others are the first one's."""
 
 _SEVERAL = ("candidate", "finalist", "quantise", "evaluate-quantised")
@@ -79,6 +80,7 @@ _MADE_WITH = {
     "candidate": "prune",
     "finalist": "prune",
     "rate": "distill",
+    "rate-ce": "distill",
     "baseline-ce": "distill",
     "drift": "evaluate",
     "heldout-cut": "evaluate",

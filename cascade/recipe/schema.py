@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cascade.paths import inside
+from cascade.recipe.baseline import Baseline, Kind
 from cascade.recipe.data import Data
 from cascade.recipe.distill import Distill
 from cascade.recipe.finish import Finish
@@ -203,10 +204,11 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     prune: Prune = Prune()
     evaluate: Evaluate = Evaluate()
-    baselines: list[Literal["cut", "repaired", "ce"]] = []
+    baselines: list[Baseline] = []
     """Rows to compare each member with. cut: the same cut model as it was sliced; repaired: after the repair in closed
-    form, before any training; ce: recovered by cross-entropy alone, from the same start, on the same tokens. Measured
-    on held-out text, not on the tasks."""
+    form, before any training; ce: recovered by cross-entropy alone, from the same start, on the same tokens, at the
+    learning rate that suits it: found by short trainings of its own, also where distill.learning_rate is given;
+    {ce: {learning_rate: 3e-3}} gives it one. Measured on held-out text, not on the tasks."""
     save: Save = Save()
     acknowledged: list[str] = []
     """Licences and terms of teachers that were read and are kept to; where one says what its output may be used for,
@@ -261,7 +263,7 @@ class Recipe(Section):
         require_teacher(self)
         if self.parent.pretrain is not None and (self.data.messages_field or self.data.streaming):
             raise ValueError("parent.pretrain reads texts, all at once; remove data.messages_field and data.streaming")
-        if len(set(self.baselines)) < len(self.baselines):
+        if len(set(self.baseline_kinds)) < len(self.baselines):
             raise ValueError("baselines: one of them stands twice")
         if self.members and self.distill is None:
             raise ValueError("`distill` is missing; members need at least distill.tokens")
@@ -275,6 +277,17 @@ class Recipe(Section):
         if self.data.reuse != "auto":
             return self.data.reuse == "shared"
         return not self.counts_examples and self.distill is not None and self.distill.teacher == "parent"
+
+    @property
+    def baseline_kinds(self) -> list[Kind]:
+        """The baselines without what is said of them."""
+        return [one if isinstance(one, str) else "ce" for one in self.baselines]
+
+    @property
+    def ce_learning_rate(self) -> float | Literal["auto"]:
+        """The cross-entropy baseline's own; auto: to be found."""
+        given = [one.ce.learning_rate for one in self.baselines if not isinstance(one, str)]
+        return given[0] if given else "auto"
 
     @property
     def classifies(self) -> bool:
