@@ -18,6 +18,9 @@ from cascade.recipe.schema import Recipe
 BASE_PROCESS_BYTES = 600_000_000
 """torch, transformers and lm-eval themselves."""
 
+_USUAL_TRIES = 4
+"""Of a search for a learning rate."""
+
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "muon": 8.0}
 """What an optimizer remembers of one weight."""
 
@@ -86,14 +89,19 @@ def stage_seconds(
             seconds["candidate"] = tried * (1 + seconds.get("repair", 0.0) / 2)
         if search:
             seconds["finalist"] = search.finalists * (1 + search.tokens * (3 * flops + parent_flops) / rate)
-    if recipe.distill is not None and recipe.distill.learning_rate == "auto" and tokens:
+    searched = 0.0
+    if recipe.distill is not None and tokens:
         steps = FEWEST_STEPS * recipe.distill.batch_size * (1 if recipe.counts_examples else recipe.data.block_size)
-        seconds["rate"] = 1 + 4 * max(SHARE * tokens, steps) * (3 * flops + parent_flops) / rate
+        searched = _USUAL_TRIES * max(SHARE * tokens, steps)
+    if recipe.distill is not None and recipe.distill.learning_rate == "auto" and tokens:
+        seconds["rate"] = 1 + searched * (3 * flops + parent_flops) / rate
     seconds["distill"] = tokens * (3 * flops + parent_flops) / rate
     for kind in ("cut", "repaired"):
-        if kind in recipe.baselines:
+        if kind in recipe.baseline_kinds:
             seconds[f"heldout-{kind}"] = 1 + heldout * (flops + parent_flops) / rate
-    if "ce" in recipe.baselines:
+    if "ce" in recipe.baseline_kinds:
+        if recipe.ce_learning_rate == "auto" and tokens:
+            seconds["rate-ce"] = 1 + searched * 3 * flops / rate
         seconds["baseline-ce"] = tokens * 3 * flops / rate
         seconds["heldout-ce"] = 1 + heldout * (flops + parent_flops) / rate
     return seconds | {"evaluate": evaluation, "report": 0.2}

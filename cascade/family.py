@@ -276,7 +276,7 @@ def _resolve(
             stored_bytes,
             start=member.start,
             repaired=recipe.prune.repair.method != "none",
-            ce="ce" in recipe.baselines,
+            ce="ce" in recipe.baseline_kinds,
         ),
         state_bytes=training_state_bytes(
             count,

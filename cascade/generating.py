@@ -23,6 +23,7 @@ from cascade.models.checkpoint import (
 from cascade.origins import origins_of
 from cascade.progress import OnStep
 from cascade.recipe.generate import HOW_ASKED, Generate
+from cascade.recipe.places import PUBLIC, served_model, shown_model
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
 from cascade.store import COST_FILE
@@ -117,11 +118,13 @@ def make_generated(
     )
     source = _source(settings, parent)
     provenance: dict[str, Any] = {
-        "teacher": f"{settings.endpoint.model} at {settings.endpoint.url}" if settings.endpoint else source.reference,
+        "teacher": f"{served_model(settings.endpoint.model)} at {settings.endpoint.url}"
+        if settings.endpoint
+        else shown_model(source.reference),
         "teacher_sha256": None if settings.endpoint else fingerprint(source),
         "prompts": len(prompts),
-        "settings": _key_settings(settings) | {"seed": recipe.seed},
-        "filter": filter_path or None,
+        "settings": _key_settings(settings, public=True) | {"seed": recipe.seed},
+        "filter": Path(filter_path).name if filter_path else None,
         "origins": [origin.record() for origin in origins_of(recipe)],
     }
     save_dataset(dataset, folder, provenance)
@@ -166,13 +169,14 @@ def load_filter(path: str) -> Keep:
     return keep
 
 
-def _key_settings(settings: Generate) -> dict[str, Any]:
+def _key_settings(settings: Generate, *, public: bool = False) -> dict[str, Any]:
     """All that changes the dataset: not how an endpoint is reached, nor a budget that only stops."""
-    record = settings.model_dump(exclude={"endpoint", "prompts", "text", "batch_size"})
+    context = PUBLIC if public else None
+    record = settings.model_dump(exclude={"endpoint", "prompts", "text", "batch_size"}, context=context)
     endpoint = settings.endpoint
     if endpoint is None:
         return record | {"batch_size": settings.batch_size}
-    asked = endpoint.model_dump(exclude=set(HOW_ASKED))
+    asked = endpoint.model_dump(exclude=set(HOW_ASKED), context=context)
     # A budget that only stops changes nothing; one that cuts the answers short does.
     limits = endpoint.budget.model_dump(include={"requests", "tokens", "money"})
     cut = {} if endpoint.budget.when_spent == "stop" else {"budget": limits}

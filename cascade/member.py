@@ -17,10 +17,11 @@ from cascade.progress import OnStep
 from cascade.quantising import make_copies
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
+from cascade.report.rates import Rate, rate_of
 from cascade.report.records import Row
 from cascade.rows import FinishedMember, baseline_row
 from cascade.runner import StageRunner
-from cascade.seeding import Shared, kept_settings, make_start
+from cascade.seeding import Shared, Start, kept_settings, make_start
 from cascade.stages import make_labels, make_rate, make_recovered
 from cascade.store import output_digest
 
@@ -41,10 +42,10 @@ def make_member(
         "teacher": shared.digests["parent"],
         "data": shared.digests["data"],
     }
-    rate, learning_rate = _make_rate(runner, recipe, shared, member, start, inputs, lineage)
-    settings = _training_settings(recipe, member) | {"learning_rate": learning_rate}
+    rate, learning_rate = _make_rate(runner, recipe, shared, member, begun, inputs)
+    settings = _training_settings(recipe, member)
 
-    def recover(folder: Path, on_step: OnStep, teacher: nn.Module | None, stage: str) -> None:
+    def recover(folder: Path, on_step: OnStep, teacher: nn.Module | None, stage: str, learning_rate: float) -> None:
         make_recovered(
             folder,
             recipe,
@@ -60,29 +61,36 @@ def make_member(
             learning_rate=learning_rate,
         )
 
+    def train_by_text() -> tuple[Path, Path | None, Rate]:
+        """The cross-entropy baseline: (its folder, that of the search for its rate, its rate)."""
+        search, own_rate = _make_rate(runner, recipe, shared, member, begun, inputs, stage="baseline-ce")
+        made = runner.run(
+            member.name,
+            "baseline-ce",
+            settings | {"learning_rate": own_rate},
+            inputs,
+            lambda folder, on_step: recover(folder, on_step, None, "baseline-ce", own_rate),
+        )
+        return made, search, rate_of(own_rate, search)
+
     distilled = runner.run(
         member.name,
         "distill",
-        settings | kept_settings(shared),
+        settings | {"learning_rate": learning_rate} | kept_settings(shared),
         inputs,
-        lambda folder, on_step: recover(folder, on_step, _expert(recipe, shared), "distill"),
+        lambda folder, on_step: recover(folder, on_step, _expert(recipe, shared), "distill", learning_rate),
     )
-    rows = []
-    for kind in recipe.baselines:
+    rows, rates = [], {member.name: rate_of(learning_rate, rate)}
+    for kind in recipe.baseline_kinds:
         made = {"cut": begun.cut, "repaired": begun.repaired}.get(kind)
         if made is None and kind != "ce":
             continue
-        checkpoint = start if made is None else ModelSource(made / CHECKPOINT, member.name)
+        trained: list[Path] = []
         if kind == "ce":
-            made = runner.run(
-                member.name,
-                "baseline-ce",
-                settings,
-                inputs,
-                lambda folder, on_step: recover(folder, on_step, None, "baseline-ce"),
-            )
-            checkpoint = ModelSource(made / CHECKPOINT, member.name)
-        rows.append(_make_baseline(runner, recipe, shared, member, kind, checkpoint, made))
+            made, search, rates[f"{member.name}-ce"] = train_by_text()
+            trained = [made, *([search] if search else [])]
+        checkpoint = start if made is None else ModelSource(made / CHECKPOINT, member.name)
+        rows.append(_make_baseline(runner, recipe, shared, member, kind, checkpoint, made, trained))
     evaluation = runner.run(
         member.name,
         "evaluate",
@@ -102,7 +110,16 @@ def make_member(
     checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
     copies = make_copies(runner, recipe, shared, member.name, checkpoint, output_digest(distilled))
     return FinishedMember(
-        begun.cut, begun.repaired, rate, distilled, evaluation, rows, lineage, labels=labels, copies=copies
+        begun.cut,
+        begun.repaired,
+        rate,
+        distilled,
+        evaluation,
+        rows,
+        lineage,
+        labels=labels,
+        copies=copies,
+        rates=rates,
     )
 
 
@@ -134,30 +151,37 @@ def _make_rate(
     recipe: Recipe,
     shared: Shared,
     member: ResolvedMember,
-    start: ModelSource,
+    begun: Start,
     inputs: dict[str, str],
-    lineage: list[Path] | None,
+    *,
+    stage: str = "distill",
 ) -> tuple[Path | None, float]:
-    """(the folder of the search, the rate); no folder where the recipe gives a rate."""
-    given = recipe.distill.learning_rate if recipe.distill else 0.0
+    """(the folder of the search, the rate) of a training; no folder where the recipe gives a rate for it.
+
+    A rate that is given for distillation is none for its cross-entropy baseline: that is searched for as long.
+    """
+    learns = stage == "distill"
+    given = (recipe.distill.learning_rate if recipe.distill else 0.0) if learns else recipe.ce_learning_rate
     if given != "auto":
         return None, given
+    settings = _training_settings(recipe, member)
     folder = runner.run(
         member.name,
-        "rate",
-        _training_settings(recipe, member) | kept_settings(shared),
+        "rate" if learns else "rate-ce",
+        settings | kept_settings(shared) if learns else settings | {"learning_rate": "auto"},
         inputs,
         lambda folder, on_step: make_rate(
             folder,
             recipe,
             member,
-            start,
+            begun.source,
             shared.parent,
             shared.data,
-            _expert(recipe, shared),
+            _expert(recipe, shared) if learns else None,
             on_step,
             cache=shared.cache,
-            lineage=lineage,
+            stage=stage,
+            lineage=begun.lineage,
         ),
     )
     return folder, float(json.loads((folder / "rate.json").read_text(encoding="utf-8"))["learning_rate"])
@@ -171,8 +195,12 @@ def _make_baseline(
     kind: str,
     checkpoint: ModelSource,
     made: Path | None,
+    trained: list[Path],
 ) -> Row:
-    """A baseline's held-out metrics; `made` is the folder of the stage that wrote its checkpoint."""
+    """A baseline's held-out metrics; `made` is the folder of the stage that wrote its checkpoint.
+
+    `trained` are the folders of its training, and of the search for its rate.
+    """
     folder = runner.run(
         member.name,
         f"heldout-{kind}",
@@ -184,7 +212,7 @@ def _make_baseline(
         },
         lambda folder, on_step: make_baseline(folder, recipe, checkpoint, shared.parent, shared.teacher()),
     )
-    return baseline_row(member, kind, [folder, made] if kind == "ce" and made else [folder])
+    return baseline_row(member, kind, [folder, *trained])
 
 
 def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from cascade.models.checkpoint import ModelSource, resolve_model
 from cascade.recipe.licences import Origin, endpoint_terms, licence_of, require_acknowledged
+from cascade.recipe.places import served_model
 from cascade.recipe.schema import Recipe
 
 
@@ -18,7 +19,7 @@ def origins_of(recipe: Recipe) -> list[Origin]:
     settings = recipe.generate
     if settings is not None and settings.endpoint is not None:
         endpoint = settings.endpoint
-        name = f"{endpoint.model} at {endpoint.url}"
+        name = f"{served_model(endpoint.model)} at {endpoint.url}"
         found.append(Origin("generate.endpoint", name, endpoint_terms(endpoint.url)))
     elif settings is not None and settings.teacher != "parent":
         found.append(_origin("generate.teacher", resolve_model(settings.teacher), derived=False))

@@ -10,6 +10,7 @@ from cascade.family import ResolvedMember
 from cascade.lock import LOCK
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.generate import HOW_ASKED
+from cascade.recipe.places import PUBLIC
 from cascade.recipe.schema import Recipe
 from cascade.yaml_reader import read_yaml
 
@@ -28,9 +29,12 @@ _MAY_CHANGE = (
 """Keys whose change loses no finished training: what is measured, and how much memory a step takes."""
 
 
-def resolved_recipe(recipe: Recipe, members: list[ResolvedMember]) -> dict[str, Any]:
-    """The recipe with every default written out and every member's seed by name."""
-    record = recipe.model_dump(mode="json")
+def resolved_recipe(recipe: Recipe, members: list[ResolvedMember], *, public: bool = False) -> dict[str, Any]:
+    """The recipe with every default written out and every member's seed by name.
+
+    A `public` one has names instead of paths: it is copied into cards.
+    """
+    record = recipe.model_dump(mode="json", context=PUBLIC if public else None)
     seeds = {member.name: member.seed for member in members}
     for member in record["members"]:
         if member["name"] in seeds:

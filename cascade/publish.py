@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cascade.ancestry import provenance_of, provenance_of_copy
 from cascade.caching import LABELS, taught_steps
+from cascade.carrying import CARD, carry_over
 from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
 from cascade.models.architecture import auto_class_of
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load_config
-from cascade.origins import origins_of
 from cascade.ownership import resolved_recipe
+from cascade.plain_json import write_json
+from cascade.recipe.places import without_folders
 from cascade.recipe.schema import Recipe
 from cascade.report.card import member_card
 from cascade.report.logs import training_logs
+from cascade.report.provenance import Provenance
+from cascade.report.rates import RATES, load_rates
 from cascade.report.records import Row, load_family
 from cascade.report.tail import TAIL, load_tails
 from cascade.report.targets import TARGETS, load_targets
@@ -30,7 +35,7 @@ from cascade.yaml_reader import write_yaml
 def publish_copies(
     run_folder: Path,
     recipe: Recipe,
-    recipe_yaml: str,
+    members: list[ResolvedMember],
     owner: Row,
     copies: Sequence[RoundedCopy],
     teacher: Row,
@@ -39,23 +44,20 @@ def publish_copies(
     """members/NAME of each copy, with its card and results."""
     for copy in copies:
         row = copy_row(owner, copy)
+        made = provenance_of_copy(recipe, members, owner["name"], copy, parent.reference, row["tokens"])
         lineage = {
-            "name": copy.name,
-            "parent": parent.reference,
-            "parent_sha256": fingerprint(parent),
-            "teacher": parent.reference,
+            **_lineage(made, parent),
             "seed": None,
             "copy_of": owner["name"],
             "quantised": copy.kind,
             "auto_class": auto_class_of(load_config(ModelSource(copy.made / CHECKPOINT, copy.name))),
             "tokens": row["tokens"],
-            "origins": [origin.record() for origin in origins_of(recipe)],
             "stages": {
                 name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
                 for name, folder in (("quantised", copy.made), ("evaluation", copy.evaluation))
             },
         }
-        card = member_card(row, teacher, lineage, recipe_yaml)
+        card = member_card(row, teacher, made, lineage, _public_recipe(recipe, members))
         _publish(run_folder / "members" / copy.name, copy.made / CHECKPOINT, copy.evaluation, lineage, card)
 
 
@@ -70,15 +72,12 @@ def publish_member(
 ) -> None:
     """members/NAME: the checkpoint with its card, lineage and results, replaced in one step."""
     row = member_row(recipe, members, member, finished)
+    made = provenance_of(recipe, members, member, parent.reference, row["tokens"])
     lineage = {
-        "name": member.name,
-        "parent": parent.reference,
-        "parent_sha256": fingerprint(parent),
-        "teacher": parent.reference,
+        **_lineage(made, parent),
         "seed": member.seed or None,
         "auto_class": auto_class_of(member.config),
         "tokens": row["tokens"],
-        "origins": [origin.record() for origin in origins_of(recipe)],
         "stages": {
             name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
             for name, folder in vars(finished).items()
@@ -86,29 +85,44 @@ def publish_member(
         },
         "plan": f"stages/{finished.cut.name}/plan.json" if finished.cut else None,
     }
-    recipe_yaml = write_yaml(resolved_recipe(recipe, members))
-    card = member_card(row, teacher, lineage, recipe_yaml)
+    card = member_card(row, teacher, made, lineage, _public_recipe(recipe, members))
     final = run_folder / "members" / member.name
     _publish(final, finished.distilled / CHECKPOINT, finished.evaluation, lineage, card)
-    publish_copies(run_folder, recipe, recipe_yaml, row, finished.copies, teacher, parent)
+    publish_copies(run_folder, recipe, members, row, finished.copies, teacher, parent)
+
+
+def _lineage(made: Provenance, parent: ModelSource) -> dict[str, Any]:
+    """What cascade.json says of every published model first."""
+    return {
+        "name": made.name,
+        "parent": made.parent,
+        "parent_sha256": fingerprint(parent),
+        "teacher": made.teacher or None,
+        "origins": list(made.origins),
+        "provenance": made.record(),
+    }
+
+
+def _public_recipe(recipe: Recipe, members: list[ResolvedMember]) -> str:
+    return write_yaml(resolved_recipe(recipe, members, public=True))
 
 
 def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str, Any], card: str) -> None:
     if final.exists() and not _damaged(final) and read_json(final / "cascade.json") == lineage:
         return  # the same as an earlier run published; what a user added stays, and what he wrote on the card
-    with staged(final, {"stage": "publish", "member": lineage["name"]}) as staging:
+    with staged(final, {"stage": "publish", "member": lineage["name"]}, carry=carry_over) as staging:
         for file in sorted(checkpoint.iterdir()):
             shutil.copyfile(file, staging / file.name)
-        for name in ("eval.json", "lm_eval.json"):
-            shutil.copyfile(evaluation / name, staging / name)
+        shutil.copyfile(evaluation / "eval.json", staging / "eval.json")
+        write_json(staging / "lm_eval.json", without_folders(read_json(evaluation / "lm_eval.json")))
         (staging / "cascade.json").write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / CARD).write_text(card, encoding="utf-8")
     if not (final / "config.json").is_file():
         raise ReloadError(f"{final}: published without a config.json")
 
 
 def _damaged(folder: Path) -> list[str]:
-    return [name for name in verify_folder(folder) if name != "README.md"]
+    return [name for name in verify_folder(folder) if name != CARD]
 
 
 def write_report(
@@ -142,6 +156,9 @@ def write_report(
         write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
         write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
         _write_targets(run_folder, recipe, members, finished)
+        rates = load_rates(run_folder) | {name: rate for one in finished.values() for name, rate in one.rates.items()}
+        rates = {row["name"]: rates[row["name"]] for row in ordered if row["name"] in rates}
+        write_atomically(run_folder / RATES, json.dumps(rates, indent=1) + "\n")
         write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
 
 

@@ -11,6 +11,7 @@ from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_config
 from cascade.models.dims import dims_of
 from cascade.recipe.schema import Recipe
+from cascade.report.rates import Rate
 from cascade.report.records import Row
 from cascade.runner import read_cost
 
@@ -51,6 +52,8 @@ class FinishedMember:
     candidates: list[Row] = field(default_factory=list)
     """Shapes that a search tried."""
     copies: list[RoundedCopy] = field(default_factory=list)
+    rates: dict[str, Rate] = field(default_factory=dict)
+    """Row's name -> the learning rate it was trained at, of the member and of its cross-entropy baseline."""
 
 
 def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:

@@ -147,7 +147,7 @@ def _make_family(
     wanted: list[ResolvedMember],
     latencies: dict[str, DecodeLatency],
 ) -> None:
-    parent = make_parent(runner, recipe)
+    parent, given = make_parent(runner, recipe), recipe
     if recipe.generate is not None:
         recipe = reading(recipe, run_generation(runner, recipe, parent))
     recipe = framed(runner, recipe, parent)
@@ -160,9 +160,8 @@ def _make_family(
     shapes: dict[str, FoundShape] = {}
     writes = parallel.rank() == 0
     if writes:
-        recipe_yaml = write_yaml(resolved_recipe(recipe, members))
-        publish_copies(runner.folder, recipe, recipe_yaml, teacher, copies, teacher, shared.parent)
-        write_report(runner.folder, recipe, members, teacher, finished, copies)
+        publish_copies(runner.folder, given, members, teacher, copies, teacher, shared.parent)
+        write_report(runner.folder, given, members, teacher, finished, copies)
     for name in [member.name for member in wanted]:
         member = next(member for member in members if member.name == name)
         seed = finished.get(member.seed)
@@ -184,8 +183,8 @@ def _make_family(
         if not writes:
             continue
         with at("report"), runner.progress.stage(member.name, "report"):
-            publish_member(runner.folder, recipe, members, member, finished[member.name], teacher, shared.parent)
-            write_report(runner.folder, recipe, members, teacher, finished, copies)
+            publish_member(runner.folder, given, members, member, finished[member.name], teacher, shared.parent)
+            write_report(runner.folder, given, members, teacher, finished, copies)
 
 
 def _with_seeds(members: list[ResolvedMember], only: Sequence[str]) -> list[ResolvedMember]:

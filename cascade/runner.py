@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from cascade import __version__, parallel
+from cascade.carrying import carry_over
 from cascade.errors import UserError
 from cascade.events import append_event
 from cascade.failpoints import at
@@ -51,10 +52,11 @@ STAGE_FORMATS = {
     "repair": 2,
     "label": 1,
     "rate": 1,
+    "rate-ce": 1,
     "distill": 2,
     "evaluate": 3,
     "drift": 1,
-    "baseline-ce": 2,
+    "baseline-ce": 3,
     "heldout-cut": 2,
     "heldout-repaired": 2,
     "heldout-ce": 2,
@@ -63,11 +65,14 @@ STAGE_FORMATS = {
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
-_TOGETHER = ("statistics", "label", "rate", "distill", "baseline-ce")
+_TOGETHER = ("statistics", "label", "rate", "distill", "rate-ce", "baseline-ce")
 """Stages that several processes make together; the others are the first one's."""
 
 _SEVERAL = ("candidate", "finalist", "quantise", "evaluate-quantised")
 """Stages that a member can have several of, with a key each."""
+
+_READ_BY_USERS = ("generate",)
+"""Stages whose folder is given to users to work with: what they changed in it is not lost where it is made again."""
 
 _DONE, _JOIN = 0, 1
 
@@ -76,6 +81,7 @@ _MADE_WITH = {
     "candidate": "prune",
     "finalist": "prune",
     "rate": "distill",
+    "rate-ce": "distill",
     "baseline-ce": "distill",
     "drift": "evaluate",
     "heldout-cut": "evaluate",
@@ -133,7 +139,8 @@ class StageRunner:
         together = stage in _TOGETHER
         if together:
             parallel.tell(_JOIN)
-        with at(stage), self.progress.stage(member, stage) as on_step, staged(final, provenance) as staging:
+        place = staged(final, provenance, carry=carry_over if stage in _READ_BY_USERS else None)
+        with at(stage), self.progress.stage(member, stage) as on_step, place as staging:
             started = time.perf_counter()
             with nullcontext() if together else parallel.alone():
                 make(staging, on_step)

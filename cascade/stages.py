@@ -113,13 +113,8 @@ def make_recovered(
     student = load_model(start).to(default_device())
     if teacher is not None:
         teacher = _own_teacher(teacher, parent)
-    blocks = load_training(data / "train.safetensors")
-    if teacher is None and isinstance(blocks, Examples):
-        blocks = blocks.labelled()  # the others have nothing to say
-    selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
+    blocks, selection = _texts(recipe, data, teacher, stage)
     _check_computable(student, recipe, member, parent, selection)
-    if stage != "distill" and isinstance(blocks, TokenBlocks) and isinstance(selection, TokenBlocks):
-        blocks, selection = replace(blocks, known=None), replace(selection, known=None)
     options = training_options(settings, learning_rate)
     targets, angles = None, []
     if teacher is None:
@@ -186,6 +181,19 @@ def _check_computable(
         tell_once(told)
 
 
+def _texts(
+    recipe: Recipe, data: Path, teacher: nn.Module | None, stage: str
+) -> tuple[TokenBlocks | Examples, TokenBlocks | Examples]:
+    """What a training reads, and what it is judged on; a baseline's without what a teacher has said of it."""
+    blocks = load_training(data / "train.safetensors")
+    if teacher is None and isinstance(blocks, Examples):
+        blocks = blocks.labelled()  # the others have nothing to say
+    selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
+    if stage != "distill" and isinstance(blocks, TokenBlocks) and isinstance(selection, TokenBlocks):
+        blocks, selection = replace(blocks, known=None), replace(selection, known=None)
+    return blocks, selection
+
+
 def make_labels(
     folder: Path,
     recipe: Recipe,
@@ -241,9 +249,13 @@ def make_rate(
     on_step: OnStep,
     *,
     cache: TeacherCache | None,
+    stage: str,
     lineage: Sequence[Path] | None,
 ) -> None:
-    """rate.json: the learning rate found for a member's recovery, and what was tried."""
+    """rate.json: the learning rate found for a member's recovery, or for its baseline's, and what was tried.
+
+    `stage` is that of the training; both are searched for in the same way, each by its own loss on selection text.
+    """
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
@@ -252,8 +264,11 @@ def make_rate(
         options.pop(own)
     student = load_model(start).to(default_device())
     teacher = None if teacher is None else _own_teacher(teacher, parent)
-    blocks, targets = load_training(data / "train.safetensors"), None
-    if cache is not None and teacher is not None and isinstance(blocks, TokenBlocks):
+    blocks, selection = _texts(recipe, data, teacher, stage)
+    targets = None
+    if teacher is None:
+        options["on_policy"] = None
+    elif cache is not None and isinstance(blocks, TokenBlocks):
         options["objective"] = cache.objective(options["objective"])
         targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
     found = find_learning_rate(
@@ -261,7 +276,7 @@ def make_rate(
         teacher,
         blocks,
         num_tokens=member.num_tokens,
-        selection=load_training(data / "selection.safetensors").take(selection_size(recipe)),
+        selection=selection,
         seed=recipe.seed,
         first_position=member.first_position,
         on_try=on_step,

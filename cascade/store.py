@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,13 @@ def output_digest(folder: Path) -> str:
 
 
 @contextmanager
-def staged(final: Path, provenance: dict[str, Any]) -> Iterator[Path]:
+def staged(
+    final: Path, provenance: dict[str, Any], *, carry: Callable[[Path, Path], object] | None = None
+) -> Iterator[Path]:
     """A folder to write into that becomes `final` when the block ends well, and vanishes when it does not.
 
-    An older folder of that name is replaced; there is no moment at which a reader finds half of one.
+    An older folder of that name is replaced; there is no moment at which a reader finds half of one. `carry(older,
+    newer)` brings over what is not the run's own, before the older one goes.
 
     Raises:
         DiskError: the disk takes no more; nothing is left of the staging folder, and what was there before is.
@@ -118,6 +121,8 @@ def staged(final: Path, provenance: dict[str, Any]) -> Iterator[Path]:
         failpoint("store.written")
         _write_manifest(staging, provenance)
         failpoint("store.manifest")
+        if carry is not None and final.is_dir():
+            carry(final, staging)
         _replace_folder(staging, final)
     except BaseException as error:
         held = _held(staging)

@@ -50,7 +50,7 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
         damaged = verify_folder(run_folder)
         for name in damaged:
             cure = f"`cascade report {run_folder}`" if name in DERIVED else again
-            own = "put it back as it was: every member's card has it" if name == "recipe.yaml" else cure
+            own = f"{again}; what it is now is set aside" if name == "recipe.yaml" else cure
             faults.append(Fault(name, "is not as the run left it", own))
         count += (
             len(json.loads((run_folder / MANIFEST).read_text(encoding="utf-8")).get("files", {}))

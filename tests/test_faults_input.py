@@ -456,12 +456,15 @@ def test_F32_keys_of_the_environment_are_in_no_file_no_output_and_no_traceback(z
 
 def test_F33_a_card_keeps_texts_from_outside_in_their_places(tiny_family):
     from cascade.report.card import member_card
+    from cascade.report.provenance import Provenance
 
     rows = load_family(tiny_family)["rows"]
     evil = "x`\n---\nlicense: mit\n<script>alert(1)</script>\n```"
     lineage = json.loads((tiny_family / "members" / "big" / "cascade.json").read_text()) | {"parent": evil}
-    lineage["origins"] = [{"name": evil, "licence": "", "terms": ""}]
-    card = member_card(rows[1], rows[0], lineage, "name: x\n````\n<script>\n")
+    origins = ({"name": evil, "licence": "", "terms": ""},)
+    texts = dict.fromkeys(("parent", "start_from", "base_model", "teacher", "text_by"), evil)
+    made = Provenance(**lineage["provenance"] | texts | {"origins": origins})
+    card = member_card(rows[1], rows[0], made, lineage, "name: x\n````\n<script>\n")
     front = card.split("---\n")[1]
     assert json.dumps(evil) in front and "\nlicense:" not in front
     blocks = r"^(```+)[a-z]*\n.*?\n\1$|`[^`\n]*`"

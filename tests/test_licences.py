@@ -94,7 +94,7 @@ def test_a_student_that_is_there_already_has_its_own_licence(recipe_folder, pare
         preview(load_recipe(recipe_folder / "tiny.yaml", changes))
     recipe = load_recipe(recipe_folder / "tiny.yaml", [*changes, "acknowledged=[gemma]"])
     card = (run_recipe(recipe, output=tmp_path / "run") / "members" / "given" / "README.md").read_text()
-    assert "license:" not in card.split("---")[1] and "`gemma`" in card and "`mit`" in card
+    assert 'license: "gemma"' in card.split("---")[1] and "`gemma`" in card and "`mit`" in card
 
 
 def test_a_datasets_provenance_names_its_writers_terms(parent, tmp_path):

@@ -20,6 +20,8 @@ from cascade.run import run_recipe
 from cascade.runner import StageRunner
 from cascade.store import verify_folder
 
+BASELINES = "baselines: [cut, repaired, {ce: {learning_rate: 3e-3}}]"
+
 VOLATILE = ("speed", "cost")
 
 
@@ -500,7 +502,7 @@ def test_broken_parents_are_refused(recipe_folder, tiny_parent, tmp_path):
 def test_a_searched_shape_is_the_best_of_those_recovered_and_nothing_is_tried_twice(
     recipe_folder, tmp_path, monkeypatch
 ):
-    text = (recipe_folder / "tiny.yaml").read_text().replace("baselines: [cut, repaired, ce]", "baselines: []")
+    text = (recipe_folder / "tiny.yaml").read_text().replace(BASELINES, "baselines: []")
     text = text.replace("tasks: [python_minimal_pairs], limit: 6, ", "")
     path = recipe_folder / "search.yaml"
     path.write_text(text + "prune: {search: {candidates: 4, finalists: 2, tokens: 256}, repair: {num_blocks: 4}}\n")
@@ -541,7 +543,7 @@ def test_a_searched_shape_is_the_best_of_those_recovered_and_nothing_is_tried_tw
 
 
 def test_a_recipe_with_every_other_score_runs_to_the_end(recipe_folder, tmp_path):
-    text = (recipe_folder / "tiny.yaml").read_text().replace("baselines: [cut, repaired, ce]", "baselines: [repaired]")
+    text = (recipe_folder / "tiny.yaml").read_text().replace(BASELINES, "baselines: [repaired]")
     text = text.replace("tasks: [python_minimal_pairs], limit: 6, ", "")
     path = recipe_folder / "scores.yaml"
     path.write_text(
@@ -593,7 +595,7 @@ def _axes_and_dims(config):
 
 
 def test_the_learning_rate_is_found_once_and_trained_at(recipe_folder, tmp_path):
-    text = (recipe_folder / "tiny.yaml").read_text().replace("baselines: [cut, repaired, ce]", "baselines: []")
+    text = (recipe_folder / "tiny.yaml").read_text().replace(BASELINES, "baselines: []")
     text = text.replace("tasks: [python_minimal_pairs], limit: 6, ", "").replace("learning_rate: 3e-3, ", "")
     path = recipe_folder / "rate.yaml"
     path.write_text(text)

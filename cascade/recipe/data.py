@@ -2,9 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo, model_validator
 
-from cascade.recipe.section import COMMIT, Paths, PositiveFloat, PositiveInt, Section
+from cascade.recipe.places import RecipePath, RecipePaths, resolved, shown
+from cascade.recipe.section import COMMIT, PositiveFloat, PositiveInt, Section, as_list
+
+
+def _resolved_file(value: str, info: ValidationInfo) -> str:
+    """A split of source files is a path; that of a hub dataset is the dataset's name for it."""
+    return resolved(value, info) if info.data.get("source") == "files" else value
+
+
+Splits = Annotated[
+    list[Annotated[str, AfterValidator(_resolved_file), PlainSerializer(shown)]], BeforeValidator(as_list)
+]
+"""Files, or the hub's name of a split."""
 
 
 class Data(Section):
@@ -14,18 +26,18 @@ class Data(Section):
     """stdlib: the Python standard library's source; files: local JSONL(.gz), Parquet, text; hub: a hub dataset;
     generated: what the section `generate` has written, its splits cut by prompt; digits: the handwritten digits that
     scikit-learn ships, for image_classification."""
-    train: Paths = []
+    train: Splits = []
     """source files: paths, relative to the recipe's folder; source hub: the dataset's split name"""
-    calibration: Paths = []
+    calibration: Splits = []
     """What statistics are taken on; cut from train where empty."""
-    selection: Paths = []
+    selection: Splits = []
     """What choices are made on; cut from train where empty."""
-    heldout: Paths = []
+    heldout: Splits = []
     """What results are reported on; cut from train where empty."""
     weights: list[PositiveFloat] = []
     """source files: of each entry of `train`, its share of the training tokens; by their size where not given. Short
     sources are repeated, so that none is cut short."""
-    production: Paths = []
+    production: RecipePaths = []
     """Files with a sample of what the members will really meet, in the same form as the text; never trained on. The
     report shows how the teacher and the members do there, and whether the recipe's text is the wrong diet."""
     text_field: str = "text"
@@ -33,7 +45,7 @@ class Data(Section):
     """Classification: the field with the class, a name or a number."""
     image_field: str = "image"
     """image_classification: the field with rows of pixels, a picture, or the path of one."""
-    unlabelled: Paths = []
+    unlabelled: Annotated[list[Literal["rest"] | RecipePath], BeforeValidator(as_list)] = []
     """Classification: files whose examples only the teacher labels; `rest`: those that train_examples leaves out."""
     train_examples: PositiveInt | None = None
     """Classification: so many labelled examples for the members, spread evenly; all where not given. A parent that is

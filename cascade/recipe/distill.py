@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from cascade.recipe.places import RecipePath
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 
 LONG_TRAINING_TOKENS = 20_000_000
@@ -73,7 +74,7 @@ class TargetCache(Section):
     """sampled: tokens, as the vocabulary writes them, whose probability is kept as it is (end of turn, tool call)."""
     dtype: Literal["bfloat16", "int8"] = "bfloat16"
     """hidden: of the states; int8 has a scale per token."""
-    folder: str = ""
+    folder: RecipePath = ""
     """Shared between runs; among the user's caches (~/.cache/cascade/teacher) where not given."""
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from cascade.recipe.section import Paths, PositiveFloat, PositiveInt, Section
+from cascade.recipe.section import Names, PositiveFloat, PositiveInt, Section
 
 
 class Finish(Section):
@@ -13,7 +13,7 @@ class Finish(Section):
     quantise: Literal["int8", "int4"]
     """int8: each row of a linear layer's weight has a scale; int4: each run of up to 128 of its columns. Embeddings and
     head stay as they are. Needs torchao. int4 is written a byte each: its packed layouts need GPU packages."""
-    members: Paths = []
+    members: Names = []
     """Whose copies, `parent` among them; all where not given."""
     tokens: PositiveInt | None = None
     """Quantisation-aware: first train so many tokens with rounded weights, under the parent and with the loss of the

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cascade.recipe.section import Fraction, Paths, PositiveFloat, PositiveInt, Section
+from cascade.recipe.places import ModelReference, RecipePaths, ServedModel
+from cascade.recipe.section import Fraction, Names, PositiveFloat, PositiveInt, Section
 
 HOW_ASKED = (
     "concurrency", "timeout_seconds", "max_retries", "max_backoff_seconds", "allow_http", "key_env", "budget"
@@ -43,7 +44,7 @@ class Endpoint(Section):
 
     url: str
     """Up to and without `/chat/completions`, such as https://api.openai.com/v1."""
-    model: str
+    model: ServedModel
     """The name that the server knows the model by."""
     api: Literal["chat", "completions"] = "chat"
     """chat: messages; completions: a prompt's text is continued."""
@@ -102,17 +103,17 @@ class Filters(Section):
 class Generate(Section):
     """Prompts, who answers them, and what is kept."""
 
-    teacher: str = "parent"
+    teacher: Literal["parent"] | ModelReference = "parent"
     """parent, or a model's reference; not used with an endpoint."""
     endpoint: Endpoint | None = None
     """Ask a server instead of a model here."""
-    prompts: Paths = []
+    prompts: RecipePaths = []
     """JSONL files, each line with a `prompt` (a text) or `messages`."""
-    templates: Paths = []
+    templates: Names = []
     """Prompts with {names} in them, filled in with `values`, every combination once."""
     values: dict[str, list[str]] = {}
     """name -> what may stand there."""
-    text: Paths = []
+    text: RecipePaths = []
     """Files of text (as data.train takes them); the first words of each document are a prompt."""
     text_words: PositiveInt = 16
     """Words of each document of `text`."""

@@ -6,12 +6,13 @@ read (`acknowledged`).
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cascade.errors import UserError
+from cascade.recipe.places import shown_model
 
 _LLAMA_ONLY = (
     "its output may not be used to improve other large language models than Llama and what is derived from it "
@@ -96,10 +97,9 @@ class Origin:
         return "" if found is None or (self.derived and not found.derived) else found.says
 
     def record(self) -> dict[str, Any]:
-        """For cards and provenance."""
-        return {name: value for name, value in asdict(self).items() if name in ("name", "licence")} | {
-            "terms": self.terms
-        }
+        """For cards and provenance, without the folders of this machine."""
+        name = self.name if self.place == "generate.endpoint" else shown_model(self.name)
+        return {"name": name, "licence": self.licence, "terms": self.terms}
 
 
 def licence_of(folder: Path) -> str:

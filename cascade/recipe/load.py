@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from cascade.errors import RecipeError, UserError
 from cascade.recipe.generate import Generate
+from cascade.recipe.places import FOLDER
 from cascade.recipe.schema import Recipe
 from cascade.secrets import looks_secret, redact
 from cascade.yaml_reader import YamlDocument, parse_yaml, read_yaml
@@ -30,11 +31,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     overridden = [_override(document, text) for text in overrides]
     _refuse_secrets(document, path, overridden)
     try:
-        recipe = Recipe.model_validate(document.data)
+        recipe = Recipe.model_validate(document.data, context={FOLDER: path.resolve().parent})
     except ValidationError as error:
         problems = [_describe(document, problem, overridden) for problem in error.errors()]
         raise RecipeError(str(path), list(dict.fromkeys(problems))) from error
-    return _with_absolute_paths(recipe, path.resolve().parent)
+    generate = recipe.generate
+    if generate is not None and generate.endpoint is not None:
+        if urlsplit(generate.endpoint.url).hostname not in _HERE:
+            _require_near(generate, path.resolve().parent)
+    return recipe
 
 
 def _refuse_secrets(document: YamlDocument, path: Path, overridden: list[tuple[str, ...]]) -> None:
@@ -129,38 +134,6 @@ def _is_branch(part: Any) -> bool:
     return isinstance(part, str) and "[" in part
 
 
-def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    data = recipe.data
-    data = data.model_copy(update={"production": [_absolute(value, folder) for value in data.production]})
-    if data.source == "files":
-        names = ("train", "calibration", "selection", "heldout", "unlabelled")
-        data = data.model_copy(
-            update={
-                name: [value if value == "rest" else _absolute(value, folder) for value in getattr(data, name)]
-                for name in names
-            }
-        )
-    generate = recipe.generate
-    if generate is not None:
-        paths = {name: [_absolute(value, folder) for value in getattr(generate, name)] for name in ("prompts", "text")}
-        teacher = generate.teacher if generate.teacher == "parent" else _model_path(generate.teacher, folder)
-        if generate.endpoint is not None and urlsplit(generate.endpoint.url).hostname not in _HERE:
-            _require_near(generate, folder)
-        generate = generate.model_copy(update=paths | {"teacher": teacher})
-    folders = [_absolute(value, folder) for value in recipe.evaluate.task_folders]
-    parent = recipe.parent.model_copy(update={"model": _model_path(recipe.parent.model, folder)})
-    members = [member.model_copy(update={"student": _model_path(member.student, folder)}) for member in recipe.members]
-    return recipe.model_copy(
-        update={
-            "data": data,
-            "generate": generate,
-            "parent": parent,
-            "members": members,
-            "evaluate": recipe.evaluate.model_copy(update={"task_folders": folders}),
-        }
-    )
-
-
 def _require_near(generate: Generate, folder: Path) -> None:
     """What is sent to a server lies where the recipe does, or where the command runs: a recipe may be a stranger's.
 
@@ -171,27 +144,8 @@ def _require_near(generate: Generate, folder: Path) -> None:
     for name in ("prompts", "text"):
         for value in getattr(generate, name):
             url = generate.endpoint and generate.endpoint.url
-            place = Path(_absolute(value, folder)).resolve()
-            if not any(place.is_relative_to(one) for one in near):
+            if not any(Path(value).resolve().is_relative_to(one) for one in near):
                 raise UserError(
                     f"generate.{name}: {value} would be sent to {url}, and lies neither beside or below the recipe nor "
                     f"where the command runs ({near[1]}); copy it there"
                 )
-
-
-def _model_path(reference: str, folder: Path) -> str:
-    """A local path made absolute; builtin and hub names as they are."""
-    if not reference or reference.startswith("builtin:"):
-        return reference
-    path = Path(_absolute(reference, folder))
-    return str(path) if path.exists() or reference.startswith((".", "/", "~")) else reference
-
-
-def _absolute(value: str, folder: Path) -> str:
-    if "\0" in value:
-        raise UserError(f"{value!r}: no path has a NUL in it")
-    try:
-        path = Path(value).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{value}: {error}") from error
-    return str(path if path.is_absolute() else (folder / path).resolve())

@@ -9,13 +9,15 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cascade.paths import inside
+from cascade.recipe.baseline import Baseline, Kind
 from cascade.recipe.data import Data
 from cascade.recipe.distill import Distill
 from cascade.recipe.finish import Finish
 from cascade.recipe.generate import Generate
 from cascade.recipe.licences import TERMS
+from cascade.recipe.places import ModelReference, RecipePaths, RunPath
 from cascade.recipe.prune import Prune
-from cascade.recipe.section import COMMIT, Fraction, Paths, PositiveFloat, PositiveInt, Section
+from cascade.recipe.section import COMMIT, Fraction, Names, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
 from cascade.recipe.task import require_finish, require_task, require_teacher
 
@@ -72,7 +74,7 @@ class Fit(Section):
 class Parent(Section):
     """The first model of the family, and the teacher of every member."""
 
-    model: str = ""
+    model: ModelReference = ""
     """builtin:NAME, a folder, a GGUF file, or a hub id."""
     revision: str | None = None
     """A commit of the hub; required for hub ids."""
@@ -105,7 +107,7 @@ class Member(Section):
     name: str
     target: TargetSize | None = None
     """What to cut to."""
-    student: str = ""
+    student: ModelReference = ""
     """Instead of a target: an existing checkpoint of any shape with the teacher's vocabulary; no cut."""
     config: dict[str, object] = {}
     """Instead of a target: a transformers config of any shape (model_type and the architecture's own keys), filled with
@@ -161,9 +163,9 @@ class Calibration(Section):
 class Evaluate(Section):
     """What is measured on each finished row."""
 
-    tasks: Paths = []
+    tasks: Names = []
     """lm-eval tasks: the package's own, those of task_folders, and lm-eval's."""
-    task_folders: Paths = []
+    task_folders: RecipePaths = []
     """Folders of lm-eval task files, relative to the recipe's folder."""
     limit: PositiveInt | None = None
     """Items per task; all where not given."""
@@ -202,17 +204,18 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     prune: Prune = Prune()
     evaluate: Evaluate = Evaluate()
-    baselines: list[Literal["cut", "repaired", "ce"]] = []
+    baselines: list[Baseline] = []
     """Rows to compare each member with. cut: the same cut model as it was sliced; repaired: after the repair in closed
-    form, before any training; ce: recovered by cross-entropy alone, from the same start, on the same tokens. Measured
-    on held-out text, not on the tasks."""
+    form, before any training; ce: recovered by cross-entropy alone, from the same start, on the same tokens, at the
+    learning rate that suits it: found by short trainings of its own, also where distill.learning_rate is given;
+    {ce: {learning_rate: 3e-3}} gives it one. Measured on held-out text, not on the tasks."""
     save: Save = Save()
     acknowledged: list[str] = []
     """Licences and terms of teachers that were read and are kept to; where one says what its output may be used for,
     the program asks for its name here."""
     seed: int = 0
     """Every random draw comes from this number."""
-    output: str = ""
+    output: RunPath = ""
     """The run directory, from where the command runs; runs/NAME where not given."""
     finish: list[Finish] = []
     """What is done to copies of finished members: weights in 8 or 4 bits."""
@@ -260,7 +263,7 @@ class Recipe(Section):
         require_teacher(self)
         if self.parent.pretrain is not None and (self.data.messages_field or self.data.streaming):
             raise ValueError("parent.pretrain reads texts, all at once; remove data.messages_field and data.streaming")
-        if len(set(self.baselines)) < len(self.baselines):
+        if len(set(self.baseline_kinds)) < len(self.baselines):
             raise ValueError("baselines: one of them stands twice")
         if self.members and self.distill is None:
             raise ValueError("`distill` is missing; members need at least distill.tokens")
@@ -274,6 +277,17 @@ class Recipe(Section):
         if self.data.reuse != "auto":
             return self.data.reuse == "shared"
         return not self.counts_examples and self.distill is not None and self.distill.teacher == "parent"
+
+    @property
+    def baseline_kinds(self) -> list[Kind]:
+        """The baselines without what is said of them."""
+        return [one if isinstance(one, str) else "ce" for one in self.baselines]
+
+    @property
+    def ce_learning_rate(self) -> float | Literal["auto"]:
+        """The cross-entropy baseline's own; auto: to be found."""
+        given = [one.ce.learning_rate for one in self.baselines if not isinstance(one, str)]
+        return given[0] if given else "auto"
 
     @property
     def classifies(self) -> bool:

@@ -17,7 +17,7 @@ def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Paths = Annotated[list[str], BeforeValidator(as_list)]
+Names = Annotated[list[str], BeforeValidator(as_list)]
 
 
 class Section(BaseModel):

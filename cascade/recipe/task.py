@@ -33,7 +33,7 @@ def require_task(recipe: Any) -> None:
             "parent.pretrain": parent.pretrain,
             "parent.fit": parent.fit,
             "data.unlabelled": data.unlabelled,
-            "baselines: ce": "ce" in recipe.baselines,
+            "baselines: ce": "ce" in recipe.baseline_kinds,
             "distill.cross_entropy_weight": distill is not None and distill.cross_entropy_weight,
             "distill.loss": distill is not None and distill.loss != "forward_kl",
             "distill.temperature": distill is not None and distill.temperature != 1,
@@ -105,7 +105,7 @@ def require_teacher(recipe: Any) -> None:
     if distill.on_policy is not None:
         raise ValueError(f"{place}: the parent does not judge; remove on_policy")
     if distill.teacher == "text":
-        if "ce" in recipe.baselines:
+        if "ce" in recipe.baseline_kinds:
             raise ValueError(f"{place}: there is no other loss; remove baseline ce")
         return
     if generate is None or generate.endpoint is None or generate.endpoint.top_logprobs is None:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from cascade.report.provenance import Provenance, base_model_relation, sentence, tags
 from cascade.report.records import Row
 from cascade.report.tables import markdown_table, quality_table, stage_table
 
@@ -15,51 +16,27 @@ _PIPELINES = {
 }
 
 
-def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: str) -> str:
+def member_card(row: Row, teacher: Row, made: Provenance, lineage: dict[str, Any], recipe_yaml: str) -> str:
     """README.md of a member. Texts from outside stand in quotes or code blocks only."""
     auto = lineage.get("auto_class", "AutoModelForCausalLM")
     images = auto == "AutoModelForImageClassification"
-    unit = "tokens" if auto == "AutoModelForCausalLM" else "examples"
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": _PIPELINES[auto],
-        "base_model": lineage["parent"],
-        "base_model_relation": "finetune",
-        "tags": ["cascade", "pruned", "distilled"],
-    }
-    origins = lineage["origins"]
-    rounded, cut = "quantised" in lineage, bool(lineage["seed"]) or lineage.get("copy_of") == "parent"
-    if rounded:
-        front |= {"base_model_relation": "quantized", "tags": ["cascade", lineage["quantised"]]}
-    if cut and origins and origins[0]["licence"] and origins[0]["name"] == lineage["parent"]:
-        front["license"] = origins[0]["licence"]
-    parent = _code(lineage["parent"])
-    head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in _front(made, auto).items())
     share = row["num_parameters"] / teacher["num_parameters"]
-    if "quantised" in lineage:
-        made = f"`{lineage['copy_of']}` with weights in {lineage['quantised']} (torchao)"
-        made += f", trained so on {row['tokens']['hop']:,} {unit}." if row["tokens"]["hop"] else ", as they are."
-    else:
-        origin = f"cut from `{lineage['seed']}`" if lineage["seed"] else "an existing student, not cut"
-        made = (
-            f"{origin} and recovered by distillation from `{parent}` on {row['tokens']['hop']:,} {unit} "
-            f"({row['tokens']['cumulative']:,} along its chain)."
-        )
     fence = "````"
     return (
         "\n\n".join(
             [
                 f"---\n{head}\n---",
                 f"# {row['name']}",
-                f"{row['num_parameters']:,} parameters ({share:.0%} of its parent), {made}",
+                f"{row['num_parameters']:,} parameters ({share:.0%} of {_code(made.parent)}'s), {sentence(made)}.",
                 f"```python\nfrom transformers import {auto}{'' if images else ', AutoTokenizer'}\n\n"
                 f'model = {auto}.from_pretrained(".")\n'
                 + ("```" if images else 'tokenizer = AutoTokenizer.from_pretrained(".")\n```'),
                 "## Quality",
                 markdown_table(quality_table([teacher, row])),
-                *([] if "quantised" in lineage else ["## Cut and recovery", markdown_table(stage_table([row]))]),
-                *(["## Licences"] if origins else []),
-                *[_licence(origin) for origin in origins],
+                *([] if made.quantised else ["## Cut and recovery", markdown_table(stage_table([row]))]),
+                *(["## Licences"] if made.origins else []),
+                *[_licence(origin) for origin in made.origins],
                 "## Lineage",
                 f"```json\n{json.dumps(lineage, indent=1)}\n```",
                 "## Recipe",
@@ -70,12 +47,21 @@ def member_card(row: Row, teacher: Row, lineage: dict[str, Any], recipe_yaml: st
     )
 
 
+def _front(made: Provenance, auto: str) -> dict[str, Any]:
+    """The card's head: of the base model and its licence only what is known and so."""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": _PIPELINES[auto]}
+    if made.base_model:
+        front |= {"base_model": made.base_model, "base_model_relation": base_model_relation(made)}
+    front["tags"] = tags(made)
+    return front | ({"license": made.licence} if made.licence else {})
+
+
 def _code(text: str) -> str:
-    """A text from outside that cannot leave the backquotes it is put into."""
-    return " ".join(text.replace("`", "'").split())
+    """A text from outside in backquotes that it cannot leave."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def _licence(origin: dict[str, str]) -> str:
     """A model that this one has learned from, and what is known of its terms."""
-    named = f"`{origin['licence']}`" if origin["licence"] else "not found: look where the model comes from"
-    return f"`{_code(origin['name'])}`: {named}." + (f" Terms: {origin['terms']}." if origin["terms"] else "")
+    named = _code(origin["licence"]) if origin["licence"] else "not found: look where the model comes from"
+    return f"{_code(origin['name'])}: {named}." + (f" Terms: {origin['terms']}." if origin["terms"] else "")

@@ -1,18 +1,22 @@
 """family.json, family.csv, report.md and a self-contained report.html of one family."""
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from cascade.carrying import free_name
 from cascade.errors import UserError
 from cascade.failpoints import failpoint
 from cascade.health import findings
 from cascade.report.logs import training_logs
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
 from cascade.report.production import load_drift, production_table, wrong_diet
+from cascade.report.provenance import load_provenances, provenance_table
+from cascade.report.rates import load_rates, rates_table
 from cascade.report.records import Row, family_csv, family_json, metric_names
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
 from cascade.report.tail import decile_table, load_tails, slice_table
@@ -59,12 +63,20 @@ def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str,
 
 
 def set_damaged_aside(run_folder: Path) -> None:
-    """Reports that are not as a run left them get another name: they are made again from what is whole."""
+    """Reports that are not as a run left them get another name: they are made again from what is whole.
+
+    Of the recipe a copy is set aside: whose directory it is has to be known at every moment.
+    """
     for name in verify_folder(run_folder):
         path = run_folder / name
-        if name not in (MANIFEST, "recipe.yaml") and path.exists():
-            logger.warning("%s: is not as it was written; it is set aside as %s.damaged and made again", path, name)
-            path.rename(run_folder / f"{name}.damaged")
+        if name == MANIFEST or not path.exists():
+            continue
+        aside = free_name(path, ".damaged")
+        logger.warning("%s: is not as it was written; it is set aside as %s and made again", path, aside.name)
+        if name == "recipe.yaml":
+            shutil.copyfile(path, aside)
+        else:
+            path.rename(aside)
 
 
 @contextmanager
@@ -124,13 +136,17 @@ def report_html(
 
 def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     """What a run has written besides its rows."""
-    verdicts, tails = load_verdicts(run_folder), load_tails(run_folder)
+    verdicts, tails, made = load_verdicts(run_folder), load_tails(run_folder), load_provenances(run_folder)
     tables = [("Good enough", verdict_table(verdicts))] if verdicts else []
     said = [[name, one] for name, log in training_logs(run_folder).items() for one in findings(log)]
     tables += [("Trainings to look at", [["member", "found"], *said])] if said else []
+    rates = load_rates(run_folder)
+    tables += [("Learning rates", rates_table(rates))] if rates else []
     targets = load_targets(run_folder)
     if targets.get("members"):
         tables.append((f"Teacher's targets: {targets['kind']}", targets_table(targets)))
+    published = [made[row["name"]] for row in rows if row["name"] in made]
+    tables += [("Where they come from", provenance_table(published))] if published else []
     drift = load_drift(run_folder)
     if drift:
         said = [[one] for one in wrong_diet(drift, rows)]

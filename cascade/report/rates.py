@@ -1,0 +1,50 @@
+"""The learning rates that members and their cross-entropy baselines were trained at, and what was tried for each."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cascade.report.tables import Table
+
+RATES = "rates.json"
+"""In the run directory: row's name -> its `Rate`."""
+
+Rate = dict[str, Any]
+"""learning_rate, searched (whether by short trainings; else the recipe gives it), tried (learning_rate and selection
+loss of each), num_tokens (of all tries)"""
+
+
+def load_rates(run_folder: Path) -> dict[str, Rate]:
+    """What a run wrote; nothing in the runs of older versions."""
+    path = run_folder / RATES
+    found: dict[str, Rate] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def rate_of(learning_rate: float, search: Path | None) -> Rate:
+    """What a training was done at; `search` is the folder of the stage that found it, None where the recipe did."""
+    found: dict[str, Any] = {"tried": [], "num_tokens": 0}
+    if search is not None:
+        found = json.loads((search / "rate.json").read_text(encoding="utf-8"))
+    return {
+        "learning_rate": learning_rate,
+        "searched": search is not None,
+        "tried": found["tried"],
+        "num_tokens": found["num_tokens"],
+    }
+
+
+def rates_table(rates: Mapping[str, Rate]) -> Table:
+    """One line for each training."""
+    table = [["", "learning rate", "", "tries", "tokens or examples", "selection loss at each"]]
+    for name, rate in rates.items():
+        losses = ", ".join(
+            f"{one['learning_rate']:.3g}: {'ran off' if one['loss'] is None else format(one['loss'], '.4g')}"
+            for one in rate["tried"]
+        )
+        found = "found by short trainings" if rate["searched"] else "as the recipe says"
+        tokens = f"{rate['num_tokens']:,}" if rate["searched"] else ""
+        tries = str(len(rate["tried"])) if rate["searched"] else ""
+        table.append([name, f"{rate['learning_rate']:.3g}", found, tries, tokens, losses])
+    return table
