@@ -165,6 +165,8 @@ def load_filter(path: str) -> Keep:
 def _key_settings(settings: Generate) -> dict[str, Any]:
     """All that changes the dataset: not how an endpoint is reached, nor a budget that only stops."""
     record = settings.model_dump(exclude={"endpoint", "prompts", "text", "batch_size"})
+    if settings.filters.thoughts == "stop":  # what is made then is what was made before there was a choice
+        record["filters"].pop("thoughts")
     endpoint = settings.endpoint
     if endpoint is None:
         return record | {"batch_size": settings.batch_size}

@@ -40,7 +40,7 @@ STAGE_FORMATS = {
     "pretrain": 1,
     "fit": 1,
     "convert": 1,
-    "generate": 1,
+    "generate": 2,
     "data": 1,
     "statistics": 3,
     "candidate": 2,

@@ -23,6 +23,8 @@ from cascade.teacher.local import write
 from cascade.teacher.logprobs import top_logprobs
 from cascade.teacher.prompts import Prompt, beginnings, filled, prompts_of, read_prompts, stdlib_functions
 from cascade.teacher.spending import BudgetSpent, Spending
+from cascade.teacher.thoughts import without_thoughts
+from cascade.teacher.watch import Watch
 
 OnStep = Callable[[int, int], None]
 
@@ -158,6 +160,7 @@ def generate(
         who |= {"teacher": teacher.digest, "top_k": settings.top_k, "batch_size": settings.batch_size}
     wanted = requests_of(prompts, settings.answers, who)
     log = AnswerLog(folder / "answers.jsonl")
+    log.on_added = Watch(settings, [log.answers[one.key] for one in wanted if one.key in log.answers]).look
 
     def report(done: int) -> None:
         if on_step is not None:
@@ -208,6 +211,8 @@ def _dataset(
     dropped: dict[str, int] = {"refused": len(refused)} if refused else {}
     answers = [(request, log.answers[request.key]) for request in wanted if request.key in log.answers]
     for request, answer in answers:
+        if settings.filters.thoughts == "strip":
+            answer = without_thoughts(answer)
         reason = judged.reason_against(request, answer)
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
