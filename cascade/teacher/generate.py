@@ -4,6 +4,7 @@ Sequence-level distillation (Kim and Rush, https://arxiv.org/abs/1606.07947): th
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from cascade.teacher.logprobs import top_logprobs
 from cascade.teacher.prompts import Prompt, beginnings, filled, prompts_of, read_prompts, stdlib_functions
 from cascade.teacher.spending import BudgetSpent, Spending
 from cascade.teacher.thoughts import without_thoughts
-from cascade.teacher.watch import Watch
+from cascade.teacher.watch import LESS_THOUGHT, Watch
 
 OnStep = Callable[[int, int], None]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,11 @@ def _dataset(
             message["top_logprobs"] = json.dumps(top_logprobs(answer.logprobs))
         row = {"messages": [*before, message], "prompt_id": request.prompt.id, "answer": request.number}
         rows.append(row)
+    if rows and dropped.get("only thoughts"):
+        logger.warning(
+            "generate: %s of %s answers are the model's reasoning alone; raise generate.max_new_tokens, or %s",
+            f"{dropped['only thoughts']:,}", f"{len(answers):,}", LESS_THOUGHT,
+        )  # fmt: skip
     if not rows:
         shown = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
         said = f" The endpoint: {refused[0].text}" if refused else ""

@@ -11,7 +11,7 @@ from cascade.teacher.thoughts import has_thoughts, require_no_thoughts, without_
 _MOST_AT_FIRST, _MOST_IN_A_ROW = 5, 20
 """Useless answers in a row, before there is a useful one and after: by then some are a matter of their prompts."""
 
-_LESS_THOUGHT = (
+LESS_THOUGHT = (
     "let it think less: generate.endpoint.extra_body: {reasoning_effort: low}, or where the server renders a template "
     "of its own (vLLM, SGLang, llama.cpp) {chat_template_kwargs: {enable_thinking: false}}"
 )
@@ -63,19 +63,19 @@ class Watch:
         """What the last of them has, and what would mend it."""
         most, reason = self.settings.max_new_tokens, answer.finish_reason
         if has_thoughts(answer) and self.settings.filters.thoughts == "drop":
-            return f"begin with thoughts, and generate.filters.thoughts is drop; give strip, or {_LESS_THOUGHT}"
+            return f"begin with thoughts, and generate.filters.thoughts is drop; give strip, or {LESS_THOUGHT}"
         thinking = answer.reasoned or has_thoughts(answer)
         if reason == "length":
             why = "they are the model's reasoning and no answer" if thinking else "they are empty"
             return (
                 f"ended at generate.max_new_tokens: {most} (finish_reason: length), and {why}; raise it by what the "
-                f"reasoning takes (some thousands of tokens), or {_LESS_THOUGHT}"
+                f"reasoning takes (some thousands of tokens), or {LESS_THOUGHT}"
             )
         if reason in ("refused", "key"):
             what = "are refusals" if reason == "refused" else "repeat the endpoint's key"
             return f"{what}; look at generate.prompts and generate.system"
         if thinking:
-            return f"are the model's reasoning and no answer (finish_reason: {reason}); {_LESS_THOUGHT}"
+            return f"are the model's reasoning and no answer (finish_reason: {reason}); {LESS_THOUGHT}"
         return (
             f"are empty (finish_reason: {reason}); look at generate.endpoint.api and model, and ask the server one of "
             "the prompts by hand"
