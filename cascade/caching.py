@@ -21,7 +21,7 @@ from cascade.data.blocks import TokenBlocks
 from cascade.data.order import blocks_at
 from cascade.distillation.fused import Objective
 from cascade.distillation.on_policy import is_due
-from cascade.errors import RunError, UserError
+from cascade.errors import DiskError, UserError
 from cascade.family import ResolvedMember
 from cascade.models.checkpoint import ModelSource, load_config, load_tokenizer
 from cascade.models.head import Head, head_of
@@ -45,7 +45,7 @@ class TeacherCache:
         """Label what is missing of these blocks; what that came to, and what the form of the targets costs.
 
         Raises:
-            RunError: the disk has no room for them.
+            DiskError: the disk has no room for them.
         """
         self._require_room(blocks, rows)
         done = label(self.windows, self.layout, teacher, blocks.rows(rows), on_step=on_step)
@@ -77,7 +77,7 @@ class TeacherCache:
         needed = missing * blocks.block_size * bytes_per_token(self.layout)
         free = shutil.disk_usage(self.windows.folder).free
         if needed > free:
-            raise RunError(
+            raise DiskError(
                 f"{self.windows.folder}: {needed / 1e9:.1f} GB of {self.layout.kind} targets are to be kept, "
                 f"{free / 1e9:.1f} GB are free; make room (`cascade cache prune`), or give another "
                 "distill.cache.folder or distill.cache.kind"

@@ -174,7 +174,7 @@ def prune(
     dims: tuple[str, ...],
     output: str,
     calibration_blocks: int,
-    data: str,
+    data: str | None,
     block_size: int,
     hidden: str,
     repair: bool,
@@ -235,7 +235,7 @@ def distill(
     loss: str,
     temperature: float,
     seed: int,
-    data: str,
+    data: str | None,
     block_size: int,
     as_json: bool,
 ) -> None:
@@ -279,7 +279,7 @@ def evaluate(
     teacher: str | None,
     limit: int | None,
     heldout_blocks: int,
-    data: str,
+    data: str | None,
     block_size: int,
     as_json: bool,
 ) -> None:
@@ -296,5 +296,5 @@ def evaluate(
             + (f" ± {metric['stderr']:.2g}" if metric["stderr"] else "")
             for metric in found["metrics"]
         }
-        found = {"checkpoint": found["checkpoint"]} | lines | found["speed"]
+        found = {"checkpoint": found["checkpoint"], "text": found["text"]} | lines | found["speed"]
     finish(found, as_json)

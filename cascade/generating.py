@@ -173,6 +173,8 @@ def _key_settings(settings: Generate, *, public: bool = False) -> dict[str, Any]
     """All that changes the dataset: not how an endpoint is reached, nor a budget that only stops."""
     context = PUBLIC if public else None
     record = settings.model_dump(exclude={"endpoint", "prompts", "text", "batch_size"}, context=context)
+    if settings.filters.thoughts == "stop":  # what is made then is what was made before there was a choice
+        record["filters"].pop("thoughts")
     endpoint = settings.endpoint
     if endpoint is None:
         return record | {"batch_size": settings.batch_size}

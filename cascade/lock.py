@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from cascade.errors import BusyError, UserError
+from cascade.errors import BusyError, DiskError, UserError
 from cascade.failpoints import at
 from cascade.secrets import redact
 from cascade.store import make_folder, sweep, write_atomically
@@ -67,11 +67,11 @@ def require_room(folder: Path, num_bytes: int, what: str) -> None:
     """Refuse to start what will not fit on the disk.
 
     Raises:
-        UserError: less is free than is needed.
+        DiskError: less is free than is needed.
     """
     free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free
     if free < num_bytes:
-        raise UserError(
+        raise DiskError(
             f"{folder}: {what} need {num_bytes / 1e9:,.2f} GB of disk, {free / 1e9:,.2f} GB are free; make room, or "
             "give an --output on another disk"
         )

@@ -28,7 +28,7 @@ def require_room_for(run_folder: Path, members: Sequence[ResolvedMember]) -> Non
     """Refuse now what would not fit on the disk at its end.
 
     Raises:
-        UserError: less is free than the members still need.
+        DiskError: less is free than the members still need.
     """
     names = ", ".join(one.name for one in _missing(run_folder, members))
     require_room(run_folder, bytes_still_needed(run_folder, members), f"the members {names}")

@@ -14,6 +14,7 @@ from cascade.caching import open_cache
 from cascade.checks import check_family, require_one_process
 from cascade.errors import RunError, UserError
 from cascade.estimates import parent_seconds
+from cascade.evaluation.task_files import write_task_files
 from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
@@ -82,6 +83,7 @@ def run_recipe(
             set_damaged_aside(folder)
         with resealed(folder):
             write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
+            write_task_files(folder, recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
         keep_latencies(recipe, config, folder, latencies)
         parallel.barrier()
         settle(folder, choice)

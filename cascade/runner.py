@@ -41,7 +41,7 @@ STAGE_FORMATS = {
     "pretrain": 1,
     "fit": 1,
     "convert": 1,
-    "generate": 1,
+    "generate": 2,
     "framing": 1,
     "data": 1,
     "statistics": 3,

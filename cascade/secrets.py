@@ -35,7 +35,14 @@ _HARMLESS = re.compile(
 )
 """What a process that runs foreign code may know of the environment."""
 _SHORTEST = 8
-"""A shorter value of a variable is more likely a word than a key."""
+"""A shorter value is more likely a word than a key."""
+
+_PLACEHOLDER_WORDS = frozenset(
+    "a abc abc123 any anything api change changeme do does dummy empty example fake here insert is key local localhost "
+    "lm matter me mock my needed no none not nothing null ollama optional placeholder replace required secret sk "
+    "string studio test this token unused use used vllm whatever x your".split()
+)
+"""What servers that need no key are given instead of one is put together from these: sk-no-key-required, lm-studio."""
 
 HIDDEN = "[hidden]"
 
@@ -43,8 +50,15 @@ _known: set[str] = set()
 
 
 def remember(key: str) -> None:
-    """A key that this process uses, whatever its form and its variable's name."""
-    _known.add(key)
+    """A key that this process uses, whatever its form and its variable's name; placeholders are not remembered."""
+    if is_key(key):
+        _known.add(key)
+
+
+def is_key(value: str) -> bool:
+    """Whether a value can be a key: a short one, or a placeholder such as `none`, is a word that any text may hold."""
+    words = re.split(r"[\W_]+", value.lower())
+    return len(value) >= _SHORTEST and not all(word in _PLACEHOLDER_WORDS for word in words)
 
 
 def is_secret_name(name: str) -> bool:
@@ -59,7 +73,7 @@ def looks_secret(text: str) -> bool:
 
 def redact(text: str) -> str:
     """The text without keys: those of known forms, those in addresses, and the values of this process's own."""
-    own = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST}
+    own = {value for name, value in os.environ.items() if is_secret_name(name) and is_key(value)}
     own |= _known
     own |= {quote(value, safe="") for value in own}
     for value in sorted(own, key=len, reverse=True):

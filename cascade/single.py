@@ -19,6 +19,7 @@ from cascade.family import hidden_score
 from cascade.importance.offload import blocks_at_once, offloaded
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
+from cascade.models.architecture import require_language
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import (
     ModelSource,
@@ -42,6 +43,9 @@ from cascade.pruning.stream import prune_on_disk
 from cascade.pruning.target import Target
 from cascade.store import require_empty, staged
 
+PICO, STDLIB = "builtin:pico-python", "stdlib"
+"""The model that comes with the package, and the text that it was trained on."""
+
 
 def prune_model(
     reference: str,
@@ -49,7 +53,7 @@ def prune_model(
     dims: dict[str, int],
     output: Path,
     num_blocks: int,
-    data: str,
+    data: str | None,
     block_size: int,
     *,
     hidden: str = "auto",
@@ -63,6 +67,7 @@ def prune_model(
     output = require_empty(output)
     if params is None and not dims:
         raise UserError("give --params or at least one --dim")
+    data = named_text(data, reference)
     source = resolve_model(reference)
     config = load_config(source)
     check_weights(source, config)
@@ -97,6 +102,7 @@ def prune_model(
             _save(student, folder, source)
     return {
         "output": str(output),
+        "text": told_text(data),
         "num_parameters": int(probe_axes(shaped).num_parameters(wanted)),
         **wanted.as_dict(),
     }
@@ -120,11 +126,14 @@ def prune_model_on_disk(reference: str, plan_path: Path, output: Path) -> dict[s
 
 
 def distill_model(
-    student: str, teacher: str, output: Path, data: str, block_size: int, options: dict[str, Any]
+    student: str, teacher: str, output: Path, data: str | None, block_size: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl."""
     output = require_empty(output)
+    data = named_text(data, teacher)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
+    for one in (source, teacher_source):
+        require_language(load_config(one), one.reference)
     require_same_vocabulary(load_tokenizer(teacher_source), load_tokenizer(source), source.reference)
     learner, expert = load_model(source), load_model(teacher_source)
     with staged(
@@ -148,6 +157,7 @@ def distill_model(
         _save(learner, folder, source)
     return {
         "output": str(output),
+        "text": told_text(data),
         "learning_rate": options["learning_rate"],
         "num_steps": metrics.num_steps,
         "num_tokens": metrics.num_tokens,
@@ -164,22 +174,44 @@ def evaluate_model(
     teacher: str | None,
     limit: int | None,
     num_blocks: int,
-    data: str,
+    data: str | None,
     block_size: int,
 ) -> dict[str, Any]:
     """Every number about one checkpoint."""
     source = resolve_model(checkpoint)
+    data = named_text(data, checkpoint)
+    require_language(load_config(source), source.reference)
     heldout = heldout_blocks(_text(data), load_tokenizer(source), block_size=block_size, max_blocks=num_blocks)
     tokenizer, expert = load_tokenizer(source), None
     if teacher is not None:
         teacher_source = resolve_model(teacher)
+        require_language(load_config(teacher_source), teacher_source.reference)
         require_same_vocabulary(load_tokenizer(teacher_source), tokenizer, source.reference)
         expert = load_model(teacher_source).to(default_device())
     result = evaluate(source, tasks=tasks, teacher=expert, heldout=heldout, task_folders=task_folders, limit=limit)
     if result.failed:
         told = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
         raise RunError(f"{told}. The others: {json.dumps(result.metrics)}")
-    return {"checkpoint": source.reference, "metrics": result.metrics, "speed": result.speed}
+    return {"checkpoint": source.reference, "text": told_text(data), "metrics": result.metrics, "speed": result.speed}
+
+
+def named_text(data: str | None, reference: str) -> str:
+    """What --data names; not given, the text of the model that comes with the package, and of no other.
+
+    Raises:
+        UserError: nothing says which text the model is meant for.
+    """
+    if data is None and reference != PICO:
+        raise UserError(
+            f"--data is missing: give text like that which {reference} was trained on (a JSONL(.gz), Parquet or text "
+            f"file), as all figures depend on it; --data {STDLIB} takes the source code of Python's standard library"
+        )
+    return STDLIB if data is None else data
+
+
+def told_text(data: str) -> str:
+    """The text as results name it."""
+    return f"{STDLIB} (source code of Python's standard library)" if data == STDLIB else data
 
 
 def _blocks(data: str, split: str, source: ModelSource, block_size: int) -> TokenBlocks:
@@ -190,7 +222,7 @@ def _blocks(data: str, split: str, source: ModelSource, block_size: int) -> Toke
 
 
 def _text(data: str) -> TextData:
-    return TextData("stdlib", {}) if data == "stdlib" else TextData("files", {"train": (data,)})
+    return TextData("stdlib", {}) if data == STDLIB else TextData("files", {"train": (data,)})
 
 
 def _save(model: Any, folder: Path, source: ModelSource) -> None:

@@ -19,7 +19,7 @@ from cascade.cache import shards
 from cascade.cache.shards import Windows, root_name
 from cascade.cache_choice import bytes_per_token, choose_cache
 from cascade.cli import main
-from cascade.errors import RunError, UserError
+from cascade.errors import DiskError, RunError, UserError
 from cascade.family import resolve_family
 from cascade.parent import parent_config
 from cascade.recipe.load import load_recipe
@@ -331,7 +331,7 @@ def test_targets_that_do_not_fit_on_the_disk_are_refused_before_they_are_made(ma
     room = type("Usage", (), {"free": 1000})()
     plenty = type("Usage", (), {"free": 10**12})()  # where the run is: the cache lies on another disk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty if str(path).endswith("run") else room)
-    with pytest.raises(RunError, match=r"hidden targets are to be kept, 0.0 GB are free.*cache prune.*cache.kind"):
+    with pytest.raises(DiskError, match=r"hidden targets are to be kept, 0.0 GB are free.*cache prune.*cache.kind"):
         make("run", "distill.cache.kind=hidden", *PLAIN)
 
 

@@ -757,7 +757,7 @@ def test_F03_a_signal_ends_a_single_command_with_its_code_and_leaves_nothing(
 ):
     log = tmp_path / "log"
     command = zygote.start("distill", tiny_parent, "--teacher", tiny_parent, "--tokens", "4096", "--learning-rate", "1e-4",
-                           "--output", tmp_path / "out", "--block-size", "64",
+                           "--data", "stdlib", "--output", tmp_path / "out", "--block-size", "64",
                            **failing("*distill.step:sleep=30@2", log))  # fmt: skip
     command.until(lambda: fired(log))
     os.kill(command.pid, signal_)

@@ -203,7 +203,7 @@ def test_F12_what_cannot_fit_is_refused_before_anything_is_made(recipe_folder, t
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(UserError, match=r"the members big, small need 0\.\d+ GB of disk, 0\.00 GB are free"):
+    with pytest.raises(DiskError, match=r"the members big, small need 0\.\d+ GB of disk, 0\.00 GB are free"):
         run_recipe(load_recipe(recipe_folder / "tiny.yaml"), output=tmp_path / "run")
     assert not list((tmp_path / "run").glob("stages/*"))
 

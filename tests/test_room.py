@@ -65,3 +65,26 @@ def test_what_an_optimizer_is_said_to_remember_is_not_less_than_it_does(kind):
     count = sum(weight.numel() for weight in model.parameters())
     held = sum(state.numel() * state.element_size() for _, _, state in optimizer.tensors())
     assert held < 1.05 * MOMENT_BYTES[kind] * count
+
+
+@pytest.mark.parametrize("free", ["before the start", "while it runs"])
+def test_a_disk_that_is_too_small_and_one_that_fills_up_give_the_same_exit_code(
+    recipe_folder, tmp_path, monkeypatch, capsys, free
+):
+    import errno
+
+    from cascade.cli import main
+
+    if free == "before the start":
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    else:
+
+        def full(*args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("cascade.run.write_task_files", full)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(recipe_folder / "tiny.yaml"), "--output", str(tmp_path / "run")])
+    assert ended.value.code == 75
+    assert "Stopped: " in capsys.readouterr().err

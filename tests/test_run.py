@@ -424,6 +424,7 @@ def test_single_stages_work_on_checkpoints_from_the_command_line(tiny_parent, tm
     found = json.loads(run_cli("evaluate", tmp_path / "kd", "--teacher", tiny_parent, "--heldout-blocks", "4", *common))
     assert {"loss", "kl_to_teacher"} <= {metric["metric"] for metric in found["metrics"]}
     assert found["speed"]["decode_tokens_per_s"] > 0
+    assert cut["text"] == trained["text"] == found["text"] == str(tmp_path / "text.jsonl.gz")
 
 
 def test_report_writes_the_same_files_again(tiny_family):

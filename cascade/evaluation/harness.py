@@ -21,7 +21,7 @@ from torch import nn
 from cascade.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.evaluation.items import TASK_FOLDER
 from cascade.evaluation.results import TaskResults, results_of
-from cascade.evaluation.task_code import CodeTask, measure_apart, read_task
+from cascade.evaluation.task_code import BUILDERS, CodeTask, measure_apart, read_task
 from cascade.failpoints import at, failpoint
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource
@@ -190,7 +190,12 @@ def _with_places(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if "include" in config:
         raise UserError(f"{path}: `include` is not supported here; write the task in one file")
     arguments = dict(config.get("dataset_kwargs") or {})
-    files = arguments.get("data_files")
+    files, place = arguments.get("data_files"), arguments.get("data_dir")
+    if place and not Path(str(place)).is_absolute() and config.get("dataset_path") in BUILDERS:
+        raise UserError(
+            f"{path}: dataset_kwargs.data_dir: {place} is looked for where lm-eval is started, not beside the task; "
+            "name the files with data_files, or give the whole path"
+        )
     if isinstance(files, dict):
         arguments["data_files"] = {split: _absolute(value, path) for split, value in files.items()}
     elif files:

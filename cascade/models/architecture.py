@@ -87,6 +87,19 @@ def guesses(config: Any) -> bool:
     return str((getattr(config, "architectures", None) or [""])[0]).endswith("ForMaskedLM")
 
 
+def require_language(config: Any, place: str) -> None:
+    """Refuse a model that does not predict the next token of a text.
+
+    Raises:
+        UserError: it does not.
+    """
+    if is_classifier(config) or is_body(config) or guesses(config) or reads_images(config):
+        raise UserError(
+            f"{place}: {', '.join(config.architectures)} does not predict the next token; this command trains and "
+            "measures language models. For other models, give a recipe with `task:` to `cascade run`"
+        )
+
+
 def require_masked(config: Any, place: str) -> None:
     """Refuse a model that does not guess hidden tokens.
 

@@ -91,6 +91,9 @@ class Filters(Section):
     max_words: PositiveInt | None = None
     truncated: Literal["keep", "drop"] = "keep"
     """Answers that ended at max_new_tokens."""
+    thoughts: Literal["stop", "keep", "strip", "drop"] = "stop"
+    """Reasoning that an answer's text begins with (<think> ... </think>). stop: generation ends at the first, so that
+    you choose; keep: it is part of the answer; strip: students learn the answer alone; drop: no such answer is kept."""
     max_repetition: Fraction = 0.5
     """Share of an answer's four-word runs that stood in it before; 1: any."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
@@ -145,6 +148,8 @@ class Generate(Section):
             raise ValueError("give either a `teacher` or an `endpoint`")
         if self.endpoint is not None and self.top_k:
             raise ValueError("`top_k` is not in OpenAI's interface; where the server takes it, use endpoint.extra_body")
+        if self.filters.thoughts == "strip" and self.endpoint is not None and self.endpoint.top_logprobs:
+            raise ValueError("`filters.thoughts: strip` leaves log-probabilities without their text; give keep or drop")
         if self.system and self.chat is False:
             raise ValueError("a `system` message needs chat")
         if self.answers > 1 and self.temperature == 0:

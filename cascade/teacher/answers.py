@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
@@ -13,6 +13,10 @@ from typing import Any
 from cascade.teacher.prompts import Prompt
 
 logger = logging.getLogger(__name__)
+
+
+HOLDS_KEY = "key"
+"""The finish_reason of an answer that repeated the endpoint's key."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ class Answer:
     key: str
     text: str
     finish_reason: str
-    """'stop', 'length', or 'refused' where the teacher would not answer (then `text` says why)."""
+    """'stop', 'length', 'refused' where the teacher would not answer (`text` says why), or HOLDS_KEY (no `text`)."""
     prompt_tokens: int
     answer_tokens: int
     logprobs: list[Any] | None = None
+    reasoned: bool = False
+    """Whether a server has told of reasoning beside the text."""
 
 
 def requests_of(prompts: Sequence[Prompt], answers: int, settings: dict[str, Any]) -> list[Request]:
@@ -58,11 +64,11 @@ def requests_of(prompts: Sequence[Prompt], answers: int, settings: dict[str, Any
 class AnswerLog:
     """An append-only file of answers by key. A line that a death left half-written is passed over.
 
-    Safe to append to from several threads.
+    Safe to append to from several threads. `on_added` is called with each answer once it is on the disk.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, on_added: Callable[[Answer], None] | None = None) -> None:
+        self.path, self.on_added = path, on_added
         self.answers: dict[str, Answer] = {}
         self._lock = Lock()
         self._complete = True
@@ -88,6 +94,9 @@ class AnswerLog:
                 os.fsync(file.fileno())
             self._complete = True
             self.answers |= {answer.key: answer for answer in answers}
+        if self.on_added is not None:
+            for answer in answers:
+                self.on_added(answer)
 
 
 def damaged_lines(path: Path) -> list[int]:

@@ -1,6 +1,7 @@
 """A teacher behind OpenAI's interface: many requests at a time, patient with the server, careful with the money.
 
-The key comes from the environment, goes into one header, and is struck out of every message.
+The key comes from the environment, goes into one header, and is struck out of every message. Answers are never edited:
+one that holds the key is not kept.
 """
 
 import json
@@ -16,10 +17,12 @@ import requests
 
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Endpoint
+from cascade.secrets import is_key
 from cascade.teacher.address import check_endpoint, is_here, require_address
-from cascade.teacher.answers import Answer, AnswerLog, Request
+from cascade.teacher.answers import HOLDS_KEY, Answer, AnswerLog, Request
 from cascade.teacher.deadline import PromptSession
 from cascade.teacher.logprobs import top_logprobs
+from cascade.teacher.reply import error_of, length_named, refused_parameter, reply_of
 from cascade.teacher.spending import Spending
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -30,6 +33,11 @@ _THIS_PROMPT = (400, 413, 422)
 
 _MOST_REFUSED = 5
 """So many refusals in a row are no matter of the prompts."""
+
+_KEY_LETTERS = 20
+"""A shorter key may stand in an answer by chance."""
+
+_NO_LOGPROBS = "leave generate.endpoint.top_logprobs out, and give distill.teacher: text"
 
 _MOST_BYTES = 64_000_000
 """Of one answer's body."""
@@ -106,6 +114,7 @@ class _Client:
         self, endpoint: Endpoint, key: str, spending: Spending, sampling: dict[str, Any], has_told: bool
     ) -> None:
         self.endpoint, self.key, self.spending, self.sampling = endpoint, key, spending, sampling
+        self.secret = key if is_key(key) else ""
         self.stopped = threading.Event()
         self.error: BaseException | None = None
         self.refused_in_a_row = 0
@@ -135,10 +144,11 @@ class _Client:
                 found = self._read(request, body)
                 if isinstance(found, Answer):
                     return found, True
-                problem = found
-            elif status in _THIS_PROMPT:
-                return Answer(request.key, self._said(status, body), "refused", 0, 0), False
-            elif status and status not in _AGAIN:
+                status, problem = found
+            if status in _THIS_PROMPT:
+                self._require_taken(request, body)
+                return Answer(request.key, problem or self._said(status, body), "refused", 0, 0), False
+            if status and status not in _AGAIN:
                 raise self._hopeless(status, body)
             if tried < self.endpoint.max_retries and self.stopped.wait(self._pause(tried, headers, retries)):
                 return None
@@ -182,42 +192,53 @@ class _Client:
             asked |= {"logprobs": count} if count else {}
         return {name: value for name, value in (asked | self.endpoint.extra_body).items() if value is not None}
 
-    def _read(self, request: Request, body: bytes) -> Answer | str:
-        """The answer, or what is wrong with it; what it has cost is counted either way."""
+    def _read(self, request: Request, body: bytes) -> Answer | tuple[int, str]:
+        """The answer, or (the status that its error stands for, or 0; what is wrong); its cost is counted."""
         try:
             found = json.loads(body)
         except (ValueError, RecursionError) as error:
-            return f"not JSON ({error}): {self._clean(body.decode(errors='replace'))[:200]}"
+            return 0, f"not JSON ({error}): {self._clean(body.decode(errors='replace'))[:200]}"
         shown = self._clean(str(found))[:300]
         if not isinstance(found, dict):
-            return f"no answer: {shown}"
-        choices = found.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-        said = choice.get("message")
-        message: dict[str, Any] = said if isinstance(said, dict) else {}
-        text = choice.get("text") if self.endpoint.api == "completions" else message.get("content")
-        reason = str(choice.get("finish_reason") or "stop")
-        if text is None and message.get("refusal"):
-            text, reason = message["refusal"], "refused"
-        usage = self._usage(found, text if isinstance(text, str) else "")
+            return 0, f"no answer: {shown}"
+        reply = reply_of(found, chat=self.endpoint.api == "chat")
+        usage = self._usage(found, reply.text or "")
         self.spending.receive(*usage)
-        if found.get("error"):
-            return f"an error instead of an answer: {shown}"
-        if text is None and (message or "text" in choice):
-            text = ""  # an answer without a word
-        if not isinstance(text, str):
-            return f"no answer in it: {shown}"
-        logprobs = choice.get("logprobs")
-        told = bool(top_logprobs([logprobs]))
+        fault = error_of(found)
+        if fault is not None:
+            return fault[0], f"an error instead of an answer: {shown}"
+        if reply.text is None:
+            return 0, f"no answer in it: {shown}"
+        told = bool(top_logprobs([reply.logprobs]))
         self.has_told = self.has_told or told
-        if self.endpoint.top_logprobs and text and not self.has_told:
-            raise UserError(
-                f"{self.url}: the answers come without log-probabilities; leave generate.endpoint.top_logprobs out, "
-                "and give distill.teacher: text"
-            )
+        if self.endpoint.top_logprobs and reply.text and not self.has_told:
+            raise UserError(f"{self.url}: the answers come without log-probabilities; {_NO_LOGPROBS}")
+        if len(self.secret) >= _KEY_LETTERS and self.secret in json.dumps([reply.text, reply.logprobs]):
+            return Answer(request.key, "", HOLDS_KEY, *usage)
         # Half of a surrogate pair, where a server has cut an answer, is no text.
-        whole = self._clean(text).encode("utf-8", "replace").decode()
-        return Answer(request.key, whole, reason, *usage, [logprobs] if isinstance(logprobs, dict) else None)
+        whole = reply.text.encode("utf-8", "replace").decode()
+        logprobs = None if reply.logprobs is None else [reply.logprobs]
+        return Answer(request.key, whole, reply.finish_reason, *usage, logprobs, reply.reasoned)
+
+    def _require_taken(self, request: Request, body: bytes) -> None:
+        """Refuse to ask on with a parameter that the server takes from nobody.
+
+        Raises:
+            UserError: it says so; with the remedy.
+        """
+        sent = self._body(request).keys() - {"model", "messages", "prompt"}
+        name = refused_parameter(body, sent)
+        if not name:
+            return
+        if name in self.endpoint.extra_body:
+            remedy = f"leave `{name}` out of generate.endpoint.extra_body, or give it another value"
+        elif name in ("logprobs", "top_logprobs"):
+            remedy = _NO_LOGPROBS
+        else:
+            renamed = {length_named(body): self.sampling[name]} if name == "max_tokens" else {}
+            keys = ", ".join(f"{key}: {value}" for key, value in ({name: "null"} | renamed).items())
+            remedy = f"in the recipe, generate.endpoint.extra_body: {{{keys}}} mends it"
+        raise UserError(f"{self.url}: the server does not take `{name}`; {remedy}. It said: {self._said(400, body)}")
 
     def _usage(self, found: dict[str, Any], text: str) -> tuple[int, int]:
         """Prompt and answer tokens; a server that does not count is taken at four letters a token."""
@@ -262,4 +283,4 @@ class _Client:
         return f"{status} {self._clean(body.decode(errors='replace'))[:300]}".strip()
 
     def _clean(self, text: str) -> str:
-        return text.replace(self.key, "[key]") if self.key else text
+        return text.replace(self.secret, "[key]") if self.secret else text

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from cascade.recipe.generate import Filters
-from cascade.teacher.answers import Answer, Request
+from cascade.teacher.answers import HOLDS_KEY, Answer, Request
 from cascade.teacher.local import prompt_ids
 from cascade.teacher.prompts import Messages, Prompt
+from cascade.teacher.thoughts import has_thoughts
 
 Keep = Callable[[Messages, str], bool]
 """A caller's own filter: (messages, answer) -> whether to keep it."""
@@ -61,8 +62,12 @@ class Filter:
         words = text.split()
         if answer.finish_reason == "refused":
             return "refused"
+        if answer.finish_reason == HOLDS_KEY:
+            return "holds the key"
+        if settings.thoughts == "drop" and has_thoughts(answer):
+            return "thoughts"
         if not words:
-            return "empty"
+            return "only thoughts" if answer.reasoned else "empty"
         if len(words) < settings.min_words:
             return "too short"
         if settings.max_words is not None and len(words) > settings.max_words:

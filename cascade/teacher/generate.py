@@ -4,6 +4,7 @@ Sequence-level distillation (Kim and Rush, https://arxiv.org/abs/1606.07947): th
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,12 @@ from cascade.teacher.local import write
 from cascade.teacher.logprobs import top_logprobs
 from cascade.teacher.prompts import Prompt, beginnings, filled, prompts_of, read_prompts, stdlib_functions
 from cascade.teacher.spending import BudgetSpent, Spending
+from cascade.teacher.thoughts import without_thoughts
+from cascade.teacher.watch import LESS_THOUGHT, Watch
 
 OnStep = Callable[[int, int], None]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ def generate(
         who |= {"prefix": prefix} if prefix and not chat else {}
     wanted = requests_of(prompts, settings.answers, who)
     log = AnswerLog(folder / "answers.jsonl")
+    log.on_added = Watch(settings, [log.answers[one.key] for one in wanted if one.key in log.answers]).look
 
     def report(done: int) -> None:
         if on_step is not None:
@@ -211,6 +217,8 @@ def _dataset(
     dropped: dict[str, int] = {"refused": len(refused)} if refused else {}
     answers = [(request, log.answers[request.key]) for request in wanted if request.key in log.answers]
     for request, answer in answers:
+        if settings.filters.thoughts == "strip":
+            answer = without_thoughts(answer)
         reason = judged.reason_against(request, answer)
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
@@ -224,6 +232,11 @@ def _dataset(
             message["top_logprobs"] = json.dumps(top_logprobs(answer.logprobs))
         row = {"messages": [*before, message], "prompt_id": request.prompt.id, "answer": request.number}
         rows.append(row)
+    if rows and dropped.get("only thoughts"):
+        logger.warning(
+            "generate: %s of %s answers are the model's reasoning alone; raise generate.max_new_tokens, or %s",
+            f"{dropped['only thoughts']:,}", f"{len(answers):,}", LESS_THOUGHT,
+        )  # fmt: skip
     if not rows:
         shown = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
         said = f" The endpoint: {refused[0].text}" if refused else ""

@@ -12,6 +12,9 @@ from cascade.errors import UserError
 from cascade.teacher.answers import Answer, AnswerLog, Request
 from cascade.teacher.prompts import Prompt
 
+_AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+"""Cleaning up takes the spaces before punctuation out of the answer."""
+
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, *, chat: bool) -> list[int]:
     """The prompt as the teacher reads it, opened for an answer, behind the tokens that begin a text.
@@ -127,8 +130,8 @@ def _batch(
         stops = torch.isin(row, ends).nonzero()
         stopped = len(stops) > 0
         own = row[: int(stops[0])] if stopped else row
-        before = tokenizer.decode(prompt, skip_special_tokens=True)
-        text = tokenizer.decode([*prompt, *own.tolist()], skip_special_tokens=True).removeprefix(before)
+        before = tokenizer.decode(prompt, **_AS_WRITTEN)
+        text = tokenizer.decode([*prompt, *own.tolist()], **_AS_WRITTEN).removeprefix(before)
         reason = "stop" if stopped else "length"
         answers.append(Answer(request.key, text, reason, len(prompt), len(own) + stopped))
     return answers

@@ -24,7 +24,7 @@ def main() -> None:
     """One process per row; prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", default="stdlib", help="stdlib, or a folder with train.jsonl.gz and valid.jsonl.gz")
+    parser.add_argument("--data", help="stdlib, or a folder with train.jsonl.gz and valid.jsonl.gz")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--budgets", type=int, nargs="*", default=[25_000, 100_000])
@@ -37,6 +37,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.data is None and options.model != "builtin:pico-python":
+        parser.error("--data is missing: figures of a model depend on the text")
+    options.data = options.data or "stdlib"
     if options.row:
         print(json.dumps(measure(options, options.row[0], float(options.row[1]), options.row[2] == "repaired")))
         return
@@ -55,7 +58,12 @@ def main() -> None:
                     with options.results.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
     rows = [row for row in rows if row["model"] == options.model]
-    conditions = {"device": platform.machine(), "dtype": "float32", "block_size": options.block_size}
+    conditions = {
+        "device": platform.machine(),
+        "dtype": "float32",
+        "block_size": options.block_size,
+        "text": options.data,
+    }
     if options.json:
         print(json.dumps({"conditions": conditions, "rows": rows}))
         return
