@@ -1,7 +1,9 @@
 """A recipe file -> a validated recipe, or every problem at once with its file:line:column."""
 
 import difflib
+import os
 from collections.abc import Sequence
+from glob import escape, has_magic
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
@@ -9,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ValidationError
 
 from cascade.errors import RecipeError, UserError
+from cascade.paths import files_of
 from cascade.recipe.generate import Generate
 from cascade.recipe.schema import Recipe
 from cascade.secrets import looks_secret, redact
@@ -171,8 +174,12 @@ def _require_near(generate: Generate, folder: Path) -> None:
     for name in ("prompts", "text"):
         for value in getattr(generate, name):
             url = generate.endpoint and generate.endpoint.url
-            place = Path(_absolute(value, folder)).resolve()
-            if not any(place.is_relative_to(one) for one in near):
+            path = _absolute(value, folder)
+            inside_near = [any(Path(path).resolve().is_relative_to(one) for one in near)]
+            if all(inside_near):  # then what it stands for, which may be links
+                files = [Path(file).resolve() for file in files_of(path, f"generate.{name}")]
+                inside_near = [any(file.is_relative_to(one) for one in near) for file in files]
+            if not all(inside_near):
                 raise UserError(
                     f"generate.{name}: {value} would be sent to {url}, and lies neither beside or below the recipe nor "
                     f"where the command runs ({near[1]}); copy it there"
@@ -194,4 +201,8 @@ def _absolute(value: str, folder: Path) -> str:
         path = Path(value).expanduser()
     except RuntimeError as error:
         raise UserError(f"{value}: {error}") from error
-    return str(path if path.is_absolute() else (folder / path).resolve())
+    if path.is_absolute():
+        return str(path)
+    if has_magic(value) and not (folder / path).exists():  # signs of a pattern in the folder's own name are none
+        return os.path.normpath(Path(escape(str(folder))) / path)
+    return str((folder / path).resolve())
