@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 NAMED = 1000
 """Bad rows that are named in a record; the others are counted."""
 
-_LEAST_ROWS = 1000
+_LEAST_ROWS = 200
 """Where only the start of the files was read, a share is counted of at least so many rows."""
 
 

@@ -73,7 +73,11 @@ def look_at_passages(data: TextData) -> dict[str, int] | None:
 def look_text(name: str, found: dict[str, Any]) -> list[str]:
     """What `look_at` gave, as lines for a terminal."""
     files = f"{found['files']:,} file{'s' * (found['files'] != 1)}" + (f" ({found['kinds']})" if found["kinds"] else "")
-    rows = f"{found['rows']:,} rows" if found["all_rows"] else f"the first {found['rows']:,} rows were looked at"
+    rows = (
+        f"{found['rows']:,} row{'s' * (found['rows'] != 1)}"
+        if found["all_rows"]
+        else f"the first {found['rows']:,} rows were looked at"
+    )
     line = f"data.{name}: {files}, {rows}"
     if found["tried_with_template"] and found["tried_with_template"] < found["documents"]:
         line += f", {found['tried_with_template']:,} tried with the chat template"
@@ -92,7 +96,11 @@ def skipped_lines(name: str, found: dict[str, Any]) -> list[str]:
         return []
     named = [f"  {one['place']}: {one['reason']}" for one in found["named"][:5]]
     more = [f"  and {found['skipped'] - len(named):,} more"] if found["skipped"] > len(named) else []
-    return [f"data.{name}: {found['skipped']:,} rows cannot be used and are left out:", *named, *more]
+    return [
+        f"data.{name}: left out, as they cannot be used: {found['skipped']:,} of {found['rows']:,} rows:",
+        *named,
+        *more,
+    ]
 
 
 def example_text(segments: Sequence[Sequence[Any]]) -> str:

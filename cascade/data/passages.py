@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 
 PASSAGE_LETTERS = 2000
-"""Of a passage, about; of short texts fewer, so that there are enough of them."""
+"""Of a passage, about; of a small corpus fewer, so that there are enough of them."""
 
-_LEAST_LETTERS, _WANTED = 200, 100
+_LEAST_LETTERS = 200
 
 _ROUND = 33
 """Of so many stretches one goes to each split that has no files of its own: 3 in 100, as of documents."""
@@ -21,37 +21,38 @@ _MOST_TOGETHER = 8
 def cut_documents(documents: Sequence[str], missing: Sequence[str]) -> dict[str, list[str]]:
     """The texts of 'train' and of each of the `missing` splits, cut from these documents.
 
-    Each document is cut at paragraph borders into passages and these are dealt out in stretches of neighbours, the
-    missing splits' spread over the document; what is left between them is training text. A text has one split alone: a
-    passage that stands in several places goes, of all its splits, to the one that `missing` names last.
+    The documents are cut at paragraph borders into passages, where they are not many enough already, and these are
+    dealt out in stretches of neighbours, the missing splits' spread over the corpus; what is left between them is
+    training text. A text has one split alone: a passage that stands in several places goes, of all its splits, to the
+    one that `missing` names last.
     """
     order = ["train", *missing]
-    dealt = [_dealt(passages(text), missing) for text in documents]
+    size = max(_LEAST_LETTERS, min(PASSAGE_LETTERS, sum(map(len, documents)) // (2 * _ROUND)))
+    cut = [[text] if len(documents) >= _ROUND else passages(text, size) for text in documents]
+    whole = [(number, passage) for number, parts in enumerate(cut) for passage in parts]
+    dealt = list(zip(_splits(len(whole), missing), whole, strict=True))
     highest: dict[str, int] = {}
-    for document in dealt:
-        for split, passage in document:
-            said = passage.strip()
-            highest[said] = max(order.index(split), highest.get(said, 0))
+    for split, (_, passage) in dealt:
+        said = passage.strip()
+        highest[said] = max(order.index(split), highest.get(said, 0))
     found: dict[str, list[str]] = {name: [] for name in order}
-    for document in dealt:
-        last = ""
-        for split, passage in document:
-            if not passage.strip() or highest[passage.strip()] != order.index(split):
-                last = ""
-            elif split == last:
-                found[split][-1] += passage
-            else:
-                found[split].append(passage)
-                last = split
+    last: tuple[str, int] | None = None
+    for split, (number, passage) in dealt:
+        if not passage.strip() or highest[passage.strip()] != order.index(split):
+            last = None
+        elif (split, number) == last:
+            found[split][-1] += passage
+        else:
+            found[split].append(passage)
+            last = (split, number)
     return found
 
 
-def passages(text: str) -> list[str]:
-    """A text cut at the borders of paragraphs, or of lines, sentences or words where those are too long.
+def passages(text: str, size: int = PASSAGE_LETTERS) -> list[str]:
+    """A text cut at the borders of paragraphs, or of lines, sentences or words where those are longer than `size`.
 
     One after another they are the text.
     """
-    size = max(_LEAST_LETTERS, min(PASSAGE_LETTERS, len(text) // _WANTED))
     pieces = _finer(text, size, (r"(?<=\n)\n+", r"\n+", r"(?<=[.!?…。])\s+", r"\s+"))
     found: list[str] = []
     for piece in pieces:
@@ -71,12 +72,12 @@ def _finer(text: str, size: int, borders: Sequence[str]) -> list[str]:
     return [part for piece in pieces for part in ([piece] if len(piece) <= size else _finer(piece, size, borders[1:]))]
 
 
-def _dealt(passages: Sequence[str], missing: Sequence[str]) -> list[tuple[str, str]]:
-    """(split, passage) of each, in their order."""
-    together = max(1, min(_MOST_TOGETHER, len(passages) // (2 * _ROUND)))
-    stretches = -(-len(passages) // together)
-    whole = min(_ROUND, stretches)
-    places = {whole * (number + 1) // (len(missing) + 1): name for number, name in enumerate(missing)}
+def _splits(count: int, missing: Sequence[str]) -> list[str]:
+    """The split of each of so many passages in a row."""
+    together = max(1, min(_MOST_TOGETHER, count // (2 * _ROUND)))
+    stretches = -(-count // together)
     if stretches <= len(missing):
-        return [("train", passage) for passage in passages]
-    return [(places.get(number // together % whole, "train"), passage) for number, passage in enumerate(passages)]
+        return ["train"] * count
+    period = min(_ROUND, stretches)
+    places = {period * (number + 1) // (len(missing) + 1): name for number, name in enumerate(missing)}
+    return [places.get(number // together % period, "train") for number in range(count)]

@@ -219,17 +219,18 @@ def cuts_passages(data: TextData) -> bool:
         return False
     shares = {name: SPLIT_SHARE for name in missing}
     names = data.names_of("train")
-    wanted = {*missing, *(names if data.weights else ["train"])}
+    wanted, none = {*missing, *(names if data.weights else ["train"])}, True
     for name in names:
         own = name if data.weights else "train"
         for _, document in documents_of(data, [name]):
+            none = False
             split = split_of_text(opening(document), shares=shares)
             wanted.discard(own if split == "train" else split)
             if not wanted:
                 return False
             if own not in wanted and not wanted & set(missing):
                 break
-    return True
+    return not none
 
 
 def passages_of(data: TextData, bad: BadRows, elsewhere: frozenset[str] = frozenset()) -> dict[str, list[str]]:
