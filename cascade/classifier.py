@@ -1,14 +1,18 @@
 """A parent that classifies, and the examples that it and its students read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cascade.data.bad_rows import BadRows
 from cascade.data.examples import Examples, image_examples, read_examples, text_examples
+from cascade.data.labels import is_number, require_known_labels
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
 from cascade.errors import UserError
+from cascade.evaluation.heldout import require_known_heldout_labels
 from cascade.inputs import classes_of, labelled_data
 from cascade.models.architecture import as_classifier, config_from_values, image_shape, is_classifier, model_from_config
 from cascade.models.checkpoint import (
@@ -40,12 +44,64 @@ def checked_classes(recipe: Recipe, config: Any) -> Any:
     classes = classes_of(recipe)
     if not is_classifier(config):
         raise UserError(f"parent: {recipe.parent.model} is no classifier; with parent.fit it learns the classes first")
-    names = [str(config.id2label[number]) for number in range(config.num_labels)]
-    if config.num_labels != len(classes):
-        raise UserError(f"parent: {config.num_labels} classes ({', '.join(names[:9])}), the data {len(classes)}")
-    if set(names) != set(classes) and not all(name.isdigit() for name in classes):
-        raise UserError(f"parent: its classes are {', '.join(names[:9])}; the data's are {', '.join(classes[:9])}")
+    numbered_classes(config, classes)
     return config
+
+
+def numbered_classes(config: Any, classes: Sequence[str]) -> list[str]:
+    """The data's labels in the order of the classes of a config: by their names there, or else by their numbers.
+
+    Raises:
+        UserError: they are not the config's, or it is not plain which of its classes a number means.
+    """
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    numbers = all(is_number(name) for name in classes)
+    count = max(map(int, classes)) + 1 if numbers and set(names) != set(classes) else len(classes)
+    told = f"parent: its classes are {', '.join(names[:9])}; the data's are {', '.join(classes[:9])}"
+    if len(names) != count:
+        hint = (
+            f" The data's labels are numbers, and count from 0: the largest stands for class {count}; name them as the "
+            "parent does."
+            if numbers and len(names) == len(classes)
+            else ""
+        )
+        raise UserError(
+            f"parent: {len(names)} classes ({', '.join(names[:9])}), the data {count} ({', '.join(classes[:9])}).{hint}"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"{told}. Two of the parent's have one name")
+    wrong = [name for name, number in (config.label2id or {}).items() if str(config.id2label.get(number)) != str(name)]
+    if set(names) == set(classes):
+        if wrong:
+            raise UserError(f"{told}. The parent's config contradicts itself: label2id is not id2label at '{wrong[0]}'")
+        return names
+    if not numbers:
+        raise UserError(told)
+    places = [str(number) for number in range(len(names))]
+    if names != places and any(is_number(name) for name in names):
+        raise UserError(f"{told}. Whether a number is a name or a place there cannot be told; write the parent's names")
+    return places
+
+
+def labels_read(recipe: Recipe, config: Any) -> str:
+    """What the data's labels stand for, where they are not the names of the parent's classes; else ''."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    labels = numbered_classes(config, classes_of(recipe))
+    if labels == names:
+        return ""
+    return ", ".join(f"{label} is {name}" for label, name in zip(labels, names, strict=True))
+
+
+def check_labels(recipe: Recipe, config: Any) -> None:
+    """Refuse a label of selection or held-out examples that is no class.
+
+    Raises:
+        UserError: there is one; its place is named.
+    """
+    classes, data = numbered_classes(config, classes_of(recipe)), labelled_data(recipe.data, recipe.task)
+    for split in ("train", "selection"):
+        require_known_labels(read_examples(data, split), classes)
+    require_known_heldout_labels(data, classes)
 
 
 def fitted_config(recipe: Recipe, settings: Fit) -> Any:
@@ -103,22 +159,29 @@ def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     save_checkpoint(model, folder / CHECKPOINT, companions=companions, dtype=config.dtype)
 
 
-def examples_of(recipe: Recipe, config: Any, split: str, tokenizer: Any, *, for_parent: bool = False) -> Examples:
+def examples_of(
+    recipe: Recipe,
+    config: Any,
+    split: str,
+    tokenizer: Any,
+    *,
+    for_parent: bool = False,
+    bad: BadRows | None = None,
+) -> Examples:
     """One split's examples as tensors, their classes numbered as the config of the parent has them.
 
-    A parent that is fitted sees all labels, its students those of data.train_examples.
+    A parent that is fitted sees all labels, its students those of data.train_examples. Rows that cannot be used are
+    counted in `bad`.
 
     Raises:
         UserError: they cannot be read, or are images of another size than the parent's.
     """
     if recipe.task == "embedding":
-        return text_examples(
-            read_examples(labelled_data(recipe.data, recipe.task), split), [], tokenizer, recipe.data.max_length
-        )
+        texts = read_examples(labelled_data(recipe.data, recipe.task), split, bad)
+        return text_examples(texts, [], tokenizer, recipe.data.max_length)
     data = recipe.data.model_copy(update={"train_examples": None, "unlabelled": []}) if for_parent else recipe.data
-    raw, classes = read_examples(labelled_data(data, recipe.task), split), list(classes_of(recipe))
-    names = [str(config.id2label[number]) for number in range(config.num_labels)]
-    classes = names if set(names) == set(classes) else classes
+    raw = read_examples(labelled_data(data, recipe.task), split, bad)
+    classes = numbered_classes(config, classes_of(recipe))
     if recipe.task == "text_classification":
         return text_examples(raw, classes, tokenizer, recipe.data.max_length)
     examples = image_examples(raw, classes)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.classifier import examples_of
+from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import load_training
 from cascade.data.sources import read_documents
@@ -33,6 +34,7 @@ from cascade.models.checkpoint import (
 )
 from cascade.plain_json import write_json
 from cascade.recipe.schema import Recipe
+from cascade.report.skipped import SKIPPED
 from cascade.secrets import redact_all
 from cascade.store import COST_FILE, INCOMPLETE, partial_of
 
@@ -54,9 +56,11 @@ def make_evaluation(
 ) -> None:
     """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json.
 
-    `trained_with` is the model whose tokenizer wrote the training text: the parent.
+    `trained_with` is the model whose tokenizer wrote the training text: the parent. Of the parent's own evaluation also
+    skipped.json, the rows of held-out and production text that were left out.
     """
-    settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint)
+    bad = text_data(recipe.data).bad_row_counter()
+    settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, bad)
     result = evaluate(
         checkpoint,
         tasks=settings.tasks,
@@ -75,7 +79,7 @@ def make_evaluation(
         raise RunError(f"the parent's evaluation: {failures(result.failed)}")
     if recipe.data.production:
         model = load_model(checkpoint).to(default_device())
-        metrics, _ = block_metrics(model, teacher, _production(recipe, checkpoint))
+        metrics, _ = block_metrics(model, teacher, _production(recipe, checkpoint, bad))
         kept = [one for one in metrics if one["metric"] in ("loss", "kl_to_teacher", "top1_agreement")]
         result.metrics.extend(one | {"task": "production"} for one in kept)
     if parent_evaluation is None:
@@ -87,6 +91,8 @@ def make_evaluation(
     write_json(folder / "eval.json", {"metrics": metrics, "items": result.items, "tail": tail})
     write_json(folder / "lm_eval.json", redact_all(result.raw))
     write_json(folder / COST_FILE, {"speed": result.speed})
+    if parent_evaluation is None:
+        write_json(folder / SKIPPED, bad.record())
     if result.failed:
         write_json(folder / INCOMPLETE, redact_all(result.failed))
 
@@ -110,6 +116,8 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
         heldout |= framing_settings(recipe)
     if recipe.task != "language":
         heldout |= {"task": recipe.task, "seed": recipe.seed}
+    if recipe.data.turns != "all":
+        heldout["turns"] = recipe.data.turns
     if recipe.counts_examples:
         heldout |= recipe.data.model_dump(include={"label_field", "image_field", "max_length"})
     if heldout_only:
@@ -146,7 +154,7 @@ def _ids(blocks: TokenBlocks) -> Tensor:
     return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten()
 
 
-def _production(recipe: Recipe, checkpoint: ModelSource) -> TokenBlocks:
+def _production(recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None) -> TokenBlocks:
     tokenizer = load_tokenizer(checkpoint)
     blocks = sample_blocks(
         text_data(recipe.data),
@@ -155,6 +163,7 @@ def _production(recipe: Recipe, checkpoint: ModelSource) -> TokenBlocks:
         block_size=recipe.data.block_size,
         max_blocks=recipe.evaluate.heldout_blocks,
         document_masks=recipe.data.masks_documents,
+        bad=bad,
     )
     return as_guessed(recipe, blocks, "heldout", tokenizer)
 
@@ -181,16 +190,17 @@ def _told(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[s
     return tail | {"slices": shown}
 
 
-def _heldout(recipe: Recipe, checkpoint: ModelSource) -> Any:
+def _heldout(recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None) -> Any:
     config = load_config(checkpoint)
     tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
     if recipe.counts_examples:
-        return heldout_examples(lambda split: examples_of(recipe, config, split, tokenizer))
+        return heldout_examples(lambda split: examples_of(recipe, config, split, tokenizer, bad=bad))
     blocks = heldout_blocks(
         text_data(recipe.data),
         tokenizer,
         block_size=recipe.data.block_size,
         max_blocks=recipe.evaluate.heldout_blocks,
         document_masks=recipe.data.masks_documents,
+        bad=bad,
     )
     return as_guessed(recipe, blocks, "heldout", tokenizer)

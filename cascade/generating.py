@@ -10,6 +10,7 @@ from cascade.data.framing import written_around
 from cascade.data.listed import ListedReader
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
+from cascade.inputs import text_data
 from cascade.models.checkpoint import (
     ModelSource,
     check_weights,
@@ -48,7 +49,7 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
     settings = recipe.generate
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
-    prompts = collect_prompts(settings, recipe.data.text_field)
+    prompts = collect_prompts(settings, recipe.data.text_field, text_data(recipe.data).bad_row_counter())
     check_generation(recipe, settings, prompts, parent)
     return runner.run(
         "parent",

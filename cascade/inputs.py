@@ -12,10 +12,10 @@ from cascade.data.masking import masked_blocks
 from cascade.data.sources import TextData
 from cascade.data.splits import SPLITS
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
-from cascade.errors import UserError
 from cascade.evaluation.harness import find_tasks
 from cascade.evaluation.task_code import CodeTask
 from cascade.models.checkpoint import file_sha256
+from cascade.paths import files_of
 from cascade.recipe.data import Data
 from cascade.recipe.schema import Recipe
 
@@ -43,6 +43,9 @@ def text_data(data: Data) -> TextData:
         streaming=data.streaming,
         begin_blocks=data.begin_token != "documents",
         end_token=data.end_token != "none",
+        turns=data.turns,
+        bad_rows=data.bad_rows,
+        max_bad_rows=data.max_bad_rows,
     )
 
 
@@ -96,9 +99,8 @@ def data_fingerprint(data: Data) -> str:
     files = text_data(data).files | ({"unlabelled": unlabelled} if unlabelled else {})
     for split, names in files.items():
         for name in names:
-            if not Path(name).is_file():
-                raise UserError(f"data.{split}: {name}: no such file")
-            digest.update(f"{split}:{file_sha256(Path(name))}\n".encode())
+            for file in files_of(name, f"data.{split}"):
+                digest.update(f"{split}:{file_sha256(Path(file))}\n".encode())
     digest.update(json.dumps([data.dataset, data.dataset_config, data.revision, text_data(data).hub_splits]).encode())
     return digest.hexdigest()
 
@@ -111,9 +113,8 @@ def production_fingerprint(data: Data) -> str:
     """
     digest = hashlib.sha256()
     for name in data.production:
-        if not Path(name).is_file():
-            raise UserError(f"data.production: {name}: no such file")
-        digest.update(f"{file_sha256(Path(name))}\n".encode())
+        for file in files_of(name, "data.production"):
+            digest.update(f"{file_sha256(Path(file))}\n".encode())
     return digest.hexdigest()
 
 

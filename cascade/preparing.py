@@ -1,5 +1,6 @@
 """The stages that all members share: the parent, the text, the parent's evaluation, production text."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cascade.models.dims import dims_of
 from cascade.parent import existing_parent, make_converted, make_pretrained
 from cascade.recipe.schema import Recipe
 from cascade.report.production import DRIFT
+from cascade.report.skipped import SKIPPED, merged_skipped
 from cascade.report.write import resealed
 from cascade.runner import StageRunner
 from cascade.seeding import Shared
@@ -106,6 +108,7 @@ def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
         | framing_settings(recipe)
         | ({"mask_copies": recipe.data.mask_copies, "seed": recipe.seed} if recipe.task == "masked_language" else {})
         | ({"listed": True} if reads_logprobs(recipe) else {})
+        | ({"turns": recipe.data.turns} if recipe.data.turns != "all" else {})
         | (_classifying(recipe) if recipe.counts_examples else {}),
         {name: digests[name] for name in ("source", "parent")},
         lambda folder, on_step: make_data(folder, recipe, parent, tokenizer),
@@ -119,6 +122,9 @@ def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
             folder, recipe, parent, teacher=None, parent_evaluation=None, reference=None, trained_with=parent
         ),
     )
+    if parallel.rank() == 0:
+        skipped = merged_skipped({"training text": data, "held-out text": evaluation})
+        _write_beside(runner.folder, SKIPPED, json.dumps(skipped, indent=1) + "\n" if skipped else "")
     return Shared(parent, data, evaluation, digests | {"data": output_digest(data)}, [])
 
 
@@ -126,7 +132,7 @@ def compare_with_production(runner: StageRunner, recipe: Recipe, shared: Shared)
     """drift.json in the run directory; none without production text."""
     if not recipe.data.production:
         if parallel.rank() == 0:
-            _write_drift(runner.folder, "")
+            _write_beside(runner.folder, DRIFT, "")
         return
     folder = runner.run(
         "parent",
@@ -136,11 +142,12 @@ def compare_with_production(runner: StageRunner, recipe: Recipe, shared: Shared)
         lambda folder, on_step: make_drift(folder, recipe, shared.parent, shared.teacher(), shared.data),
     )
     if parallel.rank() == 0:
-        _write_drift(runner.folder, (folder / DRIFT).read_text(encoding="utf-8"))
+        _write_beside(runner.folder, DRIFT, (folder / DRIFT).read_text(encoding="utf-8"))
 
 
-def _write_drift(run_folder: Path, text: str) -> None:
-    path = run_folder / DRIFT
+def _write_beside(run_folder: Path, name: str, text: str) -> None:
+    """A file of the run directory that says what a stage did; without text there is none."""
+    path = run_folder / name
     if text == (path.read_text(encoding="utf-8") if path.exists() else ""):
         return
     with resealed(run_folder):

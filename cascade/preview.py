@@ -8,14 +8,11 @@ from typing import Any
 from cascade.cache_choice import choose_cache, options_table, with_cache
 from cascade.caching import cache_folder, exact_ids
 from cascade.checks import check_family
-from cascade.data.examples import read_examples
-from cascade.data.prepare import prepare_blocks
-from cascade.data.sources import read_documents
 from cascade.estimates import flops_of, parent_seconds
 from cascade.evaluation.harness import find_tasks
 from cascade.family import ResolvedMember, resolve_family, run_folder_of
 from cascade.generating import check_generation
-from cascade.inputs import labelled_data, text_data
+from cascade.inputs import text_data
 from cascade.latencies import find_latencies
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
@@ -23,6 +20,7 @@ from cascade.models.dims import dims_of
 from cascade.origins import check_licences
 from cascade.ownership import check_ownership, pinned_seeds
 from cascade.parent import existing_parent, parent_config
+from cascade.preview_data import data_lines, preview_data
 from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
 from cascade.report.plots import short_number
@@ -46,20 +44,12 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     source = existing_parent(recipe)
     if source is not None and dims.vocab_size:
         tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
-    splits = ("train", "calibration", "selection") if recipe.generate is None else ()
-    if recipe.counts_examples:
-        for split in ("train", "selection"):
-            read_examples(labelled_data(recipe.data, recipe.task), split)
-        splits = ()
-    for split in splits:
-        if source is None:
-            read_documents(text_data(recipe.data), split)
-        else:
-            size = recipe.data.block_size
-            prepare_blocks(text_data(recipe.data), split, tokenizer, block_size=size, max_blocks=1)
+    data = preview_data(recipe, config, tokenizer if source is not None and dims.vocab_size else None)
     asked = None
     if recipe.generate is not None:
-        prompts = collect_prompts(recipe.generate, recipe.data.text_field)
+        bad = text_data(recipe.data).bad_row_counter()
+        prompts = collect_prompts(recipe.generate, recipe.data.text_field, bad)
+        data["prompts"] = bad.record()
         if source is None:
             raise ValueError("a parent that writes is not trained in the same recipe")
         check_generation(recipe, recipe.generate, prompts, source)
@@ -87,6 +77,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             "flops_per_token": flops_of(recipe, config),
         },
         "generate": asked,
+        "data": data,
         "proof": proof,
         "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()}
         if dims.vocab_size
@@ -164,7 +155,7 @@ def preview_text(found: dict[str, Any]) -> str:
                 _minutes(sum(member["seconds"].values())),
             ]
         )
-    lines = [plain_table(table), "", *hops_too_large(found["members"])]
+    lines = [plain_table(table), "", *hops_too_large(found["members"]), *data_lines(found["data"])]
     if found["generate"]:
         lines.append(_asked(found["generate"]))
     needed, free = _bytes(found["disk_needed_bytes"]), _bytes(found["disk_free_bytes"])

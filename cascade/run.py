@@ -12,6 +12,7 @@ from cascade import parallel
 from cascade.cache_choice import choose_cache, settle, with_cache
 from cascade.caching import open_cache
 from cascade.checks import check_family, require_one_process
+from cascade.classifier import check_labels
 from cascade.errors import RunError, UserError
 from cascade.estimates import parent_seconds
 from cascade.evaluation.task_files import write_task_files
@@ -73,6 +74,8 @@ def run_recipe(
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
+    if recipe.classifies:
+        check_labels(recipe, config)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)

@@ -39,6 +39,7 @@ from cascade.models.value_range import require_computable
 from cascade.plain_json import write_json
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
+from cascade.report.skipped import SKIPPED
 from cascade.report.trackers import tracked
 from cascade.store import COST_FILE, partial_of
 
@@ -52,14 +53,19 @@ CLASSIFYING = {"label_field", "image_field", "train_examples", "max_length"}
 
 
 def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any) -> None:
-    """train, calibration and selection blocks, or labelled examples. The held-out split is not touched here."""
+    """train, calibration and selection blocks, or labelled examples, and skipped.json, the rows that were left out.
+
+    The held-out split is not touched here.
+    """
     data = recipe.data
+    bad = text_data(data).bad_row_counter()
     if recipe.counts_examples:
         for split in ("train", "selection"):
-            examples = examples_of(recipe, load_config(parent), split, tokenizer)
+            examples = examples_of(recipe, load_config(parent), split, tokenizer, bad=bad)
             save_examples(examples, folder / f"{split}.safetensors")
+        write_json(folder / SKIPPED, bad.record())
         if tokenizer is not None:  # what statistics are taken on: the same texts, packed
-            texts = [text for text, _ in read_examples(labelled_data(data, recipe.task), "train")]
+            texts = [one.content for one in read_examples(labelled_data(data, recipe.task), "train", bad)]
             packed = pack_documents(texts, tokenizer, block_size=data.max_length, name="data.train")
             save_blocks(packed, folder / "calibration.safetensors")
         return
@@ -77,8 +83,10 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
             max_blocks=limit,
             document_masks=data.masks_documents,
             stream_folder=partial_of(folder),
+            bad=bad,
         )
         save_blocks(as_guessed(recipe, blocks, split, tokenizer), folder / f"{split}.safetensors")
+    write_json(folder / SKIPPED, bad.record())
 
 
 def reads_logprobs(recipe: Recipe) -> bool:

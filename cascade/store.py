@@ -33,7 +33,7 @@ _OLD_KEYS = {"stage", "key", "settings", "inputs", "made_with", "threads", "torc
 
 _OWN_SHA256, _REPLACED = "sha256", ".replaced-"
 
-_VOLATILE = (COST_FILE, "log.jsonl", "lm_eval.json")
+_VOLATILE = (COST_FILE, "log.jsonl", "lm_eval.json", "skipped.json")
 """Files with times and dates, which differ from run to run: kept out of a stage's digest."""
 
 

@@ -65,6 +65,7 @@ ORDER = [
     "cache_check",
     "member",
     "run",
+    "preview_data",
     "preview",
     "single",
     "verifying",

@@ -6,18 +6,22 @@ Shapes: N = examples, S = tokens, H, W = pixels.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks
 from cascade.data.images import open_image
-from cascade.data.sources import TextData, load_file
-from cascade.data.splits import SPLIT_SHARE, SPLITS, split_of_text
+from cascade.data.labels import is_number, label_of, require_clear_labels, require_known_labels
+from cascade.data.rows import Place
+from cascade.data.sources import TextData, part_rows, unfit_text
+from cascade.data.splits import SPLIT_SHARE, split_of_text
 from cascade.errors import UserError
+from cascade.paths import files_of
 
 
 @dataclass(frozen=True)
@@ -85,38 +89,61 @@ class LabelledData:
     """Whether the others of the training split are there without their labels."""
 
 
-Raw = tuple[Any, str | None]
-"""(text, or pixels [C, H, W] from 0 to 1; the label's name)"""
+class Raw(NamedTuple):
+    """An example as it stands in its file."""
+
+    content: Any
+    """Text, or pixels [C, H, W] from 0 to 1"""
+    label: str | None
+    """The class's name"""
+    place: Place | None = None
 
 
-def read_examples(data: LabelledData, split: str) -> list[Raw]:
-    """The examples of one split, as they stand there.
+def read_examples(data: LabelledData, split: str, bad: BadRows | None = None) -> list[Raw]:
+    """The examples of one split, as they stand there. Rows without a text are counted in `bad`.
 
     Raises:
-        UserError: a file is missing or malformed, or a field is, or nothing is left.
+        UserError: a file is missing or malformed, or a field or a label is, or nothing is left.
     """
+    bad = data.text.bad_row_counter() if bad is None else bad
     if data.text.source == "digits":
         found = [one for one in _digits() if _split(one, {"selection": 0.1, "heldout": 0.3}) == split]
         return _known(data, found) if split == "train" else found
-    own = data.text.own_splits
-    shares = {name: SPLIT_SHARE for name in SPLITS if name not in own and name != "train"}
-    raw = [one for name in data.text.names_of(split) for one in _read(data, name, labelled=data.labelled)]
+    own, names = data.text.own_splits, data.text.names_of(split)
+    shares = {name: SPLIT_SHARE for name in data.text.missing_splits}
+    raw = [one for part in data.text.parts_of(names, f"data.{split}") for one in _read(data, part, data.labelled, bad)]
+    bad.require_few(data.text.places_of(names), key=f"data.{split}")
     if split == "train" or split not in own:
         raw = [one for one in raw if _split(one, shares) == split]
     if not raw:
         raise UserError(f"data: no examples for the {split} split; give more, or data.{split} files of its own")
     if split != "train":
         return raw
-    extra = [one for name in data.unlabelled for one in _read(data, name, labelled=False)]
+    files = [file for name in data.unlabelled for file in files_of(name, "data.unlabelled")]
+    extra = [one for file in files for one in _read(data, file, False, bad)]
+    bad.require_few(files, key="data.unlabelled")
     return _known(data, raw) + extra
 
 
 def class_names(data: LabelledData) -> list[str]:
-    """The labels of the training split: whole numbers in their order (0 to the largest), names in the alphabet's."""
-    found = {label for _, label in read_examples(data, "train") if label is not None}
-    if all(label.isdigit() for label in found):
-        return [str(number) for number in range(max(int(label) for label in found) + 1)]
-    return sorted(found)
+    """The labels of the training split, each a class: whole numbers in their order, else names in the alphabet's.
+
+    Raises:
+        UserError: some are one number in two forms, or one word with and without white space around it.
+    """
+    return classes_in(read_examples(data, "train"))
+
+
+def classes_in(raw: Sequence[Raw]) -> list[str]:
+    """As `class_names`, of these examples."""
+    first: dict[str, Raw] = {}
+    for one in raw:
+        if one.label is not None:
+            first.setdefault(one.label, one)
+    if not first:
+        raise UserError("data: no example of the train split has a label, so there are no classes")
+    require_clear_labels(list(first.values()))
+    return sorted(first, key=int) if all(map(is_number, first)) else sorted(first)
 
 
 def text_examples(raw: Sequence[Raw], classes: Sequence[str], tokenizer: Any, max_length: int) -> Examples:
@@ -125,7 +152,7 @@ def text_examples(raw: Sequence[Raw], classes: Sequence[str], tokenizer: Any, ma
     Raises:
         UserError: a label is not among the classes.
     """
-    texts, pad = [text for text, _ in raw], tokenizer.pad_token_id or 0
+    texts, pad = [one.content for one in raw], tokenizer.pad_token_id or 0
     found = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
     longest = max(map(len, found))
     ids = torch.full((len(found), longest), pad)
@@ -142,13 +169,13 @@ def image_examples(raw: Sequence[Raw], classes: Sequence[str]) -> Examples:
     Raises:
         UserError: the images are not all of one size, or a label is not among the classes.
     """
-    first = raw[0][0].shape
-    other = next((pixels.shape for pixels, _ in raw if pixels.shape != first), None)
+    first = raw[0].content.shape
+    other = next((one.content.shape for one in raw if one.content.shape != first), None)
     if other is not None:
         raise UserError(
             f"data: images of {tuple(first)} and of {tuple(other)} (channels, height, width); bring them to one size"
         )
-    return Examples({"pixel_values": torch.stack([pixels for pixels, _ in raw]) * 2 - 1}, _labels(raw, classes))
+    return Examples({"pixel_values": torch.stack([one.content for one in raw]) * 2 - 1}, _labels(raw, classes))
 
 
 def save_examples(examples: Examples, path: Path) -> None:
@@ -167,37 +194,37 @@ def load_training(path: Path) -> TokenBlocks | Examples:
 
 
 def _labels(raw: Sequence[Raw], classes: Sequence[str]) -> Tensor:
+    require_known_labels(raw, classes)
     number = {name: place for place, name in enumerate(classes)}
-    unknown = next((label for _, label in raw if label is not None and label not in number), None)
-    if unknown is not None:
-        raise UserError(f"data: the label '{unknown}' is none of the {len(classes)} classes {', '.join(classes)[:200]}")
-    return torch.tensor([IGNORE_INDEX if label is None else number[label] for _, label in raw])
+    return torch.tensor([IGNORE_INDEX if one.label is None else number[one.label] for one in raw])
 
 
-def _read(data: LabelledData, name: str, *, labelled: bool) -> list[Raw]:
-    rows = load_file(data.text, name)
+def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows) -> list[Raw]:
     field = data.image_field if data.images else data.text.text_field
-    for wanted in (field, data.label_field) if labelled else (field,):
-        if wanted not in rows.column_names:
-            raise UserError(f"data: {name}: no field '{wanted}'; it has: {', '.join(rows.column_names)}")
-    labels = rows[data.label_field] if labelled else [None] * len(rows)
+    fields = {field: "data.image_field" if data.images else "data.text_field"}
+    fields |= {data.label_field: "data.label_field"} if labelled else {}
     found: list[Raw] = []
-    for number, (content, label) in enumerate(zip(rows[field], labels, strict=True), start=1):
-        place = f"data: {name}: row {number}"
-        if labelled and (label is None or str(label) == ""):
-            raise UserError(f"{place}: has no label; files without labels go into data.unlabelled")
-        if not data.images and not isinstance(content, str):
-            raise UserError(f"{place}: field '{field}' is no text: {str(content)[:80]}")
-        found.append((open_image(content, place, Path(name).parent) if data.images else content, _name(label)))
+    unlabelled: Place | None = None
+    for place, values, _ in part_rows(data.text, part, fields):
+        content, where = values.get(field), f"data: {place}"
+        reason = "" if data.images else unfit_text(content)
+        bad.read(place)
+        if reason:
+            bad.skip(place, f"field '{field}' {reason}" if field in values else f"it has no field '{field}'")
+            continue
+        if labelled and data.label_field not in values:  # a field that no row has is told by its name, at the end
+            unlabelled = unlabelled or place
+            continue
+        label = label_of(values[data.label_field], where) if labelled else None
+        pixels = open_image(content, where, Path(part).parent) if data.images else content
+        found.append(Raw(pixels, label, place))
+    if unlabelled is not None:
+        label_of(None, f"data: {unlabelled}")
     return found
 
 
-def _name(label: Any) -> str | None:
-    return None if label is None else str(label)
-
-
 def _split(example: Raw, shares: dict[str, float]) -> str:
-    content, _ = example
+    content = example.content
     text = content if isinstance(content, str) else content.numpy().tobytes().hex()
     return split_of_text(text, shares=shares)
 
@@ -209,7 +236,7 @@ def _known(data: LabelledData, raw: list[Raw]) -> list[Raw]:
         return raw
     kept = [number * len(raw) // count for number in range(count)]
     others = sorted(set(range(len(raw))) - set(kept)) if data.rest else []
-    return [raw[number] for number in kept] + [(raw[number][0], None) for number in others]
+    return [raw[number] for number in kept] + [Raw(raw[number].content, None) for number in others]
 
 
 def _digits() -> list[Raw]:
@@ -218,4 +245,4 @@ def _digits() -> list[Raw]:
 
     found = load_digits()
     pixels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    return list(zip(pixels, [str(label) for label in found.target], strict=True))
+    return [Raw(image, str(label)) for image, label in zip(pixels, found.target, strict=True)]

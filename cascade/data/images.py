@@ -1,5 +1,6 @@
 """One image as pixels from 0 to 1: numbers in the row itself, a picture that the dataset holds, or a file beside it."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ def open_image(content: Any, place: str, folder: Path) -> Tensor:
         return _numbers(content, place)
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(content, dict) and isinstance(content.get("bytes"), bytes):  # how Parquet files hold pictures
+        content = BytesIO(content["bytes"])
+    elif isinstance(content, dict) and isinstance(content.get("path"), str):
+        content = content["path"]
+    if isinstance(content, BytesIO):
+        try:
+            content = Image.open(content)
+            content.load()
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise UserError(f"{place}: no picture that can be read: {error}") from error
     if isinstance(content, str):
         path = Path(content).expanduser()
         path = path if path.is_absolute() else folder / path

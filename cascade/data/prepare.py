@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import TokenBlocks, pack_documents, pack_tokens
 from cascade.data.framing import framing_of
 from cascade.data.listed import ListedReader
 from cascade.data.messages import chat_documents
-from cascade.data.sources import TextData, read_documents
+from cascade.data.sources import TextData, cuts_passages, read_placed
 from cascade.data.streaming import stream_blocks
 
 MOST_STREAMED = 4096
@@ -28,34 +29,46 @@ def prepare_blocks(
     document_masks: bool = False,
     name: str = "",
     stream_folder: Path | None = None,
+    bad: BadRows | None = None,
 ) -> TokenBlocks:
     """The packed blocks of a split; of 'train' with weights, a mixture.
 
-    Where text is streamed, what was read is kept in `stream_folder` until all is done.
+    Where text is streamed, what was read is kept in `stream_folder` until all is done. Rows that cannot be used are
+    counted in `bad`.
 
     Raises:
         UserError: there is not one block of text, or a source cannot be read.
     """
     name = name or f"data.{split}"
     framing = framing_of(tokenizer, name, begin_blocks=data.begin_blocks, end_token=data.end_token)
+    bad = data.bad_row_counter() if bad is None else bad
 
     def packed(only: tuple[str, ...] | None, limit: int | None) -> TokenBlocks:
-        documents = read_documents(data, split, only=only)
+        placed = read_placed(data, split, only=only, bad=bad)
+        documents: list[Any] = [document for _, document in placed]
         options: dict[str, Any] = {"block_size": block_size, "max_blocks": limit, "document_masks": document_masks}
         options |= {"framing": framing}
         place = name if only is None else f"{name}: {only[0]}"
         if data.messages_field:
             listed = ListedReader(tokenizer) if data.listed else None
             conversations = chat_documents(
-                documents, tokenizer, place, template=data.chat_template, framing=framing, listed=listed
+                documents,
+                tokenizer,
+                place,
+                template=data.chat_template,
+                framing=framing,
+                turns=data.turns,
+                listed=listed,
+                refused=lambda number, reason: bad.skip(placed[number][0], reason, key=name),
             )
             blocks = pack_tokens(conversations, name=place, **options)
+            bad.require_few(data.places_of(only or data.names_of(split)), key=name)
             if listed is not None:
                 listed.require_agreement(place)
             return blocks
         return pack_documents(documents, tokenizer, name=place, **options)
 
-    if data.streaming:
+    if data.streaming and not cuts_passages(data):
         with nullcontext(stream_folder) if stream_folder else TemporaryDirectory() as folder:
             return stream_blocks(
                 data,
@@ -66,6 +79,7 @@ def prepare_blocks(
                 document_masks=document_masks,
                 framing=framing,
                 folder=Path(folder),
+                bad=bad,
             )
     if split != "train" or not data.weights:
         return packed(None, max_blocks)

@@ -1,24 +1,27 @@
 """Where text comes from, as documents of one split."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from cascade.data.bad_rows import BadRows
+from cascade.data.passages import cut_documents
+from cascade.data.rows import Place, Row, read_rows, require_fields
 from cascade.data.splits import SPLIT_SHARE, SPLITS, drop_near_copies, split_of_text
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
 from cascade.errors import UserError
 from cascade.models.hub import bound_waiting, hub_cause
+from cascade.paths import files_of
 
-_READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-    ".py": "text",
-}
+logger = logging.getLogger(__name__)
+
+Document = str | list[dict[str, Any]]
+"""A text, or a conversation."""
+
+Placed = tuple[Place, Document]
+"""A document, and where it stands."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ class TextData:
     """Whether a block that starts inside a document begins as the tokenizer begins a text"""
     end_token: bool = False
     """Whether an end token stands behind each document also where the tokenizer begins the next one with a token"""
+    whole_documents: bool = False
+    """Whether documents stay whole where they are too few to give each split one"""
+    turns: str = "all"
+    """Of conversations: 'all' answers count, or the 'last' alone"""
+    bad_rows: str = "skip"
+    """Rows that cannot be used: 'skip' up to `max_bad_rows`, or 'stop'"""
+    max_bad_rows: float = 0.01
+    """The largest share of rows that is skipped"""
 
     @property
     def own_splits(self) -> dict[str, tuple[str, ...]]:
@@ -59,32 +70,73 @@ class TextData:
             return self.files
         return {name: (value,) for name, value in (self.hub_splits or {}).items()}
 
+    @property
+    def missing_splits(self) -> list[str]:
+        """The splits that are cut from 'train'."""
+        return [name for name in SPLITS if name not in self.own_splits and name != "train"]
+
+    @property
+    def field(self) -> str:
+        """Where a document stands in its row."""
+        return self.messages_field or self.text_field
+
     def names_of(self, split: str) -> tuple[str, ...]:
         """What is read for a split."""
         return self.own_splits.get(split, self.own_splits["train"])
 
+    def parts_of(self, names: Sequence[str], key: str = "data") -> list[str]:
+        """The files that names of a split stand for, in the order in which they are read; of the hub the names."""
+        return list(names) if self.source == "hub" else [file for name in names for file in files_of(name, key)]
 
-Document = str | list[dict[str, Any]]
-"""A text, or a conversation."""
+    def places_of(self, names: Sequence[str]) -> list[str]:
+        """The `Place.file` of all rows that are read for names of a split."""
+        return [self.place_of(part) for part in self.parts_of(names)]
+
+    def place_of(self, part: str) -> str:
+        """The `Place.file` of a file, or of a split of the hub's dataset."""
+        return f"{self.dataset} ({part})" if self.source == "hub" else part
+
+    def bad_row_counter(self) -> BadRows:
+        """A new count of what cannot be used, by the recipe's rules."""
+        return BadRows(self.bad_rows, self.max_bad_rows)
 
 
-def read_documents(data: TextData, split: str, *, only: Sequence[str] | None = None) -> list[Any]:
+def read_documents(
+    data: TextData, split: str, *, only: Sequence[str] | None = None, bad: BadRows | None = None
+) -> list[Any]:
     """The documents of one split.
 
     No document is in two splits, and no near copy of a split's text is in 'train' (stdlib). A document that stands in
     the files of two splits belongs to the one that needs it untouched more: heldout before selection before calibration
-    before train. `only` names the files to read, of those of the split.
+    before train. `only` names the files to read, of those of the split. Rows that cannot be used are counted in `bad`.
 
     Raises:
-        UserError: a file is missing or malformed, the field is missing, or there is no text.
+        UserError: a file is missing or malformed, the field is missing, too many rows cannot be used, or there is no
+            text.
+    """
+    return [document for _, document in read_placed(data, split, only=only, bad=bad)]
+
+
+def read_placed(
+    data: TextData, split: str, *, only: Sequence[str] | None = None, bad: BadRows | None = None
+) -> list[Placed]:
+    """The documents of one split as `read_documents` gives them, each with its row's place.
+
+    Where the documents are too few to give each split one, they are cut into passages (`cascade.data.passages`).
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
     if data.source == "stdlib":
-        return _stdlib(split)
+        return [(Place("stdlib", number, "row"), text) for number, text in enumerate(_stdlib(split), start=1)]
+    bad = data.bad_row_counter() if bad is None else bad
     elsewhere = kept_elsewhere(data, split)
-    read = _read(data, only or data.names_of(split))
-    documents = [one for one in read if belongs(data, split, one, elsewhere)]
+    names = only or data.names_of(split)
+    if (split == "train" or split not in data.own_splits) and cuts_passages(data):
+        documents = _placed_passages(data, split, names, elsewhere, bad)
+    else:
+        placed = documents_of(data, names, bad, key=f"data.{split}")
+        documents = [one for one in placed if belongs(data, split, one[1], elsewhere)]
+    bad.require_few(data.places_of(names), key=f"data.{split}")
     if not documents:
         raise UserError(
             f"data: no documents for the {split} split that are not in another; give more text, or data.{split} files "
@@ -93,17 +145,131 @@ def read_documents(data: TextData, split: str, *, only: Sequence[str] | None = N
     return documents
 
 
+def documents_of(
+    data: TextData, names: Sequence[str], bad: BadRows | None = None, *, key: str = "data"
+) -> Iterator[Placed]:
+    """All documents of these files, or splits of the hub's dataset; what cannot be used is left out, and counted.
+
+    Raises:
+        UserError: a file is missing or malformed, the field is missing, or the recipe says to stop at a bad row.
+    """
+    for part in data.parts_of(names, key):
+        for place, values, _ in part_rows(data, part, key=key):
+            document = usable(data, place, values, bad, key=key)
+            if document is not None:
+                yield place, document
+
+
+def usable(
+    data: TextData, place: Place, values: dict[str, Any], bad: BadRows | None, *, key: str = "data"
+) -> Document | None:
+    """A row's document; None where there is none that can be used: it is counted."""
+    document: Any = values.get(data.field)
+    empty = isinstance(document, str) and not document.strip()
+    if bad is not None:
+        bad.read(place, empty=empty)
+    if empty:
+        return None
+    field_name = data.field
+    if field_name not in values:
+        reason = f"it has no field '{field_name}'"
+    else:
+        reason = unfit_messages(document) if data.messages_field else unfit_text(document)
+        reason = f"field '{field_name}' {reason}" if reason else ""
+    if reason and bad is not None:
+        bad.skip(place, reason, key=key)
+    found: Document | None = None if reason else document
+    return found
+
+
+def unfit_text(value: Any) -> str:
+    """Why a value is no text; '' if it is."""
+    if value is None:
+        return "is null"
+    if not isinstance(value, str):
+        return f"is no text: {_shown(value)}"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"is no text that can be written: {error.reason} at letter {error.start + 1}"
+    return ""
+
+
+def unfit_messages(value: Any) -> str:
+    """Why a value is no conversation; '' if it is."""
+    wanted = "; expected a list of {role, content} messages"
+    if not isinstance(value, list) or not value:
+        return f"is {'null' if value is None else _shown(value)}{wanted}"
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"has no role in message {number}: {_shown(message)}{wanted}"
+        reason = unfit_text(message.get("content"))
+        if reason:
+            return f"has a message {number} ({message['role']}) whose content {reason}"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    return str(value)[:80]
+
+
+def cuts_passages(data: TextData) -> bool:
+    """Whether the documents of 'train' are too few to give each split that is cut from them one, so that they are cut.
+
+    With weights, each source needs one of 'train' as well. Conversations are never cut.
+    """
+    missing = data.missing_splits
+    if data.source == "stdlib" or data.messages_field or data.whole_documents or not missing:
+        return False
+    shares = {name: SPLIT_SHARE for name in missing}
+    names = data.names_of("train")
+    wanted, none = {*missing, *(names if data.weights else ["train"])}, True
+    for name in names:
+        own = name if data.weights else "train"
+        for _, document in documents_of(data, [name]):
+            none = False
+            split = split_of_text(opening(document), shares=shares)
+            wanted.discard(own if split == "train" else split)
+            if not wanted:
+                return False
+            if own not in wanted and not wanted & set(missing):
+                break
+    return not none
+
+
+def passages_of(data: TextData, bad: BadRows, elsewhere: frozenset[str] = frozenset()) -> dict[str, list[str]]:
+    """The texts of each split, of documents that are too few: those of 'train' cut into passages."""
+    placed = documents_of(data, data.names_of("train"), bad, key="data.train")
+    texts = [document for _, document in placed if isinstance(document, str) and document not in elsewhere]
+    return cut_documents(texts, data.missing_splits)
+
+
+def _placed_passages(
+    data: TextData, split: str, names: Sequence[str], elsewhere: frozenset[str], bad: BadRows
+) -> list[Placed]:
+    """The passages of one split, of those of the files `names` of 'train'."""
+    parts = passages_of(data, bad, elsewhere)[split]
+    if list(names) != list(data.names_of("train")):
+        texts = [document for _, document in documents_of(data, names)]
+        parts = [part for part in parts if any(isinstance(text, str) and part in text for text in texts)]
+    logger.warning(
+        "data.%s: too few documents to give each split one: they are cut at paragraphs, and %d passages of neighbours, "
+        "%d letters in all, are this split's",
+        split, len(parts), sum(map(len, parts)),
+    )  # fmt: skip
+    file = data.places_of(names)[0]
+    return [(Place(file, number, "row"), part) for number, part in enumerate(parts, start=1)]
+
+
 def kept_elsewhere(data: TextData, split: str) -> frozenset[str]:
     """Texts of files of later splits: what stands in two splits belongs to the one that needs it untouched more."""
     own = data.own_splits
     above = SPLITS[SPLITS.index(split) + 1 :] if split in own else [name for name in SPLITS if name != "train"]
-    return frozenset(_as_text(one) for name in above if name in own for one in _read(data, own[name]))
+    return frozenset(_as_text(one) for name in above if name in own for _, one in documents_of(data, own[name]))
 
 
 def belongs(data: TextData, split: str, document: Any, elsewhere: frozenset[str]) -> bool:
     """Whether a document that stands where the split is read is the split's; `elsewhere` is `kept_elsewhere`."""
-    if not document or (isinstance(document, str) and not document.strip()):
-        return False
     own, text = data.own_splits, _as_text(document)
     if split == "train" or split not in own:
         shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
@@ -137,61 +303,55 @@ def _stdlib(split: str) -> list[str]:
     return [by_split["train"][index] for index in drop_near_copies(by_split["train"], others)]
 
 
-def _read(data: TextData, names: Sequence[str]) -> list[Any]:
-    from datasets import load_dataset
+def part_rows(
+    data: TextData,
+    part: str,
+    fields: dict[str, str] | None = None,
+    *,
+    key: str = "data",
+    after: tuple[int, int] = (0, 0),
+) -> Iterator[Row]:
+    """The rows of a file, or of a split of the hub's dataset; of a file those behind row `after`.
 
-    documents: list[Any] = []
-    field = data.messages_field or data.text_field
-    for name in names:
-        rows = (_load_hub if data.source == "hub" else _load_table)(data, name, load_dataset)
-        if field not in rows.column_names:
-            key = "messages_field" if data.messages_field else "text_field"
-            raise UserError(f"{name}: no field '{field}'; it has: {', '.join(rows.column_names)}. Set data.{key}.")
-        documents += rows[field] if data.messages_field else [one for one in rows[field] if isinstance(one, str)]
-    return documents
-
-
-def open_stream(data: TextData, name: str) -> Any:
-    """The rows of a file or hub split, read one after another; its `state_dict` says where reading stands."""
-    from datasets import load_dataset
-
-    field = data.messages_field or data.text_field
-    rows = (_load_hub if data.source == "hub" else _load_table)(data, name, load_dataset, streaming=True)
-    first = next(iter(rows), None)
-    if first is not None and field not in first:
-        key = "messages_field" if data.messages_field else "text_field"
-        raise UserError(f"{name}: no field '{field}'; it has: {', '.join(first)}. Set data.{key}.")
-    return rows
-
-
-def load_file(data: TextData, name: str) -> Any:
-    """The rows of a file, or of a split of the hub's dataset: `column_names`, and columns by name.
+    `fields`: {field: the recipe's key that names it}; the documents' where not given.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or no row has the field.
     """
+    if fields is None:
+        fields = {data.field: "data.messages_field" if data.messages_field else "data.text_field"}
+    if data.source != "hub":
+        rows = read_rows(part, list(fields), key=key, after=after)
+        return rows if after[0] else require_fields(rows, fields, key=key)
+    table = _load_hub(data, part)
+    missing = [name for name in fields if name not in table.column_names]
+    if missing:
+        has = ", ".join(table.column_names)
+        raise UserError(f"{key}: {part}: no field '{missing[0]}'; it has: {has}. Set {fields[missing[0]]}.")
+    return _hub_rows(data, part, table.select_columns(list(fields)))
+
+
+def hub_stream(data: TextData, part: str) -> Any:
+    """The rows of a split of the hub's dataset, read one after another; `state_dict` says where reading stands."""
+    rows = _load_hub(data, part, streaming=True)
+    first = next(iter(rows), None)
+    if first is not None and data.field not in first:
+        told = "data.messages_field" if data.messages_field else "data.text_field"
+        raise UserError(f"{part}: no field '{data.field}'; it has: {', '.join(first)}. Set {told}.")
+    return rows.select_columns([data.field])
+
+
+def _hub_rows(data: TextData, part: str, table: Any) -> Iterator[Row]:
+    file, number = data.place_of(part), 0
+    for columns in table.iter(batch_size=256):
+        for values in zip(*columns.values(), strict=True):
+            number += 1
+            yield Row(Place(file, number, "row"), dict(zip(columns, values, strict=True)))
+
+
+def _load_hub(data: TextData, split: str, **options: Any) -> Any:
     from datasets import load_dataset
 
-    return (_load_hub if data.source == "hub" else _load_table)(data, name, load_dataset)
-
-
-def _load_table(data: TextData, name: str, load_dataset: Any, **options: Any) -> Any:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise UserError(f"data: {name}: no such file")
-    suffixes = [suffix for suffix in path.suffixes if suffix in _READERS]
-    if not suffixes:
-        raise UserError(f"data: {name}: unknown kind of file; known: {', '.join(_READERS)} (also .gz)")
-    if _READERS[suffixes[-1]] == "text":
-        options["sample_by"] = "document"
-    try:
-        return load_dataset(_READERS[suffixes[-1]], data_files=str(path), split="train", **options)
-    except Exception as error:  # datasets wraps parsers' errors in classes of its own, one per format
-        cause = error.__cause__ or error
-        raise UserError(f"data: {name}: cannot be read: {cause}") from error
-
-
-def _load_hub(data: TextData, split: str, load_dataset: Any, **options: Any) -> Any:
     bound_waiting()
     try:
         return load_dataset(data.dataset, data.dataset_config or None, split=split, revision=data.revision, **options)

@@ -16,10 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import TokenBlocks, append_document, batched, blocks_of, encoded
 from cascade.data.framing import Framing, framing_of
 from cascade.data.messages import chat_documents
-from cascade.data.sources import TextData, belongs, kept_elsewhere, open_stream
+from cascade.data.rows import Place, Row
+from cascade.data.sources import (
+    Document,
+    Placed,
+    TextData,
+    belongs,
+    hub_stream,
+    kept_elsewhere,
+    part_rows,
+    usable,
+)
 from cascade.store import file_sha256, sync_file, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -39,27 +50,35 @@ def stream_blocks(
     framing: Framing | None = None,
     folder: Path,
     shard_tokens: int = SHARD_TOKENS,
+    bad: BadRows | None = None,
 ) -> TokenBlocks:
     """The first `max_blocks` blocks of a split, in the order of its files; shards and cursor are kept in `folder`.
 
+    Rows that cannot be used are counted in `bad`.
+
     Raises:
-        UserError: the text does not fill one block, or no token in it counts.
+        UserError: the text does not fill one block, no token in it counts, or too many rows cannot be used.
     """
     framing = framing or framing_of(tokenizer, f"data.{split}")
     folder.mkdir(parents=True, exist_ok=True)
+    bad = data.bad_row_counter() if bad is None else bad
     place = folder / f"{split}-cursor.json"
     cursor: dict[str, Any] = {"file": 0, "reader": None, "shards": 0, "bytes": 0, "tokens": 0, "sha256": []}
     found = _cursor(place, folder, split)
     if found is not None:
         cursor = found
+        bad.restore(cursor["rows"])
         logger.warning("data.%s: going on after %d tokens", split, cursor["tokens"])
     shards = [load_file(_path(folder, split, number))["tokens"] for number in range(cursor["shards"])]
     waiting: list[Tensor] = []
-    for documents, file, reader in _batches(data, split, cursor):
+    whole = True
+    for documents, file, reader in _batches(data, split, cursor, bad):
         if cursor["tokens"] + sum(part.shape[1] for part in waiting) >= max_blocks * block_size:
+            whole = False
             break
-        waiting.append(_tokens(documents, data, tokenizer, split, framing))
-        cursor |= {"file": file, "reader": reader, "bytes": cursor["bytes"] + _bytes(documents)}
+        waiting.append(_tokens(documents, data, tokenizer, split, framing, bad))
+        size = sum(_num_bytes(document) for _, document in documents)
+        cursor |= {"file": file, "reader": reader, "bytes": cursor["bytes"] + size}
         if sum(part.shape[1] for part in waiting) >= shard_tokens:
             shard, waiting = torch.cat(waiting, 1), []
             path = _path(folder, split, cursor["shards"])
@@ -67,11 +86,12 @@ def stream_blocks(
             sync_file(path)
             shards.append(shard)
             cursor |= {"shards": cursor["shards"] + 1, "tokens": cursor["tokens"] + shard.shape[1]}
-            cursor["sha256"] = [*cursor["sha256"], file_sha256(path)]
+            cursor |= {"sha256": [*cursor["sha256"], file_sha256(path)], "rows": bad.state()}
             write_atomically(place, json.dumps(cursor) + "\n")
-    whole = torch.cat([*shards, *waiting], 1) if shards or waiting else torch.zeros(3, 0, dtype=torch.int32)
+    bad.require_few(data.places_of(data.names_of(split)), key=f"data.{split}", whole=whole)
+    stream = torch.cat([*shards, *waiting], 1) if shards or waiting else torch.zeros(3, 0, dtype=torch.int32)
     return blocks_of(
-        whole,
+        stream,
         cursor["bytes"],
         block_size=block_size,
         max_blocks=max_blocks,
@@ -96,30 +116,60 @@ def _cursor(place: Path, folder: Path, split: str) -> dict[str, Any] | None:
                 raise ValueError(f"shard {number} is not as it was written")
         if len(cursor["sha256"]) != cursor["shards"]:
             raise ValueError("its shards are not those it counts")
+        BadRows().restore(cursor["rows"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("data.%s: what an earlier try left cannot be used (%s); read from the start", split, error)
         return None
     return cursor
 
 
-def _batches(data: TextData, split: str, cursor: dict[str, Any]) -> Iterator[tuple[list[Any], int, dict[str, Any]]]:
+def _batches(
+    data: TextData, split: str, cursor: dict[str, Any], bad: BadRows
+) -> Iterator[tuple[list[Placed], int, Any]]:
     """(documents of the split, number of the file, where its reader stands after them)."""
-    names, elsewhere = data.names_of(split), kept_elsewhere(data, split)
-    for number in range(cursor["file"], len(names)):
-        rows = open_stream(data, names[number])
-        if number == cursor["file"] and cursor["reader"] is not None:
-            rows.load_state_dict(cursor["reader"])
-        field = data.messages_field or data.text_field
-        for some in batched(rows, _BATCH):
-            yield [row[field] for row in some if belongs(data, split, row[field], elsewhere)], number, rows.state_dict()
+    parts, elsewhere = data.parts_of(data.names_of(split), f"data.{split}"), kept_elsewhere(data, split)
+    for number in range(cursor["file"], len(parts)):
+        start = cursor["reader"] if number == cursor["file"] else None
+        for rows, reader in _read(data, parts[number], start, split):
+            placed = ((place, usable(data, place, values, bad, key=f"data.{split}")) for place, values, _ in rows)
+            documents = [(place, one) for place, one in placed if one is not None]
+            yield [one for one in documents if belongs(data, split, one[1], elsewhere)], number, reader
 
 
-def _tokens(documents: list[Any], data: TextData, tokenizer: Any, split: str, framing: Framing) -> Tensor:
+def _read(data: TextData, part: str, start: Any, split: str) -> Iterator[tuple[list[Row], Any]]:
+    """(rows, where reading stands after them); `start`: where it stood, None at the beginning."""
+    if data.source != "hub":
+        for rows in batched(part_rows(data, part, key=f"data.{split}", after=tuple(start or (0, 0))), _BATCH):
+            yield rows, (rows[-1].place.number, rows[-1].offset)
+        return
+    stream, file = hub_stream(data, part), data.place_of(part)
+    number = 0
+    if start is not None:
+        number, state = start
+        stream.load_state_dict(state)
+    for values in batched(stream, _BATCH):
+        rows = [Row(Place(file, number + place, "row"), row) for place, row in enumerate(values, start=1)]
+        number += len(rows)
+        yield rows, (number, stream.state_dict())
+
+
+def _tokens(
+    documents: list[Placed], data: TextData, tokenizer: Any, split: str, framing: Framing, bad: BadRows
+) -> Tensor:
     """int32 [3, T] of these documents."""
+    contents: list[Any] = [document for _, document in documents]
     pieces = (
-        chat_documents(documents, tokenizer, f"data.{split}", template=data.chat_template, framing=framing)
+        chat_documents(
+            contents,
+            tokenizer,
+            f"data.{split}",
+            template=data.chat_template,
+            framing=framing,
+            turns=data.turns,
+            refused=lambda number, reason: bad.skip(documents[number][0], reason, key=f"data.{split}"),
+        )
         if data.messages_field
-        else encoded(documents, tokenizer, framing)
+        else encoded(contents, tokenizer, framing)
     )
     rows: list[list[int]] = [[], [], []]
     for one in pieces:
@@ -127,6 +177,7 @@ def _tokens(documents: list[Any], data: TextData, tokenizer: Any, split: str, fr
     return torch.tensor(rows, dtype=torch.int32).view(3, -1)
 
 
-def _bytes(documents: list[Any]) -> int:
-    texts = (one if isinstance(one, str) else "".join(part["content"] for part in one) for one in documents)
-    return sum(len(text.encode()) for text in texts)
+def _num_bytes(document: Document) -> int:
+    """UTF-8 bytes of what is said."""
+    said = document if isinstance(document, str) else "".join(message["content"] for message in document)
+    return len(said.encode())

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.data.examples import Examples
+from cascade.data.examples import Examples, LabelledData, read_examples
+from cascade.data.labels import require_known_labels
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.fused import Objective, fused_loss
@@ -26,11 +28,20 @@ from cascade.models.head import head_of, last_hidden
 
 
 def heldout_blocks(
-    data: TextData, tokenizer: Any, *, block_size: int, max_blocks: int, document_masks: bool = False
+    data: TextData,
+    tokenizer: Any,
+    *,
+    block_size: int,
+    max_blocks: int,
+    document_masks: bool = False,
+    bad: BadRows | None = None,
 ) -> TokenBlocks:
-    """The held-out split as blocks, spread over all its documents; read by this package only."""
+    """The held-out split as blocks, spread over all its documents; read by this package only.
+
+    Rows that cannot be used are counted in `bad`.
+    """
     blocks = prepare_blocks(
-        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name="heldout"
+        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name="heldout", bad=bad
     )
     return blocks.take(max_blocks)
 
@@ -43,21 +54,27 @@ def sample_blocks(
     block_size: int,
     max_blocks: int,
     document_masks: bool = False,
+    bad: BadRows | None = None,
 ) -> TokenBlocks:
     """Files of production text as blocks, in the form of `data`, spread over all documents."""
-    data = _sample_of(data, files)
     blocks = prepare_blocks(
-        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name="data.production"
+        production_data(data, files),
+        "heldout",
+        tokenizer,
+        block_size=block_size,
+        document_masks=document_masks,
+        name="data.production",
+        bad=bad,
     )
     return blocks.take(max_blocks)
 
 
 def production_documents(data: TextData, files: Sequence[str]) -> list[Any]:
     """All documents of files of production text."""
-    return read_documents(_sample_of(data, files), "heldout")
+    return read_documents(production_data(data, files), "heldout")
 
 
-def _sample_of(data: TextData, files: Sequence[str]) -> TextData:
+def production_data(data: TextData, files: Sequence[str]) -> TextData:
     """Where production text is read, whole, as a held-out split of its own."""
     own = {"train": tuple(files), "heldout": tuple(files)}
     return replace(data, source="files", files=own, hub_splits=None, weights=(), streaming=False, listed=False)
@@ -66,6 +83,15 @@ def _sample_of(data: TextData, files: Sequence[str]) -> TextData:
 def heldout_examples(read: Callable[[str], Examples]) -> Examples:
     """The held-out split as labelled examples; `read` gives that of a split; read by this package only."""
     return read("heldout")
+
+
+def require_known_heldout_labels(data: LabelledData, classes: Sequence[str]) -> None:
+    """Refuse held-out examples whose label is none of the classes, before anything is trained.
+
+    Raises:
+        UserError: there is one; its place is named.
+    """
+    require_known_labels(read_examples(data, "heldout"), classes)
 
 
 def heldout_metrics(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo, model_validator
 
 from cascade.recipe.places import RecipePath, RecipePaths, resolved, shown
-from cascade.recipe.section import COMMIT, PositiveFloat, PositiveInt, Section, as_list
+from cascade.recipe.section import COMMIT, Fraction, PositiveFloat, PositiveInt, Section, as_list
 
 
 def _resolved_file(value: str, info: ValidationInfo) -> str:
@@ -27,7 +27,8 @@ class Data(Section):
     generated: what the section `generate` has written, its splits cut by prompt; digits: the handwritten digits that
     scikit-learn ships, for image_classification."""
     train: Splits = []
-    """source files: paths, relative to the recipe's folder; source hub: the dataset's split name"""
+    """source files: paths, relative to the recipe's folder: files, folders of them, or patterns such as
+    shards/*.jsonl.gz, read in sorted order; source hub: the dataset's split name"""
     calibration: Splits = []
     """What statistics are taken on; cut from train where empty."""
     selection: Splits = []
@@ -59,6 +60,14 @@ class Data(Section):
     only what the assistant says counts for the loss."""
     template: Literal["model", "none"] = "model"
     """How messages become text. model: by the parent's chat template; none: one after another, and an end token."""
+    turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation count. all: each of the assistant's turns, as an example of its own where the
+    template writes a turn differently once a later one follows; last: the last one alone."""
+    bad_rows: Literal["skip", "stop"] = "skip"
+    """What is done about a row that cannot be used: no text, a number for one, messages that are empty or that the
+    chat template refuses. skip: it is left out, counted, and named in the plan and the report; stop: it is an error."""
+    max_bad_rows: Fraction = 0.01
+    """The share of rows that may be left out; where more cannot be used, it is an error after all."""
     streaming: bool = False
     """Read documents one after another, only as many as max_tokens take; for text that does not
     fit into memory. The training text is then the start of the files, in their order."""

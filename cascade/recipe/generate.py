@@ -111,7 +111,8 @@ class Generate(Section):
     endpoint: Endpoint | None = None
     """Ask a server instead of a model here."""
     prompts: RecipePaths = []
-    """JSONL files, each line with a `prompt` (a text) or `messages`."""
+    """Files of rows (JSONL, JSON, Parquet), each with a `prompt` (a text) or `messages`; folders and patterns, as
+    data.train takes them."""
     templates: Names = []
     """Prompts with {names} in them, filled in with `values`, every combination once."""
     values: dict[str, list[str]] = {}

@@ -1,5 +1,7 @@
 """Paths and models as a recipe names them: counted from its folder when it is read, told without their folders."""
 
+import os
+from glob import escape, has_magic
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +87,11 @@ def _absolute(value: str, folder: Path) -> str:
         path = Path(value).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{value}: {error}") from error
-    return str(path if path.is_absolute() else (folder / path).resolve())
+    if path.is_absolute():
+        return str(path)
+    if has_magic(value) and not (folder / path).exists():  # signs of a pattern in the folder's own name are none
+        return os.path.normpath(Path(escape(str(folder))) / path)
+    return str((folder / path).resolve())
 
 
 RecipePath = Annotated[str, AfterValidator(resolved), PlainSerializer(shown)]

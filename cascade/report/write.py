@@ -18,6 +18,7 @@ from cascade.report.production import load_drift, production_table, wrong_diet
 from cascade.report.provenance import load_provenances, provenance_table
 from cascade.report.rates import load_rates, rates_table
 from cascade.report.records import Row, family_csv, family_json, metric_names
+from cascade.report.skipped import load_skipped, skipped_table
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
 from cascade.report.tail import decile_table, load_tails, slice_table
 from cascade.report.targets import load_targets, targets_table
@@ -142,6 +143,8 @@ def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     tables += [("Trainings to look at", [["member", "found"], *said])] if said else []
     rates = load_rates(run_folder)
     tables += [("Learning rates", rates_table(rates))] if rates else []
+    skipped = load_skipped(run_folder)
+    tables += [("Rows left out", skipped_table(skipped))] if skipped else []
     targets = load_targets(run_folder)
     if targets.get("members"):
         tables.append((f"Teacher's targets: {targets['kind']}", targets_table(targets)))

@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from cascade.data.bad_rows import BadRows
 from cascade.data.framing import written_around
 from cascade.data.sources import opening
 from cascade.data.splits import SPLIT_SHARE, SPLITS, split_of_text
 from cascade.errors import RunError, UserError
+from cascade.paths import files_of
 from cascade.recipe.generate import Generate
 from cascade.teacher.address import check_endpoint
 from cascade.teacher.answers import Answer, AnswerLog, Request, requests_of
@@ -58,16 +60,17 @@ class Dataset:
     """requests, prompt_tokens, answer_tokens, money; all of them 0 for a model here but the tokens"""
 
 
-def collect_prompts(settings: Generate, text_field: str = "text") -> list[Prompt]:
-    """All prompts that the settings name.
+def collect_prompts(settings: Generate, text_field: str = "text", bad: BadRows | None = None) -> list[Prompt]:
+    """All prompts that the settings name. Rows that cannot be used are counted in `bad`, where that is given.
 
     Raises:
-        UserError: a file or template cannot be used, or there is no prompt.
+        UserError: a file or template cannot be used, or there is no prompt; without `bad`, also a row.
     """
-    texts: list[Any] = [one for path in settings.prompts for one in read_prompts(Path(path))]
+    files = [file for entry in settings.prompts for file in files_of(entry, "generate.prompts")]
+    texts: list[Any] = [one for file in files for one in read_prompts(Path(file), bad)]
     texts += filled(settings.templates, settings.values)
     if settings.text:
-        texts += beginnings(settings.text, text_field, settings.text_words)
+        texts += beginnings(settings.text, text_field, settings.text_words, bad)
     if settings.stdlib:
         texts += stdlib_functions()
     return prompts_of(texts, system=settings.system, count=settings.num_prompts)

@@ -1,6 +1,5 @@
 """What a teacher is asked: prompts from files, templates, the beginnings of texts, the standard library."""
 
-import gzip
 import hashlib
 import json
 import re
@@ -11,7 +10,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from cascade.data.sources import TextData, read_documents
+from cascade.data.bad_rows import BadRows
+from cascade.data.rows import read_rows
+from cascade.data.sources import TextData, read_documents, unfit_messages, unfit_text
 from cascade.errors import UserError
 
 Messages = list[dict[str, str]]
@@ -51,41 +52,49 @@ def prompts_of(texts: Sequence[str | Messages], *, system: str = "", count: int 
     return [found[number * len(found) // count] for number in range(count)]
 
 
-def read_prompts(path: Path) -> Iterator[str | Messages]:
-    """The `prompt` or `messages` of each line of a JSONL(.gz) file.
+def read_prompts(path: Path, bad: BadRows | None = None) -> Iterator[str | Messages]:
+    """The `prompt` or `messages` of each row of a file: JSONL, JSON or Parquet, also compressed.
+
+    Rows that cannot be used are counted in `bad`, where that is given.
 
     Raises:
-        UserError: naming the line that is malformed.
+        UserError: the file cannot be read, or without `bad` a row; it is named.
     """
-    if not path.is_file():
-        raise UserError(f"generate.prompts: {path}: no such file")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _prompt_of(line, f"{path}:{number}")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"generate.prompts: {path}: cannot be read: {error}") from error
+    key = "generate.prompts"
+    for place, values, _ in read_rows(str(path), ("prompt", "messages"), key=key):
+        reason = _unfit(values)
+        if bad is None and reason:
+            raise UserError(f"{key}: {place}: {reason}")
+        if bad is not None:
+            bad.read(place)
+        if reason and bad is not None:
+            bad.skip(place, reason, key=key)
+            continue
+        yield values["prompt"] if _is_prompt(values) else _messages(values)
+    if bad is not None:
+        bad.require_few([str(path)], key=key)
 
 
-def _prompt_of(line: str, place: str) -> str | Messages:
-    wanted = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"generate.prompts: {place}: not JSON ({error}); {wanted}") from error
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str) and record["prompt"].strip():
-        return str(record["prompt"])
-    messages = record.get("messages") if isinstance(record, dict) else None
-    good = isinstance(messages, list) and all(
-        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-        for one in messages
-    )
-    if not good or not messages:
-        raise UserError(f"generate.prompts: {place}: {line.strip()[:80]!r}; {wanted}")
+def _is_prompt(values: dict[str, Any]) -> bool:
+    prompt = values.get("prompt")
+    return isinstance(prompt, str) and bool(prompt.strip()) and not unfit_text(prompt)
+
+
+def _messages(values: dict[str, Any]) -> Messages:
+    return [{"role": one["role"], "content": one["content"]} for one in values["messages"]]
+
+
+def _unfit(values: dict[str, Any]) -> str:
+    """Why a row is no prompt; '' if it is."""
+    messages: Any = values.get("messages")
+    if _is_prompt(values):
+        return ""
+    if unfit_messages(messages):
+        wanted = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+        return f"{str(values)[:80] if values else 'neither field is there'}; {wanted}"
     if messages[-1]["role"] == "assistant":
-        raise UserError(f"generate.prompts: {place}: its last message is the assistant's already; remove it")
-    return [{"role": one["role"], "content": one["content"]} for one in messages]
+        return "its last message is the assistant's already; remove it"
+    return ""
 
 
 def filled(templates: Sequence[str], values: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -120,10 +129,14 @@ def filled(templates: Sequence[str], values: Mapping[str, Sequence[str]]) -> Ite
         raise UserError(f"generate.values: no template names {{{min(values.keys() - used)}}}")
 
 
-def beginnings(files: Sequence[str], text_field: str, num_words: int) -> list[str]:
-    """The first words of each document, white space as it stood; what follows them is for the teacher to write."""
-    data = TextData("files", {"train": tuple(files)}, text_field=text_field)
-    found = (re.match(rf"\s*(?:\S+\s+){{{num_words - 1}}}\S+", text) for text in read_documents(data, "train"))
+def beginnings(files: Sequence[str], text_field: str, num_words: int, bad: BadRows | None = None) -> list[str]:
+    """The first words of each document, white space as it stood; what follows them is for the teacher to write.
+
+    Rows that cannot be used are counted in `bad`.
+    """
+    data = TextData("files", {"train": tuple(files)}, text_field=text_field, whole_documents=True)
+    texts = read_documents(data, "train", bad=bad)
+    found = (re.match(rf"\s*(?:\S+\s+){{{num_words - 1}}}\S+", text) for text in texts)
     return [match.group() for match in found if match]
 
 

@@ -1,0 +1,116 @@
+"""Rows that cannot be used: counted and named with file and line, and left out as long as they are few."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cascade.data.rows import Place
+from cascade.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NAMED = 1000
+"""Bad rows that are named in a record; the others are counted."""
+
+_LEAST_ROWS = 200
+"""Where only the start of the files was read, a share is counted of at least so many rows."""
+
+
+@dataclass
+class BadRows:
+    """What was read, and which rows of it were left out. Files may be read again; no row counts twice."""
+
+    policy: str = "skip"
+    """'skip' or 'stop', as `data.bad_rows`"""
+    most: float = 0.01
+    """The largest share that is left out, as `data.max_bad_rows`"""
+    last_row: dict[str, int] = field(default_factory=dict)
+    """By file: the number of the last row that was read"""
+    num_empty: dict[str, int] = field(default_factory=dict)
+    """By file: texts without a letter, which say nothing and do no harm"""
+    reasons: dict[str, dict[int, tuple[str, str]]] = field(default_factory=dict)
+    """By file and row: (unit of its place, why it was left out)"""
+    num_told: int = 0
+    """Rows that were left out when it was last said"""
+
+    def read(self, place: Place, *, empty: bool = False) -> None:
+        """Count a row that was read."""
+        if place.number > self.last_row.get(place.file, 0):
+            self.last_row[place.file] = place.number
+            if empty:
+                self.num_empty[place.file] = self.num_empty.get(place.file, 0) + 1
+
+    def skip(self, place: Place, reason: str, *, key: str = "data") -> None:
+        """Leave a row out.
+
+        Raises:
+            UserError: the recipe says to stop.
+        """
+        if self.policy == "stop":
+            raise UserError(
+                f"{key}: {place}: {reason}. Mend or remove the row; with data.bad_rows: skip it is left out and counted"
+            )
+        self.reasons.setdefault(place.file, {})[place.number] = (place.unit, reason)
+
+    def require_few(
+        self, files: Iterable[str], *, key: str = "data", whole: bool = True, share: float | None = None
+    ) -> None:
+        """Refuse files of which too many rows were left out; `whole`: they were read to their ends.
+
+        The share is that of the rows that were read, where no other is given.
+
+        Raises:
+            UserError: the share is above `most`.
+        """
+        names = list(dict.fromkeys(files))
+        bad = sum(len(self.reasons.get(name, {})) for name in names)
+        rows = sum(self.last_row.get(name, 0) for name in names)
+        if bad == 0:
+            return
+        share = bad / max(rows, 1 if whole else _LEAST_ROWS) if share is None else share
+        first = self.named(names)[0]
+        told = f"{key}: {bad:,} of {rows:,} rows cannot be used, the first: {first['place']}: {first['reason']}"
+        if share > self.most:
+            raise UserError(
+                f"{told}. That is {share:.1%}, and data.max_bad_rows allows {self.most:.1%}; mend or remove these "
+                "rows, or raise data.max_bad_rows to leave them out"
+            )
+        count = sum(map(len, self.reasons.values()))
+        if count > self.num_told:
+            logger.warning("%s; left out", told)
+            self.num_told = count
+
+    def named(self, files: Iterable[str] | None = None) -> list[dict[str, str]]:
+        """{'place', 'reason'} of each row that was left out, in the order of the files."""
+        names = list(self.reasons) if files is None else [name for name in files if name in self.reasons]
+        return [
+            {"place": str(Place(name, number, unit)), "reason": reason}
+            for name in names
+            for number, (unit, reason) in sorted(self.reasons[name].items())
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """What a report says: counts, and the first rows by name."""
+        named = self.named()
+        return {
+            "rows": sum(self.last_row.values()),
+            "skipped": len(named),
+            "empty": sum(self.num_empty.values()),
+            "named": named[:NAMED],
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, as JSON."""
+        reasons = {name: [[number, *told] for number, told in rows.items()] for name, rows in self.reasons.items()}
+        return {"last_row": self.last_row, "num_empty": self.num_empty, "reasons": reasons}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from an earlier try's counts."""
+        for name, number in state["last_row"].items():
+            self.last_row[name] = max(number, self.last_row.get(name, 0))
+        for name, count in state["num_empty"].items():
+            self.num_empty[name] = max(count, self.num_empty.get(name, 0))
+        for name, rows in state["reasons"].items():
+            own = self.reasons.setdefault(name, {})
+            own |= {number: (unit, reason) for number, unit, reason in rows}

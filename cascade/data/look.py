@@ -1,0 +1,124 @@
+"""What a plan says of the data: how many files and rows it has, which rows cannot be used, what counts for the loss."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cascade.data.messages import Example, conversation_examples, require_chat, shown_tokens
+from cascade.data.sources import TextData, cuts_passages, documents_of, passages_of
+from cascade.errors import UserError
+from cascade.paths import ignored_files
+
+_STREAMED_ROWS = 5000
+"""Of text that is streamed, so many documents are looked at."""
+
+_EVERY = 1000
+"""Of the first so many conversations each is tried with the template, of later ones ever fewer."""
+
+_NAMED = 20
+"""Rows that cannot be used, of those that are named."""
+
+
+def look_at(data: TextData, name: str, names: Sequence[str], tokenizer: Any | None) -> dict[str, Any]:
+    """The files of one key of the recipe, 'data.`name`': {'files', 'rows', 'skipped', 'named', ...}.
+
+    All rows are read (of streamed text the first thousands), and conversations tried with the chat template: all of the
+    first thousand and a sample of the later ones.
+
+    Raises:
+        UserError: the files cannot be read, or too many rows of them cannot be used.
+    """
+    key, bad = f"data.{name}", data.bad_row_counter()
+    if data.messages_field and tokenizer is not None:
+        require_chat(tokenizer, key, template=data.chat_template)
+    tried, refused, example, documents = 0, 0, None, 0
+    whole = True
+    for documents, (place, document) in enumerate(documents_of(data, names, bad, key=key), start=1):
+        if data.streaming and documents > _STREAMED_ROWS:
+            whole = False
+            break
+        if isinstance(document, str) or tokenizer is None or (documents - 1) % (1 + documents // _EVERY):
+            continue
+        tried += 1
+        try:
+            found = conversation_examples(document, tokenizer, template=data.chat_template, turns=data.turns)
+            example = example or found[0]
+        except UserError as error:
+            refused += 1
+            bad.skip(place, str(error), key=key)
+    rows = sum(bad.last_row.values())
+    named = bad.named()
+    share = (len(named) - refused) / max(1, rows) + refused / max(1, tried)
+    bad.require_few(data.places_of(names), key=key, whole=whole, share=share if whole else None)
+    return _counts(data, names) | {
+        "rows": rows,
+        "all_rows": whole,
+        "tried_with_template": tried,
+        "documents": documents,
+        "empty": sum(bad.num_empty.values()),
+        "skipped": len(named),
+        "named": named[:_NAMED],
+        "example": None if example is None else _shown(example, tokenizer),
+    }
+
+
+def look_at_passages(data: TextData) -> dict[str, int] | None:
+    """{split: letters} where the documents are too few and are cut into passages; None where they are not."""
+    if not cuts_passages(data):
+        return None
+    return {split: sum(map(len, parts)) for split, parts in passages_of(data, data.bad_row_counter()).items()}
+
+
+def look_text(name: str, found: dict[str, Any]) -> list[str]:
+    """What `look_at` gave, as lines for a terminal."""
+    files = f"{found['files']:,} file{'s' * (found['files'] != 1)}" + (f" ({found['kinds']})" if found["kinds"] else "")
+    rows = (
+        f"{found['rows']:,} row{'s' * (found['rows'] != 1)}"
+        if found["all_rows"]
+        else f"the first {found['rows']:,} rows were looked at"
+    )
+    line = f"data.{name}: {files}, {rows}"
+    if found["tried_with_template"] and found["tried_with_template"] < found["documents"]:
+        line += f", {found['tried_with_template']:,} tried with the chat template"
+    if found["empty"]:
+        line += f", {found['empty']:,} without a letter"
+    lines = [f"{line}."]
+    if found["ignored"]:
+        count = f"{found['ignored_files']:,} files of other kinds"
+        lines.append(f"data.{name}: {count} are passed over: {found['ignored']}.")
+    return [*lines, *skipped_lines(name, found)]
+
+
+def skipped_lines(name: str, found: dict[str, Any]) -> list[str]:
+    """The rows that are left out, the first by name."""
+    if not found["skipped"]:
+        return []
+    named = [f"  {one['place']}: {one['reason']}" for one in found["named"][:5]]
+    more = [f"  and {found['skipped'] - len(named):,} more"] if found["skipped"] > len(named) else []
+    return [
+        f"data.{name}: left out, as they cannot be used: {found['skipped']:,} of {found['rows']:,} rows:",
+        *named,
+        *more,
+    ]
+
+
+def example_text(segments: Sequence[Sequence[Any]]) -> str:
+    """An example with what counts for the loss between [[ and ]]."""
+    return "".join(f"[[{text}]]" if counts else str(text) for text, counts in segments)
+
+
+def _shown(example: Example, tokenizer: Any) -> list[list[Any]]:
+    return [[text, counts] for text, counts in shown_tokens(example, tokenizer)]
+
+
+def _counts(data: TextData, names: Sequence[str]) -> dict[str, Any]:
+    files = data.parts_of(names)
+    kinds = Counter("".join(Path(file).suffixes[-2:]) for file in files) if data.source == "files" else Counter()
+    ignored = [file for name in names for file in ignored_files(name)] if data.source == "files" else []
+    return {
+        "files": len(files),
+        "kinds": ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(kinds.items())) if len(files) > 1 else "",
+        "ignored_files": len(ignored),
+        "ignored": ", ".join(Path(file).name for file in ignored[:5]),
+    }
