@@ -67,6 +67,19 @@ class TeacherCache:
         """What is asked of these targets: the likeliest ids and their bucket are a forward KL of their own."""
         return replace(asked, divergence="forward_kl") if self.layout.kind == "top_k" else asked
 
+    def narrowed(self, vocab_size: int) -> "TeacherCache":
+        """What is kept of the same teacher over its first ids alone, under a root of its own.
+
+        Probabilities are other ones over fewer ids; hidden states are the same, and their head is cut where they are
+        read.
+        """
+        if self.layout.kind == "hidden" or vocab_size >= self.layout.vocab_size:
+            return self
+        layout = replace(self.layout, vocab_size=vocab_size, top_k=min(self.layout.top_k, vocab_size))
+        record = self.windows.record() | {"targets": layout.as_dict()}
+        windows = Windows(*root_folder(self.windows.folder.parent, record)).refresh()
+        return replace(self, windows=windows, layout=layout)
+
     def settings(self) -> dict[str, Any]:
         """What the results of a training depend on."""
         return self.layout.as_dict()

@@ -13,6 +13,7 @@ from cascade.models.architecture import build_on_meta, guesses, is_classifier, m
 from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
 from cascade.models.packing import require_document_masks
+from cascade.models.positions import require_context
 from cascade.models.quantised import GROUPS, group_size, is_rounded, require_torchao
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.rotation import require_rotatable
@@ -20,6 +21,7 @@ from cascade.pruning.shape import CUT_DIMS
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
 from cascade.report.trackers import require_trackers
+from cascade.vocabularies import require_common_text
 
 
 def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMember]) -> dict[str, float]:
@@ -33,10 +35,8 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             f"parent: {recipe.parent.model}: its weights are rounded already (torchao); give the one it was made from, "
             "and `finish` for rounded copies"
         )
-    if not recipe.counts_examples:
-        require_context(parent_config, recipe.data.block_size, "data.block_size")
-    elif recipe.task != "image_classification":
-        require_context(parent_config, recipe.data.max_length, "data.max_length")
+    _require_contexts(recipe, parent_config, members)
+    require_common_text(recipe, parent_config, [one.vocab_size for one in members])
     if recipe.task == "embedding":
         _require_same_width(parent_config, members)
     if recipe.data.masks_documents:
@@ -92,12 +92,26 @@ def _require_trainable(distill: Distill, parent_config: Any, members: list[Resol
     require_optimizer(distill.optimizer)
     own = distill.on_policy
     if own is not None:
-        require_context(parent_config, own.max_new_tokens + 1, "distill.on_policy.max_new_tokens")
+        for whose, config in [("parent", parent_config), *((f"member {one.name}", one.config) for one in members)]:
+            require_context(config, own.max_new_tokens + 1, "distill.on_policy.max_new_tokens", whose)
         if parallel.world_size() > 1:
             raise UserError("distill.on_policy: a student shared out to several processes cannot write; use one")
     if distill.features.relations:
         for one in members:
             fitting_heads(distill.features.relation_heads, [one.dims, dims_of(parent_config)])
+
+
+def _require_contexts(recipe: Recipe, parent_config: Any, members: list[ResolvedMember]) -> None:
+    """Refuse texts that are longer than what the parent, or a member that is not cut from it, can read."""
+    if recipe.task == "image_classification":
+        return
+    key, length = "data.block_size", recipe.data.block_size
+    if recipe.counts_examples:
+        key, length = "data.max_length", recipe.data.max_length
+    require_context(parent_config, length, key)
+    for one in members:
+        if not one.seed:
+            require_context(one.config, length, key, whose=f"member {one.name}")
 
 
 def _require_same_width(parent_config: Any, members: list[ResolvedMember]) -> None:
@@ -117,14 +131,3 @@ def _require_roundable(recipe: Recipe, configs: dict[str, Any]) -> None:
         for name in entry.members or configs:
             model = build_on_meta(configs[name])
             group_size(model, least=None if entry.quantise == "int8" else GROUPS[-1], place=f"finish: {name}")
-
-
-def require_context(config: Any, block_size: int, place: str) -> None:
-    """Refuse blocks that are longer than the positions a model has.
-
-    Raises:
-        UserError: they are.
-    """
-    context = getattr(config, "max_position_embeddings", None)
-    if context and block_size > context:
-        raise UserError(f"{place}: {block_size} is longer than the parent's context of {context} tokens")

@@ -19,6 +19,7 @@ from cascade.models.checkpoint import (
     resolve_model,
     save_checkpoint,
 )
+from cascade.models.vocabulary import require_ids
 from cascade.progress import OnStep
 from cascade.recipe.schema import Fit, Recipe
 from cascade.store import partial_of
@@ -109,15 +110,18 @@ def examples_of(recipe: Recipe, config: Any, split: str, tokenizer: Any, *, for_
         UserError: they cannot be read, or are images of another size than the parent's.
     """
     if recipe.task == "embedding":
-        return text_examples(
-            read_examples(labelled_data(recipe.data, recipe.task), split), [], tokenizer, recipe.data.max_length
-        )
+        raw = read_examples(labelled_data(recipe.data, recipe.task), split)
+        examples = text_examples(raw, [], tokenizer, recipe.data.max_length)
+        require_ids(examples.tensors["input_ids"], config.vocab_size, tokenizer, f"data.{split}")
+        return examples
     data = recipe.data.model_copy(update={"train_examples": None, "unlabelled": []}) if for_parent else recipe.data
     raw, classes = read_examples(labelled_data(data, recipe.task), split), list(classes_of(recipe))
     names = [str(config.id2label[number]) for number in range(config.num_labels)]
     classes = names if set(names) == set(classes) else classes
     if recipe.task == "text_classification":
-        return text_examples(raw, classes, tokenizer, recipe.data.max_length)
+        examples = text_examples(raw, classes, tokenizer, recipe.data.max_length)
+        require_ids(examples.tensors["input_ids"], config.vocab_size, tokenizer, f"data.{split}")
+        return examples
     examples = image_examples(raw, classes)
     found = tuple(examples.tensors["pixel_values"].shape[1:])
     wanted = image_shape(config)

@@ -31,6 +31,7 @@ from cascade.models.checkpoint import (
     load_model,
     load_tokenizer,
 )
+from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
 from cascade.recipe.schema import Recipe
 from cascade.secrets import redact_all
@@ -50,9 +51,13 @@ def make_evaluation(
     teacher: nn.Module | None,
     parent_evaluation: Path | None,
     reference: Path | None,
+    vocab_size: int | None = None,
 ) -> None:
-    """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json."""
-    settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint)
+    """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json.
+
+    `vocab_size` are the ids that it and its teacher are compared over, where those are not all rows of both.
+    """
+    settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, vocab_size)
     result = evaluate(
         checkpoint,
         tasks=settings.tasks,
@@ -65,12 +70,13 @@ def make_evaluation(
         reference=reference,
         seed=recipe.seed,
         kept=partial_of(folder) / "tasks",
+        vocab_size=vocab_size,
     )
     if result.failed and parent_evaluation is None:  # before anything is trained: nothing is lost by stopping here
         raise RunError(f"the parent's evaluation: {failures(result.failed)}")
     if recipe.data.production:
         model = load_model(checkpoint).to(default_device())
-        metrics, _ = block_metrics(model, teacher, _production(recipe, checkpoint))
+        metrics, _ = block_metrics(model, teacher, _production(recipe, checkpoint, vocab_size), vocab_size=vocab_size)
         kept = [one for one in metrics if one["metric"] in ("loss", "kl_to_teacher", "top1_agreement")]
         result.metrics.extend(one | {"task": "production"} for one in kept)
     if parent_evaluation is None:
@@ -139,8 +145,8 @@ def _ids(blocks: TokenBlocks) -> Tensor:
     return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten()
 
 
-def _production(recipe: Recipe, checkpoint: ModelSource) -> TokenBlocks:
-    tokenizer = load_tokenizer(checkpoint)
+def _production(recipe: Recipe, checkpoint: ModelSource, vocab_size: int | None = None) -> TokenBlocks:
+    tokenizer, rows = load_tokenizer(checkpoint), load_config(checkpoint).get_text_config().vocab_size
     blocks = sample_blocks(
         text_data(recipe.data),
         recipe.data.production,
@@ -149,15 +155,21 @@ def _production(recipe: Recipe, checkpoint: ModelSource) -> TokenBlocks:
         max_blocks=recipe.evaluate.heldout_blocks,
         document_masks=recipe.data.masks_documents,
     )
+    require_ids(blocks.input_ids, vocab_size or rows, tokenizer, "data.production")
     return as_guessed(recipe, blocks, "heldout", tokenizer)
 
 
 def make_baseline(
-    folder: Path, recipe: Recipe, checkpoint: ModelSource, parent: ModelSource, teacher: nn.Module
+    folder: Path,
+    recipe: Recipe,
+    checkpoint: ModelSource,
+    parent: ModelSource,
+    teacher: nn.Module,
+    vocab_size: int | None = None,
 ) -> None:
     """Held-out metrics of a model that is only there to be compared with."""
     model = load_model(checkpoint).to(default_device())
-    metrics = heldout_metrics(model, teacher, _heldout(recipe, parent))
+    metrics = heldout_metrics(model, teacher, _heldout(recipe, parent, vocab_size), vocab_size=vocab_size)
     write_json(folder / "eval.json", {"metrics": metrics, "items": {}})
 
 
@@ -174,7 +186,7 @@ def _told(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[s
     return tail | {"slices": shown}
 
 
-def _heldout(recipe: Recipe, checkpoint: ModelSource) -> Any:
+def _heldout(recipe: Recipe, checkpoint: ModelSource, vocab_size: int | None = None) -> Any:
     config = load_config(checkpoint)
     tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
     if recipe.counts_examples:
@@ -186,4 +198,5 @@ def _heldout(recipe: Recipe, checkpoint: ModelSource) -> Any:
         max_blocks=recipe.evaluate.heldout_blocks,
         document_masks=recipe.data.masks_documents,
     )
+    require_ids(blocks.input_ids, vocab_size or config.get_text_config().vocab_size, tokenizer, "the held-out text")
     return as_guessed(recipe, blocks, "heldout", tokenizer)

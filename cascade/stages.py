@@ -34,6 +34,8 @@ from cascade.models.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
+from cascade.models.dims import dims_of
+from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
@@ -51,14 +53,16 @@ CLASSIFYING = {"label_field", "image_field", "train_examples", "max_length"}
 
 def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any) -> None:
     """train, calibration and selection blocks, or labelled examples. The held-out split is not touched here."""
-    data = recipe.data
+    data, config = recipe.data, load_config(parent)
+    vocab_size = dims_of(config).vocab_size
     if recipe.counts_examples:
         for split in ("train", "selection"):
-            examples = examples_of(recipe, load_config(parent), split, tokenizer)
+            examples = examples_of(recipe, config, split, tokenizer)
             save_examples(examples, folder / f"{split}.safetensors")
         if tokenizer is not None:  # what statistics are taken on: the same texts, packed
             texts = [text for text, _ in read_examples(labelled_data(data, recipe.task), "train")]
             packed = pack_documents(texts, tokenizer, block_size=data.max_length, name="data.train")
+            require_ids(packed.input_ids, vocab_size, tokenizer, "data.train")
             save_blocks(packed, folder / "calibration.safetensors")
         return
     limits = {
@@ -76,6 +80,7 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
             document_masks=data.masks_documents,
             stream_folder=partial_of(folder),
         )
+        require_ids(blocks.input_ids, vocab_size, tokenizer, f"data.{split}")
         save_blocks(as_guessed(recipe, blocks, split, tokenizer), folder / f"{split}.safetensors")
 
 
@@ -117,7 +122,7 @@ def make_recovered(
     selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
     if stage != "distill" and isinstance(blocks, TokenBlocks) and isinstance(selection, TokenBlocks):
         blocks, selection = replace(blocks, known=None), replace(selection, known=None)
-    options = training_options(settings, learning_rate)
+    options = training_options(settings, learning_rate, None if recipe.counts_examples else member.vocab_size)
     targets, angles = None, []
     if teacher is None:
         options["on_policy"] = None
@@ -221,7 +226,7 @@ def make_rate(
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
-    options = training_options(settings, 0.0)
+    options = training_options(settings, 0.0, None if recipe.counts_examples else member.vocab_size)
     for own in OF_WHOLE_TRAININGS:
         options.pop(own)
     student = load_model(start).to(default_device())

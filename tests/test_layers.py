@@ -36,6 +36,7 @@ ORDER = [
     "estimates",
     "origins",
     "starts",
+    "vocabularies",
     "family",
     "checks",
     "progress",

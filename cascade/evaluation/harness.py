@@ -25,6 +25,7 @@ from cascade.evaluation.task_code import CodeTask, measure_apart, read_task
 from cascade.failpoints import at, failpoint
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource
+from cascade.models.positions import usable_context
 from cascade.plain_json import plain
 from cascade.store import make_folder, write_atomically
 
@@ -229,7 +230,7 @@ def _task_manager(config: str | dict[str, Any]) -> Any:
 
 
 def _context_length(model: Any) -> int:
-    return int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    return usable_context(model.config) or 2048
 
 
 @contextlib.contextmanager
