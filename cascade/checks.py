@@ -21,7 +21,6 @@ from cascade.pruning.shape import CUT_DIMS
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
 from cascade.report.trackers import require_trackers
-from cascade.vocabularies import require_common_text
 
 
 def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMember]) -> dict[str, float]:
@@ -36,7 +35,6 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             "and `finish` for rounded copies"
         )
     _require_contexts(recipe, parent_config, members)
-    require_common_text(recipe, parent_config, [one.vocab_size for one in members])
     if recipe.task == "embedding":
         _require_same_width(parent_config, members)
     if recipe.data.masks_documents:

@@ -29,6 +29,7 @@ from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
 from cascade.room import bytes_still_needed
 from cascade.teacher.generate import collect_prompts, planned
+from cascade.vocabularies import require_common_text
 
 _LEAST_SHARE, _LEAST_HOP = 0.1, 2 / 3
 
@@ -68,6 +69,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     proof = check_family(recipe, config, members)
+    require_common_text(recipe, config, [one.vocab_size for one in members])
     choice = choose_cache(recipe, config, members, run_folder=folder)
     if source is not None and recipe.distill is not None and recipe.distill.cache.exact_tokens:
         exact_ids(recipe.distill.cache.exact_tokens, tokenizer)

@@ -39,6 +39,7 @@ from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import find_shape
 from cascade.store import MANIFEST, write_atomically
+from cascade.vocabularies import require_common_text
 from cascade.yaml_reader import write_yaml
 
 
@@ -71,6 +72,7 @@ def run_recipe(
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
+    require_common_text(recipe, config, [one.vocab_size for one in members])
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
