@@ -40,14 +40,6 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     if recipe.data.masks_documents:
         for config in [parent_config, *(one.config for one in members if not one.seed)]:
             require_document_masks(config)
-    known = {
-        "heldout",
-        *(["production"] if recipe.data.production else []),
-        *(str(task) for task in recipe.evaluate.tasks),
-    }
-    for name in recipe.evaluate.at_least:
-        if name.partition("/")[0] not in known or "/" not in name:
-            raise UserError(f"evaluate.at_least: '{name}' is not task/metric of: {', '.join(sorted(known))}")
     if recipe.distill is not None:
         _require_trainable(recipe.distill, parent_config, members)
     if recipe.data.production:

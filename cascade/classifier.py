@@ -123,6 +123,16 @@ def examples_of(recipe: Recipe, config: Any, split: str, tokenizer: Any, *, for_
         require_ids(examples.tensors["input_ids"], config.vocab_size, tokenizer, f"data.{split}")
         return examples
     examples = image_examples(raw, classes)
+    require_image_size(examples, config)
+    return examples
+
+
+def require_image_size(examples: Examples, config: Any) -> None:
+    """Refuse images of another size than a model reads.
+
+    Raises:
+        UserError: they are.
+    """
     found = tuple(examples.tensors["pixel_values"].shape[1:])
     wanted = image_shape(config)
     if found != wanted:
@@ -130,4 +140,3 @@ def examples_of(recipe: Recipe, config: Any, split: str, tokenizer: Any, *, for_
             f"data: images of {found[0]} channels, {found[1]} x {found[2]}; the parent takes {wanted[0]} channels, "
             f"{wanted[1]} x {wanted[2]}"
         )
-    return examples

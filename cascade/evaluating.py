@@ -15,6 +15,7 @@ from cascade.errors import RunError
 from cascade.evaluation.drift import lengths, uncertainty, unlikeness
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import (
+    PRODUCTION_METRICS,
     block_metrics,
     heldout_blocks,
     heldout_examples,
@@ -77,7 +78,7 @@ def make_evaluation(
     if recipe.data.production:
         model = load_model(checkpoint).to(default_device())
         metrics, _ = block_metrics(model, teacher, _production(recipe, checkpoint, vocab_size), vocab_size=vocab_size)
-        kept = [one for one in metrics if one["metric"] in ("loss", "kl_to_teacher", "top1_agreement")]
+        kept = [one for one in metrics if one["metric"] in PRODUCTION_METRICS]
         result.metrics.extend(one | {"task": "production"} for one in kept)
     if parent_evaluation is None:
         parent: dict[str, Any] = {"metrics": result.metrics, "items": result.items}
@@ -156,7 +157,7 @@ def _production(recipe: Recipe, checkpoint: ModelSource, vocab_size: int | None 
         document_masks=recipe.data.masks_documents,
     )
     require_ids(blocks.input_ids, vocab_size or rows, tokenizer, "data.production")
-    return as_guessed(recipe, blocks, "heldout", tokenizer)
+    return as_guessed(recipe, blocks, "heldout", tokenizer, vocab_size or rows)
 
 
 def make_baseline(
@@ -198,5 +199,6 @@ def _heldout(recipe: Recipe, checkpoint: ModelSource, vocab_size: int | None = N
         max_blocks=recipe.evaluate.heldout_blocks,
         document_masks=recipe.data.masks_documents,
     )
-    require_ids(blocks.input_ids, vocab_size or config.get_text_config().vocab_size, tokenizer, "the held-out text")
-    return as_guessed(recipe, blocks, "heldout", tokenizer)
+    limit = vocab_size or int(config.get_text_config().vocab_size)
+    require_ids(blocks.input_ids, limit, tokenizer, "the held-out text")
+    return as_guessed(recipe, blocks, "heldout", tokenizer, limit)

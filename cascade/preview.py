@@ -14,6 +14,7 @@ from cascade.data.sources import read_documents
 from cascade.estimates import flops_of, parent_seconds
 from cascade.evaluation.harness import find_tasks
 from cascade.family import ResolvedMember, resolve_family, run_folder_of
+from cascade.foreseen import require_foreseen
 from cascade.generating import check_generation
 from cascade.inputs import labelled_data, text_data
 from cascade.latencies import find_latencies
@@ -29,7 +30,6 @@ from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
 from cascade.room import bytes_still_needed
 from cascade.teacher.generate import collect_prompts, planned
-from cascade.vocabularies import require_common_text
 
 _LEAST_SHARE, _LEAST_HOP = 0.1, 2 / 3
 
@@ -69,7 +69,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     proof = check_family(recipe, config, members)
-    require_common_text(recipe, config, [one.vocab_size for one in members])
+    require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     if source is not None and recipe.distill is not None and recipe.distill.cache.exact_tokens:
         exact_ids(recipe.distill.cache.exact_tokens, tokenizer)

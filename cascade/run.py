@@ -18,6 +18,7 @@ from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.forcing import forced_stages
+from cascade.foreseen import require_foreseen
 from cascade.generating import reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.lock import locked
@@ -39,7 +40,6 @@ from cascade.runner import STAGES, StageRunner
 from cascade.search import candidate_rows
 from cascade.seeding import find_shape
 from cascade.store import MANIFEST, write_atomically
-from cascade.vocabularies import require_common_text
 from cascade.yaml_reader import write_yaml
 
 
@@ -72,7 +72,7 @@ def run_recipe(
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
-    require_common_text(recipe, config, [one.vocab_size for one in members])
+    require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)

@@ -81,7 +81,7 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
             stream_folder=partial_of(folder),
         )
         require_ids(blocks.input_ids, vocab_size, tokenizer, f"data.{split}")
-        save_blocks(as_guessed(recipe, blocks, split, tokenizer), folder / f"{split}.safetensors")
+        save_blocks(as_guessed(recipe, blocks, split, tokenizer, vocab_size), folder / f"{split}.safetensors")
 
 
 def reads_logprobs(recipe: Recipe) -> bool:

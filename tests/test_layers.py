@@ -44,6 +44,7 @@ ORDER = [
     "caching",
     "pretraining",
     "classifier",
+    "foreseen",
     "cutting",
     "stages",
     "parent",

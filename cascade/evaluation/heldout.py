@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.data.examples import Examples
+from cascade.data.examples import Examples, LabelledData, Raw, read_examples
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.fused import Objective, fused_loss
@@ -33,6 +33,13 @@ def heldout_blocks(
         data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name="heldout"
     )
     return blocks.take(max_blocks)
+
+
+BLOCK_METRICS = ("loss", "bits_per_byte", "calibration_error", "kl_to_teacher", "top1_agreement")
+CLASS_METRICS = ("accuracy", "loss", "calibration_error", "kl_to_teacher", "top1_agreement")
+EMBEDDING_METRICS = ("cosine_distance", "similarity_correlation", "same_neighbour")
+PRODUCTION_METRICS = ("loss", "kl_to_teacher", "top1_agreement")
+"""What is measured of task 'heldout', by kind of task, and of task 'production'; bits only where all tokens count."""
 
 
 def sample_blocks(
@@ -57,6 +64,18 @@ def production_documents(data: TextData, files: Sequence[str]) -> list[Any]:
     return read_documents(_sample_of(data, files), "heldout")
 
 
+def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *, block_size: int) -> None:
+    """Refuse now a held-out split, or production text, that does not fill one block.
+
+    Raises:
+        UserError: it does not, or it cannot be read.
+    """
+    prepare_blocks(data, "heldout", tokenizer, block_size=block_size, max_blocks=1, name="heldout")
+    if production:
+        one = _sample_of(data, production)
+        prepare_blocks(one, "heldout", tokenizer, block_size=block_size, max_blocks=1, name="data.production")
+
+
 def heldout_documents(data: TextData) -> list[Any]:
     """All documents of the held-out split, to be looked through before a run."""
     return read_documents(data, "heldout")
@@ -66,6 +85,11 @@ def _sample_of(data: TextData, files: Sequence[str]) -> TextData:
     """Where production text is read, whole, as a held-out split of its own."""
     own = {"train": tuple(files), "heldout": tuple(files)}
     return replace(data, source="files", files=own, hub_splits=None, weights=(), streaming=False, listed=False)
+
+
+def heldout_rows(data: LabelledData) -> list[Raw]:
+    """The held-out split's examples as they stand in their files, to be looked through before a run."""
+    return read_examples(data, "heldout")
 
 
 def heldout_examples(read: Callable[[str], Examples]) -> Examples:
