@@ -152,6 +152,20 @@ def exact_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({int(known[token]) for token in tokens}))
 
 
+def require_exact(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids of exact tokens that are not among those that models are compared over.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    beyond = [number for number in ids if number >= vocab_size]
+    if beyond:
+        raise UserError(
+            f"distill.cache.exact_tokens: token id {beyond[0]} is not among the {vocab_size} ids that the teacher and "
+            "all members have in common; leave it out"
+        )
+
+
 def training_rows(recipe: Recipe, first_position: int, num_steps: int, num_blocks: int) -> Tensor:
     """int64: the blocks that so many steps read from a position on, each once; not those of on-policy steps."""
     steps = [step_rows(recipe, first_position, step, num_blocks) for step in taught_steps(recipe, num_steps)]

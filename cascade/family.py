@@ -109,6 +109,7 @@ def resolve_family(
         if seed:
             vocab_size = resolved[seed].vocab_size if seed in resolved else None
         else:
+            require_same_classes(config, parent_config, member.name)
             vocab_size = common_ids(recipe, member, config, parent_config)
         resolved[member.name] = _resolve(
             recipe, recipe.distill, member, target, seed, config, parent_config, before, found, vocab_size
@@ -244,7 +245,6 @@ def _resolve(
 ) -> ResolvedMember:
     axes, dims = probe_axes(config), dims_of(config)
     parent_axes, parent = probe_axes(parent_config), dims_of(parent_config)
-    require_same_classes(config, parent_config, member.name)
     # A classifier's examples count as one token each, whatever their length.
     step_tokens = distill.batch_size * (1 if recipe.counts_examples else recipe.data.block_size)
     budget = member.tokens or member.examples or distill.tokens or distill.examples or 0

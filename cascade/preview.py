@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade.cache_choice import choose_cache, options_table, with_cache
-from cascade.caching import cache_folder, exact_ids
+from cascade.caching import cache_folder, exact_ids, require_exact
+from cascade.cautions import cautions
 from cascade.checks import check_family
 from cascade.data.examples import read_examples
 from cascade.data.prepare import prepare_blocks
@@ -18,6 +19,7 @@ from cascade.foreseen import require_foreseen
 from cascade.generating import check_generation
 from cascade.inputs import labelled_data, text_data
 from cascade.latencies import find_latencies
+from cascade.lock import existing
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
 from cascade.models.dims import dims_of
@@ -72,7 +74,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     if source is not None and recipe.distill is not None and recipe.distill.cache.exact_tokens:
-        exact_ids(recipe.distill.cache.exact_tokens, tokenizer)
+        kept = exact_ids(recipe.distill.cache.exact_tokens, tokenizer)
+        require_exact(kept, min([dims.vocab_size, *(one.vocab_size for one in members if one.vocab_size)]))
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
     total = int(axes.num_parameters(dims))
@@ -81,7 +84,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "name": recipe.name,
         "run": str(folder),
         "disk_needed_bytes": bytes_still_needed(folder, members),
-        "disk_free_bytes": shutil.disk_usage(_existing(folder)).free,
+        "disk_free_bytes": shutil.disk_usage(existing(folder)).free,
         "seconds": shared + sum(sum(member.seconds.values()) for member in members),
         "parent": {
             "dims": dims.as_dict(),
@@ -100,11 +103,12 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             "kind": choice.kind,
             "why": choice.why,
             "folder": str(cache_folder(recipe)),
-            "disk_free_bytes": shutil.disk_usage(_existing(cache_folder(recipe))).free,
+            "disk_free_bytes": shutil.disk_usage(existing(cache_folder(recipe))).free,
             "tokens_labelled": choice.num_labelled,
             "tokens_read": choice.num_read,
             "options": choice.records(max(1, len(members))),
         },
+        "cautions": cautions(members, config, folder, cache_folder=cache_folder(recipe), cache_bytes=choice.num_bytes),
         "copies": [
             f"{name}-{entry.suffix}"
             for entry in recipe.finish
@@ -166,7 +170,7 @@ def preview_text(found: dict[str, Any]) -> str:
                 _minutes(sum(member["seconds"].values())),
             ]
         )
-    lines = [plain_table(table), "", *hops_too_large(found["members"])]
+    lines = [plain_table(table), "", *found["cautions"], *hops_too_large(found["members"])]
     if found["generate"]:
         lines.append(_asked(found["generate"]))
     needed, free = _bytes(found["disk_needed_bytes"]), _bytes(found["disk_free_bytes"])
@@ -282,8 +286,3 @@ def _minutes(seconds: float) -> str:
         if seconds < 5400
         else f"{seconds / 3600:.1f} h"
     )
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.resolve()
-    return folder if folder.exists() else _existing(folder.parent)

@@ -14,6 +14,7 @@ from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
 from cascade.errors import RunError, UserError
 from cascade.evaluation.evaluate import default_device, evaluate
+from cascade.evaluation.harness import find_tasks, require_datasets
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.family import hidden_score
 from cascade.importance.offload import blocks_at_once, offloaded
@@ -30,6 +31,7 @@ from cascade.models.checkpoint import (
     stored_dtype,
 )
 from cascade.models.dims import dims_of
+from cascade.models.head import require_head
 from cascade.models.positions import require_context
 from cascade.models.vocabulary import common_vocabulary, require_ids
 from cascade.pruning.cut import prune
@@ -126,13 +128,13 @@ def distill_model(
     source, teacher_source = resolve_model(student), resolve_model(teacher)
     common = _common_ids(source, teacher_source, block_size)
     options = options | {"objective": replace(options["objective"], vocab_size=common)}
+    train = _blocks(data, "train", teacher_source, block_size, common)
+    selection = _blocks(data, "selection", teacher_source, block_size, common).take(16)
     learner, expert = load_model(source), load_model(teacher_source)
     with staged(
         output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
     ) as folder:
         learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
-        train = _blocks(data, "train", teacher_source, block_size, common)
-        selection = _blocks(data, "selection", teacher_source, block_size, common).take(16)
         if options["learning_rate"] is None:
             searched = {name: value for name, value in options.items() if name != "learning_rate"}
             found = find_learning_rate(learner, expert, train, selection=selection, **searched)
@@ -171,6 +173,7 @@ def evaluate_model(
     source, expert = resolve_model(checkpoint), None
     teacher_source = None if teacher is None else resolve_model(teacher)
     common = _common_ids(source, teacher_source, block_size)
+    require_datasets(find_tasks(tasks, task_folders))
     tokenizer = load_tokenizer(source)
     heldout = heldout_blocks(_text(data), tokenizer, block_size=block_size, max_blocks=num_blocks)
     require_ids(heldout.input_ids, common, tokenizer, "--data (heldout)")
@@ -199,12 +202,14 @@ def _common_ids(source: ModelSource, teacher: ModelSource | None, block_size: in
     """
     config = load_config(source)
     require_context(config, block_size, "--block-size", "model")
+    require_head(config)
     rows = int(config.get_text_config().vocab_size)
     tokenizer = load_tokenizer(source, vocab_size=rows)
     if teacher is None:
         return rows
     expert = load_config(teacher)
     require_context(expert, block_size, "--block-size", "teacher")
+    require_head(expert)
     expert_rows = int(expert.get_text_config().vocab_size)
     own = load_tokenizer(teacher, vocab_size=expert_rows)
     return common_vocabulary(own, tokenizer, expert_rows, rows, source.reference)

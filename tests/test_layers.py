@@ -51,6 +51,7 @@ ORDER = [
     "ownership",
     "latencies",
     "room",
+    "cautions",
     "forcing",
     "runner",
     "search",
