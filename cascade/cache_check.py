@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from cascade.cache.keys import weights_digest, window_keys
 from cascade.cache.label import records_of
 from cascade.cache_choice import choose_cache
-from cascade.caching import cache_folder, open_cache
+from cascade.caching import TeacherCache, cache_folder, open_cache
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import load_training
 from cascade.errors import UserError
@@ -54,12 +55,24 @@ def check_against_teacher(run_folder: Path, count: int, folder: Path | None = No
     blocks = load_training(data / "train.safetensors")
     if not isinstance(blocks, TokenBlocks):
         raise UserError(f"{run_folder}: this run keeps nothing of its teacher")
-    there = [row for row, key in enumerate(window_keys(blocks)) if key in cache.windows]
-    if not there:
-        raise UserError(f"{folder}: nothing that this run reads is kept there; give another --folder, or run it again")
-    rows = torch.tensor(there)[torch.arange(min(count, len(there))) * len(there) // max(1, min(count, len(there)))]
+    used = [cache if one.vocab_size is None else cache.narrowed(one.vocab_size) for one in members]
     teacher = load_model(parent).to(default_device()).requires_grad_(False)
-    chosen = blocks.rows(rows)
+    found = [_compared(one, teacher, blocks, count) for one in {one.windows.root: one for one in used}.values()]
+    if not any(one["windows_there"] for one in found):
+        raise UserError(f"{folder}: nothing that this run reads is kept there; give another --folder, or run it again")
+    return {
+        "root": ", ".join(one["root"] for one in found),
+        "windows_there": sum(one["windows_there"] for one in found),
+        "compared": sum(one["compared"] for one in found),
+        "differing": [key for one in found for key in one["differing"]],
+    }
+
+
+def _compared(cache: TeacherCache, teacher: nn.Module, blocks: TokenBlocks, count: int) -> dict[str, Any]:
+    """At most `count` windows of a root that these blocks are read from, beside what the teacher says now."""
+    there = [row for row, key in enumerate(window_keys(blocks)) if key in cache.windows]
+    count = min(count, len(there))
+    chosen = blocks.rows(torch.tensor(there, dtype=torch.int64)[torch.arange(count) * len(there) // max(1, count)])
     fresh = records_of(cache.windows, cache.layout, teacher, chosen)
     differing = []
     for key, record in fresh.items():

@@ -60,6 +60,11 @@ class Choice:
         """Of the targets that are kept."""
         return self.layout.kind if self.layout else "none"
 
+    @property
+    def num_bytes(self) -> float:
+        """Of all that is kept; 0 where nothing is."""
+        return 0.0 if self.layout is None else self.num_labelled * bytes_per_token(self.layout)
+
     def records(self, num_members: int) -> list[dict[str, Any]]:
         """The options for `cascade plan`, in seconds at this machine's measured rate."""
         rate = flops_per_second()

@@ -67,6 +67,19 @@ class TeacherCache:
         """What is asked of these targets: the likeliest ids and their bucket are a forward KL of their own."""
         return replace(asked, divergence="forward_kl") if self.layout.kind == "top_k" else asked
 
+    def narrowed(self, vocab_size: int) -> "TeacherCache":
+        """What is kept of the same teacher over its first ids alone, under a root of its own.
+
+        Probabilities are other ones over fewer ids; hidden states are the same, and their head is cut where they are
+        read.
+        """
+        if self.layout.kind == "hidden" or vocab_size >= self.layout.vocab_size:
+            return self
+        layout = replace(self.layout, vocab_size=vocab_size, top_k=min(self.layout.top_k, vocab_size))
+        record = self.windows.record() | {"targets": layout.as_dict()}
+        windows = Windows(*root_folder(self.windows.folder.parent, record)).refresh()
+        return replace(self, windows=windows, layout=layout)
+
     def settings(self) -> dict[str, Any]:
         """What the results of a training depend on."""
         return self.layout.as_dict()
@@ -137,6 +150,20 @@ def exact_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
         if token not in known:
             raise UserError(f"distill.cache.exact_tokens: '{token}' is no token of the parent's vocabulary")
     return tuple(sorted({int(known[token]) for token in tokens}))
+
+
+def require_exact(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids of exact tokens that are not among those that models are compared over.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    beyond = [number for number in ids if number >= vocab_size]
+    if beyond:
+        raise UserError(
+            f"distill.cache.exact_tokens: token id {beyond[0]} is not among the {vocab_size} ids that the teacher and "
+            "all members have in common; leave it out"
+        )
 
 
 def training_rows(recipe: Recipe, first_position: int, num_steps: int, num_blocks: int) -> Tensor:

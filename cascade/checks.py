@@ -17,6 +17,7 @@ from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import resolve_model
 from cascade.models.dims import dims_of
 from cascade.models.packing import require_document_masks
+from cascade.models.positions import require_context
 from cascade.models.quantised import GROUPS, group_size, is_rounded, require_torchao
 from cascade.models.value_range import require_stored_held
 from cascade.pruning.proof import prove_cuts
@@ -39,23 +40,12 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
             "and `finish` for rounded copies"
         )
     _require_held_by_save_dtype(recipe, parent_config)
-    if not recipe.counts_examples:
-        require_context(parent_config, recipe.data.block_size, "data.block_size")
-    elif recipe.task != "image_classification":
-        require_context(parent_config, recipe.data.max_length, "data.max_length")
+    _require_contexts(recipe, parent_config, members)
     if recipe.task == "embedding":
         _require_same_width(parent_config, members)
     if recipe.data.masks_documents:
         for config in [parent_config, *(one.config for one in members if not one.seed)]:
             require_document_masks(config)
-    known = {
-        "heldout",
-        *(["production"] if recipe.data.production else []),
-        *(str(task) for task in recipe.evaluate.tasks),
-    }
-    for name in recipe.evaluate.at_least:
-        if name.partition("/")[0] not in known or "/" not in name:
-            raise UserError(f"evaluate.at_least: '{name}' is not task/metric of: {', '.join(sorted(known))}")
     _require_tokenizer_files(recipe, parent_config, members)
     if recipe.distill is not None:
         _require_trainable(recipe.distill, parent_config, members)
@@ -110,7 +100,8 @@ def _require_trainable(distill: Distill, parent_config: Any, members: list[Resol
     require_optimizer(distill.optimizer)
     own = distill.on_policy
     if own is not None:
-        require_context(parent_config, own.max_new_tokens + 1, "distill.on_policy.max_new_tokens")
+        for whose, config in [("parent", parent_config), *((f"member {one.name}", one.config) for one in members)]:
+            require_context(config, own.max_new_tokens + 1, "distill.on_policy.max_new_tokens", whose)
         if parallel.world_size() > 1:
             raise UserError("distill.on_policy: a student shared out to several processes cannot write; use one")
     if distill.features.relations:
@@ -126,6 +117,19 @@ def _require_held_by_save_dtype(recipe: Recipe, parent_config: Any) -> None:
         source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
         if source.gguf_file is None:
             require_stored_held(source.folder, dtype, f"save.dtype: {source.reference}")
+
+
+def _require_contexts(recipe: Recipe, parent_config: Any, members: list[ResolvedMember]) -> None:
+    """Refuse texts that are longer than what the parent, or a member that is not cut from it, can read."""
+    if recipe.task == "image_classification":
+        return
+    key, length = "data.block_size", recipe.data.block_size
+    if recipe.counts_examples:
+        key, length = "data.max_length", recipe.data.max_length
+    require_context(parent_config, length, key)
+    for one in members:
+        if not one.seed:
+            require_context(one.config, length, key, whose=f"member {one.name}")
 
 
 def _require_same_width(parent_config: Any, members: list[ResolvedMember]) -> None:
@@ -145,14 +149,3 @@ def _require_roundable(recipe: Recipe, configs: dict[str, Any]) -> None:
         for name in entry.members or configs:
             model = build_on_meta(configs[name])
             group_size(model, least=None if entry.quantise == "int8" else GROUPS[-1], place=f"finish: {name}")
-
-
-def require_context(config: Any, block_size: int, place: str) -> None:
-    """Refuse blocks that are longer than the positions a model has.
-
-    Raises:
-        UserError: they are.
-    """
-    context = getattr(config, "max_position_embeddings", None)
-    if context and block_size > context:
-        raise UserError(f"{place}: {block_size} is longer than the parent's context of {context} tokens")

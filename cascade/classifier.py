@@ -24,6 +24,7 @@ from cascade.models.checkpoint import (
     resolve_model,
     save_checkpoint,
 )
+from cascade.models.vocabulary import require_ids
 from cascade.progress import OnStep
 from cascade.recipe.schema import Fit, Recipe
 from cascade.store import partial_of
@@ -177,14 +178,28 @@ def examples_of(
         UserError: they cannot be read, or are images of another size than the parent's.
     """
     if recipe.task == "embedding":
-        texts = read_examples(labelled_data(recipe.data, recipe.task), split, bad)
-        return text_examples(texts, [], tokenizer, recipe.data.max_length)
+        raw = read_examples(labelled_data(recipe.data, recipe.task), split, bad)
+        examples = text_examples(raw, [], tokenizer, recipe.data.max_length)
+        require_ids(examples.tensors["input_ids"], config.vocab_size, tokenizer, f"data.{split}")
+        return examples
     data = recipe.data.model_copy(update={"train_examples": None, "unlabelled": []}) if for_parent else recipe.data
     raw = read_examples(labelled_data(data, recipe.task), split, bad)
     classes = numbered_classes(config, classes_of(recipe))
     if recipe.task == "text_classification":
-        return text_examples(raw, classes, tokenizer, recipe.data.max_length)
+        examples = text_examples(raw, classes, tokenizer, recipe.data.max_length)
+        require_ids(examples.tensors["input_ids"], config.vocab_size, tokenizer, f"data.{split}")
+        return examples
     examples = image_examples(raw, classes)
+    require_image_size(examples, config)
+    return examples
+
+
+def require_image_size(examples: Examples, config: Any) -> None:
+    """Refuse images of another size than a model reads.
+
+    Raises:
+        UserError: they are.
+    """
     found = tuple(examples.tensors["pixel_values"].shape[1:])
     wanted = image_shape(config)
     if found != wanted:
@@ -192,4 +207,3 @@ def examples_of(
             f"data: images of {found[0]} channels, {found[1]} x {found[2]}; the parent takes {wanted[0]} channels, "
             f"{wanted[1]} x {wanted[2]}"
         )
-    return examples

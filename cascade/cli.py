@@ -15,6 +15,7 @@ from cascade.cli_options import (
     BLOCK,
     DATA,
     JSON,
+    LOSSES,
     NOTHING_KEPT,
     OUTPUT,
     POSITIVE,
@@ -219,7 +220,13 @@ def prune(
 )
 @click.option("--learning-rate", type=ABOVE_ZERO, help="The peak rate; found by short trainings where not given.")
 @click.option("--batch-size", default=8, type=POSITIVE, show_default=True, help="Blocks per optimizer step.")
-@click.option("--loss", default="forward_kl", show_default=True, help="The divergence from the teacher.")
+@click.option(
+    "--loss",
+    default="forward_kl",
+    type=click.Choice(LOSSES),
+    show_default=True,
+    help="The divergence from the teacher.",
+)
 @click.option("--temperature", default=1.0, type=ABOVE_ZERO, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @DATA

@@ -66,7 +66,7 @@ def verify(folder: str | None, roots: tuple[str, ...], run_folder: str | None, w
 
         place = place if folder else folder_of_run(Path(run_folder))
         live = check_against_teacher(Path(run_folder), windows, place)
-        roots = roots or (live["root"],)
+        roots = roots or tuple(live["root"].split(", "))
     found = {root.name: damage(root) for root in roots_in(place, roots)}
     bad = any(any(one.values()) for one in found.values()) or bool(live and live["differing"])
     if as_json:

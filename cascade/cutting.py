@@ -52,8 +52,11 @@ OF_WHOLE_TRAININGS = (
 """Options of `distill` that a search for a rate has no use for."""
 
 
-def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
-    """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found."""
+def training_options(settings: Distill, learning_rate: float, vocab_size: int | None = None) -> dict[str, Any]:
+    """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found.
+
+    `vocab_size` is that of `Objective`.
+    """
     of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
     of_schedule = {"schedule", "warmup_fraction", "final_learning_rate_fraction", "decay_fraction"}
     elsewhere = {
@@ -77,6 +80,7 @@ def training_options(settings: Distill, learning_rate: float) -> dict[str, Any]:
         settings.temperature_scale,
         settings.cross_entropy_weight,
         Options(settings.beta, settings.skew, settings.top_k),
+        vocab_size,
     )
     own = settings.on_policy
     on_policy = own and OnPolicy(**own.model_dump(exclude={"loss"}), divergence=own.loss)
@@ -148,7 +152,8 @@ def make_cut(
 ) -> None:
     """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
     model = load_model(seed).to(default_device())
-    _save_cut(folder, recipe, model, _plan(recipe, model, member.dims, statistics, data, member.hidden), data, teacher)
+    plan = _plan(recipe, model, member.dims, statistics, data, member.hidden)
+    _save_cut(folder, recipe, model, plan, data, teacher, member.vocab_size)
 
 
 def make_layers(
@@ -156,22 +161,40 @@ def make_layers(
 ) -> None:
     """What make_cut writes, of whole layers that are spread evenly: no statistics, nothing scored."""
     model = load_model(seed).to(default_device())
-    _save_cut(folder, recipe, model, plan_layers(model.config, member.dims, member.name), data, teacher)
+    plan = plan_layers(model.config, member.dims, member.name)
+    _save_cut(folder, recipe, model, plan, data, teacher, member.vocab_size)
 
 
 def _save_cut(
-    folder: Path, recipe: Recipe, model: nn.Module, plan: PruningPlan, data: Path, teacher: nn.Module
+    folder: Path,
+    recipe: Recipe,
+    model: nn.Module,
+    plan: PruningPlan,
+    data: Path,
+    teacher: nn.Module,
+    vocab_size: int | None,
 ) -> None:
     save_plan(plan, folder / "plan.json")
     pruned = prune(model, plan).to(default_device())
     save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)
-    _write(folder / "losses.json", _selection(pruned, teacher, recipe, data))
+    _write(folder / "losses.json", _selection(pruned, teacher, recipe, data, vocab_size))
 
 
 def make_repaired(
-    folder: Path, recipe: Recipe, seed: ModelSource, cut: Path, data: Path, teacher: nn.Module, on_step: OnStep
+    folder: Path,
+    recipe: Recipe,
+    seed: ModelSource,
+    cut: Path,
+    data: Path,
+    teacher: nn.Module,
+    on_step: OnStep,
+    *,
+    vocab_size: int | None = None,
 ) -> None:
-    """The repaired checkpoint in float32, its losses on selection blocks, and what was tried (repair.json)."""
+    """The repaired checkpoint in float32, its losses on selection blocks, and what was tried (repair.json).
+
+    `vocab_size` is that of `Objective`.
+    """
     settings = recipe.prune.repair
     device = default_device()
     model, plan = load_model(seed).to(device), load_plan(cut / "plan.json")
@@ -184,7 +207,7 @@ def make_repaired(
     for number, name in enumerate(names):
         student = load_model(ModelSource(cut / CHECKPOINT, str(cut))).to(device)
         report = repair(student, model, plan, blocks, REPAIRS[name], batch_size=recipe.calibration.batch_size)
-        found = _selection(student, teacher, recipe, data)
+        found = _selection(student, teacher, recipe, data, vocab_size)
         tried[name] = found | asdict(report)
         if settings.method != "auto" or found["kl_to_teacher"] < losses["kl_to_teacher"]:
             best, losses, chosen = student, found, name
@@ -208,6 +231,7 @@ def make_candidate(
     num_tokens: int,
     cache: TeacherCache | None,
     on_step: OnStep,
+    vocab_size: int | None = None,
 ) -> None:
     """losses.json of one shape on selection blocks: cut and repaired, then recovered on `num_tokens` tokens (or 0)."""
     device = default_device()
@@ -219,11 +243,11 @@ def make_candidate(
         blocks = load_blocks(data / "calibration.safetensors").take(settings.num_blocks)
         how = REPAIRS["independent" if settings.method == "independent" else "sequential"]
         repair(student, model, plan, blocks, how, batch_size=recipe.calibration.batch_size)
-    losses: dict[str, Any] = {"repaired": _selection(student, teacher, recipe, data), "recovered": None}
+    losses: dict[str, Any] = {"repaired": _selection(student, teacher, recipe, data, vocab_size), "recovered": None}
     before = load_plans(lineage)
     if num_tokens and recipe.distill is not None:
         expert = teacher if recipe.distill.teacher == "parent" else None
-        options = training_options(recipe.distill, _finalist_rate(recipe, num_tokens))
+        options = training_options(recipe.distill, _finalist_rate(recipe, num_tokens), vocab_size)
         train, targets = load_training(data / "train.safetensors"), None
         if cache is not None and expert is not None and isinstance(train, TokenBlocks):
             options["objective"] = cache.objective(options["objective"])
@@ -240,7 +264,7 @@ def make_candidate(
             targets=targets,
             **options,
         )
-        losses["recovered"] = _selection(student, teacher, recipe, data)
+        losses["recovered"] = _selection(student, teacher, recipe, data, vocab_size)
     _write(folder / "losses.json", losses)
 
 
@@ -281,12 +305,14 @@ def selection_size(recipe: Recipe) -> int:
     return recipe.distill.selection_examples if recipe.counts_examples else recipe.distill.selection_blocks
 
 
-def _selection(model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path) -> dict[str, Any]:
+def _selection(
+    model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path, vocab_size: int | None
+) -> dict[str, Any]:
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
     blocks = load_training(data / "selection.safetensors").take(selection_size(recipe))
-    losses = selection_losses(model, teacher, blocks, settings.microbatch_size)
+    losses = selection_losses(model, teacher, blocks, settings.microbatch_size, vocab_size=vocab_size)
     model.eval()
     return {"loss": losses["selection_loss"], "kl_to_teacher": losses.get("selection_kl")}
 

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from cascade.errors import DiskError, UserError
 from cascade.recipe.schema import Recipe
+from cascade.room import memory_bytes
 from cascade.secrets import redact
 from cascade.store import write_atomically
 
@@ -54,24 +55,13 @@ def _machine() -> Check:
 
 
 def _memory(recipe: Recipe | None, output: str | Path | None) -> Iterator[Check]:
-    held = _memory_bytes()
+    held = memory_bytes()
     if held is None:
         yield Check("memory", "warning", "cannot be told here")
     elif held < _LITTLE_MEMORY:
         yield Check("memory", "warning", f"{held / 1e9:.1f} GB", "enough for models of a few million parameters")
     else:
         yield Check("memory", "ok", f"{held / 1e9:.1f} GB")
-
-
-def _memory_bytes() -> int | None:
-    """Of the machine, or of the container where that has less."""
-    try:
-        held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
-    return min(held, int(text)) if text.isdigit() else held
 
 
 def _versions() -> Iterator[Check]:
@@ -172,7 +162,7 @@ def _recipe(recipe: Recipe, output: str | Path | None) -> Iterator[Check]:
         return
     yield Check("recipe", "ok", f"{len(found['members'])} members; every check of `cascade plan` passes")
     most = max((one["peak_memory_bytes"] for one in found["members"]), default=0)
-    held = _memory_bytes() or 0
+    held = memory_bytes() or 0
     if most > held > 0:
         yield Check("memory for the recipe", "warning", f"about {most / 1e9:.1f} GB of {held / 1e9:.1f} GB",
                     "a smaller distill.microbatch_size, or gradient_checkpointing: true")  # fmt: skip

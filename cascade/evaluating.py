@@ -16,6 +16,7 @@ from cascade.errors import RunError
 from cascade.evaluation.drift import lengths, uncertainty, unlikeness
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import (
+    PRODUCTION_METRICS,
     block_metrics,
     heldout_blocks,
     heldout_examples,
@@ -32,6 +33,7 @@ from cascade.models.checkpoint import (
     load_model,
     load_tokenizer,
 )
+from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
 from cascade.recipe.schema import Recipe
 from cascade.report.skipped import SKIPPED
@@ -53,14 +55,16 @@ def make_evaluation(
     parent_evaluation: Path | None,
     reference: Path | None,
     trained_with: ModelSource,
+    vocab_size: int | None = None,
 ) -> None:
     """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json.
 
-    `trained_with` is the model whose tokenizer wrote the training text: the parent. Of the parent's own evaluation also
-    skipped.json, the rows of held-out and production text that were left out.
+    `trained_with` is the model whose tokenizer wrote the training text: the parent. `vocab_size` are the ids that it and
+    its teacher are compared over, where those are not all rows of both. Of the parent's own evaluation also skipped.json,
+    the rows of held-out and production text that were left out.
     """
     bad = text_data(recipe.data).bad_row_counter()
-    settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, bad)
+    settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)
     result = evaluate(
         checkpoint,
         tasks=settings.tasks,
@@ -74,13 +78,15 @@ def make_evaluation(
         trained_tokenizer=None if reads_images(load_config(trained_with)) else load_tokenizer(trained_with),
         seed=recipe.seed,
         kept=partial_of(folder) / "tasks",
+        vocab_size=vocab_size,
     )
     if result.failed and parent_evaluation is None:  # before anything is trained: nothing is lost by stopping here
         raise RunError(f"the parent's evaluation: {failures(result.failed)}")
     if recipe.data.production:
         model = load_model(checkpoint).to(default_device())
-        metrics, _ = block_metrics(model, teacher, _production(recipe, checkpoint, bad))
-        kept = [one for one in metrics if one["metric"] in ("loss", "kl_to_teacher", "top1_agreement")]
+        production = _production(recipe, checkpoint, bad, vocab_size=vocab_size)
+        metrics, _ = block_metrics(model, teacher, production, vocab_size=vocab_size)
+        kept = [one for one in metrics if one["metric"] in PRODUCTION_METRICS]
         result.metrics.extend(one | {"task": "production"} for one in kept)
     if parent_evaluation is None:
         parent: dict[str, Any] = {"metrics": result.metrics, "items": result.items}
@@ -154,8 +160,10 @@ def _ids(blocks: TokenBlocks) -> Tensor:
     return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten()
 
 
-def _production(recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None) -> TokenBlocks:
-    tokenizer = load_tokenizer(checkpoint)
+def _production(
+    recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None, *, vocab_size: int | None = None
+) -> TokenBlocks:
+    tokenizer, rows = load_tokenizer(checkpoint), load_config(checkpoint).get_text_config().vocab_size
     blocks = sample_blocks(
         text_data(recipe.data),
         recipe.data.production,
@@ -165,15 +173,21 @@ def _production(recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = N
         document_masks=recipe.data.masks_documents,
         bad=bad,
     )
-    return as_guessed(recipe, blocks, "heldout", tokenizer)
+    require_ids(blocks.input_ids, vocab_size or rows, tokenizer, "data.production")
+    return as_guessed(recipe, blocks, "heldout", tokenizer, vocab_size or rows)
 
 
 def make_baseline(
-    folder: Path, recipe: Recipe, checkpoint: ModelSource, parent: ModelSource, teacher: nn.Module
+    folder: Path,
+    recipe: Recipe,
+    checkpoint: ModelSource,
+    parent: ModelSource,
+    teacher: nn.Module,
+    vocab_size: int | None = None,
 ) -> None:
     """Held-out metrics of a model that is only there to be compared with."""
     model = load_model(checkpoint).to(default_device())
-    metrics = heldout_metrics(model, teacher, _heldout(recipe, parent))
+    metrics = heldout_metrics(model, teacher, _heldout(recipe, parent, vocab_size=vocab_size), vocab_size=vocab_size)
     write_json(folder / "eval.json", {"metrics": metrics, "items": {}})
 
 
@@ -190,7 +204,9 @@ def _told(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[s
     return tail | {"slices": shown}
 
 
-def _heldout(recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None) -> Any:
+def _heldout(
+    recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None, *, vocab_size: int | None = None
+) -> Any:
     config = load_config(checkpoint)
     tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
     if recipe.counts_examples:
@@ -203,4 +219,6 @@ def _heldout(recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None
         document_masks=recipe.data.masks_documents,
         bad=bad,
     )
-    return as_guessed(recipe, blocks, "heldout", tokenizer)
+    limit = vocab_size or int(config.get_text_config().vocab_size)
+    require_ids(blocks.input_ids, limit, tokenizer, "the held-out text")
+    return as_guessed(recipe, blocks, "heldout", tokenizer, limit)

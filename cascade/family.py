@@ -17,6 +17,7 @@ from cascade.pruning.target import Latency, Target
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Member, Recipe
 from cascade.starts import plan_layers, require_same_classes, student_config
+from cascade.vocabularies import common_ids
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class ResolvedMember:
     hidden_choices: tuple[str, ...]
     """More than one where `prune.hidden: auto` is settled by trying."""
     dims: ModelDims
+    vocab_size: int | None
+    """Ids, from 0 on, that it is compared with the parent over; None: all rows, of which both have as many."""
     num_parameters: int
     num_parameters_non_embedding: int
     flops_per_token: float
@@ -103,8 +106,13 @@ def resolve_family(
         before = 0
         if seed in resolved and not recipe.shares_text:
             before = resolved[seed].first_position + resolved[seed].num_steps * recipe.distill.batch_size
+        if seed:
+            vocab_size = resolved[seed].vocab_size if seed in resolved else None
+        else:
+            require_same_classes(config, parent_config, member.name)
+            vocab_size = common_ids(recipe, member, config, parent_config)
         resolved[member.name] = _resolve(
-            recipe, recipe.distill, member, target, seed, config, parent_config, before, found
+            recipe, recipe.distill, member, target, seed, config, parent_config, before, found, vocab_size
         )
     return list(resolved.values())
 
@@ -236,15 +244,10 @@ def _resolve(
     parent_config: Any,
     before: int,
     found: FoundShape | None,
+    vocab_size: int | None,
 ) -> ResolvedMember:
     axes, dims = probe_axes(config), dims_of(config)
     parent_axes, parent = probe_axes(parent_config), dims_of(parent_config)
-    require_same_classes(config, parent_config, member.name)
-    if dims.vocab_size != parent.vocab_size:
-        raise UserError(
-            f"members: {member.name}: the student has {dims.vocab_size} tokens in its vocabulary, the teacher "
-            f"{parent.vocab_size}; logits can only be compared over the same vocabulary"
-        )
     # A classifier's examples count as one token each, whatever their length.
     step_tokens = distill.batch_size * (1 if recipe.counts_examples else recipe.data.block_size)
     budget = member.tokens or member.examples or distill.tokens or distill.examples or 0
@@ -264,6 +267,7 @@ def _resolve(
         hidden=hidden,
         hidden_choices=choices,
         dims=dims,
+        vocab_size=vocab_size,
         num_parameters=count,
         num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),
         flops_per_token=flops,

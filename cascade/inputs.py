@@ -55,12 +55,15 @@ def framing_settings(recipe: Recipe) -> dict[str, Any]:
     return {} if "auto" in values.values() else values
 
 
-def as_guessed(recipe: Recipe, blocks: TokenBlocks, split: str, tokenizer: Any) -> TokenBlocks:
+def as_guessed(
+    recipe: Recipe, blocks: TokenBlocks, split: str, tokenizer: Any, vocab_size: int | None = None
+) -> TokenBlocks:
     """A split's blocks as the recipe's task reads them: with hidden tokens where those are to be guessed."""
     if recipe.task != "masked_language":
         return blocks
     copies = recipe.data.mask_copies if split == "train" else 1
-    return masked_blocks(blocks, tokenizer, seed=recipe.seed + SPLITS.index(split), copies=copies)
+    seed = recipe.seed + SPLITS.index(split)
+    return masked_blocks(blocks, tokenizer, seed=seed, copies=copies, vocab_size=vocab_size)
 
 
 def labelled_data(data: Data, task: str) -> LabelledData:

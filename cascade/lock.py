@@ -69,12 +69,18 @@ def require_room(folder: Path, num_bytes: int, what: str) -> None:
     Raises:
         DiskError: less is free than is needed.
     """
-    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free
+    free = shutil.disk_usage(existing(folder)).free
     if free < num_bytes:
         raise DiskError(
             f"{folder}: {what} need {num_bytes / 1e9:,.2f} GB of disk, {free / 1e9:,.2f} GB are free; make room, or "
             "give an --output on another disk"
         )
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    folder = folder.resolve()
+    return next(one for one in (folder, *folder.parents) if one.exists())
 
 
 def _opened(run_folder: Path) -> IO[str]:

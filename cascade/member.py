@@ -21,7 +21,7 @@ from cascade.report.rates import Rate, rate_of
 from cascade.report.records import Row
 from cascade.rows import FinishedMember, baseline_row
 from cascade.runner import StageRunner
-from cascade.seeding import Shared, Start, kept_settings, make_start
+from cascade.seeding import Shared, Start, kept_settings, make_start, shared_by
 from cascade.stages import make_labels, make_rate, make_recovered
 from cascade.store import output_digest
 
@@ -35,6 +35,7 @@ def make_member(
     labels: Path | None,
 ) -> FinishedMember:
     """All stages of one member; `seed` is None where that is the parent, `labels` of `make_label_stage`."""
+    shared = shared_by(shared, member)
     begun = make_start(runner, recipe, shared, member, seed)
     start, lineage = begun.source, begun.lineage
     inputs = {
@@ -94,7 +95,7 @@ def make_member(
     evaluation = runner.run(
         member.name,
         "evaluate",
-        evaluation_settings(recipe),
+        evaluation_settings(recipe) | _compared(member),
         shared.digests
         | {"checkpoint": output_digest(distilled), "parent_evaluation": output_digest(shared.evaluation)},
         lambda folder, on_step: make_evaluation(
@@ -105,6 +106,7 @@ def make_member(
             parent_evaluation=shared.evaluation,
             reference=distilled / "reference.safetensors",
             trained_with=shared.parent,
+            vocab_size=member.vocab_size,
         ),
     )
     checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
@@ -130,7 +132,7 @@ def _expert(recipe: Recipe, shared: Shared) -> nn.Module | None:
 
 def make_label_stage(runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember) -> Path | None:
     """The folder of what it took to label all that a member reads; None where nothing is kept of the teacher."""
-    cache = shared.cache
+    cache = shared_by(shared, member).cache
     if cache is None:
         return None
     return runner.run(
@@ -204,13 +206,15 @@ def _make_baseline(
     folder = runner.run(
         member.name,
         f"heldout-{kind}",
-        evaluation_settings(recipe, heldout_only=True),
+        evaluation_settings(recipe, heldout_only=True) | _compared(member),
         {
             "checkpoint": output_digest(made) if made else fingerprint(checkpoint),
             "source": shared.digests["source"],
             "parent": shared.digests["parent"],
         },
-        lambda folder, on_step: make_baseline(folder, recipe, checkpoint, shared.parent, shared.teacher()),
+        lambda folder, on_step: make_baseline(
+            folder, recipe, checkpoint, shared.parent, shared.teacher(), member.vocab_size
+        ),
     )
     return baseline_row(member, kind, [folder, *trained])
 
@@ -219,9 +223,18 @@ def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]
     settings = (
         recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
     )
-    return settings | {
-        "num_tokens": member.num_tokens,
-        "first_position": member.first_position,
-        "seed": recipe.seed,
-        "dtype": recipe.save.dtype,
-    }
+    return (
+        settings
+        | {
+            "num_tokens": member.num_tokens,
+            "first_position": member.first_position,
+            "seed": recipe.seed,
+            "dtype": recipe.save.dtype,
+        }
+        | _compared(member)
+    )
+
+
+def _compared(member: ResolvedMember) -> dict[str, int]:
+    """What results depend on where a member is compared with its teacher over some ids alone."""
+    return {} if member.vocab_size is None else {"vocab_size": member.vocab_size}

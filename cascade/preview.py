@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from cascade.cache_choice import choose_cache, options_table, with_cache
-from cascade.caching import cache_folder, exact_ids
+from cascade.caching import cache_folder, exact_ids, require_exact
+from cascade.cautions import cautions
 from cascade.checks import check_family
 from cascade.estimates import flops_of, parent_seconds
 from cascade.evaluation.harness import find_tasks
 from cascade.family import ResolvedMember, resolve_family, run_folder_of
+from cascade.foreseen import require_foreseen
 from cascade.generating import check_generation
 from cascade.inputs import text_data
 from cascade.latencies import find_latencies
+from cascade.lock import existing
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
 from cascade.models.dims import dims_of
@@ -58,9 +61,11 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     proof = check_family(recipe, config, members)
+    require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     if source is not None and recipe.distill is not None and recipe.distill.cache.exact_tokens:
-        exact_ids(recipe.distill.cache.exact_tokens, tokenizer)
+        kept = exact_ids(recipe.distill.cache.exact_tokens, tokenizer)
+        require_exact(kept, min([dims.vocab_size, *(one.vocab_size for one in members if one.vocab_size)]))
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
     total = int(axes.num_parameters(dims))
@@ -69,7 +74,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "name": recipe.name,
         "run": str(folder),
         "disk_needed_bytes": bytes_still_needed(folder, members),
-        "disk_free_bytes": shutil.disk_usage(_existing(folder)).free,
+        "disk_free_bytes": shutil.disk_usage(existing(folder)).free,
         "seconds": shared + sum(sum(member.seconds.values()) for member in members),
         "parent": {
             "dims": dims.as_dict(),
@@ -89,11 +94,12 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             "kind": choice.kind,
             "why": choice.why,
             "folder": str(cache_folder(recipe)),
-            "disk_free_bytes": shutil.disk_usage(_existing(cache_folder(recipe))).free,
+            "disk_free_bytes": shutil.disk_usage(existing(cache_folder(recipe))).free,
             "tokens_labelled": choice.num_labelled,
             "tokens_read": choice.num_read,
             "options": choice.records(max(1, len(members))),
         },
+        "cautions": cautions(members, config, folder, cache_folder=cache_folder(recipe), cache_bytes=choice.num_bytes),
         "copies": [
             f"{name}-{entry.suffix}"
             for entry in recipe.finish
@@ -155,7 +161,7 @@ def preview_text(found: dict[str, Any]) -> str:
                 _minutes(sum(member["seconds"].values())),
             ]
         )
-    lines = [plain_table(table), "", *hops_too_large(found["members"]), *data_lines(found["data"])]
+    lines = [plain_table(table), "", *found["cautions"], *hops_too_large(found["members"]), *data_lines(found["data"])]
     if found["generate"]:
         lines.append(_asked(found["generate"]))
     needed, free = _bytes(found["disk_needed_bytes"]), _bytes(found["disk_free_bytes"])
@@ -271,8 +277,3 @@ def _minutes(seconds: float) -> str:
         if seconds < 5400
         else f"{seconds / 3600:.1f} h"
     )
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.resolve()
-    return folder if folder.exists() else _existing(folder.parent)

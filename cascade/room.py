@@ -1,6 +1,7 @@
-"""Room on the disk: what a member takes in a run directory, and what a run has still to write there."""
+"""Room: what a member takes in a run directory, what a run has still to write there, the machine's memory."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def require_room_for(run_folder: Path, members: Sequence[ResolvedMember]) -> Non
     """
     names = ", ".join(one.name for one in _missing(run_folder, members))
     require_room(run_folder, bytes_still_needed(run_folder, members), f"the members {names}")
+
+
+def memory_bytes() -> int | None:
+    """Of the machine, or of the container where that has less."""
+    try:
+        held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return min(held, int(text)) if text.isdigit() else held
 
 
 def _missing(run_folder: Path, members: Sequence[ResolvedMember]) -> list[ResolvedMember]:

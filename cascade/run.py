@@ -20,8 +20,9 @@ from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
 from cascade.forcing import forced_stages
+from cascade.foreseen import require_foreseen
 from cascade.framing import framed
-from cascade.generating import reading, run_generation
+from cascade.generating import load_filter, reading, run_generation
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.lock import locked
 from cascade.member import make_label_stage, make_member
@@ -76,6 +77,7 @@ def run_recipe(
     check_family(recipe, config, members)
     if recipe.classifies:
         check_labels(recipe, config)
+    require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
@@ -118,6 +120,8 @@ def run_generate(
     """
     if recipe.generate is None:
         raise UserError("the recipe has no `generate` section")
+    if filter_path:
+        load_filter(filter_path)
     folder = run_folder_of(recipe, output)
     check_ownership(folder, recipe)
     check_licences(recipe)

@@ -1,6 +1,6 @@
 """The stages that lead from a seed to what a member's training starts from, and what each of them depends on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cascade.cutting import (
     selection_size,
     statistics_options,
 )
+from cascade.data.examples import Examples, load_training
 from cascade.distillation.memory import remember
 from cascade.evaluation.evaluate import default_device
 from cascade.family import FoundShape, ResolvedMember
@@ -23,11 +24,13 @@ from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
     fingerprint,
+    load_config,
     load_model,
     load_tokenizer,
-    require_same_vocabulary,
     resolve_model,
 )
+from cascade.models.dims import dims_of
+from cascade.models.vocabulary import common_vocabulary, require_ids
 from cascade.recipe.schema import Recipe
 from cascade.rows import FinishedMember
 from cascade.runner import StageRunner
@@ -71,15 +74,26 @@ class Start:
     """The folders of the cuts from the parent to it; None where it was not cut from the parent."""
 
 
+def shared_by(shared: Shared, member: ResolvedMember) -> Shared:
+    """What a member reads of what all read: targets over the ids that it has in common with the teacher."""
+    if shared.cache is None or member.vocab_size is None:
+        return shared
+    return replace(shared, cache=shared.cache.narrowed(member.vocab_size))
+
+
 def make_start(
     runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: FinishedMember | None
 ) -> Start:
     """The stages before the training; `seed` is None where that is the parent."""
     how = member.member.start
+    if member.vocab_size is not None and not member.seed:
+        _require_common_ids(shared, member.vocab_size, member.name)
     if how == "checkpoint":
         source = resolve_model(member.member.student)
         if member.dims.vocab_size:
-            require_same_vocabulary(load_tokenizer(shared.parent), load_tokenizer(source), f"members: {member.name}")
+            tokenizers = load_tokenizer(shared.parent), load_tokenizer(source)
+            rows = dims_of(load_config(shared.parent)).vocab_size, member.dims.vocab_size
+            common_vocabulary(*tokenizers, *rows, f"members: {member.name}")
         return Start(source, fingerprint(source), None, None, None)
     if how == "random":
         folder = runner.run(
@@ -103,6 +117,14 @@ def make_start(
     return Start(ModelSource(made / CHECKPOINT, member.name), output_digest(made), cut, repaired, lineage)
 
 
+def _require_common_ids(shared: Shared, vocab_size: int, name: str) -> None:
+    """Refuse now a training text with ids that a member and its teacher do not have in common."""
+    for split in ("train", "selection"):
+        found = load_training(shared.data / f"{split}.safetensors")
+        ids = found.tensors["input_ids"] if isinstance(found, Examples) else found.input_ids
+        require_ids(ids, vocab_size, load_tokenizer(shared.parent), f"members: {name}: data.{split}")
+
+
 def find_shape(
     runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, seed: FinishedMember | None
 ) -> list[Candidate]:
@@ -110,7 +132,7 @@ def find_shape(
     choosing = recipe.prune.search is not None or len(member.hidden_choices) > 1
     if member.member.start != "prune" or not choosing or member.target is None or not member.target.bounds():
         return []
-    folder = seed.distilled if seed else None
+    folder, shared = seed.distilled if seed else None, shared_by(shared, member)
     source, statistics = _source(shared, member, folder), _make_statistics(runner, recipe, shared, member, folder)
 
     def make(shape: FoundShape, num_tokens: int) -> Any:
@@ -127,6 +149,7 @@ def find_shape(
             num_tokens=num_tokens,
             cache=shared.cache,
             on_step=on_step,
+            vocab_size=member.vocab_size,
         )
 
     inputs = _cut_inputs(shared, folder, statistics)
@@ -219,5 +242,7 @@ def _make_repaired(
             "teacher": shared.digests["parent"],
             "data": shared.digests["data"],
         },
-        lambda folder, on_step: make_repaired(folder, recipe, source, cut, shared.data, shared.teacher(), on_step),
+        lambda folder, on_step: make_repaired(
+            folder, recipe, source, cut, shared.data, shared.teacher(), on_step, vocab_size=member.vocab_size
+        ),
     )

@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cascade.checks import require_context
 from cascade.data.blocks import TokenBlocks, pack_documents
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
 from cascade.errors import RunError, UserError
 from cascade.evaluation.evaluate import default_device, evaluate
+from cascade.evaluation.harness import find_tasks, require_datasets
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.family import hidden_score
 from cascade.importance.offload import blocks_at_once, offloaded
@@ -27,12 +28,14 @@ from cascade.models.checkpoint import (
     load_config,
     load_model,
     load_tokenizer,
-    require_same_vocabulary,
     resolve_model,
     save_checkpoint,
     stored_dtype,
 )
 from cascade.models.dims import dims_of
+from cascade.models.head import require_head
+from cascade.models.positions import require_context
+from cascade.models.vocabulary import common_vocabulary, require_ids
 from cascade.pruning.cut import prune
 from cascade.pruning.plan import config_of, load_plan, plan_pruning, save_plan
 from cascade.pruning.proof import prove_cuts
@@ -71,7 +74,7 @@ def prune_model(
     source = resolve_model(reference)
     config = load_config(source)
     check_weights(source, config)
-    require_context(config, block_size, "--block-size")
+    require_context(config, block_size, "--block-size", "model")
     axes, before = probe_axes(config), dims_of(config)
     hidden = hidden_score(hidden, config)
     if hidden == "pca":
@@ -134,14 +137,15 @@ def distill_model(
     source, teacher_source = resolve_model(student), resolve_model(teacher)
     for one in (source, teacher_source):
         require_language(load_config(one), one.reference)
-    require_same_vocabulary(load_tokenizer(teacher_source), load_tokenizer(source), source.reference)
+    common = _common_ids(source, teacher_source, block_size)
+    options = options | {"objective": replace(options["objective"], vocab_size=common)}
+    train = _blocks(data, "train", teacher_source, block_size, common)
+    selection = _blocks(data, "selection", teacher_source, block_size, common).take(16)
     learner, expert = load_model(source), load_model(teacher_source)
     with staged(
         output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
     ) as folder:
         learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
-        train = _blocks(data, "train", teacher_source, block_size)
-        selection = _blocks(data, "selection", teacher_source, block_size).take(16)
         if options["learning_rate"] is None:
             searched = {name: value for name, value in options.items() if name != "learning_rate"}
             found = find_learning_rate(learner, expert, train, selection=selection, **searched)
@@ -178,17 +182,28 @@ def evaluate_model(
     block_size: int,
 ) -> dict[str, Any]:
     """Every number about one checkpoint."""
-    source = resolve_model(checkpoint)
     data = named_text(data, checkpoint)
-    require_language(load_config(source), source.reference)
-    heldout = heldout_blocks(_text(data), load_tokenizer(source), block_size=block_size, max_blocks=num_blocks)
-    tokenizer, expert = load_tokenizer(source), None
-    if teacher is not None:
-        teacher_source = resolve_model(teacher)
-        require_language(load_config(teacher_source), teacher_source.reference)
-        require_same_vocabulary(load_tokenizer(teacher_source), tokenizer, source.reference)
+    source, expert = resolve_model(checkpoint), None
+    teacher_source = None if teacher is None else resolve_model(teacher)
+    for one in (source, teacher_source):
+        if one is not None:
+            require_language(load_config(one), one.reference)
+    common = _common_ids(source, teacher_source, block_size)
+    require_datasets(find_tasks(tasks, task_folders))
+    tokenizer = load_tokenizer(source)
+    heldout = heldout_blocks(_text(data), tokenizer, block_size=block_size, max_blocks=num_blocks)
+    require_ids(heldout.input_ids, common, tokenizer, "--data (heldout)")
+    if teacher_source is not None:
         expert = load_model(teacher_source).to(default_device())
-    result = evaluate(source, tasks=tasks, teacher=expert, heldout=heldout, task_folders=task_folders, limit=limit)
+    result = evaluate(
+        source,
+        tasks=tasks,
+        teacher=expert,
+        heldout=heldout,
+        task_folders=task_folders,
+        limit=limit,
+        vocab_size=common,
+    )
     if result.failed:
         told = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
         raise RunError(f"{told}. The others: {json.dumps(result.metrics)}")
@@ -214,11 +229,34 @@ def told_text(data: str) -> str:
     return f"{STDLIB} (source code of Python's standard library)" if data == STDLIB else data
 
 
-def _blocks(data: str, split: str, source: ModelSource, block_size: int) -> TokenBlocks:
-    texts = read_documents(_text(data), split)
-    return pack_documents(
-        texts, load_tokenizer(source), block_size=block_size, max_blocks=50_000, name=f"--data ({split})"
-    )
+def _common_ids(source: ModelSource, teacher: ModelSource | None, block_size: int) -> int:
+    """Ids, from 0 on, that a model has in common with its teacher, before any weight is read; its own without one.
+
+    Raises:
+        UserError: blocks are longer than what one of them can read, or their tokenizers differ.
+    """
+    config = load_config(source)
+    require_context(config, block_size, "--block-size", "model")
+    require_head(config)
+    rows = int(config.get_text_config().vocab_size)
+    tokenizer = load_tokenizer(source, vocab_size=rows)
+    if teacher is None:
+        return rows
+    expert = load_config(teacher)
+    require_context(expert, block_size, "--block-size", "teacher")
+    require_head(expert)
+    expert_rows = int(expert.get_text_config().vocab_size)
+    own = load_tokenizer(teacher, vocab_size=expert_rows)
+    return common_vocabulary(own, tokenizer, expert_rows, rows, source.reference)
+
+
+def _blocks(data: str, split: str, source: ModelSource, block_size: int, vocab_size: int | None = None) -> TokenBlocks:
+    texts, name = read_documents(_text(data), split), f"--data ({split})"
+    rows = int(load_config(source).get_text_config().vocab_size)
+    tokenizer = load_tokenizer(source, vocab_size=rows)
+    blocks = pack_documents(texts, tokenizer, block_size=block_size, max_blocks=50_000, name=name)
+    require_ids(blocks.input_ids, vocab_size or rows, tokenizer, name)
+    return blocks
 
 
 def _text(data: str) -> TextData:

@@ -34,8 +34,10 @@ from cascade.models.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
+from cascade.models.dims import dims_of
 from cascade.models.loading import tell_once
 from cascade.models.value_range import require_computable
+from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
@@ -57,16 +59,17 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
 
     The held-out split is not touched here.
     """
-    data = recipe.data
-    bad = text_data(data).bad_row_counter()
+    data, config = recipe.data, load_config(parent)
+    vocab_size, bad = dims_of(config).vocab_size, text_data(data).bad_row_counter()
     if recipe.counts_examples:
         for split in ("train", "selection"):
-            examples = examples_of(recipe, load_config(parent), split, tokenizer, bad=bad)
+            examples = examples_of(recipe, config, split, tokenizer, bad=bad)
             save_examples(examples, folder / f"{split}.safetensors")
         write_json(folder / SKIPPED, bad.record())
         if tokenizer is not None:  # what statistics are taken on: the same texts, packed
             texts = [one.content for one in read_examples(labelled_data(data, recipe.task), "train", bad)]
             packed = pack_documents(texts, tokenizer, block_size=data.max_length, name="data.train")
+            require_ids(packed.input_ids, vocab_size, tokenizer, "data.train")
             save_blocks(packed, folder / "calibration.safetensors")
         return
     limits = {
@@ -85,7 +88,8 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
             stream_folder=partial_of(folder),
             bad=bad,
         )
-        save_blocks(as_guessed(recipe, blocks, split, tokenizer), folder / f"{split}.safetensors")
+        require_ids(blocks.input_ids, vocab_size, tokenizer, f"data.{split}")
+        save_blocks(as_guessed(recipe, blocks, split, tokenizer, vocab_size), folder / f"{split}.safetensors")
     write_json(folder / SKIPPED, bad.record())
 
 
@@ -123,7 +127,7 @@ def make_recovered(
         teacher = _own_teacher(teacher, parent)
     blocks, selection = _texts(recipe, data, teacher, stage)
     _check_computable(student, recipe, member, parent, selection)
-    options = training_options(settings, learning_rate)
+    options = training_options(settings, learning_rate, None if recipe.counts_examples else member.vocab_size)
     targets, angles = None, []
     if teacher is None:
         options["on_policy"] = None
@@ -267,7 +271,7 @@ def make_rate(
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
-    options = training_options(settings, 0.0)
+    options = training_options(settings, 0.0, None if recipe.counts_examples else member.vocab_size)
     for own in OF_WHOLE_TRAININGS:
         options.pop(own)
     student = load_model(start).to(default_device())

@@ -15,6 +15,7 @@ from cascade.models.architecture import (
     guesses,
     is_classifier,
     model_from_config,
+    own_names,
     reads_images,
 )
 from cascade.models.checkpoint import CHECKPOINT, save_checkpoint
@@ -33,6 +34,8 @@ def student_config(values: dict[str, object], teacher_config: Any, name: str) ->
     """
     place, images = f"members: {name}: config", reads_images(teacher_config)
     inherited = {key: getattr(teacher_config, key, None) for key in (_OF_THE_IMAGE if images else _OF_THE_TEXT)}
+    names = own_names(str(values.get("model_type")))
+    inherited = {key: value for key, value in inherited.items() if names.get(key, key) not in values}
     config = config_from_values(inherited | values, place)
     if guesses(teacher_config):
         return as_masked(config, place)

@@ -105,7 +105,12 @@ class Windows:
 
     def targets(self) -> dict[str, Any]:
         """How records are laid out, as the root says."""
-        found: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text(encoding="utf-8"))["targets"]
+        found: dict[str, Any] = self.record()["targets"]
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """All that the root's name stands for."""
+        found: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text(encoding="utf-8"))
         return found
 
     def num_bytes(self) -> int:

@@ -15,17 +15,30 @@ SHARE, _AS_MASK, _AS_ANY = 0.15, 0.8, 0.1
 """Of all tokens; of those, replaced by the mask token, and by any other. The rest stands as it is."""
 
 
-def masked_blocks(blocks: TokenBlocks, tokenizer: Any, *, seed: int, copies: int = 1) -> TokenBlocks:
+def mask_token(tokenizer: Any) -> int:
+    """What hides a token.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise UserError("task: masked_language: the parent's tokenizer has no mask token")
+    return int(tokenizer.mask_token_id)
+
+
+def masked_blocks(
+    blocks: TokenBlocks, tokenizer: Any, *, seed: int, copies: int = 1, vocab_size: int | None = None
+) -> TokenBlocks:
     """Each block `copies` times, each time with other tokens to guess; labels count at those alone.
+
+    Where a token is replaced by any other, its id is below `vocab_size`.
 
     Special tokens are never hidden; every block has at least one token to guess.
 
     Raises:
         UserError: the tokenizer has no mask token.
     """
-    mask = tokenizer.mask_token_id
-    if mask is None:
-        raise UserError("task: masked_language: the parent's tokenizer has no mask token")
+    mask = mask_token(tokenizer)
     whole = blocks.rows(torch.arange(len(blocks)).repeat(copies))
     generator = torch.Generator().manual_seed(seed)
     ids = whole.input_ids.clone()
@@ -34,7 +47,8 @@ def masked_blocks(blocks: TokenBlocks, tokenizer: Any, *, seed: int, copies: int
     chosen = (draws < SHARE) | (draws == draws.min(1, keepdim=True).values)
     chosen &= ~special
     how = torch.rand(ids.shape, generator=generator)
-    others = torch.randint(0, len(tokenizer), ids.shape, generator=generator)
+    count = min(len(tokenizer), vocab_size or len(tokenizer))
+    others = torch.randint(0, count, ids.shape, generator=generator)
     labels = torch.where(chosen, ids, IGNORE_INDEX)
     ids = torch.where(chosen & (how < _AS_MASK), mask, ids)
     ids = torch.where(chosen & (how >= 1 - _AS_ANY), others, ids)

@@ -28,6 +28,15 @@ class ListedTargets:
         """Of the blocks, or tokens, of these numbers."""
         return ListedTargets(self.ids[rows], self.log_p[rows])
 
+    def within(self, vocab_size: int) -> "ListedTargets":
+        """Given that the id is below `vocab_size`: others are taken out, and p_i becomes p_i / (1 - their sum)."""
+        beyond = self.ids >= vocab_size
+        if not beyond.any():
+            return self
+        left = 1 - torch.where(beyond, self.log_p.exp(), 0.0).sum(-1, keepdim=True)
+        log_p = (self.log_p - left.clamp_min(torch.finfo(left.dtype).eps).log()).clamp_max(0.0)
+        return ListedTargets(self.ids.masked_fill(beyond, -1), log_p.masked_fill(beyond, -math.inf))
+
 
 @dataclass(frozen=True)
 class DrawnTargets:

@@ -4,6 +4,7 @@ Shapes: B = batch, S = block size, N = tokens that count for the loss, D = hidde
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -155,13 +156,22 @@ def sums_of(found: BatchLosses, with_teacher: bool) -> dict[str, float]:
 
 @torch.no_grad()
 def selection_losses(
-    student: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks | Examples, batch_size: int
+    student: nn.Module,
+    teacher: nn.Module | None,
+    blocks: TokenBlocks | Examples,
+    batch_size: int,
+    *,
+    vocab_size: int | None = None,
 ) -> dict[str, float]:
-    """{'selection_loss', 'selection_kl' (with a teacher)}: nats per token over `blocks`; student left in train mode."""
+    """{'selection_loss', 'selection_kl' (with a teacher)}: nats per token over `blocks`; student left in train mode.
+
+    `vocab_size` is that of `Objective`.
+    """
     student.eval()
+    objective = replace(FORWARD_KL, vocab_size=vocab_size)
     sums, count = [0.0, 0.0], 0
     for part in blocks.split(batch_size):
-        found = batch_losses(student, teacher, part, FORWARD_KL).fused
+        found = batch_losses(student, teacher, part, objective).fused
         sums[0] += found.cross_entropy.sum().item()
         sums[1] += found.divergence.sum().item()
         count += len(found.divergence)

@@ -35,6 +35,12 @@ class Objective:
     cross_entropy_weight: float = 0.0
     """Share of the cross-entropy with the text; the divergence has the rest."""
     options: Options = field(default_factory=Options)
+    vocab_size: int | None = field(default=None, repr=False)
+    """Ids, from 0 on, that the models are compared over; None: all rows that both heads have."""
+
+    def common_rows(self, *rows: int) -> int:
+        """The ids that models with heads of so many rows are compared over."""
+        return min(*rows, self.vocab_size or min(rows))
 
 
 class FusedLoss(NamedTuple):
@@ -66,8 +72,13 @@ def fused_loss(
     """Losses of N tokens from hidden states [N, D]; every target [N] counts: leave masked tokens out before.
 
     Instead of a teacher there may be what is `known` of one: ids that it listed (`listed_kl`) or a sample of its
-    probabilities (`drawn_kl`), both forward KL at temperature 1. Without either the loss is cross-entropy. Vocabularies
-    of different padding are compared over the common rows.
+    probabilities (`drawn_kl`), both forward KL at temperature 1. Without either the loss is cross-entropy.
+
+    All of it is over the V ids that the models have in common (`Objective.common_rows`): with logits z and u of student
+    and teacher, p_i = exp(u_i / T) / sum_{j < V} exp(u_j / T) and q_i likewise of z, for i < V. These are the models'
+    own distributions under the condition that the id is one of the V, so rows of padding have no part in the loss, in
+    cross-entropy, entropy or agreement, and get no gradient. What is listed of ids from V on is left out, and the rest
+    taken under the same condition.
 
     Raises:
         UserError: an unknown divergence, one that cannot be had from what is known, or a target beyond the common
@@ -80,10 +91,12 @@ def fused_loss(
             f"{objective.divergence} at temperature {objective.temperature:g} cannot be had from some of a teacher's "
             "probabilities; use forward_kl at temperature 1, a live teacher or its hidden states"
         )
-    vocabulary = len(head.weight)
+    rows = [len(one.weight) for one in (head, teacher_head) if one is not None]
+    vocabulary = objective.common_rows(*rows)
     if teacher_head is not None:
-        vocabulary = min(vocabulary, len(teacher_head.weight))
         teacher_head = teacher_head.narrowed(vocabulary)
+    if isinstance(known, ListedTargets):
+        known = known.within(vocabulary)
     if len(targets) and int(targets.max()) >= vocabulary:
         raise UserError(f"token id {int(targets.max())} is beyond the models' common vocabulary of {vocabulary}")
     head = head.narrowed(vocabulary)

@@ -18,6 +18,7 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
 from cascade.distillation.fused import Objective
 from cascade.errors import UserError
+from cascade.models.positions import usable_context
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ class Rollouts:
     """
 
     def __init__(
-        self, settings: OnPolicy, seed: int, buffer: dict[str, Tensor], ends: Sequence[int] | None = None
+        self,
+        settings: OnPolicy,
+        seed: int,
+        buffer: dict[str, Tensor],
+        ends: Sequence[int] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         if parallel.world_size() > 1:
             raise UserError("on_policy: a student that is shared out to several processes cannot write; use one")
         self.settings, self.seed, self.buffer, self.ends = settings, seed, buffer, ends or ()
+        self.vocab_size = vocab_size
 
     def due(self, step: int) -> bool:
         """Whether the step's batch is the student's own."""
@@ -63,7 +70,7 @@ class Rollouts:
             chosen = kept[int(self._draw("which", step) * len(kept))]
             ids, labels = self.buffer[f"{chosen}.input_ids"], self.buffer[f"{chosen}.labels"]
             return TokenBlocks(ids, labels, prompts.bytes_per_token)
-        written = generate(student, prompts, self.settings, self.ends)
+        written = generate(student, prompts, self.settings, self.ends, vocab_size=self.vocab_size)
         if size:
             self.buffer |= {f"{step}.input_ids": written.input_ids, f"{step}.labels": written.labels}
             for old in [*kept, step][:-size]:
@@ -97,6 +104,13 @@ def own_batch(
     return rollouts.batch(student, given, step), rollouts.objective(objective), True
 
 
+def common_ids(student: Any, teacher: Any, objective: Objective) -> int:
+    """Ids, from 0 on, that a student may write where a teacher reads it and both are compared."""
+    heads = [model.get_output_embeddings() for model in (student, teacher)]
+    embeddings = [model.get_input_embeddings() for model in (student, teacher)]
+    return objective.common_rows(*(len(module.weight) for module in (*heads, *embeddings)))
+
+
 def end_tokens(teacher: Any) -> list[int]:
     """What ends a text of the teacher's, and so of its student's: a student's own settings may be lost by a cut."""
     ends = getattr(teacher, "generation_config", None) and teacher.generation_config.eos_token_id
@@ -105,14 +119,25 @@ def end_tokens(teacher: Any) -> list[int]:
 
 
 @torch.no_grad()
-def generate(student: Any, prompts: TokenBlocks, settings: OnPolicy, ends: Sequence[int] = ()) -> TokenBlocks:
+def generate(
+    student: Any,
+    prompts: TokenBlocks,
+    settings: OnPolicy,
+    ends: Sequence[int] = (),
+    *,
+    vocab_size: int | None = None,
+) -> TokenBlocks:
     """Prompts with the student's continuations, padded at the end; labels count in the continuations alone.
 
-    Sampled from the student's own distribution (at the temperature), up to a token of `ends`. A prompt that leaves no
-    room for a continuation loses its start.
+    Sampled from the student's own distribution (at the temperature), up to a token of `ends`; from `vocab_size` on, ids
+    are not written, and the probabilities of the others add up to 1. A prompt that leaves no room for a continuation
+    loses its start.
     """
     device = next(student.parameters()).device
-    context = getattr(student.config, "max_position_embeddings", None)
+    rows = len(student.get_output_embeddings().weight)
+    unwritten = list(range(rows if vocab_size is None else vocab_size, rows))
+    ends = [end for end in ends if end not in unwritten]
+    context = usable_context(student.config)
     room = None if context is None else context - settings.max_new_tokens
     starts = [_prompt(prompts.rows(torch.tensor([row])), settings.prompt_tokens, room) for row in range(len(prompts))]
     pad = ends[0] if ends else 0
@@ -132,6 +157,7 @@ def generate(student: Any, prompts: TokenBlocks, settings: OnPolicy, ends: Seque
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=pad,
         eos_token_id=list(ends) or None,
+        suppress_tokens=unwritten or None,
     )
     kept, student.generation_config = student.generation_config, how  # else its own fills in what is not said
     try:

@@ -35,7 +35,7 @@ from cascade.distillation.finite import (
 )
 from cascade.distillation.fused import Objective
 from cascade.distillation.log import TrainingLog
-from cascade.distillation.on_policy import OnPolicy, Rollouts, end_tokens, own_batch
+from cascade.distillation.on_policy import OnPolicy, Rollouts, common_ids, end_tokens, own_batch
 from cascade.distillation.optimizer import build_optimizer
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.state import Progress, States, Trained, load_state
@@ -137,9 +137,13 @@ def distill(
         "schedule": repr(schedule), "max_grad_norm": max_grad_norm, "optimizer": optimizer, "ema_decay": ema_decay,
         "features": None if features is None else repr(features.features), "on_policy": repr(on_policy),
     } | ({} if targets is None else {"targets": targets.name})  # fmt: skip
+    settings |= {} if objective.vocab_size is None else {"vocab_size": objective.vocab_size}
     trained = Trained(student, build_optimizer(optimizer, student, learning_rate, weight_decay),
                       None if ema_decay is None else Average(student, ema_decay))  # fmt: skip
-    rollouts = None if on_policy is None else Rollouts(on_policy, seed, trained.buffer, end_tokens(teacher))
+    rollouts = None
+    if on_policy is not None:
+        common = common_ids(student, teacher, objective)
+        rollouts = Rollouts(on_policy, seed, trained.buffer, end_tokens(teacher), common)
     states = None if state_folder is None else States(state_folder, save_every_minutes, keep_states)
     log, policy = TrainingLog(log_path, on_log), OnNan(on_nan, max_skipped)
     fixed = _Fixed(student, teacher, blocks, targets, objective, features, rollouts, schedule, num_steps, learning_rate,
@@ -175,7 +179,13 @@ def _loop(fixed: "_Fixed", trained: Trained, progress: Progress, started: float)
         if last and trained.average is not None:
             trained.average.put_into(student)
         if fixed.selection is not None and (last or (step + 1) % fixed.selection_every == 0):
-            entry |= selection_losses(student, fixed.teacher, fixed.selection, progress.microbatch_size)
+            entry |= selection_losses(
+                student,
+                fixed.teacher,
+                fixed.selection,
+                progress.microbatch_size,
+                vocab_size=fixed.objective.vocab_size,
+            )
         progress.step += 1
         entry = kept_figures(entry)
         progress.curve.append(entry)

@@ -15,6 +15,10 @@ from cascade.evaluation.heldout import heldout_report
 from cascade.evaluation.reload import check_reload, start_fresh_process
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
+from cascade.models.positions import usable_context
+
+PROMPT_TOKENS, NEW_TOKENS = 256, 32
+"""What speed is measured on: read, and written."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ def evaluate(
     trained_tokenizer: Any | None = None,
     seed: int = 0,
     kept: Path | None = None,
+    vocab_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a saved checkpoint as its users will load it: from disk, rounded as saved, computed in float32.
 
     `reference` is what `write_reference` wrote when the checkpoint was saved; with it the reload gate compares. With
     `trained_tokenizer` the checkpoint's own must write text as that does. Tasks' results lie in the folder `kept` until
-    all is done, so that another try finds them.
+    all is done, so that another try finds them. `vocab_size` are the ids, from 0 on, that the teacher is compared over,
+    where those are not all rows that both models have.
 
     Raises:
         UserError: no such checkpoint, or an unknown task.
@@ -71,7 +77,7 @@ def evaluate(
     tail: dict[str, Any] | None = None
     if heldout is not None:
         metrics, items, tail = in_parts_that_fit(
-            lambda size: heldout_report(model, teacher, heldout, batch_size=size), 8, "heldout"
+            lambda size: heldout_report(model, teacher, heldout, batch_size=size, vocab_size=vocab_size), 8, "heldout"
         )
     tokenizer = load_tokenizer(source) if tasks else None
     results = run_tasks(
@@ -88,8 +94,22 @@ def evaluate(
     )
     speed: dict[str, float] = {}
     if measured:
-        speed = check_reload(source.folder, reference, tokenizer=trained_tokenizer)
+        speed = check_reload(
+            source.folder,
+            reference,
+            tokenizer=trained_tokenizer,
+            prompt_tokens=_prompt_tokens(model),
+            new_tokens=NEW_TOKENS,
+        )
     return Evaluation(metrics + results.metrics, items | results.items, results.raw, tail, results.failed, speed)
+
+
+def _prompt_tokens(model: Any) -> int:
+    """Tokens of the prompt that speed is measured on: as many as leave room for what is written."""
+    context = usable_context(model.config)
+    if context is None:
+        return PROMPT_TOKENS
+    return max(1, min(PROMPT_TOKENS, context - NEW_TOKENS if model.can_generate() else context))
 
 
 def default_device() -> torch.device:

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from torch import nn
 from cascade.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.evaluation.items import TASK_FOLDER
 from cascade.evaluation.results import TaskResults, results_of
-from cascade.evaluation.task_code import BUILDERS, CodeTask, measure_apart, read_task
+from cascade.evaluation.task_code import DATA_BUILDERS, CodeTask, measure_apart, read_task
 from cascade.failpoints import at, failpoint
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource
+from cascade.models.positions import usable_context
 from cascade.plain_json import plain
 from cascade.store import make_folder, write_atomically
 
@@ -191,7 +192,7 @@ def _with_places(config: dict[str, Any], path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: `include` is not supported here; write the task in one file")
     arguments = dict(config.get("dataset_kwargs") or {})
     files, place = arguments.get("data_files"), arguments.get("data_dir")
-    if place and not Path(str(place)).is_absolute() and config.get("dataset_path") in BUILDERS:
+    if place and not Path(str(place)).is_absolute() and config.get("dataset_path") in DATA_BUILDERS:
         raise UserError(
             f"{path}: dataset_kwargs.data_dir: {place} is looked for where lm-eval is started, not beside the task; "
             "name the files with data_files, or give the whole path"
@@ -212,10 +213,87 @@ def _absolute(value: Any, path: Path) -> Any:
     return str(file)
 
 
-def _own_task(name: str, known: list[str]) -> str:
+def measured_names(tasks: Sequence[Task]) -> set[str] | None:
+    """'task/metric', with '/filter' where it has a name, of all that these tasks report; None where one hides that."""
+    configs = _configs(tasks)
+    if any("class" in one for one in configs) or any(isinstance(task, CodeTask) for task in tasks):
+        return None
+    return {f"{one.get('group') or one.get('task')}/{name}" for one in configs for name in _metrics_of(one)}
+
+
+def require_datasets(tasks: Sequence[Task]) -> None:
+    """Refuse tasks whose datasets are not on this machine while the hub may not be asked.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    from datasets import config, load_dataset_builder
+
+    if not config.HF_HUB_OFFLINE:
+        return
+    asked: set[tuple[str, str]] = set()
+    for one in _configs(tasks):
+        path, name = str(one.get("dataset_path") or ""), str(one.get("dataset_name") or "")
+        if not path or path in DATA_BUILDERS or (path, name) in asked:
+            continue
+        asked.add((path, name))
+        try:
+            with _quiet():
+                load_dataset_builder(path, name or None, revision=(one.get("dataset_kwargs") or {}).get("revision"))
+        except RunError as error:
+            raise UserError(
+                f"evaluate.tasks: {one.get('task')}: its dataset {path} {name} is not on this machine, and the hub is "
+                "not asked (HF_HUB_OFFLINE is set); fetch it once where there is a network, or leave the task out"
+            ) from error
+
+
+def _configs(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """The tasks' settings, groups with their own and those of all tasks in them; of tasks with code nothing."""
+    found = [task for task in tasks if isinstance(task, dict)]
+    names = [task for task in tasks if isinstance(task, str)]
+    index = _manager().task_index if names else {}
+    for name in names:  # grows while it is read
+        entry = index[name]
+        if entry.cfg is None:  # a tag
+            names += sorted(other for other, one in index.items() if name in one.tags and other not in names)
+            continue
+        config: dict[str, Any] = {"task": name} | dict(entry.cfg)
+        found.append(config)
+        inside = config.get("task") if "group" in config else None
+        children = inside if isinstance(inside, list) else []
+        found += [one for one in children if isinstance(one, dict) and "dataset_path" in one]
+        names += [one for one in children if isinstance(one, str) and one in index and one not in names]
+    return found
+
+
+def _metrics_of(config: dict[str, Any]) -> list[str]:
+    from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
+
+    group = "group" in config
+    asked = config.get("aggregate_metric_list" if group else "metric_list")
+    if asked is None:
+        asked = [] if group else DEFAULT_METRIC_REGISTRY.get(config.get("output_type") or "generate_until", [])
+    listed = asked if isinstance(asked, list) else [asked]
+    found = []
+    for one in listed:
+        name = one.get("metric") if isinstance(one, dict) else one
+        filters = one.get("filter_list") if group and isinstance(one, dict) else config.get("filter_list")
+        names = [filters] if isinstance(filters, str) else filters or ["none"]
+        names = [str(own.get("name")) if isinstance(own, dict) else str(own) for own in names]
+        found += [f"{name}" if own == "none" else f"{name}/{own}" for own in names]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _manager() -> Any:
+    """lm-eval's own tasks; indexing its thousands of task files takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    return TaskManager()
+
+
+def _own_task(name: str, known: list[str]) -> str:
+    manager = _manager()
     if name in manager.all_tasks:
         return name
     close = difflib.get_close_matches(name, [*known, *manager.all_tasks], n=3)
@@ -234,7 +312,7 @@ def _task_manager(config: str | dict[str, Any]) -> Any:
 
 
 def _context_length(model: Any) -> int:
-    return int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    return usable_context(model.config) or 2048
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.data.examples import Examples, LabelledData, read_examples
+from cascade.data.examples import Examples, LabelledData, Raw, read_examples
 from cascade.data.labels import require_known_labels
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
@@ -46,6 +46,13 @@ def heldout_blocks(
     return blocks.take(max_blocks)
 
 
+BLOCK_METRICS = ("loss", "bits_per_byte", "calibration_error", "kl_to_teacher", "top1_agreement")
+CLASS_METRICS = ("accuracy", "loss", "calibration_error", "kl_to_teacher", "top1_agreement")
+EMBEDDING_METRICS = ("cosine_distance", "similarity_correlation", "same_neighbour")
+PRODUCTION_METRICS = ("loss", "kl_to_teacher", "top1_agreement")
+"""What is measured of task 'heldout', by kind of task, and of task 'production'; bits only where all tokens count."""
+
+
 def sample_blocks(
     data: TextData,
     files: Sequence[str],
@@ -74,10 +81,32 @@ def production_documents(data: TextData, files: Sequence[str]) -> list[Any]:
     return read_documents(production_data(data, files), "heldout")
 
 
+def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *, block_size: int) -> None:
+    """Refuse now a held-out split, or production text, that does not fill one block.
+
+    Raises:
+        UserError: it does not, or it cannot be read.
+    """
+    prepare_blocks(data, "heldout", tokenizer, block_size=block_size, max_blocks=1, name="heldout")
+    if production:
+        one = production_data(data, production)
+        prepare_blocks(one, "heldout", tokenizer, block_size=block_size, max_blocks=1, name="data.production")
+
+
+def heldout_documents(data: TextData) -> list[Any]:
+    """All documents of the held-out split, to be looked through before a run."""
+    return read_documents(data, "heldout")
+
+
 def production_data(data: TextData, files: Sequence[str]) -> TextData:
     """Where production text is read, whole, as a held-out split of its own."""
     own = {"train": tuple(files), "heldout": tuple(files)}
     return replace(data, source="files", files=own, hub_splits=None, weights=(), streaming=False, listed=False)
+
+
+def heldout_rows(data: LabelledData) -> list[Raw]:
+    """The held-out split's examples as they stand in their files, to be looked through before a run."""
+    return read_examples(data, "heldout")
 
 
 def heldout_examples(read: Callable[[str], Examples]) -> Examples:
@@ -95,14 +124,24 @@ def require_known_heldout_labels(data: LabelledData, classes: Sequence[str]) -> 
 
 
 def heldout_metrics(
-    model: nn.Module, teacher: nn.Module | None, data: TokenBlocks | Examples, *, batch_size: int = 8
+    model: nn.Module,
+    teacher: nn.Module | None,
+    data: TokenBlocks | Examples,
+    *,
+    batch_size: int = 8,
+    vocab_size: int | None = None,
 ) -> list[dict[str, Any]]:
     """The metrics of `heldout_report` alone."""
-    return heldout_report(model, teacher, data, batch_size=batch_size)[0]
+    return heldout_report(model, teacher, data, batch_size=batch_size, vocab_size=vocab_size)[0]
 
 
 def heldout_report(
-    model: nn.Module, teacher: nn.Module | None, data: TokenBlocks | Examples, *, batch_size: int = 8
+    model: nn.Module,
+    teacher: nn.Module | None,
+    data: TokenBlocks | Examples,
+    *,
+    batch_size: int = 8,
+    vocab_size: int | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]], dict[str, Any] | None]:
     """(metrics of task 'heldout' with standard errors, scores of each item, the long tail), as far as there are any.
 
@@ -112,18 +151,24 @@ def heldout_report(
         return embedding_metrics(model, teacher, data), {}, None
     if isinstance(data, Examples):
         return class_metrics(model, teacher, data)
-    metrics, tail = block_metrics(model, teacher, data, batch_size=batch_size)
+    metrics, tail = block_metrics(model, teacher, data, batch_size=batch_size, vocab_size=vocab_size)
     return metrics, {}, tail
 
 
 @torch.no_grad()
 def block_metrics(
-    model: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks, *, batch_size: int = 8
+    model: nn.Module,
+    teacher: nn.Module | None,
+    blocks: TokenBlocks,
+    *,
+    batch_size: int = 8,
+    vocab_size: int | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Loss and KL in nats per token, bits per byte, expected calibration error; with a teacher also the long tail.
 
     Every token counts equally; the blocks' own means only give the standard error. Slices of the tail are blocks, by
-    their numbers.
+    their numbers. KL and agreement are over the ids that both models have in common (`Objective.vocab_size`); loss and
+    calibration are those of the model itself, over all its rows.
     """
     device = next(model.parameters()).device
     columns: dict[str, list[Tensor]] = {"loss": [], "kl_to_teacher": [], "top1_agreement": []}
@@ -136,10 +181,12 @@ def block_metrics(
         theirs, expert = None, None
         if teacher is not None:
             theirs, expert = part.predicting(teacher_hidden(teacher, inputs)).float()[valid], head_of(teacher)
-        found = fused_loss(
-            ours, head_of(model), targets[valid], Objective(), teacher_hidden=theirs, teacher_head=expert
-        )
-        sure.append(confidences(ours, head_of(model), targets[valid]))
+        head, objective = head_of(model), Objective(vocab_size=None if teacher is None else vocab_size)
+        found = fused_loss(ours, head, targets[valid], objective, teacher_hidden=theirs, teacher_head=expert)
+        if expert is not None and objective.common_rows(len(head.weight), len(expert.weight)) < len(head.weight):
+            alone = fused_loss(ours, head, targets[valid], Objective())
+            found = found._replace(cross_entropy=alone.cross_entropy)
+        sure.append(confidences(ours, head, targets[valid]))
         if theirs is not None and expert is not None:
             own = fused_loss(theirs, expert, targets[valid], Objective()).cross_entropy
             tail.append(torch.stack([found.teacher_entropy, own, found.cross_entropy]).cpu())

@@ -28,7 +28,7 @@ _KEYS = {
     "should_decontaminate", "tag", "target_delimiter", "task", "task_alias", "test_split", "training_split",
     "validation_split",
 }  # fmt: skip
-BUILDERS = {"arrow", "csv", "json", "parquet", "text"}
+DATA_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}
 _DATASET_KEYS = {"column_names", "data_dir", "data_files", "delimiter", "encoding", "field", "revision", "sep"}
 _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -97,10 +97,10 @@ def _reason(config: dict[str, Any], metrics: Sequence[str]) -> str:
     if others:
         return f"has dataset_kwargs: {others[0]!r} (known: {', '.join(sorted(_DATASET_KEYS))})"
     path = config.get("dataset_path")
-    if path is None or path in BUILDERS:
+    if path is None or path in DATA_BUILDERS:
         return ""
     if not _ON_HUB.fullmatch(str(path)):
-        return f"has dataset_path: {path!r}, neither {', '.join(sorted(BUILDERS))} nor a dataset on the hub"
+        return f"has dataset_path: {path!r}, neither {', '.join(sorted(DATA_BUILDERS))} nor a dataset on the hub"
     if not COMMIT.fullmatch(str(arguments.get("revision") or "")):
         return f"reads {path} from the hub without dataset_kwargs: {{revision: COMMIT}} (40 hexadecimal digits)"
     return ""

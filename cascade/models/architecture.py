@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -174,6 +175,12 @@ def config_from_values(values: Mapping[str, Any], place: str) -> Any:
         return AutoConfig.for_model(model_type, **rest)
     except Exception as error:  # transformers' strict dataclasses raise several unrelated classes
         raise UserError(f"{place}: {error}") from error
+
+
+def own_names(model_type: str) -> dict[str, str]:
+    """What a type of model calls some of the usual keys, such as n_positions for max_position_embeddings in GPT-2."""
+    known: Any = CONFIG_MAPPING
+    return dict(known[model_type].attribute_map) if model_type in known else {}
 
 
 def model_from_config(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:

@@ -24,6 +24,7 @@ from cascade.models.quantised import is_rounded, unpacked
 from cascade.models.safety import check_model_folder, check_settings
 from cascade.models.tensor_file import checkpoint_entries
 from cascade.models.value_range import require_held
+from cascade.models.vocabulary import require_embedded
 from cascade.models.weight_files import check_weight_files, refuse_adapters
 from cascade.recipe.section import COMMIT
 
@@ -110,7 +111,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
     """The tokenizer; checked against the model's vocabulary where `vocab_size` is given.
 
     Raises:
-        UserError: there is none, or it has ids that the model's embedding has not.
+        UserError: there is none, or it has ids that the model's embedding has not (`require_embedded`).
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -118,11 +119,8 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
         )
     except Exception as error:  # as above; and the tokenizers library has no class of its own for its errors
         raise UserError(f"{source.reference}: its tokenizer cannot be read: {_cause(source, error)}") from error
-    if vocab_size is not None and len(tokenizer) > vocab_size:
-        raise UserError(
-            f"{source.reference}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}; "
-            "they do not belong together. Copy the tokenizer files that the model was trained with into its folder."
-        )
+    if vocab_size is not None:
+        require_embedded(tokenizer, vocab_size, source.reference)
     return tokenizer
 
 
@@ -259,26 +257,6 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def require_same_vocabulary(teacher: Any, student: Any, name: str) -> None:
-    """Refuse a student whose tokenizer maps an id to another token than the teacher's.
-
-    Raises:
-        UserError: with the first ids that differ.
-    """
-    expected, found = (
-        {number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (teacher, student)
-    )
-    differing = [
-        number for number in sorted(expected.keys() | found.keys()) if expected.get(number) != found.get(number)
-    ]
-    if differing:
-        shown = ", ".join(f"{n}: {expected.get(n)!r} / {found.get(n)!r}" for n in differing[:3])
-        raise UserError(
-            f"{name}: its tokenizer is not the teacher's: {len(differing)} ids differ (teacher / student: {shown}). "
-            "Logits can only be compared id by id over the same vocabulary."
-        )
 
 
 def _cause(source: ModelSource, error: Exception) -> str:

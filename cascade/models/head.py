@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.errors import UserError
+from cascade.models.architecture import build_on_meta
 from cascade.models.twin import twin_of
 
 TOLERANCE = 1e-5
@@ -43,6 +44,15 @@ def head_of(model: nn.Module) -> Head:
     """
     _require_understood(model)
     return _read(model)
+
+
+def require_head(config: Any) -> None:
+    """`head_of`'s refusals for a model of this config, before any weight is read.
+
+    Raises:
+        UserError: it would have no head, or one that is not understood.
+    """
+    _require_understood(build_on_meta(config))
 
 
 def last_hidden(model: Any, **inputs: Any) -> Tensor:

@@ -47,7 +47,7 @@ def twin_of(config: Any, *, seed: int = 0, dims: ModelDims | None = None, epsilo
     """
     before, architectures = dims_of(config), config.architectures
     if dims is None:
-        dims = _small_dims(config, before)
+        dims = small_dims(config)
     if before.num_key_value_heads == before.num_attention_heads:  # whole heads are cut there
         dims = dims.replace(num_key_value_heads=dims.num_attention_heads)
     config = type(config)(**_without_factor_lists(config.to_dict()))
@@ -83,7 +83,9 @@ def twin_of(config: Any, *, seed: int = 0, dims: ModelDims | None = None, epsilo
     return result
 
 
-def _small_dims(config: Any, before: ModelDims) -> ModelDims:
+def small_dims(config: Any) -> ModelDims:
+    """Dims of a twin that keep the head_dim, and the width that is wired to it."""
+    before = dims_of(config)
     wired = before.num_attention_heads * before.head_dim == before.hidden_size and not hasattr(config, "head_dim")
     return ModelDims(
         hidden_size=4 * before.head_dim if wired else 48,

@@ -18,6 +18,7 @@ from cascade.errors import UserError
 from cascade.models.architecture import model_from_config
 from cascade.models.axes import ModelAxes, probe_axes
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.positions import usable_context
 from cascade.pruning.shape import legal_values, solve_shape
 from cascade.pruning.target import Target
 
@@ -72,7 +73,7 @@ def measure_decode_ms(config: Any, dims: ModelDims, *, context: int, batch_size:
     Raises:
         UserError: the model does not decode, or the context is longer than it can take.
     """
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = usable_context(config)
     if limit and context + steps + 2 > limit:
         raise UserError(f"target.context: {context} is too long to measure decoding: the parent has {limit} positions")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cascade.models.positions import usable_context
 from cascade.recipe.generate import Filters
 from cascade.teacher.answers import HOLDS_KEY, Answer, Request
 from cascade.teacher.local import prompt_ids
@@ -32,7 +33,7 @@ def perplexity(model: Any, tokenizer: Any, prompt: Prompt, answer: str, *, chat:
     """Exp of the mean loss of the answer's tokens after its prompt; of as many as fit into the context."""
     before = prompt_ids(prompt, tokenizer, chat=chat)
     own = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
-    context = getattr(model.config, "max_position_embeddings", None) or len(before) + len(own)
+    context = usable_context(model.config) or len(before) + len(own)
     ids = torch.tensor([before + own])[:, :context].to(next(model.parameters()).device)
     start = max(1, len(before))
     if ids.shape[1] <= start:

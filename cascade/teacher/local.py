@@ -9,6 +9,8 @@ from transformers import GenerationConfig
 
 from cascade.data.framing import written_around
 from cascade.errors import UserError
+from cascade.models.positions import usable_context
+from cascade.models.vocabulary import require_ids
 from cascade.teacher.answers import Answer, AnswerLog, Request
 from cascade.teacher.prompts import Prompt
 
@@ -44,11 +46,13 @@ def fitting_ids(
     """Each prompt's tokens, by the prompts' names.
 
     Raises:
-        UserError: one leaves no room for an answer in the teacher's context.
+        UserError: one leaves no room for an answer in the teacher's context, or has a token that it cannot read.
     """
     ids = {name: prompt_ids(prompt, tokenizer, chat=chat) for name, prompt in prompts.items()}
-    context = getattr(config, "max_position_embeddings", None)
+    context, rows = usable_context(config), config.get_text_config().vocab_size
     for name, prompt in prompts.items():
+        place = f"generate: {str(prompt.messages)[:100]}"
+        require_ids(torch.tensor(ids[name], dtype=torch.int64), rows, tokenizer, place)
         if context and len(ids[name]) + max_new_tokens > context:
             raise UserError(
                 f"generate: {str(prompt.messages)[:100]}: {len(ids[name])} tokens and {max_new_tokens} new ones do not "
