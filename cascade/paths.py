@@ -58,6 +58,14 @@ def files_of(entry: str, place: str) -> list[str]:
     return files
 
 
+def lead_to(entry: str) -> list[str]:
+    """Every file that an entry might be read from; none where there is nothing of that name."""
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        return _below(path)
+    return glob(entry, recursive=True) if has_magic(entry) and not path.exists() else [entry]
+
+
 def ignored_files(entry: str) -> list[str]:
     """Files of a folder that `files_of` passes over because their kind is not known."""
     path = Path(entry).expanduser()

@@ -3,7 +3,6 @@
 from typing import Any
 
 from cascade.classifier import check_labels, labels_read
-from cascade.data.bad_rows import BadRows
 from cascade.data.examples import read_examples
 from cascade.data.look import example_text, look_at, look_at_passages, look_text, skipped_lines
 from cascade.data.prepare import prepare_blocks
@@ -11,6 +10,8 @@ from cascade.data.sources import TextData, read_documents
 from cascade.evaluation.heldout import production_data
 from cascade.inputs import classes_of, labelled_data, text_data
 from cascade.recipe.schema import Recipe
+
+_BLOCKS = 256
 
 
 def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None) -> dict[str, Any]:
@@ -45,12 +46,13 @@ def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None) -> dict[str
 
 
 def _require_splits(data: TextData, block_size: int, tokenizer: Any | None) -> None:
-    bad: BadRows = data.bad_row_counter()
+    bad = data.bad_row_counter()
+    blocks = _BLOCKS if data.messages_field else 1  # a chat's first blocks may hold questions alone
     for split in ("train", "calibration", "selection"):
         if tokenizer is None:
             read_documents(data, split, bad=bad)
         else:
-            prepare_blocks(data, split, tokenizer, block_size=block_size, max_blocks=1, bad=bad)
+            prepare_blocks(data, split, tokenizer, block_size=block_size, max_blocks=blocks, bad=bad)
 
 
 def data_lines(found: dict[str, Any]) -> list[str]:

@@ -224,7 +224,8 @@ def _family(tmp_path, parent, members, **sections):
 def _saved_config(config, folder):
     folder.mkdir()
     config.save_pretrained(folder)
-    save_file({}, folder / "model.safetensors")
+    torch.manual_seed(0)
+    model_from_config(config).save_pretrained(folder)
     return folder
 
 

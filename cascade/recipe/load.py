@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ValidationError
 
 from cascade.errors import RecipeError, UserError
-from cascade.paths import files_of
+from cascade.paths import lead_to
 from cascade.recipe.generate import Generate
 from cascade.recipe.places import FOLDER
 from cascade.recipe.schema import Recipe
@@ -145,12 +145,13 @@ def _require_near(generate: Generate, folder: Path) -> None:
     for name in ("prompts", "text"):
         for value in getattr(generate, name):
             url = generate.endpoint and generate.endpoint.url
-            inside_near = [any(Path(value).resolve().is_relative_to(one) for one in near)]
-            if all(inside_near):  # then what it stands for, which may be links
-                files = [Path(file).resolve() for file in files_of(value, f"generate.{name}")]
-                inside_near = [any(file.is_relative_to(one) for one in near) for file in files]
-            if not all(inside_near):
+            is_near = _is_near(value, near)  # and then what it stands for, which may be links
+            if not (is_near and all(_is_near(file, near) for file in lead_to(value))):
                 raise UserError(
                     f"generate.{name}: {value} would be sent to {url}, and lies neither beside or below the recipe nor "
                     f"where the command runs ({near[1]}); copy it there"
                 )
+
+
+def _is_near(path: str, near: Sequence[Path]) -> bool:
+    return any(Path(path).resolve().is_relative_to(one) for one in near)
