@@ -59,9 +59,9 @@ def make_evaluation(
 ) -> None:
     """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json.
 
-    `trained_with` is the model whose tokenizer wrote the training text: the parent. `vocab_size` are the ids that it and
-    its teacher are compared over, where those are not all rows of both. Of the parent's own evaluation also skipped.json,
-    the rows of held-out and production text that were left out.
+    `trained_with` is the model whose tokenizer wrote the training text: the parent. `vocab_size` are the ids that it
+    and its teacher are compared over, where those are not all rows of both. Of the parent's own evaluation also
+    skipped.json, the rows of held-out and production text that were left out.
     """
     bad = text_data(recipe.data).bad_row_counter()
     settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)

@@ -92,7 +92,28 @@ def make_member(
             trained = [made, *([search] if search else [])]
         checkpoint = start if made is None else ModelSource(made / CHECKPOINT, member.name)
         rows.append(_make_baseline(runner, recipe, shared, member, kind, checkpoint, made, trained))
-    evaluation = runner.run(
+    evaluation = _make_evaluation(runner, recipe, shared, member, distilled)
+    checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
+    copies = make_copies(runner, recipe, shared, member.name, checkpoint, output_digest(distilled))
+    return FinishedMember(
+        begun.cut,
+        begun.repaired,
+        rate,
+        distilled,
+        evaluation,
+        rows,
+        lineage,
+        labels=labels,
+        copies=copies,
+        rates=rates,
+    )
+
+
+def _make_evaluation(
+    runner: StageRunner, recipe: Recipe, shared: Shared, member: ResolvedMember, distilled: Path
+) -> Path:
+    """The folder of a recovered member's evaluation."""
+    return runner.run(
         member.name,
         "evaluate",
         evaluation_settings(recipe) | _compared(member),
@@ -108,20 +129,6 @@ def make_member(
             trained_with=shared.parent,
             vocab_size=member.vocab_size,
         ),
-    )
-    checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
-    copies = make_copies(runner, recipe, shared, member.name, checkpoint, output_digest(distilled))
-    return FinishedMember(
-        begun.cut,
-        begun.repaired,
-        rate,
-        distilled,
-        evaluation,
-        rows,
-        lineage,
-        labels=labels,
-        copies=copies,
-        rates=rates,
     )
 
 

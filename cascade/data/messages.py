@@ -58,9 +58,9 @@ def conversation_examples(
     A turn of the assistant is what the template adds to the conversation before it, opened for an answer; a token
     counts if it ends in one. A template that leaves earlier turns as they are gives one example. One that writes a turn
     differently once a later one follows (Qwen3's thinking block) gives an example per turn, as it was when it was the
-    last. With `turns` 'last' only the last one counts. Without `template` the messages' texts follow one another, framed
-    as `framing` (`framing_of` the tokenizer where not given) frames a text; a template writes the tokens that begin a
-    text itself. What ends a message that is marked as `truncated` does not count: it would teach to stop there.
+    last. With `turns` 'last' only the last one counts. Without `template` the messages' texts follow one another,
+    framed as `framing` (`framing_of` the tokenizer where not given) frames a text; a template writes the tokens that
+    begin a text itself. What ends a message that is marked as `truncated` does not count: it would teach to stop there.
 
     Raises:
         UserError: the tokenizer has no chat template, or the template refuses the messages, or an answer does not
