@@ -3,24 +3,28 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cascade.data.blocks import TokenBlocks, pack_documents
+from cascade.data.framing import Framing, framing_of
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
 from cascade.errors import RunError, UserError
 from cascade.evaluation.evaluate import default_device, evaluate
+from cascade.evaluation.framing import choose_framing
 from cascade.evaluation.harness import find_tasks, require_datasets
 from cascade.evaluation.heldout import heldout_blocks
+from cascade.evaluation.tokenizer_files import require_same_ids
 from cascade.family import hidden_score
 from cascade.importance.offload import blocks_at_once, offloaded
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
-from cascade.models.architecture import require_language
+from cascade.models.architecture import model_class_of, require_language
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import (
     ModelSource,
@@ -84,7 +88,8 @@ def prune_model(
     wanted = solve_shape(shaped, target, parent=config)
     cut = [name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]]
     prove_cuts(config, along=cut, rotated=hidden == "pca")
-    blocks = _blocks(data, "calibration", source, block_size).take(num_blocks)
+    framing = _framing(source, data, block_size, ask=not offload)
+    blocks = _blocks(data, "calibration", source, block_size, framing).take(num_blocks)
     options: dict[str, Any] = {"covariance_blocks": -(-num_blocks // 4) if hidden == "pca" else 0}
     with staged(output, {"stage": "prune", "source": source.reference}) as folder:
         if offload:
@@ -139,8 +144,9 @@ def distill_model(
         require_language(load_config(one), one.reference)
     common = _common_ids(source, teacher_source, block_size)
     options = options | {"objective": replace(options["objective"], vocab_size=common)}
-    train = _blocks(data, "train", teacher_source, block_size, common)
-    selection = _blocks(data, "selection", teacher_source, block_size, common).take(16)
+    framing = _framing(teacher_source, data, block_size)
+    train = _blocks(data, "train", teacher_source, block_size, framing, common)
+    selection = _blocks(data, "selection", teacher_source, block_size, framing, common).take(16)
     learner, expert = load_model(source), load_model(teacher_source)
     with staged(
         output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
@@ -191,7 +197,9 @@ def evaluate_model(
     common = _common_ids(source, teacher_source, block_size)
     require_datasets(find_tasks(tasks, task_folders))
     tokenizer = load_tokenizer(source)
-    heldout = heldout_blocks(_text(data), tokenizer, block_size=block_size, max_blocks=num_blocks)
+    framing = _framing(teacher_source or source, data, block_size)
+    text = replace(_text(data), begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix))
+    heldout = heldout_blocks(text, tokenizer, block_size=block_size, max_blocks=num_blocks)
     require_ids(heldout.input_ids, common, tokenizer, "--data (heldout)")
     if teacher_source is not None:
         expert = load_model(teacher_source).to(default_device())
@@ -247,14 +255,32 @@ def _common_ids(source: ModelSource, teacher: ModelSource | None, block_size: in
     require_head(expert)
     expert_rows = int(expert.get_text_config().vocab_size)
     own = load_tokenizer(teacher, vocab_size=expert_rows)
-    return common_vocabulary(own, tokenizer, expert_rows, rows, source.reference)
+    common = common_vocabulary(own, tokenizer, expert_rows, rows, source.reference)
+    require_same_ids(own, tokenizer, source.reference)
+    return common
 
 
-def _blocks(data: str, split: str, source: ModelSource, block_size: int, vocab_size: int | None = None) -> TokenBlocks:
+def _framing(source: ModelSource, data: str, block_size: int, *, ask: bool = True) -> Framing:
+    """How text is framed for a model; a language model whose tokenizer begins texts is asked, on selection text.
+
+    Where it is not asked, the prefix stands at the start of every block.
+    """
+    config = load_config(source)
+    tokenizer = load_tokenizer(source, vocab_size=int(config.get_text_config().vocab_size))
+    framing = framing_of(tokenizer, "--data", begin_blocks=True, end_token=True)
+    if not ask or not framing.prefix or not model_class_of(config).can_generate():
+        return framing
+    model = load_model(source).to(default_device())
+    return choose_framing(model, framing, partial(_blocks, data, "selection", source, block_size)).framing
+
+
+def _blocks(
+    data: str, split: str, source: ModelSource, block_size: int, framing: Framing, vocab_size: int | None = None
+) -> TokenBlocks:
     texts, name = read_documents(_text(data), split), f"--data ({split})"
     rows = int(load_config(source).get_text_config().vocab_size)
     tokenizer = load_tokenizer(source, vocab_size=rows)
-    blocks = pack_documents(texts, tokenizer, block_size=block_size, max_blocks=50_000, name=name)
+    blocks = pack_documents(texts, tokenizer, block_size=block_size, max_blocks=50_000, framing=framing, name=name)
     require_ids(blocks.input_ids, vocab_size or rows, tokenizer, name)
     return blocks
 

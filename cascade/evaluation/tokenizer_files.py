@@ -37,3 +37,20 @@ def require_tokenizer_files(config: Any, source: ModelSource, name: str) -> None
                 f"{error}\nA folder of this type would not cut text as the member is trained; give a student of the "
                 "parent's type, or of one for which transformers reads the tokenizer's files as they are (llama)"
             ) from error
+
+
+def require_same_ids(teacher: Any, student: Any, name: str) -> None:
+    """Refuse a student whose own tokenizer cuts text into other ids of the same vocabulary than its teacher's.
+
+    Raises:
+        UserError: with the first text that differs.
+    """
+    expected, facts = tokenizer_facts(teacher), tokenizer_facts(student)
+    key = "ids without special tokens"
+    for text, ids in expected[key].items():
+        if ids != facts[key][text]:
+            raise UserError(
+                f"{name}: its tokenizer has the teacher's tokens, and cuts text otherwise: {text!r} is {ids[:12]} for "
+                f"the teacher, {facts[key][text][:12]} for it; its folder would not cut text as it is trained. Copy the "
+                "teacher's tokenizer files into it"
+            )
