@@ -284,7 +284,7 @@ def opening(document: Document) -> str:
 
 
 def _as_text(document: Document) -> str:
-    return document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    return document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
 
 
 def _stdlib(split: str) -> list[str]:
