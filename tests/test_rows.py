@@ -17,7 +17,7 @@ from cascade.data import streaming
 from cascade.data.look import look_at, look_text
 from cascade.data.prepare import prepare_blocks
 from cascade.data.rows import Place, read_rows, require_fields
-from cascade.data.sources import TextData, read_documents
+from cascade.data.sources import TextData, cuts_passages, kept_elsewhere, read_documents
 from cascade.data.splits import SPLITS
 from cascade.errors import UserError
 from cascade.inputs import data_fingerprint
@@ -215,6 +215,7 @@ class Hub:
     def __call__(self, name, config, *, split, revision, streaming=False):
         import datasets
 
+        self.streamed = streaming
         table = datasets.Dataset.from_dict({"other": list(range(len(self.texts))), "text": self.texts})
         return table.to_iterable_dataset(num_shards=3) if streaming else table
 
@@ -262,6 +263,24 @@ def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on
     bad = streamed.bad_row_counter()
     found = streaming.stream_blocks(streamed, "heldout", tokenizer, bad=bad, **options)
     assert found.input_ids.equal(whole.input_ids) and bad.record()["rows"] == 900
+
+
+def test_streamed_text_of_the_hub_is_never_fetched_whole(monkeypatch):
+    import datasets
+
+    hub = Hub([f"document {number} has these words" for number in range(900)])
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    data = TextData("hub", {}, dataset="org/data", hub_splits={"train": "train", "heldout": "test"}, streaming=True)
+    tokenizer = load_tokenizer(resolve_model("builtin:pico-python"))
+    for read in (
+        lambda: cuts_passages(data),
+        lambda: kept_elsewhere(data, "train"),
+        lambda: look_at(data, "train", ("train",), tokenizer),
+        lambda: prepare_blocks(data, "heldout", tokenizer, block_size=32),
+    ):
+        hub.streamed = None
+        read()
+        assert hub.streamed is True
 
 
 def test_the_plan_counts_the_files_of_a_folder_and_names_those_it_passes_over(shards):
