@@ -100,8 +100,7 @@ def check_labels(recipe: Recipe, config: Any) -> None:
         UserError: there is one; its place is named.
     """
     classes, data = numbered_classes(config, classes_of(recipe)), labelled_data(recipe.data, recipe.task)
-    for split in ("train", "selection"):
-        require_known_labels(read_examples(data, split), classes)
+    require_known_labels(read_examples(data, "selection"), classes)
     require_known_heldout_labels(data, classes)
 
 

@@ -35,8 +35,8 @@ def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None) -> dict[str
         return found
     if recipe.generate is not None:
         return found
-    if data.source == "files":
-        found["files"] = {name: look_at(data, name, names, tokenizer) for name, names in data.files.items()}
+    if data.source != "stdlib":
+        found["files"] = {name: look_at(data, name, names, tokenizer) for name, names in data.own_splits.items()}
         found["passages"] = look_at_passages(data)
     if recipe.data.production:
         sample = production_data(data, recipe.data.production)

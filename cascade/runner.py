@@ -39,11 +39,11 @@ STAGES = ("statistics", "prune", "repair", "label", "distill", "quantise", "eval
 
 STAGE_FORMATS = {
     "pretrain": 1,
-    "fit": 1,
+    "fit": 2,
     "convert": 1,
     "generate": 2,
     "framing": 1,
-    "data": 1,
+    "data": 2,
     "statistics": 3,
     "candidate": 2,
     "finalist": 2,

@@ -213,6 +213,12 @@ def test_a_template_that_refuses_all_is_refused_by_the_plan(tmp_path):
         look_at(data, "train", data.files["train"], tokenizer_with(None))
 
 
+def test_an_error_inside_a_template_is_told_as_its_refusal():
+    for template in ("{{ messages[0].content + 1 }}", "{{ messages[9]['content'] }}", "{{ 1 // 0 }}"):
+        with pytest.raises(UserError, match="the parent's chat template refuses it: "):
+            conversation_examples(chat("a", "b"), tokenizer_with(template))
+
+
 def test_bad_prompts_are_left_out_and_counted_and_byte_order_marks_are_no_part_of_them(tmp_path):
     lines = [json.dumps({"prompt": f"say {number}", "meta": [number]}) for number in range(200)]
     lines[7], lines[9] = json.dumps({"prompt": None}), json.dumps({"messages": chat("a"), "meta": "x"})

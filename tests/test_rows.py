@@ -1,6 +1,7 @@
 """Rows of local files: JSON whose other fields change, Parquet, texts, compressed, in folders and patterns."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
@@ -10,12 +11,17 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_documents import Killed
 
+from cascade.data import streaming
+from cascade.data.look import look_at, look_text
+from cascade.data.prepare import prepare_blocks
 from cascade.data.rows import Place, read_rows, require_fields
-from cascade.data.sources import TextData, read_documents
+from cascade.data.sources import TextData, cuts_passages, kept_elsewhere, read_documents
 from cascade.data.splits import SPLITS
 from cascade.errors import UserError
 from cascade.inputs import data_fingerprint
+from cascade.models.checkpoint import load_tokenizer, resolve_model
 from cascade.paths import files_of, ignored_files
 from cascade.recipe.data import Data
 from cascade.recipe.load import load_recipe
@@ -209,6 +215,7 @@ class Hub:
     def __call__(self, name, config, *, split, revision, streaming=False):
         import datasets
 
+        self.streamed = streaming
         table = datasets.Dataset.from_dict({"other": list(range(len(self.texts))), "text": self.texts})
         return table.to_iterable_dataset(num_shards=3) if streaming else table
 
@@ -222,3 +229,64 @@ def test_a_dataset_of_the_hub_is_read_by_the_wanted_column_alone(monkeypatch):
     assert read_documents(data, "heldout") == TEXTS
     with pytest.raises(UserError, match=r"org/data \(train\): row 10: field 'text' is null"):
         read_documents(TextData("hub", {}, dataset="org/data", hub_splits=splits), "heldout")
+
+
+def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on_where_it_was_stopped(
+    monkeypatch, tmp_path
+):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", Hub([f"document {number} has these words" for number in range(900)]))
+    splits = dict.fromkeys(SPLITS, "train")
+    data = TextData("hub", {}, dataset="org/data", revision="a" * 40, hub_splits=splits)
+    tokenizer = load_tokenizer(resolve_model("builtin:pico-python"))
+    whole = prepare_blocks(data, "heldout", tokenizer, block_size=32)
+    streamed = dataclasses.replace(data, streaming=True)
+    options = {
+        "block_size": 32,
+        "max_blocks": 10_000,
+        "document_masks": False,
+        "folder": tmp_path,
+        "shard_tokens": 2000,
+    }
+    tokens, calls = streaming._tokens, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return tokens(*args)
+
+    monkeypatch.setattr(streaming, "_tokens", dies)
+    with pytest.raises(Killed):
+        streaming.stream_blocks(streamed, "heldout", tokenizer, **options)
+    bad = streamed.bad_row_counter()
+    found = streaming.stream_blocks(streamed, "heldout", tokenizer, bad=bad, **options)
+    assert found.input_ids.equal(whole.input_ids) and bad.record()["rows"] == 900
+
+
+def test_streamed_text_of_the_hub_is_never_fetched_whole(monkeypatch):
+    import datasets
+
+    hub = Hub([f"document {number} has these words" for number in range(900)])
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    data = TextData("hub", {}, dataset="org/data", hub_splits={"train": "train", "heldout": "test"}, streaming=True)
+    tokenizer = load_tokenizer(resolve_model("builtin:pico-python"))
+    for read in (
+        lambda: cuts_passages(data),
+        lambda: kept_elsewhere(data, "train"),
+        lambda: look_at(data, "train", ("train",), tokenizer),
+        lambda: prepare_blocks(data, "heldout", tokenizer, block_size=32),
+    ):
+        hub.streamed = None
+        read()
+        assert hub.streamed is True
+
+
+def test_the_plan_counts_the_files_of_a_folder_and_names_those_it_passes_over(shards):
+    data = TextData("files", {"train": (str(shards),)})
+    lines = look_text("train", look_at(data, "train", data.files["train"], None))
+    assert lines == [
+        "data.train: 3 files (2 .jsonl, 1 .jsonl.gz), 3 rows.",
+        "data.train: 1 files of other kinds are passed over: LICENCE.",
+    ]

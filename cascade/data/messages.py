@@ -200,5 +200,5 @@ def _written(messages: Conversation, tokenizer: Any, **options: Any) -> str:
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"the parent's chat template refuses it: {error}") from error

@@ -288,7 +288,7 @@ def opening(document: Document) -> str:
 
 
 def _as_text(document: Document) -> str:
-    return document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    return document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
 
 
 def _stdlib(split: str) -> list[str]:
@@ -313,11 +313,17 @@ def part_rows(
 ) -> Iterator[Row]:
     """The rows of a file, or of a split of the hub's dataset; of a file those behind row `after`.
 
-    `fields`: {field: the recipe's key that names it}; the documents' where not given.
+    `fields`: {field: the recipe's key that names it}; the documents' where not given. Streamed text of the hub is
+    fetched as far as it is read.
 
     Raises:
         UserError: it cannot be read, or no row has the field.
     """
+    if fields is None and data.source == "hub" and data.streaming:
+        return (
+            Row(Place(data.place_of(part), number, "row"), values)
+            for number, values in enumerate(hub_stream(data, part), start=1)
+        )
     if fields is None:
         fields = {data.field: "data.messages_field" if data.messages_field else "data.text_field"}
     if data.source != "hub":
