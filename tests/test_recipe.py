@@ -6,7 +6,6 @@ import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from cascade.errors import RecipeError, UserError
 from cascade.recipe.load import load_recipe
@@ -222,9 +221,9 @@ def _family(tmp_path, parent, members, **sections):
 
 
 def _saved_config(config, folder):
-    folder.mkdir()
-    config.save_pretrained(folder)
-    save_file({}, folder / "model.safetensors")
+    from cascade.models.architecture import model_from_config
+
+    model_from_config(config).save_pretrained(folder)
     return folder
 
 
