@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file
-from test_contents import recipe_of
+from test_contents import change_weights, recipe_of
 
 from cascade.checks import check_family
 from cascade.errors import UserError
 from cascade.family import resolve_family
-from cascade.models.checkpoint import load_config, resolve_model, save_checkpoint
+from cascade.models.checkpoint import load_config, load_model, resolve_model, save_checkpoint
 from cascade.models.dims import dims_of
 from cascade.models.value_range import require_computable
 from cascade.parent import parent_config

@@ -4,6 +4,7 @@ Only linear layers of the body are rounded, symmetrically: int8 with a scale for
 each group of columns.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def load_rounded(folder: Path, plain: nn.Module, kind: str, dtype: torch.dtype) 
         use_safetensors=True,
         output_loading_info=True,
     )
-    match = match_weights(folder, plain.config, str(folder))
+    config: Any = copy.deepcopy(plain.config)
+    config.architectures = [type(plain).__name__]
+    match = match_weights(folder, config, str(folder))
     require_whole(report, str(folder), left_out=match.left_out, absent=match.absent)
     result: nn.Module = model.eval()
     return result
