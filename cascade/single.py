@@ -15,7 +15,7 @@ from cascade.distillation.trainer import distill
 from cascade.errors import RunError, UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import heldout_blocks
-from cascade.family import hidden_score
+from cascade.family import score_for_dims
 from cascade.importance.offload import blocks_at_once, offloaded
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
@@ -66,11 +66,11 @@ def prune_model(
     config = load_config(source)
     require_context(config, block_size, "--block-size")
     axes, before = probe_axes(config), dims_of(config)
-    hidden = hidden_score(hidden, config)
+    target = Target(params=params, dims=dims)
+    hidden = score_for_dims(hidden, target, config, config)
     if hidden == "pca":
         require_rotatable(config, axes)
     shaped = untied(config) if hidden == "pca" else config
-    target = Target(params=params, dims=dims)
     wanted = solve_shape(shaped, target, parent=config)
     cut = [name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]]
     prove_cuts(config, along=cut, rotated=hidden == "pca")

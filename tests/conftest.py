@@ -124,7 +124,7 @@ members:
 calibration: {{num_blocks: 8}}
 distill: {{tokens: 512, learning_rate: 3e-3, batch_size: 4, microbatch_size: 4, selection_blocks: 4}}
 evaluate: {{tasks: [python_minimal_pairs], limit: 6, heldout_blocks: 8}}
-baselines: [cut, repaired, {ce: {learning_rate: 3e-3}}]
+baselines: [cut, repaired, {{ce: {{learning_rate: 3e-3}}}}]
 """
     )
     return folder
