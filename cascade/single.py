@@ -132,8 +132,7 @@ def distill_model(
         train = _blocks(data, "train", teacher_source, block_size)
         selection = _blocks(data, "selection", teacher_source, block_size).take(16)
         if options["learning_rate"] is None:
-            searched = {name: value for name, value in options.items() if name != "learning_rate"}
-            found = find_learning_rate(learner, expert, train, selection=selection, **searched)
+            found = find_learning_rate(learner, expert, train, selection=selection, **options)
             options = options | {"learning_rate": found.learning_rate}
         metrics = distill(
             learner,
