@@ -51,7 +51,11 @@ def test_the_baseline_is_searched_for_as_the_member_is_and_by_its_own_loss(recip
     report = (folder / "report.md").read_text()
     assert "## Learning rates" in report and f"{rates['m-ce']['learning_rate']:.3g}" in report
     row = next(one for one in load_family(folder)["rows"] if one["name"] == "m-ce")
-    spent = [json.loads(path.read_text())["seconds"] for path in folder.glob("stages/m.*ce-*/cost.json")]
+    spent = [
+        json.loads(path.read_text())["seconds"]
+        for stage in ("ce-rate", "baseline-ce", "heldout-ce")
+        for path in folder.glob(f"stages/m.{stage}-*/cost.json")
+    ]
     assert len(spent) == 3 and row["cost"]["seconds"] == pytest.approx(sum(spent))
 
 
