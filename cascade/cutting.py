@@ -1,6 +1,7 @@
 """The stages that turn a seed into a smaller model before any training: statistics, cut, repair."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from cascade.distillation.origin import Origin, even_origin, origin_of
 from cascade.distillation.range_test import usual_rate
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
+from cascade.errors import DivergedError, NotFiniteError
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
 from cascade.fitting import in_parts_that_fit
@@ -38,18 +40,13 @@ from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
 from cascade.starts import plan_layers
 
+logger = logging.getLogger(__name__)
+
 REPAIRS = {
     "sequential": Repair(),
     "independent": Repair(sequential=False),
 }
 """What the recipe's prune.repair.method names."""
-
-
-OF_WHOLE_TRAININGS = (
-    *("learning_rate", "selection_every", "ema_decay"),
-    *("save_every_minutes", "keep_states", "on_nan", "max_skipped", "on_divergence"),
-)
-"""Options of `distill` that a search for a rate has no use for."""
 
 
 def training_options(settings: Distill, learning_rate: float, vocab_size: int | None = None) -> dict[str, Any]:
@@ -253,18 +250,23 @@ def make_candidate(
             options["objective"] = cache.objective(options["objective"])
             num_steps = math.ceil(num_tokens / (recipe.distill.batch_size * train.block_size))
             targets = cache.targets(expert, train, training_rows(recipe, 0, num_steps, len(train)))
-        distill(
-            student,
-            expert,
-            train,
-            num_tokens=num_tokens,
-            seed=recipe.seed,
-            on_step=on_step,
-            features=feature_loss(recipe.distill, None if before is None else [*before, plan], student, expert),
-            targets=targets,
-            **options,
-        )
-        losses["recovered"] = _selection(student, teacher, recipe, data, vocab_size)
+        features = feature_loss(recipe.distill, None if before is None else [*before, plan], student, expert)
+        try:
+            distill(
+                student,
+                expert,
+                train,
+                num_tokens=num_tokens,
+                seed=recipe.seed,
+                on_step=on_step,
+                features=features,
+                targets=targets,
+                **options,
+            )
+            losses["recovered"] = _selection(student, teacher, recipe, data, vocab_size)
+        except (NotFiniteError, DivergedError) as error:  # of one shape among several: it is the last of them
+            logger.warning("a shape that was tried ran off when it was recovered shortly: %s", error)
+            losses["recovered"] = {"loss": None, "kl_to_teacher": None}
     _write(folder / "losses.json", losses)
 
 

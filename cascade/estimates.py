@@ -101,7 +101,7 @@ def stage_seconds(
             seconds[f"heldout-{kind}"] = 1 + heldout * (flops + parent_flops) / rate
     if "ce" in recipe.baseline_kinds:
         if recipe.ce_learning_rate == "auto" and tokens:
-            seconds["rate-ce"] = 1 + searched * 3 * flops / rate
+            seconds["ce-rate"] = 1 + searched * 3 * flops / rate
         seconds["baseline-ce"] = tokens * 3 * flops / rate
         seconds["heldout-ce"] = 1 + heldout * (flops + parent_flops) / rate
     return seconds | {"evaluate": evaluation, "report": 0.2}

@@ -100,7 +100,8 @@ def resolve_family(
     for member in sorted(recipe.members, key=lambda member: -sizes[member.name]):
         seed, seed_config = _seed(member, resolved, parent_config, pinned_seeds or {})
         target, found = targets.get(member.name), (found_shapes or {}).get(member.name)
-        config = _shape(recipe, member, target, seed_config, parent_config, found)
+        hidden = found.hidden if found else _hidden_of(recipe, member, seed_config, parent_config)
+        config = _shape(member, target, seed_config, parent_config, found, hidden)
         if member.start == "layers":
             plan_layers(seed_config, dims_of(config), member.name)
         before = 0
@@ -112,7 +113,7 @@ def resolve_family(
             require_same_classes(config, parent_config, member.name)
             vocab_size = common_ids(recipe, member, config, parent_config)
         resolved[member.name] = _resolve(
-            recipe, recipe.distill, member, target, seed, config, parent_config, before, found, vocab_size
+            recipe, recipe.distill, member, target, seed, config, parent_config, before, hidden, vocab_size
         )
     return list(resolved.values())
 
@@ -154,27 +155,39 @@ def _seed(
 
 
 def _shape(
-    recipe: Recipe,
     member: Member,
     target: Target | None,
     seed_config: Any,
     parent_config: Any,
     found: FoundShape | None,
+    hidden: str,
 ) -> Any:
     if target is None:
         return seed_config
-    hidden = found.hidden if found else _hidden_of(recipe, member, parent_config)
     config = shape_config(seed_config, hidden)
     return config_with_dims(config, found.dims if found else _solved(member, target, config, parent_config))
 
 
-def _hidden_of(recipe: Recipe, member: Member, parent_config: Any) -> str:
+def _hidden_of(recipe: Recipe, member: Member, seed_config: Any, parent_config: Any) -> str:
     """Nothing is rotated where no channels are cut, or none by scores."""
     target = member.target
     stays = target is None or (not target.has_bounds() and "hidden_size" not in target.dims)
-    if member.start != "prune" or (recipe.prune.hidden == "auto" and stays):
+    if target is None or member.start != "prune" or (recipe.prune.hidden == "auto" and stays):
         return "activation_norm"
-    return hidden_score(recipe.prune.hidden, parent_config)
+    if target.has_bounds():
+        return hidden_score(recipe.prune.hidden, parent_config)
+    return score_for_dims(recipe.prune.hidden, target_of(member), seed_config, parent_config)
+
+
+def score_for_dims(wanted: str, target: Target, seed_config: Any, parent_config: Any) -> str:
+    """As `hidden_score`; for explicit dims, `auto` is never what would make the member larger than the parent."""
+    hidden = hidden_score(wanted, parent_config)
+    if wanted == "auto" and hidden == "pca" and not target.bounds():
+        try:
+            solve_shape(shape_config(seed_config, hidden), target, parent=parent_config)
+        except UserError:
+            return "activation_norm"
+    return hidden
 
 
 def hidden_score(wanted: str, parent_config: Any) -> str:
@@ -243,7 +256,7 @@ def _resolve(
     config: Any,
     parent_config: Any,
     before: int,
-    found: FoundShape | None,
+    hidden: str,
     vocab_size: int | None,
 ) -> ResolvedMember:
     axes, dims = probe_axes(config), dims_of(config)
@@ -255,7 +268,6 @@ def _resolve(
     count = int(axes.num_parameters(dims))
     flops, parent_flops = flops_of(recipe, config), flops_of(recipe, parent_config)
     stored_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.save.dtype) or dtype_bytes(parent_config)
-    hidden = found.hidden if found else _hidden_of(recipe, member, parent_config)
     several = member.start == "prune" and target is not None and target.bounds()
     choices = hidden_choices(recipe.prune.hidden, parent_config) if several else (hidden,)
     return ResolvedMember(

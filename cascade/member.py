@@ -176,7 +176,7 @@ def _make_rate(
     settings = _training_settings(recipe, member)
     folder = runner.run(
         member.name,
-        "rate" if learns else "rate-ce",
+        "rate" if learns else "ce-rate",
         settings | kept_settings(shared) if learns else settings | {"learning_rate": "auto"},
         inputs,
         lambda folder, on_step: make_rate(

@@ -15,6 +15,7 @@ from cascade.models.architecture import auto_class_of
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load_config
 from cascade.ownership import resolved_recipe
 from cascade.plain_json import write_json
+from cascade.recipe.names import owner_of
 from cascade.recipe.places import without_folders
 from cascade.recipe.schema import Recipe
 from cascade.report.card import member_card
@@ -203,8 +204,8 @@ def _earlier_rows(run_folder: Path, names: set[str], suffixes: tuple[str, ...]) 
             rows[row["name"]] = [row]
         elif row["role"] == "quantised" and not row["name"].endswith(suffixes):
             continue  # no longer asked for
-        elif row["role"] in ("quantised", "baseline", "candidate") and row["name"].rpartition("-")[0] in rows:
-            rows[row["name"].rpartition("-")[0]].append(row)
+        elif row["role"] in ("quantised", "baseline", "candidate") and (owner := owner_of(row["name"], rows)):
+            rows[owner].append(row)
     return rows
 
 

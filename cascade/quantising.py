@@ -143,7 +143,6 @@ def _train(
     if rate == "auto" and kept.exists():
         rate = float(json.loads(kept.read_text(encoding="utf-8")))
     if rate == "auto":
-        own = ("learning_rate", "selection_every", "save_every_minutes", "ema_decay")
         found = find_learning_rate(
             student,
             teacher,
@@ -152,7 +151,7 @@ def _train(
             selection=selection,
             seed=recipe.seed,
             on_try=on_step,
-            **{name: value for name, value in options.items() if name not in own},
+            **options,
         )
         rate = found.learning_rate
         kept.parent.mkdir(parents=True, exist_ok=True)

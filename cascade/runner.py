@@ -52,7 +52,7 @@ STAGE_FORMATS = {
     "repair": 2,
     "label": 1,
     "rate": 1,
-    "rate-ce": 1,
+    "ce-rate": 1,
     "distill": 2,
     "evaluate": 3,
     "drift": 1,
@@ -65,7 +65,7 @@ STAGE_FORMATS = {
 }
 """Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
 
-_TOGETHER = ("statistics", "label", "rate", "distill", "rate-ce", "baseline-ce")
+_TOGETHER = ("statistics", "label", "rate", "distill", "ce-rate", "baseline-ce")
 """Stages that several processes make together; the others are the first one's."""
 
 _SEVERAL = ("candidate", "finalist", "quantise", "evaluate-quantised")
@@ -81,7 +81,7 @@ _MADE_WITH = {
     "candidate": "prune",
     "finalist": "prune",
     "rate": "distill",
-    "rate-ce": "distill",
+    "ce-rate": "distill",
     "baseline-ce": "distill",
     "drift": "evaluate",
     "heldout-cut": "evaluate",

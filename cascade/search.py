@@ -7,6 +7,7 @@ word is that of a short recovery. Each candidate is a stage of its own: found ag
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,10 +43,10 @@ class Candidate:
         return found
 
     def score(self) -> float:
-        """KL to the teacher at the last stage it went through."""
+        """KL to the teacher at the last stage it went through; infinite where its short recovery ran off."""
         losses = self.losses()
-        value: float = (losses["recovered"] or losses["repaired"])["kl_to_teacher"]
-        return value
+        value: float | None = (losses["recovered"] or losses["repaired"])["kl_to_teacher"]
+        return math.inf if value is None else value
 
 
 def search_shape(

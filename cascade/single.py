@@ -20,7 +20,7 @@ from cascade.evaluation.framing import choose_framing
 from cascade.evaluation.harness import find_tasks, require_datasets
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.evaluation.tokenizer_files import require_same_ids
-from cascade.family import hidden_score
+from cascade.family import score_for_dims
 from cascade.importance.offload import blocks_at_once, offloaded
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
@@ -80,11 +80,11 @@ def prune_model(
     check_weights(source, config)
     require_context(config, block_size, "--block-size", "model")
     axes, before = probe_axes(config), dims_of(config)
-    hidden = hidden_score(hidden, config)
+    target = Target(params=params, dims=dims)
+    hidden = score_for_dims(hidden, target, config, config)
     if hidden == "pca":
         require_rotatable(config, axes)
     shaped = untied(config) if hidden == "pca" else config
-    target = Target(params=params, dims=dims)
     wanted = solve_shape(shaped, target, parent=config)
     cut = [name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]]
     prove_cuts(config, along=cut, rotated=hidden == "pca")
@@ -153,8 +153,7 @@ def distill_model(
     ) as folder:
         learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
         if options["learning_rate"] is None:
-            searched = {name: value for name, value in options.items() if name != "learning_rate"}
-            found = find_learning_rate(learner, expert, train, selection=selection, **searched)
+            found = find_learning_rate(learner, expert, train, selection=selection, **options)
             options = options | {"learning_rate": found.learning_rate}
         metrics = distill(
             learner,

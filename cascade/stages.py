@@ -14,7 +14,7 @@ from cascade.cache.angle import gradient_angle
 from cascade.cache.reader import CachedTargets
 from cascade.caching import LABELS, TeacherCache, member_rows, step_rows, taught_steps
 from cascade.classifier import examples_of
-from cascade.cutting import OF_WHOLE_TRAININGS, feature_loss, load_plans, selection_size, training_options
+from cascade.cutting import feature_loss, load_plans, selection_size, training_options
 from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.prepare import prepare_blocks
@@ -272,8 +272,6 @@ def make_rate(
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
     options = training_options(settings, 0.0, None if recipe.counts_examples else member.vocab_size)
-    for own in OF_WHOLE_TRAININGS:
-        options.pop(own)
     student = load_model(start).to(default_device())
     teacher = None if teacher is None else _own_teacher(teacher, parent)
     blocks, selection = _texts(recipe, data, teacher, stage)

@@ -148,9 +148,10 @@ def partial_of(staging: Path) -> Path:
 
 def drop_partials(final: Path, *, others: bool = False) -> None:
     """Remove what tries of a stage have left beside its place; of `others`, too, with the same name and another key."""
-    pattern = f"{final.name.rpartition('-')[0]}-*" if others else final.name
-    for leftover in final.parent.glob(f".partial-{pattern}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    own = final.name.rpartition("-")[0]
+    for leftover in final.parent.glob(f".partial-{own}-*" if others else f".partial-{final.name}"):
+        if leftover.name.rpartition("-")[0] == f".partial-{own}":  # not of `evaluate-quantised` for `evaluate`
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

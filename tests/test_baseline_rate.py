@@ -44,14 +44,18 @@ def test_the_baseline_is_searched_for_as_the_member_is_and_by_its_own_loss(recip
     assert list(rates) == ["m", "m-ce"] and all(one["searched"] for one in rates.values())
     for stage, name in (("distill", "m"), ("baseline-ce", "m-ce")):
         assert max(rates_logged(folder, stage)) == pytest.approx(rates[name]["learning_rate"], rel=0.1)
-    found = json.loads(next(folder.glob("stages/m.rate-ce-*/rate.json")).read_text())
+    found = json.loads(next(folder.glob("stages/m.ce-rate-*/rate.json")).read_text())
     assert found["tried"] == rates["m-ce"]["tried"] and found["tried"] != rates["m"]["tried"]
     losses = [one["loss"] for one in found["tried"]]
     assert min(losses) > 5  # cross-entropy of a random model of 2,048 tokens, not its distance from a teacher
     report = (folder / "report.md").read_text()
     assert "## Learning rates" in report and f"{rates['m-ce']['learning_rate']:.3g}" in report
     row = next(one for one in load_family(folder)["rows"] if one["name"] == "m-ce")
-    spent = [json.loads(path.read_text())["seconds"] for path in folder.glob("stages/m.*ce-*/cost.json")]
+    spent = [
+        json.loads(path.read_text())["seconds"]
+        for stage in ("ce-rate", "baseline-ce", "heldout-ce")
+        for path in folder.glob(f"stages/m.{stage}-*/cost.json")
+    ]
     assert len(spent) == 3 and row["cost"]["seconds"] == pytest.approx(sum(spent))
 
 
@@ -95,6 +99,6 @@ def test_the_plan_counts_the_baselines_search(recipe_folder):
         recipe = load_recipe(recipe_folder / "tiny.yaml", ["baselines=[ce]", *changes])
         return stage_seconds(recipe, 1e6, 2e6, 100_000, cut=True)
 
-    assert "rate" not in planned() and planned()["rate-ce"] > 1
-    assert planned("distill.learning_rate=auto")["rate"] > planned()["rate-ce"]  # the teacher reads, too
-    assert "rate-ce" not in planned("baselines=[{ce: {learning_rate: 1e-3}}]")
+    assert "rate" not in planned() and planned()["ce-rate"] > 1
+    assert planned("distill.learning_rate=auto")["rate"] > planned()["ce-rate"]  # the teacher reads, too
+    assert "ce-rate" not in planned("baselines=[{ce: {learning_rate: 1e-3}}]")

@@ -9,7 +9,7 @@ from conftest import make_blocks, make_model
 from cascade.distillation import range_test
 from cascade.distillation.range_test import FIRST_RATE, GROWTH, find_learning_rate
 from cascade.distillation.trainer import TrainingMetrics, distill
-from cascade.errors import NotFiniteError, TrainingError
+from cascade.errors import DivergedError, NotFiniteError, TrainingError
 
 
 def pretending(best, curvature=1.0, runs_off_above=math.inf):
@@ -52,6 +52,26 @@ def test_rates_at_which_the_loss_runs_off_are_passed_over(monkeypatch):
         search()
 
 
+def test_a_try_that_diverges_is_a_bad_rate_whatever_a_whole_training_would_do(monkeypatch):
+    given = []
+
+    def train(student, teacher, blocks, **options):
+        given.append(options)
+        if options["learning_rate"] > 5e-4:
+            raise DivergedError("the loss has climbed")
+        return pretending(2e-4)(student, teacher, blocks, **options)
+
+    monkeypatch.setattr(range_test, "distill", train)
+    model = torch.nn.Linear(1, 1)
+    whole = {"on_divergence": "stop", "on_nan": "rollback", "max_skipped": 1, "keep_states": 2, "ema_decay": 0.9,
+             "save_every_minutes": 0.0, "learning_rate": 0.0}  # fmt: skip
+    found = find_learning_rate(
+        model, model, make_blocks(), num_tokens=8 * 16 * 8, selection=make_blocks(), weight_decay=0.1, **whole
+    )
+    assert 1e-4 < found.learning_rate < 4e-4
+    assert all(one["weight_decay"] == 0.1 and not whole.keys() & one.keys() - {"learning_rate"} for one in given)
+
+
 def test_what_stops_a_training_otherwise_stops_the_search(monkeypatch):
     def out_of_memory(*args, **options):
         raise TrainingError("out of memory with microbatch_size 1")
@@ -75,3 +95,26 @@ def test_the_tries_leave_the_student_as_it_is_and_the_found_rate_beats_far_ones(
 
     best = after(found.learning_rate)
     assert best < after(found.learning_rate / 16) and best < after(found.learning_rate * 16)
+
+
+def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_folder, tmp_path, monkeypatch):
+    from cascade import cutting
+    from cascade.recipe.load import load_recipe
+    from cascade.search import Candidate
+
+    recipe = load_recipe(recipe_folder / "tiny.yaml", ["prune.repair.method=none", "distill.on_divergence=stop"])
+
+    def runs_off(*args, **options):
+        raise DivergedError("the loss has climbed")
+
+    for name, value in (("_plan", None), ("prune", torch.nn.Linear(1, 1)), ("load_model", torch.nn.Linear(1, 1)),
+                        ("load_training", None), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
+        monkeypatch.setattr(cutting, name, lambda *args, value=value, **options: value)
+    monkeypatch.setattr(cutting, "distill", runs_off)
+    options = {"hidden": "pca", "lineage": None, "cache": None, "on_step": None}
+    (tmp_path / "ran-off").mkdir()
+    cutting.make_candidate(tmp_path / "ran-off", recipe, None, None, None, tmp_path, None, num_tokens=64, **options)
+    (tmp_path / "poor").mkdir()
+    (tmp_path / "poor" / "losses.json").write_text('{"repaired": {"kl_to_teacher": 9.0}, "recovered": null}')
+    tried = [Candidate(None, None, [tmp_path / name]) for name in ("ran-off", "poor")]
+    assert [one.folders[0].name for one in sorted(tried, key=Candidate.score)] == ["poor", "ran-off"]

@@ -359,7 +359,7 @@ def test_the_command_ends_with_2_and_a_message_on_a_users_mistake(recipe_folder,
         ),
         (
             ["plan", recipe_folder / "tiny.yaml", "--set", "members.0.target.params=5000000"],
-            "larger than the seed",
+            "5,000,000 parameters is larger than the parent's",
         ),
         (["plan", recipe_folder / "tiny.yaml", "--set", "parent=/nowhere"], "no such folder"),
         (

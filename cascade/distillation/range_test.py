@@ -16,7 +16,7 @@ from torch import nn
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
 from cascade.distillation.trainer import distill
-from cascade.errors import NotFiniteError, TrainingError
+from cascade.errors import DivergedError, NotFiniteError, TrainingError
 
 FIRST_RATE = 1e-3
 """Where the search starts: AdamW on a model of a few hundred channels."""
@@ -29,6 +29,12 @@ GROWTH = 0.16
 and 35%: the best rates after 8k and 100k tokens differ by a factor of 1.5 to 2."""
 
 _FACTOR, _MOST_TRIES = 2.0, 6
+
+_OF_WHOLE_TRAININGS = (
+    *("learning_rate", "selection_every", "ema_decay"),
+    *("save_every_minutes", "keep_states", "on_nan", "max_skipped", "on_divergence"),
+)
+"""Options of `distill` that a try has no use for, some of which would end it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ def find_learning_rate(
 ) -> RangeTest:
     """The peak rate for a `distill` of `num_tokens` tokens with these options; `student` is left as it is.
 
+    Those that only a whole training has a use for, such as what to do where it diverges, are passed over.
+
     Rates are doubled, or halved, as long as that helps; a parabola through the best and its neighbours (over the
     logarithm of the rate) gives the minimum.
 
@@ -64,6 +72,7 @@ def find_learning_rate(
         TrainingError: the loss is finite at none of them.
     """
     started = time.perf_counter()
+    options = {name: value for name, value in options.items() if name not in _OF_WHOLE_TRAININGS}
     num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
     steps = _steps_of_a_try(num_steps)
     tokens = steps * batch_size * blocks.block_size
@@ -83,7 +92,7 @@ def find_learning_rate(
                 keep=True,
                 **options,
             )
-        except NotFiniteError:  # it ran off; what else stops a training stops the search
+        except (NotFiniteError, DivergedError):  # it ran off; what else stops a training stops the search
             return math.inf
         loss = metrics.selection_loss if teacher is None else metrics.selection_kl
         return math.inf if loss is None or not math.isfinite(loss) else loss

@@ -93,7 +93,7 @@ def plan_pruning(
     source = dims_of(config)
     if not isinstance(target, ModelDims):
         wanted = target if isinstance(target, Target) else Target(params=target)
-        target = solve_shape(untied(config) if scores.rotation is not None else config, wanted)
+        target = solve_shape(untied(config) if scores.rotation is not None else config, wanted, parent=config)
     axes = probe_axes(config)
     if target.num_attention_heads % target.num_key_value_heads:
         raise ValueError(f"{target.num_attention_heads} heads cannot be split over {target.num_key_value_heads} groups")

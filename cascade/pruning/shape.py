@@ -1,5 +1,6 @@
 """Which shapes: the legal dims that meet a target."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,10 @@ _GROUP_COST = 0.5
 
 _COUNT_THE_CACHE = {"memory_bytes", "decode_ms"}
 
+_ROTATED = (
+    "a rotated stream needs a head of its own beside the embeddings: cut more, or use prune.hidden: activation_norm"
+)
+
 TOLERANCES = (0.03, 0.10)
 """A solved shape has at most what is asked for, and less by at most the first of these shares; by at most the
 second where the legal values are too coarse for the first."""
@@ -37,13 +42,16 @@ def solve_shape(config: Any, target: Target, *, parent: Any = None) -> ModelDims
     Shares are of the measures of `parent` (a config; the seed's own by default).
 
     Raises:
-        UserError: the target is larger than the seed, or no legal shape meets it; the message lists what is legal.
+        UserError: the target is larger than the seed or the parent, or no legal shape meets it; the message lists what
+            is legal.
     """
     return next(candidate_shapes(config, target, parent=parent))
 
 
 def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iterator[ModelDims]:
     """All legal shapes that meet the target, the most evenly cut first.
+
+    None has more parameters than `parent`.
 
     Raises:
         UserError: there is none.
@@ -55,15 +63,19 @@ def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iter
     for name, bound in target.bounds().items():
         whole = whole_measure(name, config if parent is None else parent, target)
         bounds[name] = bound * whole if bound <= 1 else bound
+        if parent is not None and bounds[name] > whole * (1 + 1e-9):
+            raise UserError(f"target of {_counted(name, bounds[name])} is larger than the parent's {_number(whole)}")
         size = MEASURES[name](axes, seed, target)
         if bounds[name] > size * (1 + 1e-9):
             beyond.append(f"target of {_counted(name, bounds[name])} is larger than the seed's {_number(size)}")
     if beyond and len(beyond) == len(bounds):  # a bound that does not bind is none
         raise UserError(beyond[0])
+    limit = math.inf if parent is None else whole_measure("params", parent, target)
     if bounds:
-        return _shapes_within(config, axes, seed, fixed, bounds, target)
+        return _shapes_within(config, axes, seed, fixed, bounds, target, limit)
     dims = seed.replace(**fixed)
     _require_accepted(config, dims)
+    _require_no_larger(axes.num_parameters(dims), limit)
     return iter([dims])
 
 
@@ -171,7 +183,9 @@ def _shapes_within(
     fixed: dict[str, int],
     bounds: dict[str, float],
     target: Target,
+    limit: float,
 ) -> Iterator[ModelDims]:
+    """Those within the bounds that have no more than `limit` parameters: the parent's, as it is."""
     legal = legal_values(axes, seed)
     solved = [name for name in _AXIS_COST if not (axes.heads_fill_hidden and name == "hidden_size")]
     values = {name: [fixed[name]] if name in fixed else legal[name] for name in solved}
@@ -203,7 +217,8 @@ def _shapes_within(
         if name in solved
     )
     order = np.argsort(cost, kind="stable")
-    near = [(binding[order] <= 1) & (binding[order] >= 1 - tolerance) for tolerance in TOLERANCES]
+    small = np.broadcast_to(axes.num_parameters(candidates) <= limit, binding.shape)[order]
+    near = [small & (binding[order] <= 1) & (binding[order] >= 1 - tolerance) for tolerance in TOLERANCES]
     refusals: list[str] = []
 
     def accepted() -> Iterator[ModelDims]:
@@ -220,6 +235,9 @@ def _shapes_within(
     first = next(found, None)
     if first is None:
         name, bound = next(iter(bounds.items()))
+        if (binding[order][~small] <= 1).any() and not (binding[order][small] >= 1 - TOLERANCES[-1]).any():
+            told = f"every shape of {_counted(name, bound)} has more parameters than the parent's {_number(limit)}"
+            raise UserError(f"{told}; {_ROTATED}")
         sizes = shares[name] * bound
         smallest, nearest = sizes.min(), sizes[np.abs(binding - 1).argmin()]
         raise UserError(
@@ -229,6 +247,14 @@ def _shapes_within(
             + (f" {refusals[0]}" if refusals else "")
         )
     return (dims for source in ([first], found) for dims in source)
+
+
+def _require_no_larger(count: Any, limit: float) -> None:
+    """Refuse a cut that makes a model larger: rotated, it has a head of its own beside its embeddings."""
+    if count > limit:
+        raise UserError(
+            f"target.dims: the shape has {_number(count)} parameters, the parent {_number(limit)}; {_ROTATED}"
+        )
 
 
 def _require_accepted(config: Any, dims: ModelDims) -> None:

@@ -15,6 +15,7 @@ from cascade.recipe.distill import Distill
 from cascade.recipe.finish import Finish
 from cascade.recipe.generate import Generate
 from cascade.recipe.licences import TERMS
+from cascade.recipe.names import require_distinct_rows
 from cascade.recipe.places import ModelReference, RecipePaths, RunPath
 from cascade.recipe.prune import Prune
 from cascade.recipe.section import COMMIT, Fraction, Names, PositiveFloat, PositiveInt, Section
@@ -126,8 +127,12 @@ class Member(Section):
     @field_validator("name")
     @classmethod
     def _safe(cls, value: str) -> str:
-        if not NAME.fullmatch(value) or value in ("previous", "parent"):
+        if not NAME.fullmatch(value):
             raise ValueError(f"'{value}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
+        if value.lower() in ("previous", "parent"):
+            raise ValueError(
+                f"'{value}' stands for something else here (capitals make no difference); give another name"
+            )
         return value
 
     @model_validator(mode="after")
@@ -268,6 +273,7 @@ class Recipe(Section):
         if self.members and self.distill is None:
             raise ValueError("`distill` is missing; members need at least distill.tokens")
         require_finish(self)
+        require_distinct_rows(self)
         require_task(self)
         return self
 

@@ -128,7 +128,7 @@ def require_finish(recipe: Any) -> None:
             raise ValueError(f"finish.{number}.members: unknown '{unknown[0]}'; the recipe has: {', '.join(names)}")
         for name in entry.members or names:
             copy = f"{name}-{entry.suffix}"
-            if copy in made or copy in names:
+            if copy in made:
                 raise ValueError(f"finish.{number}: the name {copy} stands twice")
             made.add(copy)
         if entry.budget and recipe.distill is None:

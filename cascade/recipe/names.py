@@ -1,0 +1,43 @@
+"""What the rows of a family are called besides its members: baselines, tried shapes, copies in fewer bits."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_SUFFIX = re.compile(r"-(cut|repaired|ce|int[48](?:qat)?|shape\d+(?:_[a-z_]+)?)")
+
+
+def owner_of(row_name: str, names: Iterable[str]) -> str:
+    """The member, of these, whose baseline, tried shape or copy a row is; '' where it is none's."""
+    owners = [name for name in names if row_name.startswith(name) and _SUFFIX.fullmatch(row_name[len(name) :])]
+    return max(owners, key=len, default="")
+
+
+def require_distinct_rows(recipe: Any) -> None:
+    """Refuse a member that has the name of another one's row; capitals make no difference, as on some disks.
+
+    Raises:
+        ValueError: with both.
+    """
+    for member in recipe.members:
+        for owner in ["parent", *(one.name for one in recipe.members)]:
+            suffix = member.name.lower().removeprefix(owner.lower())
+            what = _row_of(recipe, owner, suffix) if suffix != member.name.lower() else ""
+            if what:
+                raise ValueError(
+                    f"members: {member.name}: {owner} has {what} whose row is called so, too; give another name"
+                )
+
+
+def _row_of(recipe: Any, owner: str, suffix: str) -> str:
+    """What of a member, or of the parent, is called by its name and this suffix; '' for nothing."""
+    if any(suffix == f"-{entry.suffix}" and (not entry.members or owner in entry.members) for entry in recipe.finish):
+        return "a copy (`finish`)"
+    if owner == "parent":
+        return ""
+    kinds = [f"-{kind}" for kind in recipe.baseline_kinds]
+    if suffix in kinds:
+        return f"a baseline ({suffix[1:]})"
+    cut = next(one for one in recipe.members if one.name == owner)
+    tried = cut.start == "prune" and cut.target.has_bounds()
+    return "shapes that are tried," if tried and re.fullmatch(r"-shape\d+(_[a-z_]+)?", suffix) else ""
