@@ -14,9 +14,10 @@ from cascade.family import ResolvedMember
 from cascade.inputs import production_fingerprint, text_data
 from cascade.models.architecture import build_on_meta, guesses, is_classifier, model_class_of
 from cascade.models.axes import probe_axes
-from cascade.models.checkpoint import resolve_model
+from cascade.models.checkpoint import load_config, load_tokenizer, resolve_model
 from cascade.models.dims import dims_of
 from cascade.models.packing import require_document_masks
+from cascade.models.padding import require_rows_apart, set_padding
 from cascade.models.positions import require_context
 from cascade.models.quantised import GROUPS, group_size, is_rounded, require_torchao
 from cascade.models.value_range import require_stored_held
@@ -43,6 +44,8 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     _require_contexts(recipe, parent_config, members)
     if recipe.task == "embedding":
         _require_same_width(parent_config, members)
+    if recipe.task in ("text_classification", "embedding"):
+        _require_rows_apart(recipe, parent_config, members)
     if recipe.data.masks_documents:
         for config in [parent_config, *(one.config for one in members if not one.seed)]:
             require_document_masks(config)
@@ -130,6 +133,17 @@ def _require_contexts(recipe: Recipe, parent_config: Any, members: list[Resolved
     for one in members:
         if not one.seed:
             require_context(one.config, length, key, whose=f"member {one.name}")
+
+
+def _require_rows_apart(recipe: Recipe, parent_config: Any, members: list[ResolvedMember]) -> None:
+    source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
+    tokenizer = load_tokenizer(source)
+    if recipe.parent.fit is not None:
+        set_padding(load_config(source), tokenizer, f"parent.model: {recipe.parent.model}")
+    configs = {f"parent: {recipe.parent.model}": parent_config}
+    configs |= {f"members: {one.name}": one.config for one in members if not one.seed}
+    for place, config in configs.items():
+        require_rows_apart(config, tokenizer, place)
 
 
 def _require_same_width(parent_config: Any, members: list[ResolvedMember]) -> None:

@@ -24,6 +24,7 @@ from cascade.models.checkpoint import (
     resolve_model,
     save_checkpoint,
 )
+from cascade.models.padding import set_padding, write_padding
 from cascade.models.vocabulary import require_ids
 from cascade.progress import OnStep
 from cascade.recipe.schema import Fit, Recipe
@@ -108,18 +109,33 @@ def fitted_config(recipe: Recipe, settings: Fit) -> Any:
     """The config of a parent that learns its classes here.
 
     Raises:
-        UserError: transformers has no classifier of this type.
+        UserError: transformers has no classifier of this type, or there is no token to pad texts with.
     """
-    classes = classes_of(recipe)
+    classes, tokenizer = classes_of(recipe), None
     if settings.config:
         config = config_from_values(settings.config, "parent.fit.config")
         config = as_classifier(config, recipe.task, classes, "parent.fit.config")
     else:
         source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
-        config = as_classifier(load_config(source), recipe.task, classes, f"parent.model: {recipe.parent.model}")
+        config = load_config(source)
+        if recipe.task == "text_classification":
+            tokenizer = load_tokenizer(source, vocab_size=config.vocab_size)
+        config = as_classifier(config, recipe.task, classes, f"parent.model: {recipe.parent.model}")
         check_weights(source, config, new_head=True)
+    if tokenizer is not None:
+        set_padding(config, tokenizer, f"parent.model: {recipe.parent.model}")
     config.dtype = torch.float32 if recipe.save.dtype == "parent" else made_dtype(recipe)
     return config
+
+
+def new_padding(recipe: Recipe) -> str:
+    """The token that a parent which is fitted pads with, where its own files do not say so; else ''."""
+    if recipe.task != "text_classification" or not recipe.parent.model:
+        return ""
+    source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
+    tokenizer = load_tokenizer(source)
+    changed = set_padding(load_config(source), tokenizer, f"parent.model: {recipe.parent.model}")
+    return str(tokenizer.pad_token) if changed else ""
 
 
 def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
@@ -130,11 +146,12 @@ def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     config = fitted_config(recipe, settings)
     torch.manual_seed(recipe.seed)
     if settings.config:
-        tokenizer, model = None, model_from_config(config)
+        tokenizer, model, padded = None, model_from_config(config), False
     else:
         source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
         tokenizer = None if recipe.task == "image_classification" else load_tokenizer(source)
         model = load_with_new_head(source, config)
+        padded = tokenizer is not None and set_padding(load_config(source), tokenizer, source.reference)
     train, selection = (
         examples_of(recipe, config, split, tokenizer, for_parent=True) for split in ("train", "selection")
     )
@@ -157,6 +174,8 @@ def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     )
     companions = None if settings.config else source.folder
     save_checkpoint(model, folder / CHECKPOINT, companions=companions, dtype=config.dtype)
+    if padded:
+        write_padding(folder / CHECKPOINT, tokenizer)
 
 
 def examples_of(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade import parallel
-from cascade.classifier import make_fitted
+from cascade.classifier import make_fitted, new_padding
 from cascade.evaluating import evaluation_settings, make_drift, make_evaluation
 from cascade.inputs import data_fingerprint, framing_settings, production_fingerprint, task_fingerprint
 from cascade.models.checkpoint import (
@@ -69,6 +69,8 @@ def _fitted(runner: StageRunner, recipe: Recipe) -> ModelSource:
     data, model = recipe.data, recipe.parent.model
     settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
     settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
+    token = new_padding(recipe)
+    settings |= {"pad_token": token} if token else {}
     folder = runner.run(
         "parent",
         "fit",

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from cascade import secrets
 from cascade.errors import UserError
 from cascade.recipe.generate import Generate
-from cascade.teacher.answers import AnswerLog
+from cascade.teacher.answers import Answer, AnswerLog
 from cascade.teacher.endpoint import EndpointError
 from cascade.teacher.generate import generate
 from cascade.teacher.prompts import prompts_of
 from cascade.teacher.reply import error_of
 from cascade.teacher.thoughts import split_thoughts
-from cascade.teacher.watch import UselessAnswers
+from cascade.teacher.watch import UselessAnswers, Watch
 
 REAL_KEY = "Zq7-real-key-of-24-signs"
 PLACEHOLDERS = ("none", "EMPTY", "dummy", "sk-no-key-required", "lm-studio", "token-abc123", "a1", "return")
@@ -316,3 +316,14 @@ def test_old_lines_of_answers_are_read(tmp_path):
     line = {"key": "a", "text": "t", "finish_reason": "stop", "prompt_tokens": 1, "answer_tokens": 2, "logprobs": None}
     (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n")
     assert AnswerLog(tmp_path / "answers.jsonl").answers["a"].reasoned is False
+
+
+def test_a_teacher_here_is_asked_about_its_thoughts_too_and_may_say_nothing(tmp_path):
+    settings = Generate(prompts=["unused.jsonl"])
+    watch = Watch(settings, [])
+    for number in range(30):
+        watch.look(Answer(str(number), "", "stop", 1, 1))
+    log = AnswerLog(tmp_path / "answers.jsonl", watch.look)
+    with pytest.raises(UserError, match="generate.filters.thoughts whether the students learn them"):
+        log.add([Answer("a", f"{THOUGHT}Fine", "stop", 1, 9)])
+    assert list(AnswerLog(tmp_path / "answers.jsonl").answers) == ["a"]

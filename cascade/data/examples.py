@@ -152,7 +152,8 @@ def text_examples(raw: Sequence[Raw], classes: Sequence[str], tokenizer: Any, ma
     Raises:
         UserError: a label is not among the classes.
     """
-    texts, pad = [one.content for one in raw], tokenizer.pad_token_id or 0
+    # Without a padding token (an embedding's only) what is filled in does not matter: the mask hides it.
+    texts, pad = [example.content for example in raw], 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     found = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
     longest = max(map(len, found))
     ids = torch.full((len(found), longest), pad)
