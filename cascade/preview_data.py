@@ -63,8 +63,8 @@ def data_lines(found: dict[str, Any]) -> list[str]:
     if found["passages"]:
         shares = ", ".join(f"{split} {letters:,} letters" for split, letters in found["passages"].items())
         lines.append(
-            "Too few documents to give each split one: they are cut into passages at paragraphs, neighbours stay "
-            f"together: {shares}."
+            "Too few documents to give each split one: they are dealt out in stretches of neighbours, long ones cut at "
+            f"paragraphs: {shares}."
         )
     example = next((one["example"] for one in found["files"].values() if one.get("example")), None)
     if example:

@@ -253,8 +253,8 @@ def _placed_passages(
         texts = [document for _, document in documents_of(data, names)]
         parts = [part for part in parts if any(isinstance(text, str) and part in text for text in texts)]
     logger.warning(
-        "data.%s: too few documents to give each split one: they are cut at paragraphs, and %d passages of neighbours, "
-        "%d letters in all, are this split's",
+        "data.%s: too few documents to give each split one: they are dealt out in stretches, long ones cut at "
+        "paragraphs; %d pieces with %d letters in all are this split's",
         split, len(parts), sum(map(len, parts)),
     )  # fmt: skip
     file = data.places_of(names)[0]
