@@ -81,6 +81,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "disk_needed_bytes": bytes_still_needed(folder, members),
         "disk_free_bytes": shutil.disk_usage(_existing(folder)).free,
         "seconds": shared + sum(sum(member.seconds.values()) for member in members),
+        "counts": "examples" if recipe.counts_examples else "tokens",
         "parent": {
             "dims": dims.as_dict(),
             "num_parameters": total,
@@ -127,8 +128,8 @@ def preview_text(found: dict[str, Any]) -> str:
         "heads",
         "parameters",
         "of parent",
-        "FLOPs/token",
-        "tokens",
+        f"FLOPs/{found['counts'][:-1]}",
+        found["counts"],
         "memory",
         "disk",
         "time",

@@ -34,6 +34,7 @@ ORDER = [
     "evaluation",
     "report",
     "inputs",
+    "example_length",
     "estimates",
     "origins",
     "starts",
