@@ -25,6 +25,7 @@ from cascade.ownership import check_ownership, pinned_seeds
 from cascade.parent import existing_parent, parent_config
 from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
+from cascade.remaining import remaining_members, remaining_seconds, shapes_on_disk
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
 from cascade.room import bytes_still_needed
@@ -66,15 +67,21 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         asked = planned(recipe.generate, len(prompts))
     find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
     latencies = find_latencies(recipe, config, folder)
-    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
+    members = resolve_family(
+        recipe,
+        config,
+        pinned_seeds=pinned_seeds(folder),
+        found_shapes=shapes_on_disk(folder, [member.name for member in recipe.members]),
+        latencies=latencies,
+    )
     proof = check_family(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     if source is not None and recipe.distill is not None and recipe.distill.cache.exact_tokens:
         exact_ids(recipe.distill.cache.exact_tokens, tokenizer)
-    members = with_cache(recipe, config, members, choice)
+    members = remaining_members(folder, recipe, with_cache(recipe, config, members, choice))
     check_licences(recipe)
     total = int(axes.num_parameters(dims))
-    shared = sum(parent_seconds(recipe, config).values())
+    shared = sum(remaining_seconds(folder, recipe, "parent", parent_seconds(recipe, config)).values())
     return {
         "name": recipe.name,
         "run": str(folder),
@@ -93,7 +100,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         if dims.vocab_size
         else {},
         "search": recipe.prune.search is not None,
-        "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1],
+        "finished": [member.name for member in members if not member.seconds],
+        "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1 and member.seconds],
         "members": [_member_record(member, total) for member in members],
         "targets": {
             "kind": choice.kind,
@@ -162,7 +170,7 @@ def preview_text(found: dict[str, Any]) -> str:
                 f"{member['num_tokens']:,}",
                 _bytes(member["peak_memory_bytes"]),
                 _bytes(member["disk_bytes"]),
-                _minutes(sum(member["seconds"].values())),
+                _minutes(sum(member["seconds"].values())) if member["seconds"] else "made",
             ]
         )
     lines = [plain_table(table), "", *hops_too_large(found["members"])]
@@ -171,7 +179,8 @@ def preview_text(found: dict[str, Any]) -> str:
     needed, free = _bytes(found["disk_needed_bytes"]), _bytes(found["disk_free_bytes"])
     lines.append(f"Run directory {found['run']}: needs {needed} more on the disk, {free} are free.")
     lines.append(
-        f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
+        f"Time, all stages that are left: about {_minutes(found['seconds'])} on this machine (operations counted, rate "
+        "measured)."
     )
     lines += _targets_lines(found["targets"])
     if found["copies"]:
@@ -185,9 +194,12 @@ def preview_text(found: dict[str, Any]) -> str:
             f"prune.hidden: auto cuts and repairs {', '.join(found['hidden_tried'])} both ways, with the stream "
             "rotated and not, and keeps what is nearer the parent on selection text."
         )
-    if found["search"]:
+    if found["finished"]:
+        lines.append(f"Made already, of the shapes above: {', '.join(found['finished'])}.")
+    if found["search"] and len(found["finished"]) < len(found["members"]):
         lines.append(
-            "Shapes are searched: those above are where the search starts; smaller members follow what it finds."
+            "Shapes are searched: those of members that are not made yet are where the search starts; smaller members "
+            "follow what it finds."
         )
     for name, milliseconds in found["decode_ms"].items():
         lines.append(f"{name} decodes in about {milliseconds:.2f} ms a step, as measured and fitted here.")

@@ -320,7 +320,7 @@ def test_loss_and_gradients_from_draws_equal_the_float64_reference(seed, share, 
     order = t.topk(vocabulary).indices
     shares = t.gather(-1, order)
     entropy = torch.rand(count, generator=draw)
-    known = DrawnTargets(order.masked_fill(shares == 0, -1), shares, entropy, entropy)
+    known = DrawnTargets(order.masked_fill(shares == 0, -1), shares, entropy)
     hidden = torch.randn(count, 6, generator=draw)
     weight, offset = torch.randn(vocabulary, 6, generator=draw), torch.randn(vocabulary, generator=draw)
     targets = torch.randint(0, vocabulary, (count,), generator=draw)

@@ -63,6 +63,7 @@ ORDER = [
     "quantising",
     "preparing",
     "cache_check",
+    "remaining",
     "member",
     "run",
     "preview",
