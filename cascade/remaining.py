@@ -50,7 +50,7 @@ def remaining_seconds(run_folder: Path, recipe: Recipe, name: str, seconds: Mapp
     done = {stage for stage in STAGE_FORMATS if _is_done(run_folder, recipe, name, stage)}
     if "distill" in done:
         done |= set(_BEFORE_TRAINING)
-    else:
+    elif "distill" in seconds:
         done.discard("evaluate")
     if recipe.ce_learning_rate == "auto" and "ce-rate" not in done:
         done.discard("baseline-ce")
