@@ -278,5 +278,5 @@ def bytes_per_token(layout: Layout) -> float:
     ids = float(layout.top_k) if layout.kind == "top_k" else min(layout.vocab_size, _IDS_PER_DRAW * layout.draws)
     rising = ids * (2 + max(0.0, log2(layout.vocab_size / ids)))
     if layout.kind == "top_k":
-        return rising / 8 + 2 * ids + 4
-    return (rising + layout.draws) / 8 + 8 + 4 * len(layout.exact_ids)
+        return rising / 8 + 2 * ids + (4 if layout.version == 1 else 0)
+    return (rising + layout.draws) / 8 + (8 if layout.version == 1 else 2) + 4 * len(layout.exact_ids)

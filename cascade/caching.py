@@ -14,7 +14,7 @@ from cascade.cache.keys import default_folder, root_record, weights_digest, wind
 from cascade.cache.label import label, rounding_kl
 from cascade.cache.reader import CachedTargets
 from cascade.cache.record import Layout
-from cascade.cache.shards import Windows, root_folder, telling
+from cascade.cache.shards import Windows, has_root, root_folder, telling
 from cascade.cache.usage import note_usage
 from cascade.cache_choice import Choice, bytes_per_token
 from cascade.data.blocks import TokenBlocks
@@ -82,7 +82,7 @@ class TeacherCache:
 
     def settings(self) -> dict[str, Any]:
         """What the results of a training depend on."""
-        return self.layout.as_dict()
+        return self.layout.content()
 
     def _require_room(self, blocks: TokenBlocks, rows: Tensor) -> None:
         """Better now than after hours of labelling."""
@@ -122,15 +122,22 @@ def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCa
     folder = cache_folder(recipe)
     with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    record = root_record(
-        weights_digest(parent.folder, folder),
-        config,
-        tokenizer,
-        layout,
-        dtype="autocast bfloat16" if torch.cuda.is_available() else "float32",
-        attn_implementation=getattr(config, "_attn_implementation", None) or "sdpa",
-    )
-    return TeacherCache(Windows(*root_folder(folder, record)).refresh(), layout, choice.why)
+    weights = weights_digest(parent.folder, folder)
+
+    def record_of(layout: Layout) -> dict[str, Any]:
+        return root_record(
+            weights,
+            config,
+            tokenizer,
+            layout,
+            dtype="autocast bfloat16" if torch.cuda.is_available() else "float32",
+            attn_implementation=getattr(config, "_attn_implementation", None) or "sdpa",
+        )
+
+    earlier = replace(layout, version=1)
+    if has_root(folder, record_of(earlier)):  # labelled by an older version: read on, and added to, as it is
+        layout = earlier
+    return TeacherCache(Windows(*root_folder(folder, record_of(layout))).refresh(), layout, choice.why)
 
 
 def cache_folder(recipe: Recipe) -> Path:

@@ -10,6 +10,8 @@ import torch
 from cascade.distillation.fused import CPU_CHUNK_BYTES
 from cascade.distillation.memory import LIMIT_BYTES
 from cascade.distillation.range_test import FEWEST_STEPS, SHARE
+from cascade.example_length import tokens_per_example
+from cascade.models.architecture import attends_causally
 from cascade.models.axes import probe_axes
 from cascade.models.dims import ModelDims, dims_of
 from cascade.recipe.distill import Distill
@@ -59,10 +61,26 @@ def training_state_bytes(count: int, *, optimizer: str, averaged: bool, keep_sta
 
 
 def flops_of(recipe: Recipe, config: Any) -> float:
-    """Forward FLOPs of a token in a block of the recipe's size; of a whole example where it classifies."""
-    length = recipe.data.max_length if recipe.counts_examples else recipe.data.block_size
-    per_token = float(probe_axes(config).flops_per_token(dims_of(config), length))
-    return per_token * length if recipe.task == "text_classification" else per_token
+    """Forward FLOPs of what the recipe counts: a token in a block of its size, or a whole example (text or image).
+
+    A text has the mean length of those that are trained on. Models that look both ways attend to all of it, others to
+    half of it on average.
+    """
+    axes, dims = probe_axes(config), dims_of(config)
+    if recipe.task == "image_classification":
+        return float(axes.flops_per_token(dims, 0))
+    length = tokens_per_example(recipe) if recipe.counts_examples else recipe.data.block_size
+    per_token = float(axes.flops_per_token(dims, length if attends_causally(config) else 2 * length))
+    return per_token * length if recipe.counts_examples else per_token
+
+
+def units_in(recipe: Recipe, num_blocks: int) -> float:
+    """How many tokens, or examples, so many blocks of packed text amount to."""
+    if not recipe.counts_examples:
+        return float(num_blocks * recipe.data.block_size)
+    if recipe.task == "image_classification":
+        return float(num_blocks)
+    return num_blocks * recipe.data.max_length / tokens_per_example(recipe)
 
 
 def stage_seconds(
@@ -73,7 +91,7 @@ def stage_seconds(
     heldout = recipe.evaluate.heldout_blocks * (1 if recipe.counts_examples else recipe.data.block_size)
     # Items of the usual multiple-choice kind: about 400 tokens, all choices together.
     items = 400 * (recipe.evaluate.limit or 1000) * len(recipe.evaluate.tasks)
-    calibration = recipe.calibration.num_blocks * recipe.data.block_size
+    calibration = units_in(recipe, recipe.calibration.num_blocks)
     evaluation = 12 + (items * flops + heldout * (flops + parent_flops)) / rate
     seconds = {}
     if cut:
@@ -81,7 +99,7 @@ def stage_seconds(
         seconds["prune"] = 1.0
         # Two ways of repair, each about six passes of the calibration text.
         if recipe.prune.repair.method != "none":
-            repaired = recipe.prune.repair.num_blocks * recipe.data.block_size
+            repaired = units_in(recipe, recipe.prune.repair.num_blocks)
             seconds["repair"] = 1 + 10 * repaired * (flops + parent_flops) / rate
         search = recipe.prune.search
         tried = search.candidates if search else choices if choices > 1 else 0

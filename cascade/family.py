@@ -51,7 +51,7 @@ class ResolvedMember:
     num_parameters: int
     num_parameters_non_embedding: int
     flops_per_token: float
-    """Forward, at the recipe's block size; of an example where it classifies."""
+    """Forward, at the recipe's block size; of a whole example where it counts those."""
     num_steps: int
     num_tokens: int
     """Training tokens (examples where it classifies), in whole steps."""

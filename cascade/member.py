@@ -13,11 +13,10 @@ from cascade.models.checkpoint import (
     ModelSource,
     fingerprint,
 )
-from cascade.progress import OnStep
 from cascade.quantising import make_copies
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
-from cascade.report.rates import Rate, rate_of
+from cascade.report.rates import rate_of
 from cascade.report.records import Row
 from cascade.rows import FinishedMember, baseline_row
 from cascade.runner import StageRunner
@@ -37,50 +36,12 @@ def make_member(
     """All stages of one member; `seed` is None where that is the parent, `labels` of `make_label_stage`."""
     shared = shared_by(shared, member)
     begun = make_start(runner, recipe, shared, member, seed)
-    start, lineage = begun.source, begun.lineage
     inputs = {
         "start": begun.digest,
         "teacher": shared.digests["parent"],
         "data": shared.digests["data"],
     }
-    rate, learning_rate = _make_rate(runner, recipe, shared, member, begun, inputs)
-    settings = _training_settings(recipe, member)
-
-    def recover(folder: Path, on_step: OnStep, teacher: nn.Module | None, stage: str, learning_rate: float) -> None:
-        make_recovered(
-            folder,
-            recipe,
-            member,
-            start,
-            shared.parent,
-            shared.data,
-            teacher,
-            on_step,
-            cache=shared.cache,
-            stage=stage,
-            lineage=lineage,
-            learning_rate=learning_rate,
-        )
-
-    def train_by_text() -> tuple[Path, Path | None, Rate]:
-        """The cross-entropy baseline: (its folder, that of the search for its rate, its rate)."""
-        search, own_rate = _make_rate(runner, recipe, shared, member, begun, inputs, stage="baseline-ce")
-        made = runner.run(
-            member.name,
-            "baseline-ce",
-            settings | {"learning_rate": own_rate},
-            inputs,
-            lambda folder, on_step: recover(folder, on_step, None, "baseline-ce", own_rate),
-        )
-        return made, search, rate_of(own_rate, search)
-
-    distilled = runner.run(
-        member.name,
-        "distill",
-        settings | {"learning_rate": learning_rate} | kept_settings(shared),
-        inputs,
-        lambda folder, on_step: recover(folder, on_step, _expert(recipe, shared), "distill", learning_rate),
-    )
+    distilled, rate, learning_rate = _train(runner, recipe, shared, member, begun, inputs, "distill")
     rows, rates = [], {member.name: rate_of(learning_rate, rate)}
     for kind in recipe.baseline_kinds:
         made = {"cut": begun.cut, "repaired": begun.repaired}.get(kind)
@@ -88,9 +49,9 @@ def make_member(
             continue
         trained: list[Path] = []
         if kind == "ce":
-            made, search, rates[f"{member.name}-ce"] = train_by_text()
-            trained = [made, *([search] if search else [])]
-        checkpoint = start if made is None else ModelSource(made / CHECKPOINT, member.name)
+            made, search, own_rate = _train(runner, recipe, shared, member, begun, inputs, "baseline-ce")
+            trained, rates[f"{member.name}-ce"] = [made, *([search] if search else [])], rate_of(own_rate, search)
+        checkpoint = begun.source if made is None else ModelSource(made / CHECKPOINT, member.name)
         rows.append(_make_baseline(runner, recipe, shared, member, kind, checkpoint, made, trained))
     evaluation = _make_evaluation(runner, recipe, shared, member, distilled)
     checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
@@ -102,7 +63,7 @@ def make_member(
         distilled,
         evaluation,
         rows,
-        lineage,
+        begun.lineage,
         labels=labels,
         copies=copies,
         rates=rates,
@@ -155,6 +116,45 @@ def make_label_stage(runner: StageRunner, recipe: Recipe, shared: Shared, member
     )
 
 
+def _train(
+    runner: StageRunner,
+    recipe: Recipe,
+    shared: Shared,
+    member: ResolvedMember,
+    begun: Start,
+    inputs: dict[str, str],
+    stage: str,
+) -> tuple[Path, Path | None, float]:
+    """(the folder of a training, that of the search for its rate, the rate).
+
+    `stage` is distill, or baseline-ce: the same start on the same tokens, without a teacher, at a rate of its own.
+    """
+    learns = stage == "distill"
+    search, learning_rate = _make_rate(runner, recipe, shared, member, begun, inputs, stage=stage)
+    settings = _training_settings(recipe, member) | {"learning_rate": learning_rate}
+    made = runner.run(
+        member.name,
+        stage,
+        settings | kept_settings(shared) if learns else settings,
+        inputs,
+        lambda folder, on_step: make_recovered(
+            folder,
+            recipe,
+            member,
+            begun.source,
+            shared.parent,
+            shared.data,
+            _expert(recipe, shared) if learns else None,
+            on_step,
+            cache=shared.cache,
+            stage=stage,
+            lineage=begun.lineage,
+            learning_rate=learning_rate,
+        ),
+    )
+    return made, search, learning_rate
+
+
 def _make_rate(
     runner: StageRunner,
     recipe: Recipe,
@@ -163,7 +163,7 @@ def _make_rate(
     begun: Start,
     inputs: dict[str, str],
     *,
-    stage: str = "distill",
+    stage: str,
 ) -> tuple[Path | None, float]:
     """(the folder of the search, the rate) of a training; no folder where the recipe gives a rate for it.
 

@@ -26,6 +26,7 @@ from cascade.parent import existing_parent, parent_config
 from cascade.preview_data import data_lines, preview_data
 from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
+from cascade.remaining import remaining_members, remaining_seconds, shapes_on_disk
 from cascade.report.plots import short_number
 from cascade.report.tables import plain_table
 from cascade.room import bytes_still_needed
@@ -59,23 +60,30 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         asked = planned(recipe.generate, len(prompts))
     find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
     latencies = find_latencies(recipe, config, folder)
-    members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
+    members = resolve_family(
+        recipe,
+        config,
+        pinned_seeds=pinned_seeds(folder),
+        found_shapes=shapes_on_disk(folder, [member.name for member in recipe.members]),
+        latencies=latencies,
+    )
     proof = check_family(recipe, config, members)
     require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     if source is not None and recipe.distill is not None and recipe.distill.cache.exact_tokens:
         kept = exact_ids(recipe.distill.cache.exact_tokens, tokenizer)
         require_exact(kept, min([dims.vocab_size, *(one.vocab_size for one in members if one.vocab_size)]))
-    members = with_cache(recipe, config, members, choice)
+    members = remaining_members(folder, recipe, with_cache(recipe, config, members, choice))
     check_licences(recipe)
     total = int(axes.num_parameters(dims))
-    shared = sum(parent_seconds(recipe, config).values())
+    shared = sum(remaining_seconds(folder, recipe, "parent", parent_seconds(recipe, config)).values())
     return {
         "name": recipe.name,
         "run": str(folder),
         "disk_needed_bytes": bytes_still_needed(folder, members),
         "disk_free_bytes": shutil.disk_usage(existing(folder)).free,
         "seconds": shared + sum(sum(member.seconds.values()) for member in members),
+        "counts": "examples" if recipe.counts_examples else "tokens",
         "parent": {
             "dims": dims.as_dict(),
             "num_parameters": total,
@@ -88,7 +96,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         if dims.vocab_size
         else {},
         "search": recipe.prune.search is not None,
-        "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1],
+        "finished": [member.name for member in members if not member.seconds],
+        "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1 and member.seconds],
         "members": [_member_record(member, total) for member in members],
         "targets": {
             "kind": choice.kind,
@@ -124,8 +133,8 @@ def preview_text(found: dict[str, Any]) -> str:
         "heads",
         "parameters",
         "of parent",
-        "FLOPs/token",
-        "tokens",
+        f"FLOPs/{found['counts'][:-1]}",
+        found["counts"],
         "memory",
         "disk",
         "time",
@@ -158,7 +167,7 @@ def preview_text(found: dict[str, Any]) -> str:
                 f"{member['num_tokens']:,}",
                 _bytes(member["peak_memory_bytes"]),
                 _bytes(member["disk_bytes"]),
-                _minutes(sum(member["seconds"].values())),
+                _minutes(sum(member["seconds"].values())) if member["seconds"] else "made",
             ]
         )
     lines = [plain_table(table), "", *found["cautions"], *hops_too_large(found["members"]), *data_lines(found["data"])]
@@ -167,7 +176,8 @@ def preview_text(found: dict[str, Any]) -> str:
     needed, free = _bytes(found["disk_needed_bytes"]), _bytes(found["disk_free_bytes"])
     lines.append(f"Run directory {found['run']}: needs {needed} more on the disk, {free} are free.")
     lines.append(
-        f"Time, all stages: about {_minutes(found['seconds'])} on this machine (operations counted, rate measured)."
+        f"Time, all stages that are left: about {_minutes(found['seconds'])} on this machine (operations counted, rate "
+        "measured)."
     )
     lines += _targets_lines(found["targets"])
     if found["copies"]:
@@ -181,9 +191,12 @@ def preview_text(found: dict[str, Any]) -> str:
             f"prune.hidden: auto cuts and repairs {', '.join(found['hidden_tried'])} both ways, with the stream "
             "rotated and not, and keeps what is nearer the parent on selection text."
         )
-    if found["search"]:
+    if found["finished"]:
+        lines.append(f"Made already, of the shapes above: {', '.join(found['finished'])}.")
+    if found["search"] and len(found["finished"]) < len(found["members"]):
         lines.append(
-            "Shapes are searched: those above are where the search starts; smaller members follow what it finds."
+            "Shapes are searched: those of members that are not made yet are where the search starts; smaller members "
+            "follow what it finds."
         )
     for name, milliseconds in found["decode_ms"].items():
         lines.append(f"{name} decodes in about {milliseconds:.2f} ms a step, as measured and fitted here.")

@@ -52,7 +52,7 @@ def root_record(
     """All that the targets of a window depend on, but for the window itself and rounding; `weights` is their digest."""
     own = {name: value for name, value in config.to_dict().items() if name not in _NOT_THE_MODEL}
     return {
-        "format": FORMAT,
+        "format": FORMAT,  # and `version` in the targets
         "weights": weights,
         "config": _digest(own),
         "model_type": config.model_type,

@@ -63,7 +63,7 @@ class CachedTargets:
         """
         parts = [self._ahead[row].result() if row in self._ahead else self._parts(row) for row in rows.tolist()]
         if self.layout.kind == "sampled":
-            return DrawnTargets(*_stacked(parts, (-1, 0.0, 0.0, 0.0)))
+            return DrawnTargets(*_stacked(parts, (-1, 0.0, 0.0)))
         if self.layout.kind == "top_k":
             ids, log_p = _stacked(parts, (-1, -torch.inf))
             if not self.blocks.masked:  # of the token that stands there, as labels are
@@ -92,7 +92,7 @@ class CachedTargets:
         empty: tuple[float, ...]
         if self.layout.kind == "sampled":
             drawn = unpack_sample(self.layout, record, tokens)
-            found, empty = (drawn.ids, drawn.shares, drawn.entropy, drawn.target_log_p), (-1, 0, 0, 0)
+            found, empty = (drawn.ids, drawn.shares, drawn.entropy), (-1, 0, 0)
         elif self.layout.kind == "top_k":
             top = unpack_top(self.layout, record, tokens)
             found, empty = (top.ids, top.log_p), (-1, -torch.inf)

@@ -43,10 +43,18 @@ class Layout:
     """hidden: bfloat16, or int8 with a scale per token."""
     points: tuple[int, ...] = ()
     """hidden: the layers whose input is kept besides (the number of layers: what leaves the last)."""
+    version: int = 2
+    """sampled and top_k: 1 has the log-probability of what follows in each record, and sampled the logits' logsumexp,
+    which no training reads."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For a root's record; only what its kind needs."""
-        return {name: value for name, value in asdict(self).items() if value}
+        """For a root's record; only what its kind needs. Those of before there were versions say none."""
+        versioned = self.kind != "hidden" and self.version > 1
+        return {name: value for name, value in asdict(self).items() if value and (name != "version" or versioned)}
+
+    def content(self) -> dict[str, Any]:
+        """What the trainings that read it depend on: however it is packed, the same."""
+        return {name: value for name, value in self.as_dict().items() if name != "version"}
 
 
 def require_layout(windows: Windows, layout: Layout) -> None:
@@ -68,12 +76,10 @@ def pack_sample(layout: Layout, sample: Sample, target_log_p: Tensor) -> bytes:
     ends[:, :-1] = ids[:, 1:] != ids[:, :-1]
     last = np.flatnonzero(ends)
     values = ids.reshape(-1)[last] + (last // draws) * layout.vocab_size
-    stats = (
-        _bytes(target_log_p, torch.float32),
-        _bytes(sample.entropy, torch.float16),
-        _bytes(sample.logsumexp, torch.float16),
-        _bytes(sample.exact_p, torch.float32),
-    )
+    stats = [_bytes(sample.entropy, torch.float16), _bytes(sample.exact_p, torch.float32)]
+    if layout.version == 1:
+        stats.insert(0, _bytes(target_log_p, torch.float32))
+        stats.insert(2, _bytes(sample.logsumexp, torch.float16))
     count = np.array([len(values)], dtype="<u4").tobytes()
     marks = pack_marks(last, tokens * draws)
     return b"".join([count, *stats, marks, pack_rising(values, tokens * layout.vocab_size)])
@@ -83,11 +89,14 @@ def unpack_sample(layout: Layout, data: Bytes, tokens: int) -> DrawnTargets:
     """[T, K]: a window's sample; ids that are kept exactly come first."""
     if tokens == 0:
         nothing = torch.zeros(0, 1)
-        return DrawnTargets(nothing.to(torch.int32), nothing, torch.zeros(0), torch.zeros(0))
+        return DrawnTargets(nothing.to(torch.int32), nothing, torch.zeros(0))
     cursor = _Cursor(data)
     count = int(cursor.take("<u4", 1)[0])
-    target_log_p, entropy = cursor.take("<f4", tokens), cursor.take("<f2", tokens)
-    cursor.take("<f2", tokens)
+    if layout.version == 1:
+        cursor.take("<f4", tokens)
+    entropy = cursor.take("<f2", tokens)
+    if layout.version == 1:
+        cursor.take("<f2", tokens)
     exact = cursor.take("<f4", tokens * len(layout.exact_ids)).reshape(tokens, -1)
     last = unpack_marks(cursor.rest(-(-tokens * layout.draws // 8)), tokens * layout.draws)
     values = unpack_rising(
@@ -107,7 +116,7 @@ def unpack_sample(layout: Layout, data: Bytes, tokens: int) -> DrawnTargets:
     ids_TK[:, :own], shares_TK[:, :own] = layout.exact_ids, exact
     ids_TK[token, place] = ids
     shares_TK[token, place] = np.diff(last, prepend=-1) * left[token]
-    parts = (torch.from_numpy(part) for part in (ids_TK, shares_TK, entropy.astype(np.float32), target_log_p.copy()))
+    parts = (torch.from_numpy(part) for part in (ids_TK, shares_TK, entropy.astype(np.float32)))
     return DrawnTargets(*parts)
 
 
@@ -117,7 +126,8 @@ def pack_top(layout: Layout, ids: Tensor, log_p: Tensor, target_log_p: Tensor) -
     values = ids.cpu().numpy() + np.arange(len(ids))[:, None] * layout.vocab_size
     steps = (-log_p.gather(-1, order) * _PER_NAT).round().clamp(0, 65535)
     kept = steps.cpu().numpy().astype("<u2").tobytes()
-    return _bytes(target_log_p, torch.float32) + kept + pack_rising(values.reshape(-1), len(ids) * layout.vocab_size)
+    first = _bytes(target_log_p, torch.float32) if layout.version == 1 else b""
+    return first + kept + pack_rising(values.reshape(-1), len(ids) * layout.vocab_size)
 
 
 def unpack_top(layout: Layout, data: Bytes, tokens: int) -> ListedTargets:
@@ -126,7 +136,8 @@ def unpack_top(layout: Layout, data: Bytes, tokens: int) -> ListedTargets:
         nothing = torch.zeros(0, layout.top_k)
         return ListedTargets(nothing.to(torch.int32), nothing)
     cursor, count = _Cursor(data), tokens * layout.top_k
-    cursor.take("<f4", tokens)
+    if layout.version == 1:
+        cursor.take("<f4", tokens)
     steps = cursor.take("<u2", count).astype(np.float32)
     values = unpack_rising(
         cursor.rest(rising_size(count, tokens * layout.vocab_size)), count, tokens * layout.vocab_size

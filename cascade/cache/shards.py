@@ -173,10 +173,21 @@ class Writer:
         self.records, self.held, self.last = {}, 0, time.monotonic()
 
 
+def has_root(cache: Path, record: dict[str, Any]) -> bool:
+    """Whether something is kept under the root with this record."""
+    root = _named(record)[1]
+    return root_name(cache / root[:16]) == root and any((cache / root[:16]).glob(f"*{_SUFFIX}"))
+
+
+def _named(record: dict[str, Any]) -> tuple[str, str]:
+    """(text, name) of a root's record."""
+    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    return text, hashlib.sha256(text.encode()).hexdigest()
+
+
 def root_folder(cache: Path, record: dict[str, Any]) -> tuple[Path, str]:
     """(folder, name) of the root with this record, made if there is none."""
-    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
-    root = hashlib.sha256(text.encode()).hexdigest()
+    text, root = _named(record)
     folder = cache / root[:16]
     with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -48,12 +48,10 @@ class DrawnTargets:
     """float32, as many, of sum 1; 0 where there is no id."""
     entropy: Tensor
     """float32 [N, P], or [T]: of all the teacher's probabilities, in nats."""
-    target_log_p: Tensor
-    """float32, as many: the teacher's own log-probability of what follows."""
 
     def rows(self, rows: Tensor | slice) -> "DrawnTargets":
         """Of the blocks, or tokens, of these numbers."""
-        return DrawnTargets(self.ids[rows], self.shares[rows], self.entropy[rows], self.target_log_p[rows])
+        return DrawnTargets(self.ids[rows], self.shares[rows], self.entropy[rows])
 
 
 @dataclass(frozen=True)

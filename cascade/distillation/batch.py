@@ -107,9 +107,9 @@ def _of_tokens(known: ListedTargets | DrawnTargets, counted: Tensor) -> ListedTa
     if isinstance(known, ListedTargets):  # of the tokens that stand there, as labels are
         ids, log_p = (one[:, 1:].flatten(0, 1).to(device)[counted] for one in (known.ids, known.log_p))
         return ListedTargets(ids.long(), log_p)
-    fields = (known.ids, known.shares, known.entropy, known.target_log_p)
-    ids, shares, entropy, target_log_p = (one.flatten(0, 1).to(device)[counted] for one in fields)
-    return DrawnTargets(ids.long(), shares, entropy, target_log_p)
+    fields = (known.ids, known.shares, known.entropy)
+    ids, shares, entropy = (one.flatten(0, 1).to(device)[counted] for one in fields)
+    return DrawnTargets(ids.long(), shares, entropy)
 
 
 def _kept_points(known: HiddenTargets, input_ids: Tensor, masked: bool) -> Seen:

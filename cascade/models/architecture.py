@@ -188,6 +188,12 @@ def model_from_config(config: Any, *, dtype: torch.dtype = torch.float32) -> Any
     return model_class_of(config)._from_config(config, dtype=dtype)
 
 
+def attends_causally(config: Any) -> bool:
+    """Whether a token sees only what stands before it, as the model's attention says of itself."""
+    found = [one.is_causal for one in build_on_meta(config).modules() if hasattr(one, "is_causal")]
+    return any(found) if found else not guesses(config)
+
+
 def build_on_meta(config: Any) -> nn.Module:
     """The model of a config without memory for its weights."""
     with torch.device("meta"):

@@ -123,7 +123,7 @@ class ModelAxes:
         """The count without every matrix that has the vocabulary as an axis (embeddings, head)."""
         return sum(self._count(name, dims) for name in self.weights if not self._has_vocabulary(name))
 
-    def flops_per_token(self, dims: ModelDims, context: int) -> Any:
+    def flops_per_token(self, dims: ModelDims, context: float) -> Any:
         """Forward FLOPs of one token, averaged over a causal context of `context` tokens.
 
         Two per weight of each matrix product (the head included, embedding look-ups not), and
@@ -165,7 +165,7 @@ class CountedAxes(ModelAxes):
         """All of them: there is no vocabulary."""
         return self.total
 
-    def flops_per_token(self, dims: ModelDims, context: int) -> Any:
+    def flops_per_token(self, dims: ModelDims, context: float) -> Any:
         """Of one image: two for each weight of a matrix at each patch."""
         return 2.0 * self.products
 
