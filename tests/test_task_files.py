@@ -59,6 +59,14 @@ def test_stock_lm_eval_gives_from_the_copies_what_the_run_measured(task_folder, 
         assert found["results"][name]["acc,none"] == ours
 
 
+def test_what_members_are_published_with_names_no_place_on_this_machine(tiny_family):
+    for path in tiny_family.glob("members/*/lm_eval.json"):
+        raw = json.loads(path.read_text())
+        config = raw["configs"]["python_minimal_pairs"]
+        assert config["dataset_kwargs"]["data_files"] == {"test": "python_minimal_pairs.jsonl.gz"}
+        assert "/" not in raw["config"]["model"] and str(tiny_family) not in path.read_text()
+
+
 def test_a_run_has_copies_of_the_tasks_that_it_measured(tiny_family):
     assert [path.name for path in (tiny_family / "tasks").iterdir()] == ["python_minimal_pairs.yaml"]
 

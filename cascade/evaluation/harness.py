@@ -168,7 +168,28 @@ def _measure(model: nn.Module, tokenizer: Any, config: str | dict[str, Any], opt
             fewshot_random_seed=seed,
             task_manager=_task_manager(config),
         )
-    return results_of(raw, limit)
+    return results_of(_without_places(raw), limit)
+
+
+def _without_places(raw: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's result with files and models by their names: members are published with it."""
+    configs = {
+        name: config | {"dataset_kwargs": _last_parts(config["dataset_kwargs"])}
+        if "dataset_kwargs" in config
+        else config
+        for name, config in raw.get("configs", {}).items()
+    }
+    about = raw.get("config") or {}
+    return raw | {"configs": configs, "config": about | {"model": _last_parts(about.get("model"))}}
+
+
+def _last_parts(value: Any) -> Any:
+    """The last part of each text that is a whole path."""
+    if isinstance(value, dict):
+        return {name: _last_parts(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_last_parts(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _sandboxed(environment: Any) -> Any:
