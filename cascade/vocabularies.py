@@ -1,6 +1,6 @@
 """Over which token ids a member is compared with its teacher, and whether its text has others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from cascade.data.examples import read_examples
@@ -43,22 +43,18 @@ def common_ids(recipe: Recipe, member: Member, config: Any, parent_config: Any) 
     return None if common == rows == parent_rows else common
 
 
-def require_common_text(recipe: Recipe, parent_config: Any, compared: Sequence[int | None]) -> None:
+def require_common_text(recipe: Recipe, tokenizer: Any, shared: int) -> None:
     """Refuse text in which tokens stand that not all models of a run have: the tokenizer may know them all the same.
 
-    `compared` are the members' `common_ids`.
+    `shared` are the ids, from 0 on, that all have; `tokenizer` is the text's.
 
     Streamed text is not looked through here; its ids are checked as they are packed.
 
     Raises:
         UserError: with the token and the document.
     """
-    tokenizer, rows = text_tokenizer(recipe), dims_of(parent_config).vocab_size
-    if tokenizer is None or recipe.generate is not None or recipe.data.streaming:
-        return
-    shared = min([rows, *(number for number in compared if number)])
     beyond = tokens_beyond(tokenizer, shared)
-    if not beyond:
+    if not beyond or recipe.generate is not None or recipe.data.streaming:
         return
     for place, documents in _texts(recipe):
         require_texts([_as_text(one) for one in documents], beyond, shared, place)
