@@ -39,6 +39,12 @@ def common_ids(recipe: Recipe, member: Member, config: Any, parent_config: Any) 
         own = load_tokenizer(resolve_model(member.student))
         common = common_vocabulary(tokenizer, own, parent_rows, rows, f"members: {member.name}")
     elif tokenizer is not None:
+        beyond = set(tokens_beyond(tokenizer, common).values()) - set(tokenizer.get_added_vocab())
+        if beyond:
+            raise UserError(
+                f"members: {member.name}: config.vocab_size: {rows} is less than the {len(tokenizer)} tokens of the "
+                "text's tokenizer; leave it out, and it is the teacher's"
+            )
         common = common_vocabulary(tokenizer, tokenizer, parent_rows, rows, f"members: {member.name}: config")
     return None if common == rows == parent_rows else common
 

@@ -279,6 +279,16 @@ def test_the_plan_finds_what_a_student_and_its_teacher_have_in_common(stories, p
 
 
 @needs_shared
+def test_a_student_config_of_fewer_rows_than_the_tokenizer_has_tokens_is_refused(stories):
+    size = "hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2"
+    path = recipe_of(
+        stories, "model", f"{{name: s, config: {{model_type: llama, vocab_size: 300, {size}}}}}", name="few"
+    )
+    refused = invoke("plan", path)
+    assert refused.exit_code == 2 and "config.vocab_size: 300 is less than the 512 tokens" in refused.output
+
+
+@needs_shared
 def test_text_with_a_token_that_a_model_cannot_read_is_refused_by_the_plan_with_the_token_and_the_document(stories):
     half = "{name: half, target: {params: 0.6}}"
     for parent, member, token in (("image", half, "<image>"), ("chatty", STUDENT % "plain", "<|tool|>")):
