@@ -5,6 +5,7 @@ from typing import Any
 
 from cascade.data.examples import read_examples
 from cascade.data.sources import read_documents
+from cascade.errors import UserError
 from cascade.evaluation.heldout import heldout_documents
 from cascade.inputs import labelled_data, text_data
 from cascade.models.checkpoint import load_config, load_tokenizer, resolve_model
