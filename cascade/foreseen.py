@@ -42,11 +42,14 @@ def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[Resol
     _require_tasks(recipe)
     _require_models(recipe, parent_config, members)
     _require_processes(recipe)
+    tokenizer = text_tokenizer(recipe)
     if recipe.counts_examples:
         _require_examples(recipe, parent_config)
     elif recipe.generate is None:
-        _require_text(recipe)
-    require_common_text(recipe, parent_config, [one.vocab_size for one in members])
+        _require_text(recipe, tokenizer)
+    if tokenizer is not None:
+        rows = dims_of(parent_config).vocab_size
+        require_common_text(recipe, tokenizer, min([rows, *(one.vocab_size for one in members if one.vocab_size)]))
 
 
 def _require_tasks(recipe: Recipe) -> None:
@@ -124,9 +127,8 @@ def _require_examples(recipe: Recipe, parent_config: Any) -> None:
         require_image_size(image_examples(raw, list(classes_of(recipe))), parent_config)
 
 
-def _require_text(recipe: Recipe) -> None:
+def _require_text(recipe: Recipe, tokenizer: Any) -> None:
     """Held-out and production text fill a block; hidden tokens and log-probabilities have what they need."""
-    tokenizer = text_tokenizer(recipe)
     if tokenizer is None:
         heldout_documents(text_data(recipe.data))
         return

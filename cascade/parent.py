@@ -22,6 +22,7 @@ from cascade.models.checkpoint import (
     save_checkpoint,
     stored_dtype,
 )
+from cascade.models.positions import usable_context
 from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
@@ -68,7 +69,7 @@ def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     tokenizer = train_tokenizer(
         texts,
         vocab_size=settings.tokenizer.vocab_size,
-        model_max_length=config.max_position_embeddings,
+        model_max_length=usable_context(config) or config.max_position_embeddings,
         masks=recipe.task == "masked_language",
     )
     own = {"config", "tokenizer", "tokens", "block_size", "warmup_fraction", "final_learning_rate_fraction"}

@@ -1,7 +1,6 @@
 """Copies of finished members in fewer bits: trained with rounded weights if asked, rounded, evaluated as any row."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,26 +57,25 @@ def _make_copy(
     digest: str,
     entry: Finish,
 ) -> RoundedCopy:
+    compared = {} if shared.vocab_size is None else {"vocab_size": shared.vocab_size}
     settings: dict[str, Any] = {"quantise": entry.quantise, "dtype": recipe.save.dtype}
     inputs = {"checkpoint": digest}
     if entry.budget and recipe.distill is not None:
         settings |= {"budget": entry.budget, "learning_rate": entry.learning_rate, "seed": recipe.seed}
         unused = {"tokens", "examples", "teacher", "learning_rate", "features", "on_policy", *WITHOUT_EFFECT}
-        settings |= {"training": recipe.distill.model_dump(mode="json", exclude=unused)}
+        settings |= {"training": recipe.distill.model_dump(mode="json", exclude=unused)} | compared
         inputs |= {"teacher": shared.digests["parent"], "data": shared.digests["data"]}
     made = runner.run(
         owner,
         "quantise",
         settings,
         inputs,
-        lambda folder, on_step: make_rounded(
-            folder, recipe, entry, checkpoint, shared.parent, shared.data, shared.teacher, on_step
-        ),
+        lambda folder, on_step: make_rounded(folder, recipe, entry, checkpoint, shared, on_step),
     )
     evaluation = runner.run(
         owner,
         "evaluate-quantised",
-        evaluation_settings(recipe),
+        evaluation_settings(recipe) | compared,
         shared.digests | {"checkpoint": output_digest(made), "parent_evaluation": output_digest(shared.evaluation)},
         lambda folder, on_step: make_evaluation(
             folder,
@@ -87,6 +85,7 @@ def _make_copy(
             parent_evaluation=shared.evaluation,
             reference=made / "reference.safetensors",
             trained_with=shared.parent,
+            vocab_size=shared.vocab_size,
         ),
     )
     return RoundedCopy(f"{owner}-{entry.suffix}", entry.quantise, made, evaluation, entry.budget)
@@ -97,9 +96,7 @@ def make_rounded(
     recipe: Recipe,
     entry: Finish,
     checkpoint: ModelSource,
-    parent: ModelSource,
-    data: Path,
-    teacher: Callable[[], nn.Module],
+    shared: Shared,
     on_step: OnStep,
 ) -> None:
     """The copy as a checkpoint that transformers reads (with torchao), and logits for the reload gate."""
@@ -111,11 +108,11 @@ def make_rounded(
         if entry.budget:
             student = load_model(checkpoint).to(default_device())
             round_while_training(student, entry.quantise)
-            _train(folder, recipe, entry, student, teacher(), data, on_step)
+            _train(folder, recipe, entry, student, shared, on_step)
             plain.load_state_dict(student.state_dict())
             source = Path(temporary)
             save_checkpoint(plain, source, companions=None, dtype=dtype)
-            per_token = flops_of(recipe, load_config(parent))
+            per_token = flops_of(recipe, load_config(shared.parent))
             (folder / COST_FILE).write_text(json.dumps({"teacher_flops_per_token": per_token}), encoding="utf-8")
         require_held(plain.named_parameters(), dtype, f"finish: {checkpoint.reference}")
         rounded: Any = load_rounded(source, plain, entry.quantise, dtype)
@@ -129,15 +126,14 @@ def make_rounded(
     write_reference(rounded, folder / "reference.safetensors", folder=folder / CHECKPOINT)
 
 
-def _train(
-    folder: Path, recipe: Recipe, entry: Finish, student: nn.Module, teacher: nn.Module, data: Path, on_step: OnStep
-) -> None:
+def _train(folder: Path, recipe: Recipe, entry: Finish, student: nn.Module, shared: Shared, on_step: OnStep) -> None:
     """Recovery with rounded weights, by the recipe's own way; no feature losses, nothing the student writes."""
     if recipe.distill is None:
         raise ValueError("a quantisation-aware training needs a distill section")
-    blocks = load_training(data / "train.safetensors")
-    selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
-    options = training_options(recipe.distill, 0.0) | {"on_policy": None, "compiled": False}
+    teacher, vocab_size = shared.teacher(), None if recipe.counts_examples else shared.vocab_size
+    blocks = load_training(shared.data / "train.safetensors")
+    selection = load_training(shared.data / "selection.safetensors").take(selection_size(recipe))
+    options = training_options(recipe.distill, 0.0, vocab_size) | {"on_policy": None, "compiled": False}
     kept = partial_of(folder) / "rate.json"  # a run that was killed goes on at the rate that it had found
     rate = entry.learning_rate
     if rate == "auto" and kept.exists():

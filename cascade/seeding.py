@@ -53,6 +53,8 @@ class Shared:
     """The parent's model, once it has been needed."""
     cache: TeacherCache | None = None
     """What is kept of it; None: it is asked each time."""
+    vocab_size: int | None = None
+    """Ids, from 0 on, that the member at hand is compared with the parent over; None: all rows."""
 
     def teacher(self) -> nn.Module:
         """The parent's model, loaded once and frozen."""
@@ -75,10 +77,11 @@ class Start:
 
 
 def shared_by(shared: Shared, member: ResolvedMember) -> Shared:
-    """What a member reads of what all read: targets over the ids that it has in common with the teacher."""
-    if shared.cache is None or member.vocab_size is None:
+    """What all members read as one of them does: over the ids that it has in common with the teacher."""
+    if member.vocab_size is None:
         return shared
-    return replace(shared, cache=shared.cache.narrowed(member.vocab_size))
+    cache = None if shared.cache is None else shared.cache.narrowed(member.vocab_size)
+    return replace(shared, cache=cache, vocab_size=member.vocab_size)
 
 
 def make_start(

@@ -1,10 +1,11 @@
 """Over which token ids a member is compared with its teacher, and whether its text has others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from cascade.data.examples import read_examples
 from cascade.data.sources import read_documents
+from cascade.errors import UserError
 from cascade.evaluation.heldout import heldout_documents
 from cascade.inputs import labelled_data, text_data
 from cascade.models.checkpoint import load_config, load_tokenizer, resolve_model
@@ -39,26 +40,28 @@ def common_ids(recipe: Recipe, member: Member, config: Any, parent_config: Any) 
         own = load_tokenizer(resolve_model(member.student))
         common = common_vocabulary(tokenizer, own, parent_rows, rows, f"members: {member.name}")
     elif tokenizer is not None:
+        beyond = set(tokens_beyond(tokenizer, common).values()) - set(tokenizer.get_added_vocab())
+        if beyond:
+            raise UserError(
+                f"members: {member.name}: config.vocab_size: {rows} is less than the {len(tokenizer)} tokens of the "
+                "text's tokenizer; leave it out, and it is the teacher's"
+            )
         common = common_vocabulary(tokenizer, tokenizer, parent_rows, rows, f"members: {member.name}: config")
     return None if common == rows == parent_rows else common
 
 
-def require_common_text(recipe: Recipe, parent_config: Any, compared: Sequence[int | None]) -> None:
+def require_common_text(recipe: Recipe, tokenizer: Any, shared: int) -> None:
     """Refuse text in which tokens stand that not all models of a run have: the tokenizer may know them all the same.
 
-    `compared` are the members' `common_ids`.
+    `shared` are the ids, from 0 on, that all have; `tokenizer` is the text's.
 
     Streamed text is not looked through here; its ids are checked as they are packed.
 
     Raises:
         UserError: with the token and the document.
     """
-    tokenizer, rows = text_tokenizer(recipe), dims_of(parent_config).vocab_size
-    if tokenizer is None or recipe.generate is not None or recipe.data.streaming:
-        return
-    shared = min([rows, *(number for number in compared if number)])
     beyond = tokens_beyond(tokenizer, shared)
-    if not beyond:
+    if not beyond or recipe.generate is not None or recipe.data.streaming:
         return
     for place, documents in _texts(recipe):
         require_texts([_as_text(one) for one in documents], beyond, shared, place)

@@ -16,6 +16,7 @@ from cascade.cache.keys import open_windows
 from cascade.cache.label import label
 from cascade.cache.reader import CachedTargets
 from cascade.cache.record import Layout
+from cascade.data.masking import masked_blocks
 from cascade.data.targets import ListedTargets
 from cascade.distillation.batch import batch_losses, selection_losses
 from cascade.distillation.divergences import Options
@@ -196,6 +197,14 @@ def test_an_added_token_beyond_the_embedding_is_accepted_and_an_end_token_there_
         require_embedded(tokenizer, 2048, "model")
 
 
+def test_a_hidden_token_is_replaced_by_no_id_that_the_model_has_no_row_for(tiny_parent):
+    tokenizer = tokenizer_of(tiny_parent)
+    tokenizer.add_special_tokens({"mask_token": "!"})
+    blocks = make_blocks(64, 32, vocabulary=8)
+    free, bound = (masked_blocks(blocks, tokenizer, seed=0, vocab_size=size).input_ids for size in (None, 100))
+    assert int(free.max()) >= 100 and int(bound.max()) < 100
+
+
 RECIPE = """\
 name: trial
 parent: ./{parent}
@@ -270,6 +279,16 @@ def test_the_plan_finds_what_a_student_and_its_teacher_have_in_common(stories, p
 
 
 @needs_shared
+def test_a_student_config_of_fewer_rows_than_the_tokenizer_has_tokens_is_refused(stories):
+    size = "hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2"
+    path = recipe_of(
+        stories, "model", f"{{name: s, config: {{model_type: llama, vocab_size: 300, {size}}}}}", name="few"
+    )
+    refused = invoke("plan", path)
+    assert refused.exit_code == 2 and "config.vocab_size: 300 is less than the 512 tokens" in refused.output
+
+
+@needs_shared
 def test_text_with_a_token_that_a_model_cannot_read_is_refused_by_the_plan_with_the_token_and_the_document(stories):
     half = "{name: half, target: {params: 0.6}}"
     for parent, member, token in (("image", half, "<image>"), ("chatty", STUDENT % "plain", "<|tool|>")):
@@ -287,12 +306,13 @@ def test_a_family_over_common_ids_is_made_from_targets_that_are_kept_over_these_
     members = f"{STUDENT % 'chatty'}, {{name: half, seed: parent, target: {{params: 0.6}}}}"
     path = recipe_of(stories, "plain", members, "{kind: sampled, draws: 16}", name="family")
     wanted = ["--output", tmp_path / "out", "--set", "distill.features.hidden=none"]
+    wanted += ["--set", "finish=[{quantise: int8, members: [s]}]"]
     made = invoke(
         "run", path, *wanted, "--set", "distill.on_policy={fraction: 0.5, prompt_tokens: 4, max_new_tokens: 4}"
     )
     assert made.exit_code == 0, made.output
     rows = {row["name"]: row for row in json.loads((tmp_path / "out/family.json").read_text())["rows"]}
-    assert {"s", "half", "s-ce", "half-ce"} <= rows.keys()
+    assert {"s", "half", "s-ce", "half-ce", "s-int8"} <= rows.keys()
     roots = list((tmp_path / "cache/cascade/teacher").glob("*/root.json"))
     sizes = sorted(json.loads(root.read_text())["targets"]["vocab_size"] for root in roots)
     assert sizes == [512, 520]  # the cut member shares all rows with its teacher

@@ -17,14 +17,14 @@ from cascade.data.examples import Examples, LabelledData, Raw, read_examples
 from cascade.data.labels import require_known_labels
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
-from cascade.distillation.fused import Objective, fused_loss
+from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.memory import teacher_hidden
 from cascade.evaluation.classes import class_metrics
 from cascade.evaluation.embeddings import embedding_metrics
 from cascade.evaluation.record import heldout_record
 from cascade.evaluation.tail import calibration_error, confidences, long_tail
 from cascade.models.architecture import is_body
-from cascade.models.head import head_of, last_hidden
+from cascade.models.head import Head, head_of, last_hidden
 
 
 def heldout_blocks(
@@ -181,11 +181,8 @@ def block_metrics(
         theirs, expert = None, None
         if teacher is not None:
             theirs, expert = part.predicting(teacher_hidden(teacher, inputs)).float()[valid], head_of(teacher)
-        head, objective = head_of(model), Objective(vocab_size=None if teacher is None else vocab_size)
-        found = fused_loss(ours, head, targets[valid], objective, teacher_hidden=theirs, teacher_head=expert)
-        if expert is not None and objective.common_rows(len(head.weight), len(expert.weight)) < len(head.weight):
-            alone = fused_loss(ours, head, targets[valid], Objective())
-            found = found._replace(cross_entropy=alone.cross_entropy)
+        head = head_of(model)
+        found = _losses(ours, head, targets[valid], theirs, expert, vocab_size)
         sure.append(confidences(ours, head, targets[valid]))
         if theirs is not None and expert is not None:
             own = fused_loss(theirs, expert, targets[valid], Objective()).cross_entropy
@@ -223,6 +220,19 @@ def block_metrics(
         "stderr": None if loss["stderr"] is None else loss["stderr"] * nats_to_bits_per_byte,
     }
     return [loss, loss | bits, *metrics[1:]], rest
+
+
+def _losses(
+    ours: Tensor, head: Head, targets: Tensor, theirs: Tensor | None, expert: Head | None, vocab_size: int | None
+) -> FusedLoss:
+    """Losses of N tokens: the cross-entropy over all of a model's own rows, the rest over the common ids."""
+    if expert is None:
+        return fused_loss(ours, head, targets, Objective())
+    objective = Objective(vocab_size=vocab_size)
+    found = fused_loss(ours, head, targets, objective, teacher_hidden=theirs, teacher_head=expert)
+    if objective.common_rows(len(head.weight), len(expert.weight)) == len(head.weight):
+        return found
+    return found._replace(cross_entropy=fused_loss(ours, head, targets, Objective()).cross_entropy)
 
 
 def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> dict[str, Any]:
