@@ -51,6 +51,6 @@ def require_same_ids(teacher: Any, student: Any, name: str) -> None:
         if ids != facts[key][text]:
             raise UserError(
                 f"{name}: its tokenizer has the teacher's tokens, and cuts text otherwise: "
-                f"{text!r} is {ids[:9]} for the teacher, {facts[key][text][:9]} for it. Its folder would not cut text as "
-                "it is trained; copy the teacher's tokenizer files into it"
+                f"{text!r} is {ids[:9]} for the teacher, {facts[key][text][:9]} for it. Its folder would not cut text "
+                "as it is trained; copy the teacher's tokenizer files into it"
             )
