@@ -169,6 +169,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Every number about one checkpoint."""
     source = resolve_model(checkpoint)
+    check_weights(source, load_config(source))
     heldout = heldout_blocks(_text(data), load_tokenizer(source), block_size=block_size, max_blocks=num_blocks)
     tokenizer, expert = load_tokenizer(source), None
     if teacher is not None:
