@@ -141,7 +141,9 @@ def distill_model(
     data = named_text(data, teacher)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
     for one in (source, teacher_source):
-        require_language(load_config(one), one.reference)
+        config = load_config(one)
+        check_weights(one, config)
+        require_language(config, one.reference)
     common = _common_ids(source, teacher_source, block_size)
     options = options | {"objective": replace(options["objective"], vocab_size=common)}
     framing = _framing(teacher_source, data, block_size)
@@ -192,7 +194,9 @@ def evaluate_model(
     teacher_source = None if teacher is None else resolve_model(teacher)
     for one in (source, teacher_source):
         if one is not None:
-            require_language(load_config(one), one.reference)
+            config = load_config(one)
+            check_weights(one, config)
+            require_language(config, one.reference)
     common = _common_ids(source, teacher_source, block_size)
     require_datasets(find_tasks(tasks, task_folders))
     tokenizer = load_tokenizer(source)

@@ -11,8 +11,9 @@ import transformers
 from transformers import AutoConfig
 
 from cascade.models.architecture import model_from_config
-from cascade.models.checkpoint import save_checkpoint
+from cascade.models.checkpoint import ModelSource, load_config, save_checkpoint
 from cascade.models.dims import config_with_dims, dims_of
+from cascade.models.loading import tell_once
 from cascade.models.older_keys import READ_BY, add_older_keys
 from cascade.models.twin import twin_of
 
@@ -84,7 +85,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_keys_of_older_readers_stand_beside_the_new_ones_which_read_the_same(name, tmp_path):
+def test_the_keys_of_older_readers_stand_beside_the_new_ones_which_read_the_same(name, tmp_path, caplog):
     build, expected = CONFIGS[name]
     config = build()
     config.dtype = torch.bfloat16
@@ -98,6 +99,9 @@ def test_the_keys_of_older_readers_stand_beside_the_new_ones_which_read_the_same
     after = AutoConfig.from_pretrained(tmp_path).to_dict()
     after["rope_parameters"].pop("type", None)  # phi3's older name of rope_type, which its older class asks for
     assert {key: after[key] for key in before} == before
+    tell_once.cache_clear()
+    load_config(ModelSource(tmp_path, "here"))
+    assert not caplog.records  # the older keys bring no warnings of the library's
 
 
 def test_a_cut_config_says_which_layers_have_windows_by_every_key(tmp_path):

@@ -102,7 +102,10 @@ def resolve_model(reference: str, *, revision: str | None = None) -> ModelSource
 def load_config(source: ModelSource) -> Any:
     """The transformers config, without loading weights."""
     try:
-        return AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file or None, trust_remote_code=False)
+        with told_warnings(source.reference):
+            return AutoConfig.from_pretrained(
+                source.folder, gguf_file=source.gguf_file or None, trust_remote_code=False
+            )
     except Exception as error:  # whatever its values make transformers trip over
         raise UserError(f"{source.reference}: its config cannot be read: {_cause(source, error)}") from error
 

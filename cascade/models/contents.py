@@ -245,7 +245,7 @@ def _refusal(
     }
     told = "; ".join(f"{what} {listed_names(names)}" for what, names in parts.items() if names)
     layers = getattr(config, "num_hidden_layers", None)
-    numbers = [int(found[1]) for name in unread if (found := _LAYER.search(name))]
+    numbers = [int(layer[1]) for name in unread if (layer := _LAYER.search(name))]
     remedy = "Put the config.json beside the weights that they were saved with, or save the model again"
     if isinstance(layers, int) and numbers and max(numbers) >= layers:
         remedy = (
