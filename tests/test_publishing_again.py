@@ -157,3 +157,23 @@ def test_a_comment_in_a_runs_recipe_is_set_aside_before_it_is_written_again(run)
     (run / "recipe.yaml").write_text(text)
     set_damaged_aside(run)
     assert (run / "recipe.yaml.damaged").read_text() == text == (run / "recipe.yaml").read_text()
+
+
+def test_what_a_user_changed_in_a_generated_dataset_is_not_lost_when_it_is_made_again(tmp_path):
+    from rich.console import Console
+
+    from cascade.progress import RunProgress
+    from cascade.runner import StageRunner
+
+    def make(folder, on_step):
+        (folder / "dataset.jsonl").write_text("as it was written\n")
+
+    with RunProgress(Console(quiet=True), "r", {}) as progress:
+        runner = StageRunner(tmp_path, progress)
+        folder = runner.run("parent", "generate", {}, {}, make)
+        (folder / "dataset.jsonl").write_text("cleaned by hand\n")
+        (folder / "notes.txt").write_text("mine")
+        assert runner.run("parent", "generate", {}, {}, make) == folder
+    assert (folder / "dataset.jsonl").read_text() == "as it was written\n"
+    assert (folder / "dataset.jsonl.before").read_text() == "cleaned by hand\n"
+    assert (folder / "notes.txt").read_text() == "mine" and verify_folder(folder) == []
