@@ -295,7 +295,7 @@ def test_F20_a_matrix_that_a_cut_has_left_empty_is_told(models, caplog):
 def test_F19_a_figure_besides_the_loss_that_is_not_finite_is_told_and_the_state_is_saved(models, tmp_path, monkeypatch):
     start, teacher, blocks = models
     monkeypatch.setattr(
-        trainer, "selection_losses", lambda *rest: {"selection_loss": math.nan, "selection_kl": math.inf}
+        trainer, "selection_losses", lambda *_, **__: {"selection_loss": math.nan, "selection_kl": math.inf}
     )
     options = {"state_folder": tmp_path / "state", "save_every_minutes": 0, "log_path": tmp_path / "log.jsonl"}
     metrics = trained(start, teacher, blocks, selection=blocks, selection_every=4, **options)[1]
