@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from cascade.models.older_keys import READ_BY
 from cascade.report.provenance import Provenance, base_model_relation, sentence, tags
 from cascade.report.records import Row
 from cascade.report.tables import markdown_table, quality_table, stage_table
@@ -32,6 +33,7 @@ def member_card(row: Row, teacher: Row, made: Provenance, lineage: dict[str, Any
                 f"```python\nfrom transformers import {auto}{'' if images else ', AutoTokenizer'}\n\n"
                 f'model = {auto}.from_pretrained(".")\n'
                 + ("```" if images else 'tokenizer = AutoTokenizer.from_pretrained(".")\n```'),
+                *([] if made.quantised or images else [f"Its config.json is written for {READ_BY}."]),
                 "## Quality",
                 markdown_table(quality_table([teacher, row])),
                 *([] if made.quantised else ["## Cut and recovery", markdown_table(stage_table([row]))]),
