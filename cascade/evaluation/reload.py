@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from cascade.errors import RunError
 from cascade.evaluation.fresh import WRITTEN_TOKENS, tokenizer_facts, written
 from cascade.models.architecture import image_shape, is_body, reads_images
+from cascade.models.positions import usable_context
 from cascade.models.quantised import is_rounded
 
 RELOAD_TOLERANCE = 1e-5
@@ -42,7 +43,7 @@ def write_reference(model: nn.Module, path: Path, *, folder: Path | None = None)
     if reads_images(config):
         inputs = {"pixel_values": torch.randn(2, *image_shape(config), generator=generator)}
     else:
-        length = min(48, getattr(config, "max_position_embeddings", None) or 48)
+        length = min(48, usable_context(config) or 48)
         inputs = {"input_ids": torch.randint(0, config.vocab_size, (2, length), generator=generator)}
     device = next(model.parameters()).device
     # Packed weights compute in the dtype that they are stored with.
@@ -63,7 +64,7 @@ def _continues(model: Any, inputs: dict[str, Tensor]) -> bool:
     """Whether it is a model that writes, with room left behind the fixed ids."""
     if "input_ids" not in inputs or not model.can_generate():
         return False
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = usable_context(model.config)
     return not context or inputs["input_ids"].shape[1] + WRITTEN_TOKENS <= context
 
 
