@@ -237,8 +237,8 @@ def hops_too_large(members: Sequence[dict[str, Any]]) -> list[str]:
         share, seed = one["fraction_of_parent"], one["seed"]
         if seed and share > 1:
             warnings.append(
-                f"{one['name']} has {share:.0%} of its teacher's parameters though it is cut: prune.hidden: pca rotates "
-                "the stream, which needs a head of its own beside the embeddings; activation_norm does not."
+                f"{one['name']} has {share:.0%} of its teacher's parameters though it is cut: prune.hidden: pca "
+                "rotates the stream, which needs a head of its own beside the embeddings; activation_norm does not."
             )
         if share < _LEAST_SHARE:
             warnings.append(
