@@ -182,12 +182,11 @@ def _hidden_of(recipe: Recipe, member: Member, seed_config: Any, parent_config: 
 def score_for_dims(wanted: str, target: Target, seed_config: Any, parent_config: Any) -> str:
     """As `hidden_score`; for explicit dims, `auto` is never what would make the member larger than the parent."""
     hidden = hidden_score(wanted, parent_config)
-    if wanted == "auto" and hidden == "pca" and not target.bounds():
-        try:
-            solve_shape(shape_config(seed_config, hidden), target, parent=parent_config)
-        except UserError:
-            return "activation_norm"
-    return hidden
+    if wanted != "auto" or hidden != "pca" or target.bounds():
+        return hidden
+    shaped = shape_config(seed_config, hidden)
+    count = probe_axes(shaped).num_parameters(solve_shape(shaped, target, parent=parent_config))
+    return hidden if count <= probe_axes(parent_config).num_parameters(dims_of(parent_config)) else "activation_norm"
 
 
 def hidden_score(wanted: str, parent_config: Any) -> str:

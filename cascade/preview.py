@@ -227,11 +227,16 @@ def _targets_lines(targets: dict[str, Any]) -> list[str]:
 
 
 def hops_too_large(members: Sequence[dict[str, Any]]) -> list[str]:
-    """What is worth a thought: a student below a tenth of its teacher, or more than a third cut at once."""
+    """What is worth a thought: a student below a tenth of its teacher or above it, more than a third cut."""
     sizes = {"parent": 1.0} | {one["name"]: one["fraction_of_parent"] for one in members}
     warnings = []
     for one in members:
         share, seed = one["fraction_of_parent"], one["seed"]
+        if seed and share > 1:
+            warnings.append(
+                f"{one['name']} has {share:.0%} of its teacher's parameters though it is cut: prune.hidden: pca "
+                "rotates the stream, which needs a head of its own beside the embeddings; activation_norm does not."
+            )
         if share < _LEAST_SHARE:
             warnings.append(
                 f"{one['name']} has {share:.1%} of its teacher: so small a student cannot follow all of it; members "

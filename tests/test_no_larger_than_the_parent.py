@@ -12,6 +12,7 @@ from cascade.importance.statistics import collect_statistics
 from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
 from cascade.parent import parent_config
+from cascade.preview import preview, preview_text
 from cascade.pruning.latency import DecodeLatency
 from cascade.pruning.plan import config_of, plan_pruning
 from cascade.pruning.rotation import untied
@@ -65,9 +66,6 @@ def test_bounds_that_do_not_count_the_head_still_give_no_larger_member():
 
 
 def test_explicit_dims_are_rotated_only_where_that_makes_nothing_larger():
-    target = Target(dims={"hidden_size": 40})
-    with pytest.raises(UserError, match=r"parameters, the parent [\d,]+; a rotated .*activation_norm"):
-        solve_shape(untied(TIED), target, parent=TIED)
     small = make_config("llama", tied=True, vocab_size=16)  # whose embeddings are a small part of it
     assert score_for_dims("auto", Target(dims={"hidden_size": 24}), small, small) == "pca"
     assert score_for_dims("auto", Target(dims={"hidden_size": 48}), small, small) == "activation_norm"
@@ -97,3 +95,12 @@ def test_the_plan_refuses_what_would_be_larger_and_makes_nothing_larger(recipe_f
         changes = [f"prune.hidden={hidden}", "members=[{name: m, target: {flops_per_token: 0.9}}]"]
         (member,) = resolve_family(load_recipe(recipe_folder / "tiny.yaml", changes), parent)
         assert member.num_parameters <= whole
+
+
+def test_dims_that_are_asked_for_rotated_are_made_so_and_the_plan_says_that_they_are_larger(recipe_folder, tmp_path):
+    changes = ["members=[{name: m, target: {dims: {hidden_size: 32}}}]", "baselines=[]"]
+    told = preview(load_recipe(recipe_folder / "tiny.yaml", [*changes, "prune.hidden=pca"]), tmp_path / "run")
+    assert told["members"][0]["fraction_of_parent"] > 1
+    assert "m has 119% of its teacher's parameters though it is cut: prune.hidden: pca" in preview_text(told)
+    plain = preview(load_recipe(recipe_folder / "tiny.yaml", changes), tmp_path / "run")
+    assert plain["members"][0]["fraction_of_parent"] < 1 and "though it is cut" not in preview_text(plain)

@@ -51,7 +51,7 @@ def solve_shape(config: Any, target: Target, *, parent: Any = None) -> ModelDims
 def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iterator[ModelDims]:
     """All legal shapes that meet the target, the most evenly cut first.
 
-    None has more parameters than `parent`.
+    None that bounds lead to has more parameters than `parent`.
 
     Raises:
         UserError: there is none.
@@ -70,12 +70,11 @@ def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iter
             beyond.append(f"target of {_counted(name, bounds[name])} is larger than the seed's {_number(size)}")
     if beyond and len(beyond) == len(bounds):  # a bound that does not bind is none
         raise UserError(beyond[0])
-    limit = math.inf if parent is None else whole_measure("params", parent, target)
     if bounds:
+        limit = math.inf if parent is None else whole_measure("params", parent, target)
         return _shapes_within(config, axes, seed, fixed, bounds, target, limit)
     dims = seed.replace(**fixed)
     _require_accepted(config, dims)
-    _require_no_larger(axes.num_parameters(dims), limit)
     return iter([dims])
 
 
@@ -247,14 +246,6 @@ def _shapes_within(
             + (f" {refusals[0]}" if refusals else "")
         )
     return (dims for source in ([first], found) for dims in source)
-
-
-def _require_no_larger(count: Any, limit: float) -> None:
-    """Refuse a cut that makes a model larger: rotated, it has a head of its own beside its embeddings."""
-    if count > limit:
-        raise UserError(
-            f"target.dims: the shape has {_number(count)} parameters, the parent {_number(limit)}; {_ROTATED}"
-        )
 
 
 def _require_accepted(config: Any, dims: ModelDims) -> None:
