@@ -74,8 +74,8 @@ def prune_model(
     output = require_empty(output)
     if params is None and not dims:
         raise UserError("give --params or at least one --dim")
-    data = named_text(data, reference)
     source = resolve_model(reference)
+    data = named_text(data, reference)
     config = load_config(source)
     check_weights(source, config)
     require_context(config, block_size, "--block-size", "model")
@@ -138,8 +138,8 @@ def distill_model(
 ) -> dict[str, Any]:
     """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl."""
     output = require_empty(output)
-    data = named_text(data, teacher)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
+    data = named_text(data, teacher)
     for one in (source, teacher_source):
         config = load_config(one)
         check_weights(one, config)
@@ -189,9 +189,9 @@ def evaluate_model(
     block_size: int,
 ) -> dict[str, Any]:
     """Every number about one checkpoint."""
-    data = named_text(data, checkpoint)
     source, expert = resolve_model(checkpoint), None
     teacher_source = None if teacher is None else resolve_model(teacher)
+    data = named_text(data, checkpoint)
     for one in (source, teacher_source):
         if one is not None:
             config = load_config(one)

@@ -196,5 +196,5 @@ def test_a_task_is_refused_before_anything_is_measured(tiny_parent, monkeypatch)
     monkeypatch.setattr(
         "cascade.evaluation.harness._own_task", lambda name, known: (_ for _ in ()).throw(UserError(name))
     )
-    found = CliRunner().invoke(main, ["evaluate", str(tiny_parent), "--task", "nothing_such"])
+    found = CliRunner().invoke(main, ["evaluate", str(tiny_parent), "--data", "stdlib", "--task", "nothing_such"])
     assert found.exit_code == 2 and "nothing_such" in found.output

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from cascade.classifier import make_fitted
-from cascade.data.examples import text_examples
+from cascade.data.examples import Raw, text_examples
 from cascade.errors import UserError
 from cascade.evaluation.classes import class_logits
 from cascade.models.architecture import as_classifier
@@ -162,7 +162,7 @@ def test_a_row_gives_alone_what_it_gives_in_a_batch_here_and_in_stock_transforme
     saved, texts = tmp_path / "fit" / "checkpoint", texts_of(tmp_path)
     alone = require_stock_rows_apart(saved, texts)
     source = ModelSource(saved, "fitted")
-    examples = text_examples([(text, None) for text in texts], [], load_tokenizer(source), 16)
+    examples = text_examples([Raw(text, None) for text in texts], [], load_tokenizer(source), 16)
     for size in (1, 7, len(texts)):
         require_alike(class_logits(load_model(source), examples, batch_size=size), alone)
 

@@ -336,4 +336,4 @@ def test_cascade_evaluate_and_distill_compare_over_the_common_ids_and_say_when_a
         "".join(json.dumps({"text": f"<image> {number} a picture " * 20}) + "\n" for number in range(300))
     )
     refused = invoke("evaluate", stories / "image", "--data", tmp_path / "pictures.jsonl", "--block-size", 32)
-    assert refused.exit_code == 2 and "--data (heldout): it has the token '<image>' (id 512)" in refused.output
+    assert refused.exit_code == 2 and "--data (selection): it has the token '<image>' (id 512)" in refused.output

@@ -81,16 +81,21 @@ def production_documents(data: TextData, files: Sequence[str]) -> list[Any]:
     return read_documents(production_data(data, files), "heldout")
 
 
+_CHAT_BLOCKS = 256
+"""Of chats, among which some block has to have an answer's tokens."""
+
+
 def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *, block_size: int) -> None:
     """Refuse now a held-out split, or production text, that does not fill one block.
 
     Raises:
         UserError: it does not, or it cannot be read.
     """
-    prepare_blocks(data, "heldout", tokenizer, block_size=block_size, max_blocks=1, name="heldout")
+    few = _CHAT_BLOCKS if data.messages_field else 1
+    prepare_blocks(data, "heldout", tokenizer, block_size=block_size, max_blocks=few, name="heldout")
     if production:
-        one = production_data(data, production)
-        prepare_blocks(one, "heldout", tokenizer, block_size=block_size, max_blocks=1, name="data.production")
+        text = production_data(data, production)
+        prepare_blocks(text, "heldout", tokenizer, block_size=block_size, max_blocks=few, name="data.production")
 
 
 def heldout_documents(data: TextData) -> list[Any]:

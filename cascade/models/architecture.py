@@ -1,5 +1,6 @@
 """Which model class a config belongs to, and which architectures are refused, each with what is missing."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -184,8 +185,9 @@ def own_names(model_type: str) -> dict[str, str]:
 
 
 def model_from_config(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A new model of the config, its weights as transformers initialises them."""
-    return model_class_of(config)._from_config(config, dtype=dtype)
+    """A new model of the config, its weights as transformers initialises them; the config itself stays as it is."""
+    # _from_config writes the dtype into the config that it is given.
+    return model_class_of(config)._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def attends_causally(config: Any) -> bool:
