@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cascade import parallel
+from cascade.caching import exact_ids, require_exact
 from cascade.classifier import require_image_size
 from cascade.data.examples import image_examples, read_examples
+from cascade.data.framing import require_end_token
 from cascade.data.masking import mask_token
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.origin import even_origin
@@ -48,8 +50,12 @@ def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[Resol
     elif recipe.generate is None:
         _require_text(recipe, tokenizer)
     if tokenizer is not None:
-        rows = dims_of(parent_config).vocab_size
-        require_common_text(recipe, tokenizer, min([rows, *(one.vocab_size for one in members if one.vocab_size)]))
+        common = min([dims_of(parent_config).vocab_size, *(one.vocab_size for one in members if one.vocab_size)])
+        require_common_text(recipe, tokenizer, common)
+        exact = recipe.distill.cache.exact_tokens if recipe.distill is not None else []
+        if exact:
+            require_exact(exact_ids(exact, tokenizer), common)
+    _require_framing(recipe, tokenizer)
 
 
 def _require_tasks(recipe: Recipe) -> None:
@@ -115,6 +121,19 @@ def _require_processes(recipe: Recipe) -> None:
     for section in sections:
         if section is not None:
             parallel.require_even(section.batch_size)
+
+
+def _require_framing(recipe: Recipe, tokenizer: Any | None) -> None:
+    """Something keeps documents apart where no end token does."""
+    if recipe.data.end_token != "none":
+        return
+    if tokenizer is not None:
+        require_end_token(tokenizer)
+    elif recipe.parent.pretrain is not None:
+        raise UserError(
+            "data.end_token: none: the tokenizer of a parent that is trained here begins no text with a token, so "
+            "nothing else would keep documents apart; remove it"
+        )
 
 
 def _require_examples(recipe: Recipe, parent_config: Any) -> None:

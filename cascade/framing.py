@@ -1,7 +1,6 @@
 """The stage that finds how the parent's text is framed, and the recipe that says so."""
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from cascade.evaluation.framing import choose_framing
 from cascade.inputs import data_fingerprint, text_data
 from cascade.models.checkpoint import ModelSource, fingerprint, load_config, load_model, load_tokenizer
 from cascade.models.dims import dims_of
+from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
-
-logger = logging.getLogger(__name__)
 
 FRAMING = "framing.json"
 
@@ -57,16 +55,18 @@ def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
 def make_framing(folder: Path, recipe: Recipe, parent: ModelSource) -> None:
     """framing.json: where the begin and end tokens stand, and the parent's losses by which that was chosen."""
     data, tokenizer = recipe.data, load_tokenizer(parent)
-    source = text_data(data)
+    source, rows = text_data(data), dims_of(load_config(parent)).vocab_size
 
     def pack(framing: Framing) -> TokenBlocks:
-        return prepare_blocks(
+        blocks = prepare_blocks(
             replace(source, begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix)),
             "selection",
             tokenizer,
             block_size=data.block_size,
             document_masks=data.masks_documents,
         )
+        require_ids(blocks.input_ids, rows, tokenizer, "data.selection")
+        return blocks
 
     choice = choose_framing(
         load_model(parent).to(default_device()),
@@ -76,13 +76,6 @@ def make_framing(folder: Path, recipe: Recipe, parent: ModelSource) -> None:
         choose_end=data.end_token == "auto" and not (data.messages_field and source.chat_template),
     )
     write_json(folder / FRAMING, choice.record())
-    if choice.end_token_loss is not None and not choice.framing.suffix:
-        logger.warning(
-            "data.end_token: the parent gives its end token %.1f nats behind documents, more than a guess among all "
-            "tokens (%.1f): it was not trained with it, and it is left out; data.end_token: documents keeps it",
-            choice.end_token_loss,
-            choice.guess_loss,
-        )
 
 
 def _with(recipe: Recipe, begin_token: str, end_token: str) -> Recipe:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.cache_choice import choose_cache, options_table, with_cache
-from cascade.caching import cache_folder, exact_ids, require_exact
+from cascade.caching import cache_folder
 from cascade.cautions import cautions
 from cascade.checks import check_family
 from cascade.estimates import flops_of, parent_seconds
@@ -70,9 +70,6 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     proof = check_family(recipe, config, members)
     require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
-    if source is not None and recipe.distill is not None and recipe.distill.cache.exact_tokens:
-        kept = exact_ids(recipe.distill.cache.exact_tokens, tokenizer)
-        require_exact(kept, min([dims.vocab_size, *(one.vocab_size for one in members if one.vocab_size)]))
     members = remaining_members(folder, recipe, with_cache(recipe, config, members, choice))
     check_licences(recipe)
     total = int(axes.num_parameters(dims))

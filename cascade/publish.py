@@ -13,6 +13,7 @@ from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
 from cascade.models.architecture import auto_class_of
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load_config
+from cascade.models.older_keys import add_older_keys
 from cascade.ownership import resolved_recipe
 from cascade.plain_json import write_json
 from cascade.recipe.names import owner_of
@@ -114,6 +115,7 @@ def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str,
     with staged(final, {"stage": "publish", "member": lineage["name"]}, carry=carry_over) as staging:
         for file in sorted(checkpoint.iterdir()):
             shutil.copyfile(file, staging / file.name)
+        add_older_keys(staging)  # of members that an earlier version saved
         shutil.copyfile(evaluation / "eval.json", staging / "eval.json")
         write_json(staging / "lm_eval.json", without_folders(read_json(evaluation / "lm_eval.json")))
         (staging / "cascade.json").write_text(json.dumps(lineage, indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,9 @@ from cascade.recipe.schema import Recipe
 from cascade.runner import STAGE_FORMATS
 from cascade.store import INCOMPLETE, MANIFEST, is_committed, stage_key
 
+_FOUND_IN_THE_RUN = ("begin_token", "end_token", "vocab_size")
+"""Settings that a recipe may leave to the run."""
+
 _BEFORE_TRAINING = ("statistics", "prune", "repair", "candidate", "finalist", "rate", "label")
 
 
@@ -79,8 +82,9 @@ def _is_done(run_folder: Path, recipe: Recipe, name: str, stage: str) -> bool:
 
 def _as_asked(recipe: Recipe, stage: str, settings: dict[str, Any]) -> bool:
     if stage == "evaluate" or stage.startswith("heldout-"):
-        asked = evaluation_settings(recipe, heldout_only=stage != "evaluate")
-        return bool(settings == json.loads(json.dumps(asked)))
+        asked = json.loads(json.dumps(evaluation_settings(recipe, heldout_only=stage != "evaluate")))
+        found_in_the_run = {name for name in _FOUND_IN_THE_RUN if name not in asked}
+        return bool({name: value for name, value in settings.items() if name not in found_in_the_run} == asked)
     if stage == "baseline-ce" and recipe.ce_learning_rate != "auto":
         return bool(settings["learning_rate"] == recipe.ce_learning_rate)
     return True

@@ -23,6 +23,7 @@ from cascade.forcing import forced_stages
 from cascade.foreseen import require_foreseen
 from cascade.framing import framed
 from cascade.generating import load_filter, reading, run_generation
+from cascade.inputs import framing_settings
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.lock import locked
 from cascade.member import make_label_stage, make_member
@@ -160,6 +161,7 @@ def _make_family(
     if recipe.generate is not None:
         recipe = reading(recipe, run_generation(runner, recipe, parent))
     recipe = framed(runner, recipe, parent)
+    given = given.model_copy(update={"data": given.data.model_copy(update=framing_settings(recipe))})
     choice = choose_cache(recipe, load_config(parent), members, run_folder=runner.folder)
     shared = replace(prepare(runner, recipe, parent), cache=open_cache(recipe, choice, parent))
     teacher = teacher_row(recipe, shared.parent, shared.evaluation)

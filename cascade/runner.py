@@ -57,9 +57,9 @@ STAGE_FORMATS = {
     "evaluate": 3,
     "drift": 1,
     "baseline-ce": 3,
-    "heldout-cut": 2,
-    "heldout-repaired": 2,
-    "heldout-ce": 2,
+    "heldout-cut": 3,
+    "heldout-repaired": 3,
+    "heldout-ce": 3,
     "quantise": 1,
     "evaluate-quantised": 2,
 }

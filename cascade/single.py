@@ -111,6 +111,7 @@ def prune_model(
     return {
         "output": str(output),
         "text": told_text(data),
+        **framing.record(),
         "num_parameters": int(probe_axes(shaped).num_parameters(wanted)),
         **wanted.as_dict(),
     }
@@ -169,6 +170,7 @@ def distill_model(
     return {
         "output": str(output),
         "text": told_text(data),
+        **framing.record(),
         "learning_rate": options["learning_rate"],
         "num_steps": metrics.num_steps,
         "num_tokens": metrics.num_tokens,
@@ -218,7 +220,9 @@ def evaluate_model(
     if result.failed:
         told = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
         raise RunError(f"{told}. The others: {json.dumps(result.metrics)}")
-    return {"checkpoint": source.reference, "text": told_text(data), "metrics": result.metrics, "speed": result.speed}
+    told: dict[str, Any] = {"checkpoint": source.reference, "text": told_text(data), **framing.record()}
+    told |= {"metrics": result.metrics, "speed": result.speed}
+    return told
 
 
 def named_text(data: str | None, reference: str) -> str:

@@ -17,6 +17,7 @@ from cascade.classifier import examples_of
 from cascade.cutting import feature_loss, load_plans, selection_size, training_options
 from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
+from cascade.data.framing import framing_of
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
@@ -68,7 +69,11 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
         write_json(folder / SKIPPED, bad.record())
         if tokenizer is not None:  # what statistics are taken on: the same texts, packed
             texts = [one.content for one in read_examples(labelled_data(data, recipe.task), "train", bad)]
-            packed = pack_documents(texts, tokenizer, block_size=data.max_length, name="data.train")
+            begin_blocks = data.begin_token != "documents"
+            framing = framing_of(
+                tokenizer, "data.train", begin_blocks=begin_blocks, end_token=text_data(data).end_token
+            )
+            packed = pack_documents(texts, tokenizer, block_size=data.max_length, framing=framing, name="data.train")
             require_ids(packed.input_ids, vocab_size, tokenizer, "data.train")
             save_blocks(packed, folder / "calibration.safetensors")
         return

@@ -6,7 +6,7 @@ from typing import Any
 from cascade.data.examples import read_examples
 from cascade.data.sources import read_documents
 from cascade.errors import UserError
-from cascade.evaluation.heldout import heldout_documents
+from cascade.evaluation.heldout import heldout_documents, heldout_rows, production_documents
 from cascade.inputs import labelled_data, text_data
 from cascade.models.checkpoint import load_config, load_tokenizer, resolve_model
 from cascade.models.dims import dims_of
@@ -72,10 +72,14 @@ def _texts(recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:
         for split in ("train", "selection"):
             found = read_examples(labelled_data(recipe.data, recipe.task), split)
             yield f"data.{split}", [example.content for example in found]
+        yield "data.heldout", [example.content for example in heldout_rows(labelled_data(recipe.data, recipe.task))]
         return
+    text = text_data(recipe.data)
     for split in ("train", "calibration", "selection"):
-        yield f"data.{split}", read_documents(text_data(recipe.data), split)
-    yield "data.heldout", heldout_documents(text_data(recipe.data))
+        yield f"data.{split}", read_documents(text, split)
+    yield "data.heldout", heldout_documents(text)
+    if recipe.data.production:
+        yield "data.production", production_documents(text, recipe.data.production)
 
 
 def _as_text(document: Any) -> str:

@@ -29,25 +29,32 @@ class Framing:
         """Whether the prefix is something to predict: where nothing else ends the document before it."""
         return not self.suffix
 
+    def record(self) -> dict[str, str]:
+        """With the recipe's words; begin_token is none where there is no prefix."""
+        begin = "none" if not self.prefix else "blocks" if self.begin_blocks else "documents"
+        return {"begin_token": begin, "end_token": "documents" if self.suffix else "none"}
+
     def around(self, ids: Sequence[int]) -> list[int]:
         """A document's ids with what begins and ends it."""
         return [*self.prefix, *ids, *self.suffix]
 
 
-def framing_of(tokenizer: Any, name: str, *, begin_blocks: bool = False, end_token: bool = False) -> Framing:
+def framing_of(tokenizer: Any, name: str, *, begin_blocks: bool = False, end_token: bool | None = None) -> Framing:
     """How `tokenizer` frames a text: by default exactly the ids that it gives a text by itself.
 
     Where it writes nothing, the end token (of encoders the separator) stands behind each document, as nothing else
-    would keep documents apart. With `end_token` it stands there also if the tokenizer only begins texts; with
-    `begin_blocks` the blocks that start inside a document begin with the prefix, too. Models differ in both: Gemma
-    needs the prefix in every block, others were trained without it; most know the end token, and would forget it, some
-    have never seen it (`choose_framing` asks the model).
+    would keep documents apart. With `end_token` True it stands there also if the tokenizer only begins texts; False: it
+    stands nowhere, if the tokenizer begins texts. With `begin_blocks` the blocks that start inside a document begin
+    with the prefix, too. Models differ in both: Gemma needs the prefix in every block, others were trained without it;
+    most know the end token, and would forget it, some have never seen it (`choose_framing` asks the model).
 
     Raises:
         UserError: nothing would keep documents apart.
     """
     prefix, suffix = written_around(tokenizer)
-    if not suffix and (end_token or not prefix):
+    if prefix and end_token is False:
+        suffix = ()
+    elif not suffix and (end_token or not prefix):
         suffix = end_ids(tokenizer)
     if not prefix and not suffix:
         raise UserError(f"{name}: the tokenizer has no end-of-text token, so documents cannot be kept apart")

@@ -47,7 +47,8 @@ def masked_blocks(
     chosen = (draws < SHARE) | (draws == draws.min(1, keepdim=True).values)
     chosen &= ~special
     how = torch.rand(ids.shape, generator=generator)
-    count = min(len(tokenizer), vocab_size or len(tokenizer))
+    # Of tokens that were added later some models may have no row: the same draws for all that read the text.
+    count = min(tokenizer.vocab_size, vocab_size or tokenizer.vocab_size)
     others = torch.randint(0, count, ids.shape, generator=generator)
     labels = torch.where(chosen, ids, IGNORE_INDEX)
     ids = torch.where(chosen & (how < _AS_MASK), mask, ids)

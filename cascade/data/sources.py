@@ -52,8 +52,8 @@ class TextData:
     """Documents are read one after another, only as many as are needed"""
     begin_blocks: bool = False
     """Whether a block that starts inside a document begins as the tokenizer begins a text"""
-    end_token: bool = False
-    """Whether an end token stands behind each document also where the tokenizer begins the next one with a token"""
+    end_token: bool | None = None
+    """Whether an end token stands behind each document where the tokenizer begins the next one; None: as it writes"""
     whole_documents: bool = False
     """Whether documents stay whole where they are too few to give each split one"""
     turns: str = "all"

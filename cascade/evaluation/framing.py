@@ -3,6 +3,7 @@
 Shapes: N = blocks, S = block size.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.framing import Framing
 from cascade.distillation.fused import Objective, fused_loss
 from cascade.models.head import head_of, last_hidden
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = 8192
 """Tokens of text on which a framing is judged."""
@@ -35,9 +38,7 @@ class FramingChoice:
 
     def record(self) -> dict[str, Any]:
         """For framing.json, with the recipe's words."""
-        return {
-            "begin_token": "blocks" if self.framing.begin_blocks else "documents",
-            "end_token": "documents" if self.framing.suffix else "none",
+        return self.framing.record() | {
             "prefix": list(self.framing.prefix),
             "text_loss": self.text_loss,
             "end_token_loss": self.end_token_loss,
@@ -70,6 +71,12 @@ def choose_framing(
         behind = torch.isin(blocks.targets(), torch.tensor(framing.suffix))
         end_loss = _loss(model, blocks, behind, batch_size)
         if end_loss is not None and end_loss > guess:
+            logger.warning(
+                "the model gives its end token %.1f nats behind documents, more than a guess among all tokens (%.1f): "
+                "it was not trained with it, and it is left out of the text (data.end_token: documents keeps it)",
+                end_loss,
+                guess,
+            )
             framing = replace(framing, suffix=())
     losses: dict[str, float] = {}
     if choose_begin:
