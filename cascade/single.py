@@ -220,9 +220,13 @@ def evaluate_model(
     if result.failed:
         told = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
         raise RunError(f"{told}. The others: {json.dumps(result.metrics)}")
-    told: dict[str, Any] = {"checkpoint": source.reference, "text": told_text(data), **framing.record()}
-    told |= {"metrics": result.metrics, "speed": result.speed}
-    return told
+    return {
+        "checkpoint": source.reference,
+        "text": told_text(data),
+        **framing.record(),
+        "metrics": result.metrics,
+        "speed": result.speed,
+    }
 
 
 def named_text(data: str | None, reference: str) -> str:

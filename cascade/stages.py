@@ -69,10 +69,7 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
         write_json(folder / SKIPPED, bad.record())
         if tokenizer is not None:  # what statistics are taken on: the same texts, packed
             texts = [one.content for one in read_examples(labelled_data(data, recipe.task), "train", bad)]
-            begin_blocks = data.begin_token != "documents"
-            framing = framing_of(
-                tokenizer, "data.train", begin_blocks=begin_blocks, end_token=text_data(data).end_token
-            )
+            framing = framing_of(tokenizer, "data.train", begin_blocks=data.begin_token != "documents")
             packed = pack_documents(texts, tokenizer, block_size=data.max_length, framing=framing, name="data.train")
             require_ids(packed.input_ids, vocab_size, tokenizer, "data.train")
             save_blocks(packed, folder / "calibration.safetensors")
