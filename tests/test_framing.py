@@ -20,6 +20,7 @@ from cascade.errors import UserError
 from cascade.evaluation.framing import choose_framing
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+from cascade.preview import preview
 from cascade.recipe.load import load_recipe
 from cascade.run import run_recipe
 
@@ -70,6 +71,14 @@ def test_an_end_token_that_the_tokenizer_writes_itself_stands_there_once():
     assert blocks.input_ids.flatten().tolist() == [BEGIN, *ids_of("abc"), END, BEGIN, *ids_of("de"), END]
     assert blocks.labels.flatten().tolist() == [-100, *ids_of("abc"), END, -100, *ids_of("de"), END]
     assert blocks.bytes_per_token == 5 / 7  # as many as count: bits per byte are of the text
+
+
+def test_without_an_end_token_none_stands_there_whatever_the_tokenizer_writes_itself():
+    tokenizer = letters_tokenizer("<s> $A </s>")
+    framing = framing_of(tokenizer, "text", end_token=False)
+    blocks = pack_documents(["abc", "de"], tokenizer, block_size=7, framing=framing)
+    assert blocks.input_ids.flatten().tolist() == [BEGIN, *ids_of("abc"), BEGIN, *ids_of("de")]
+    assert framing.record() == {"begin_token": "documents", "end_token": "none"}
 
 
 def test_one_token_that_begins_and_ends_stands_between_documents_once():
@@ -160,6 +169,51 @@ def test_no_end_token_where_nothing_else_keeps_documents_apart_is_refused(recipe
     recipe = load_recipe(recipe_folder / "tiny.yaml", ("data.end_token=none",))
     with pytest.raises(UserError, match=r"data.end_token: none: .*begins no text"):
         run_recipe(recipe, output=recipe_folder / "refused")
+
+
+@needs_shared
+def test_a_finished_family_of_a_parent_whose_text_begins_with_a_token_has_nothing_left_to_do(tmp_path):
+    text = SHARED / "text" / "tinystories"
+    (tmp_path / "r.yaml").write_text(
+        f"""\
+name: r
+parent: {SHARED / "models" / "stories260K"}
+data: {{source: files, train: {text / "valid.jsonl.gz"}, block_size: 32, max_tokens: 4_000}}
+members: [{{name: half, target: {{params: 0.6}}}}]
+calibration: {{num_blocks: 4}}
+prune: {{hidden: activation_norm, repair: {{method: none}}}}
+distill: {{tokens: 256, batch_size: 4, microbatch_size: 4, learning_rate: 1e-3, selection_blocks: 2}}
+evaluate: {{heldout_blocks: 2}}
+baselines: [cut]
+"""
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    run = run_recipe(recipe, output=tmp_path / "run")
+    (member,) = preview(recipe, run)["members"]
+    assert member["seconds"] == {}
+    card = (run / "members" / "half" / "README.md").read_text()
+    assert "begin_token: documents" in card and "end_token: none" in card
+
+
+def test_texts_that_are_read_one_by_one_are_calibrated_as_they_are_read(tmp_path):
+    from types import SimpleNamespace
+
+    from cascade.data.blocks import load_blocks
+    from cascade.stages import make_data
+
+    texts = ["".join("abcdefghij"[int(digit)] for digit in str(n * 7_919 + 10**9)) for n in range(300)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(rows)
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nparent: ./none\ntask: embedding\ndata: {source: files, train: a.jsonl, max_length: 8}\nmembers: []\n"
+    )
+    folder, tokenizer = tmp_path / "stage", letters_tokenizer("<s> $A </s>", pad_token="<unk>")
+    folder.mkdir()
+    model = make_model("llama", vocab_size=16)
+    model.save_pretrained(tmp_path / "none")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    make_data(folder, recipe, SimpleNamespace(folder=tmp_path / "none", gguf_file=None, reference="x"), tokenizer)
+    assert set(load_blocks(folder / "calibration.safetensors").input_ids[:, 0].tolist()) == {BEGIN}
 
 
 @needs_shared

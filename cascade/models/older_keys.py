@@ -27,6 +27,8 @@ def add_older_keys(folder: Path) -> None:
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     # What the parent's config said of its own order of layers need not hold for a cut one.
     together = {key: value for key, value in values.items() if key not in _OF_LAYERS} | older_keys(values)
+    if together == values:
+        return
     path.write_text(json.dumps(together, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
