@@ -1,4 +1,4 @@
-"""The command line: load, validate, call. Exit codes: 0 done, 2 bad recipe or arguments, 1 failure."""
+"""The command line: load, validate, call. Exit codes: README, "What is promised"."""
 
 import json
 import logging

@@ -40,8 +40,8 @@ OUTPUT = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 DATA = click.option(
     "--data",
-    help="Text: a JSONL(.gz), Parquet or text file like what MODEL was trained on, or 'stdlib', Python's own source. "
-    "Needed but for builtin:pico-python, which was trained on the latter.",
+    help="Text: JSON(.gz), Parquet or text (a file, folder or pattern) like what MODEL was trained on, or 'stdlib', "
+    "Python's own source. Needed but for builtin:pico-python, which was trained on the latter.",
 )
 
 

@@ -14,7 +14,6 @@ from cascade.inputs import text_data
 from cascade.models.checkpoint import (
     ModelSource,
     check_weights,
-    file_sha256,
     fingerprint,
     load_config,
     load_model,
@@ -27,7 +26,7 @@ from cascade.recipe.generate import HOW_ASKED, Generate
 from cascade.recipe.places import PUBLIC, served_model, shown_model
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
-from cascade.store import COST_FILE
+from cascade.store import COST_FILE, file_sha256
 from cascade.teacher.filters import Keep
 from cascade.teacher.generate import (
     Teacher,

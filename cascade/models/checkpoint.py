@@ -27,6 +27,7 @@ from cascade.models.value_range import require_held
 from cascade.models.vocabulary import require_embedded
 from cascade.models.weight_files import check_weight_files, refuse_adapters
 from cascade.recipe.section import COMMIT
+from cascade.store import file_sha256
 
 _LOADING_ERRORS = (
     OSError,
@@ -254,12 +255,6 @@ def fingerprint(source: ModelSource) -> str:
     for file in [source.folder / source.gguf_file] if source.gguf_file else sorted(files):
         digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cause(source: ModelSource, error: Exception) -> str:

@@ -17,12 +17,12 @@ from cascade.errors import UserError
 from cascade.importance.scores import Scores
 from cascade.importance.statistics import Statistics
 from cascade.models.axes import probe_axes
-from cascade.models.checkpoint import file_sha256
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
 from cascade.pruning.corrections import corrected
 from cascade.pruning.rotation import require_rotatable, untied
 from cascade.pruning.shape import solve_shape
 from cascade.pruning.target import Target
+from cascade.store import file_sha256
 
 PLAN_FORMAT = 3
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from cascade.models.older_keys import READ_BY
-from cascade.report.provenance import Provenance, base_model_relation, sentence, tags
+from cascade.report.provenance import Provenance, base_model_relation, code_text, sentence, tags
 from cascade.report.records import Row
 from cascade.report.tables import markdown_table, quality_table, stage_table
 
@@ -29,7 +29,7 @@ def member_card(row: Row, teacher: Row, made: Provenance, lineage: dict[str, Any
             [
                 f"---\n{head}\n---",
                 f"# {row['name']}",
-                f"{row['num_parameters']:,} parameters ({share:.0%} of {_code(made.parent)}'s), {sentence(made)}.",
+                f"{row['num_parameters']:,} parameters ({share:.0%} of {code_text(made.parent)}'s), {sentence(made)}.",
                 f"```python\nfrom transformers import {auto}{'' if images else ', AutoTokenizer'}\n\n"
                 f'model = {auto}.from_pretrained(".")\n'
                 + ("```" if images else 'tokenizer = AutoTokenizer.from_pretrained(".")\n```'),
@@ -58,12 +58,7 @@ def _front(made: Provenance, auto: str) -> dict[str, Any]:
     return front | ({"license": made.licence} if made.licence else {})
 
 
-def _code(text: str) -> str:
-    """A text from outside in backquotes that it cannot leave."""
-    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
-
-
 def _licence(origin: dict[str, str]) -> str:
     """A model that this one has learned from, and what is known of its terms."""
-    named = _code(origin["licence"]) if origin["licence"] else "not found: look where the model comes from"
-    return f"{_code(origin['name'])}: {named}." + (f" Terms: {origin['terms']}." if origin["terms"] else "")
+    named = code_text(origin["licence"]) if origin["licence"] else "not found: look where the model comes from"
+    return f"{code_text(origin['name'])}: {named}." + (f" Terms: {origin['terms']}." if origin["terms"] else "")

@@ -73,11 +73,11 @@ def tags(made: Provenance) -> list[str]:
 def sentence(made: Provenance) -> str:
     """What it was made from and how, without an end."""
     begun = {
-        "prune": f"cut from {_code(made.start_from)}",
-        "layers": f"made of whole layers of {_code(made.start_from)}",
-        "random": f"begun with random weights ({_code(made.start_from)})",
-        "checkpoint": f"begun as the existing model {_code(made.start_from)}, not cut",
-        "copy": f"{_code(made.start_from)} with weights in {made.quantised} (torchao)",
+        "prune": f"cut from {code_text(made.start_from)}",
+        "layers": f"made of whole layers of {code_text(made.start_from)}",
+        "random": f"begun with random weights ({code_text(made.start_from)})",
+        "checkpoint": f"begun as the existing model {code_text(made.start_from)}, not cut",
+        "copy": f"{code_text(made.start_from)} with weights in {made.quantised} (torchao)",
     }[made.start]
     if made.taught_by == "none":
         return f"{begun}, as they are" if made.start == "copy" else begun
@@ -91,13 +91,13 @@ def lesson(made: Provenance) -> str:
     """How it was taught, and by whom: 'by distillation from `parent`'."""
     if made.taught_by == "none":
         return "not at all"
-    written = f" written by {_code(made.text_by)}" if made.text_by else ""
+    written = f" written by {code_text(made.text_by)}" if made.text_by else ""
     if made.taught_by == "text":
         return f"by cross-entropy with text{written}" if written else "by cross-entropy with the text alone"
     if made.taught_by == "logprobs":
-        taught = f"by the log-probabilities that {_code(made.teacher)} gave for its own text"
+        taught = f"by the log-probabilities that {code_text(made.teacher)} gave for its own text"
     else:
-        taught = f"by distillation from {_code(made.teacher)}" + (f" with text{written}" if written else "")
+        taught = f"by distillation from {code_text(made.teacher)}" + (f" with text{written}" if written else "")
     if made.on_policy:
         taught += ", in part on text of its own"
     if made.text_share > 0:
@@ -127,6 +127,6 @@ def load_provenances(run_folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _code(text: str) -> str:
+def code_text(text: str) -> str:
     """A text from outside in backquotes that it cannot leave."""
     return f"`{' '.join(text.replace('`', chr(39)).split())}`"
