@@ -5,7 +5,7 @@
 The student is the teacher without some of its layers. The gradient is forward KL's towards the student's last hidden states,
 (q - t) W, over all tokens of a text; the error is what a sample adds, relative to the exact gradient, and the angle is that
 of the sum over tokens through a random projection of the tokens' hidden states (what a weight's gradient sums up).
-Bytes are those of the cache's own records (ids, counts and 8 bytes of statistics a token; 2 more for each probability that is
+Bytes are those of the cache's own records (ids, counts and 2 bytes for the entropy a token; 2 more for each probability that is
 kept as it is); the bound is what ids and counts hold of information, log2 C(V, K) + log2 C(n - 1, K - 1) bits for K ids.
 """
 
@@ -38,7 +38,7 @@ def choose(n, k):
 def sizes(t, draws, exact):
     """(bytes a token as the cache keeps it, bytes at the information bound without statistics)."""
     kept, vocabulary = (t > 0).sum(1).tolist(), t.shape[1]
-    packed = rising_size(sum(kept), len(kept) * vocabulary) + len(kept) * (draws / 8 + 2 * exact + 8) + 4
+    packed = rising_size(sum(kept), len(kept) * vocabulary) + len(kept) * (draws / 8 + 2 * exact + 2) + 4
     bound = sum(choose(vocabulary, k) + (choose(draws - 1, k - exact - 1) if draws and k > exact else 0) for k in kept)
     return packed / len(kept), bound / 8 / len(kept)
 
