@@ -1,11 +1,16 @@
 """Labels as names of classes: one class has one name, however a file writes it, and no name is read as another."""
 
 import math
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Protocol
 
 from cascade.data.rows import Place
 from cascade.errors import UserError
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?")
+"""Numbers as files write them; 1_0 is a name."""
 
 
 class Labelled(Protocol):
@@ -26,7 +31,11 @@ def label_of(value: Any, place: str) -> str:
     Raises:
         UserError: there is none, or it is a number that counts no class; `place` is named.
     """
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, float) and math.isnan(value))
+    ):
         raise UserError(f"{place}: has no label; files without labels go into data.unlabelled")
     if isinstance(value, float):
         if not value.is_integer():
@@ -51,7 +60,7 @@ def is_number(name: str) -> bool:
 
 
 def require_clear_labels(examples: Sequence[Labelled]) -> None:
-    """Refuse labels that look like one class and have several names: '1' and '01', 'good' and ' good'.
+    """Refuse labels that look like one class and have several names: '1' and '01', 'good' and ' Good', true and 1.
 
     Raises:
         UserError: two of them; both places are named.
@@ -85,9 +94,7 @@ def require_known_labels(examples: Sequence[Labelled], classes: Sequence[str]) -
 
 
 def _meant(name: str) -> object:
-    stripped = name.strip()
-    try:
-        value = float(stripped)
-    except ValueError:
-        return stripped
-    return value if math.isfinite(value) else stripped
+    word = name.strip().casefold()
+    if word in ("true", "false"):
+        return Decimal(word == "true")
+    return Decimal(word) if _NUMBER.fullmatch(word) else word

@@ -22,6 +22,9 @@ _BOM = b"\xef\xbb\xbf"
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 """By the first bytes of a compressed file."""
 
+_SNIFFED = 1024
+"""By so many first bytes UTF-16 without a byte-order mark is known."""
+
 _UNKNOWN_FIELD_ROWS = 1000
 """So many first rows without a field are enough to say that a file lacks it."""
 
@@ -93,6 +96,23 @@ def require_fields(rows: Iterable[Row], fields: dict[str, str], *, key: str = "d
         raise UserError(_lacks(row.place.file, missing, key))
 
 
+def without_padding(values: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table, without the keys that its structs have only because other rows have them.
+
+    A table gives every struct of a column all keys, with null where a row has none. The row's own fields stay, and so
+    do `role` and `content` of a message, of which null is told.
+    """
+    return {name: _without_nulls(value, ("role", "content")) for name, value in values.items()}
+
+
+def _without_nulls(value: Any, stay: tuple[str, ...] = ()) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(one, stay) for one in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None or name in stay}
+    return value
+
+
 def field_names(path: str) -> list[str]:
     """The fields of a file's first row."""
     if kind_of(path) == TABLE:
@@ -123,8 +143,14 @@ def _open(path: str) -> BinaryIO:
 
 
 def _decoded(content: bytes, place: str) -> str:
+    start = content[:_SNIFFED]
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _Malformed(f"{place}: cannot be read: it is UTF-16; save it as UTF-8")
+    if start and start.count(0) * 3 >= len(start):
+        raise _Malformed(
+            f"{place}: cannot be read: a third of it and more is NUL bytes, as in UTF-16 or a damaged file; save it as "
+            "UTF-8"
+        )
     try:
         return content.removeprefix(_BOM).decode()
     except UnicodeDecodeError as error:
@@ -169,7 +195,7 @@ def _table(path: str, fields: Sequence[str], after: tuple[int, int]) -> Iterator
                 for values in batch.to_pylist() if columns else [{}] * batch.num_rows:
                     number += 1
                     if number > after[0]:
-                        yield Row(Place(path, number, "row"), values)
+                        yield Row(Place(path, number, "row"), without_padding(values))
         except ArrowException as error:
             raise _Malformed(f"{path}: cannot be read behind row {number}: {error}") from error
 

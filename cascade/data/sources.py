@@ -8,7 +8,7 @@ from typing import Any
 
 from cascade.data.bad_rows import BadRows
 from cascade.data.passages import cut_documents
-from cascade.data.rows import Place, Row, read_rows, require_fields
+from cascade.data.rows import Place, Row, read_rows, require_fields, without_padding
 from cascade.data.splits import SPLIT_SHARE, SPLITS, drop_near_copies, split_of_text
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
 from cascade.errors import UserError
@@ -174,7 +174,11 @@ def usable(
     if field_name not in values:
         reason = f"it has no field '{field_name}'"
     else:
-        reason = unfit_messages(document) if data.messages_field else unfit_text(document)
+        if data.messages_field:
+            document = with_contents(document)
+            reason = unfit_messages(document) or unanswered(document)
+        else:
+            reason = unfit_text(document)
         reason = f"field '{field_name}' {reason}" if reason else ""
     if reason and bad is not None:
         bad.skip(place, reason, key=key)
@@ -205,8 +209,30 @@ def unfit_messages(value: Any) -> str:
             return f"has no role in message {number}: {_shown(message)}{wanted}"
         reason = unfit_text(message.get("content"))
         if reason:
-            return f"has a message {number} ({message['role']}) whose content {reason}"
+            remedy = '; write "" for an empty text' if message.get("content") is None else ""
+            return f"has a message {number} ({message['role']}) whose content {reason}{remedy}"
     return ""
+
+
+def unanswered(messages: list[dict[str, Any]]) -> str:
+    """Why a conversation has nothing to learn from, or an answer that would not count; '' if all is well."""
+    roles = [message["role"] for message in messages]
+    wrong = next((role for role in roles if role != "assistant" and role.strip().casefold() == "assistant"), None)
+    if "assistant" not in roles:
+        return f"has no answer of the assistant (its roles: {', '.join(dict.fromkeys(roles))})"
+    return "" if wrong is None else f"has the roles 'assistant' and {wrong!r}, which would not count; write them alike"
+
+
+def with_contents(value: Any) -> Any:
+    """A conversation whose messages that only call tools have the content '': many write null there, or nothing."""
+    if not isinstance(value, list):
+        return value
+    return [
+        message | {"content": ""}
+        if isinstance(message, dict) and message.get("tool_calls") and message.get("content") is None
+        else message
+        for message in value
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -321,7 +347,7 @@ def part_rows(
     """
     if fields is None and data.source == "hub" and data.streaming:
         return (
-            Row(Place(data.place_of(part), number, "row"), values)
+            Row(Place(data.place_of(part), number, "row"), without_padding(values))
             for number, values in enumerate(hub_stream(data, part), start=1)
         )
     if fields is None:
@@ -352,7 +378,7 @@ def _hub_rows(data: TextData, part: str, table: Any) -> Iterator[Row]:
     for columns in table.iter(batch_size=256):
         for values in zip(*columns.values(), strict=True):
             number += 1
-            yield Row(Place(file, number, "row"), dict(zip(columns, values, strict=True)))
+            yield Row(Place(file, number, "row"), without_padding(dict(zip(columns, values, strict=True))))
 
 
 def _load_hub(data: TextData, split: str, **options: Any) -> Any:

@@ -20,7 +20,7 @@ from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import TokenBlocks, append_document, batched, blocks_of, encoded
 from cascade.data.framing import Framing, framing_of
 from cascade.data.messages import chat_documents
-from cascade.data.rows import Place, Row
+from cascade.data.rows import Place, Row, without_padding
 from cascade.data.sources import (
     Document,
     Placed,
@@ -148,7 +148,9 @@ def _read(data: TextData, part: str, start: Any, split: str) -> Iterator[tuple[l
         number, state = start
         stream.load_state_dict(state)
     for values in batched(stream, _BATCH):
-        rows = [Row(Place(file, number + place, "row"), row) for place, row in enumerate(values, start=1)]
+        rows = [
+            Row(Place(file, number + place, "row"), without_padding(row)) for place, row in enumerate(values, start=1)
+        ]
         number += len(rows)
         yield rows, (number, stream.state_dict())
 
