@@ -90,7 +90,7 @@ class Filters(Section):
     min_words: Annotated[int, Field(ge=0)] = 1
     max_words: PositiveInt | None = None
     truncated: Literal["keep", "drop"] = "keep"
-    """Answers that ended at max_new_tokens."""
+    """Answers that ended at max_new_tokens, or that their server does not say to have ended by themselves."""
     thoughts: Literal["stop", "keep", "strip", "drop"] = "stop"
     """Reasoning that an answer's text begins with (<think> ... </think>). stop: generation ends at the first, so that
     you choose; keep: it is part of the answer; strip: students learn the answer alone; drop: no such answer is kept."""

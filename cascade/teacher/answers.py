@@ -42,7 +42,8 @@ class Answer:
     key: str
     text: str
     finish_reason: str
-    """'stop', 'length', 'refused' where the teacher would not answer (`text` says why), or HOLDS_KEY (no `text`)."""
+    """As the server wrote it (see `endings`), 'refused' where the teacher would not answer (`text` says why), or
+    HOLDS_KEY (no `text`)."""
     prompt_tokens: int
     answer_tokens: int
     logprobs: list[Any] | None = None

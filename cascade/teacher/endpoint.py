@@ -218,7 +218,13 @@ class _Client:
         # Half of a surrogate pair, where a server has cut an answer, is no text.
         whole = reply.text.encode("utf-8", "replace").decode()
         logprobs = None if reply.logprobs is None else [reply.logprobs]
-        return Answer(request.key, whole, reply.finish_reason, *usage, logprobs, reply.reasoned)
+        return Answer(
+            request.key, whole, reply.finish_reason or self._unsaid(usage[1]), *usage, logprobs, reply.reasoned
+        )
+
+    def _unsaid(self, answer_tokens: int) -> str:
+        """The end of an answer whose server does not say: a length that used up all the tokens was cut."""
+        return "length" if answer_tokens >= self.sampling.get("max_tokens", answer_tokens + 1) else "stop"
 
     def _require_taken(self, request: Request, body: bytes) -> None:
         """Refuse to ask on with a parameter that the server takes from nobody.

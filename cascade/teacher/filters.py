@@ -11,6 +11,7 @@ from torch import nn
 from cascade.models.positions import usable_context
 from cascade.recipe.generate import Filters
 from cascade.teacher.answers import HOLDS_KEY, Answer, Request
+from cascade.teacher.endings import CALLS_TOOL, REFUSALS, is_complete, truncation
 from cascade.teacher.local import prompt_ids
 from cascade.teacher.prompts import Messages, Prompt
 from cascade.teacher.thoughts import has_thoughts
@@ -59,12 +60,14 @@ class Filter:
 
     def reason_against(self, request: Request, answer: Answer) -> str:
         """Why it is not kept; '' where it is. Cheap questions first."""
-        settings, text = self.settings, answer.text
+        settings, text, ending = self.settings, answer.text, answer.finish_reason
         words = text.split()
-        if answer.finish_reason == "refused":
+        if ending in REFUSALS:
             return "refused"
-        if answer.finish_reason == HOLDS_KEY:
+        if ending == HOLDS_KEY:
             return "holds the key"
+        if ending == CALLS_TOOL:
+            return "calls a tool"
         if settings.thoughts == "drop" and has_thoughts(answer):
             return "thoughts"
         if not words:
@@ -73,8 +76,8 @@ class Filter:
             return "too short"
         if settings.max_words is not None and len(words) > settings.max_words:
             return "too long"
-        if settings.truncated == "drop" and answer.finish_reason == "length":
-            return "truncated"
+        if settings.truncated == "drop" and not is_complete(ending):
+            return truncation(ending)
         if repetition(text) > settings.max_repetition:
             return "repetitive"
         plain = " ".join(words).lower()

@@ -21,6 +21,7 @@ from cascade.paths import files_of
 from cascade.recipe.generate import Generate
 from cascade.teacher.address import check_endpoint
 from cascade.teacher.answers import Answer, AnswerLog, Request, requests_of
+from cascade.teacher.endings import is_complete
 from cascade.teacher.endpoint import ask
 from cascade.teacher.filters import Filter, Keep, perplexity
 from cascade.teacher.local import write
@@ -218,6 +219,7 @@ def _dataset(
     judged = Filter(settings.filters, perplexity_of=perplexity_of, keep=keep)
     rows: list[dict[str, Any]] = []
     dropped: dict[str, int] = {"refused": len(refused)} if refused else {}
+    cut: dict[str, int] = {}
     answers = [(request, log.answers[request.key]) for request in wanted if request.key in log.answers]
     for request, answer in answers:
         if settings.filters.thoughts == "strip":
@@ -229,17 +231,16 @@ def _dataset(
         # The same keys in every message: readers that learn a file's columns from its start need them.
         before: list[dict[str, Any]] = [one | {"truncated": False} for one in request.prompt.messages]
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
-        message["truncated"] = answer.finish_reason == "length"
+        message["truncated"] = not is_complete(answer.finish_reason)
+        if message["truncated"] and answer.finish_reason != "length":
+            cut[answer.finish_reason] = cut.get(answer.finish_reason, 0) + 1
         if settings.endpoint is not None and settings.endpoint.top_logprobs:
             before = [one | {"top_logprobs": ""} for one in before]
             message["top_logprobs"] = json.dumps(top_logprobs(answer.logprobs))
         row = {"messages": [*before, message], "prompt_id": request.prompt.id, "answer": request.number}
         rows.append(row)
-    if rows and dropped.get("only thoughts"):
-        logger.warning(
-            "generate: %s of %s answers are the model's reasoning alone; raise generate.max_new_tokens, or %s",
-            f"{dropped['only thoughts']:,}", f"{len(answers):,}", LESS_THOUGHT,
-        )  # fmt: skip
+    if rows:
+        _tell(dropped.get("only thoughts", 0), cut, len(answers))
     if not rows:
         shown = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items())
         said = f" The endpoint: {refused[0].text}" if refused else ""
@@ -250,6 +251,21 @@ def _dataset(
         "money": money,
     }
     return Dataset(rows, chat, dropped, len(answers), spent)
+
+
+def _tell(only_thoughts: int, cut: dict[str, int], answers: int) -> None:
+    """Log what hurts a dataset and is no fault; `cut`: how many answers ended in odd ways, by finish_reason."""
+    if only_thoughts:
+        logger.warning(
+            "generate: %s of %s answers are the model's reasoning alone; raise generate.max_new_tokens, or %s",
+            f"{only_thoughts:,}", f"{answers:,}", LESS_THOUGHT,
+        )  # fmt: skip
+    if cut:
+        logger.warning(
+            "generate: answers that ended neither by themselves nor at max_new_tokens are learned from, but for their "
+            "end (finish_reason %s); generate.filters.truncated: drop leaves them out",
+            ", ".join(f"{name}: {count:,}" for name, count in cut.items()),
+        )
 
 
 def save_dataset(dataset: Dataset, folder: Path, provenance: dict[str, Any]) -> None:

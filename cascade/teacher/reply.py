@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from cascade.teacher.endings import read_reason
+
 _NAMED = {
     "invalid_api_key": 401, "authentication_error": 401, "permission_error": 403, "model_not_found": 404,
     "context_length_exceeded": 400, "invalid_request_error": 400, "unsupported_parameter": 400,
@@ -27,6 +29,7 @@ class Reply:
     text: str | None
     """None where there is no answer in the body."""
     finish_reason: str
+    """As `read_reason` gives it; '' where the server gives none."""
     reasoned: bool
     """Whether the model has thought: beside the answer, or uncounted in it."""
     logprobs: dict[str, Any] | None
@@ -38,13 +41,12 @@ def reply_of(found: dict[str, Any], *, chat: bool) -> Reply:
     said = choice.get("message")
     message: dict[str, Any] = said if isinstance(said, dict) else {}
     content, parted = _joined(message.get("content")) if chat else (choice.get("text"), False)
-    reason = str(choice.get("finish_reason") or "stop")
+    calls = any(message.get(name) for name in ("tool_calls", "function_call"))
+    reason = read_reason(choice.get("finish_reason"), calls_tool=calls)
     if content is None and message.get("refusal"):
         content, reason = message["refusal"], "refused"
     if content is None and (message or "text" in choice):
         content = ""  # an answer without a word
-    if content == "" and reason == "content_filter":
-        reason = "refused"
     beside = any(message.get(name) or choice.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
     logprobs = choice.get("logprobs")
     return Reply(

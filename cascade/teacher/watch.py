@@ -5,7 +5,8 @@ from threading import Lock
 
 from cascade.errors import RunError
 from cascade.recipe.generate import Generate
-from cascade.teacher.answers import Answer
+from cascade.teacher.answers import HOLDS_KEY, Answer
+from cascade.teacher.endings import CALLS_TOOL, REFUSALS
 from cascade.teacher.thoughts import has_thoughts, require_no_thoughts, without_thoughts
 
 _MOST_AT_FIRST, _MOST_IN_A_ROW = 5, 20
@@ -55,6 +56,8 @@ class Watch:
 
     def _teaches(self, answer: Answer) -> bool:
         thoughts = self.settings.filters.thoughts
+        if answer.finish_reason in {CALLS_TOOL, HOLDS_KEY, *REFUSALS}:
+            return False
         if thoughts == "drop" and has_thoughts(answer):
             return False
         return bool((without_thoughts(answer) if thoughts == "strip" else answer).text.strip())
@@ -71,8 +74,10 @@ class Watch:
                 f"ended at generate.max_new_tokens: {most} (finish_reason: length), and {why}; raise it by what the "
                 f"reasoning takes (some thousands of tokens), or {LESS_THOUGHT}"
             )
-        if reason in ("refused", "key"):
-            what = "are refusals" if reason == "refused" else "repeat the endpoint's key"
+        if reason == CALLS_TOOL:
+            return "call a tool; look at generate.endpoint.extra_body and the server's own settings"
+        if reason == HOLDS_KEY or reason in REFUSALS:
+            what = "repeat the endpoint's key" if reason == HOLDS_KEY else "are refusals"
             return f"{what}; look at generate.prompts and generate.system"
         if thinking:
             return f"are the model's reasoning and no answer (finish_reason: {reason}); {LESS_THOUGHT}"
