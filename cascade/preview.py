@@ -13,7 +13,7 @@ from cascade.estimates import flops_of, parent_seconds
 from cascade.evaluation.harness import find_tasks
 from cascade.family import ResolvedMember, resolve_family, run_folder_of
 from cascade.foreseen import require_foreseen, rows_of_all
-from cascade.generating import check_generation
+from cascade.generating import check_generation, missing_answers
 from cascade.inputs import text_data
 from cascade.latencies import find_latencies
 from cascade.lock import existing
@@ -68,7 +68,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         if source is None:
             raise ValueError("a parent that writes is not trained in the same recipe")
         check_generation(recipe, recipe.generate, prompts, source)
-        asked = planned(recipe.generate, len(prompts))
+        missing = missing_answers(recipe, recipe.generate, prompts, source, folder)
+        asked = planned(recipe.generate, len(prompts), missing)
     proof = check_family(recipe, config, members)
     require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
@@ -258,6 +259,10 @@ def _asked(planned: dict[str, Any]) -> str:
         f"Text: {planned['prompts']:,} prompts, {planned['answers']:,} answers of at most {planned['max_new_tokens']} "
         f"tokens from {planned['teacher']}"
     )
+    if not planned["missing"]:
+        return f"{line}, which are there already: nothing is asked."
+    if planned["missing"] < planned["answers"]:
+        line += f"; {planned['missing']:,} are not there yet"
     return line + (f", for at most {planned['money']:,.2f} and the prompts." if planned["money"] else ".")
 
 
