@@ -20,6 +20,7 @@ from cascade.models.packing import require_document_masks
 from cascade.models.padding import require_rows_apart, set_padding
 from cascade.models.positions import require_context
 from cascade.models.quantised import GROUPS, group_size, is_rounded, require_torchao
+from cascade.models.sentence_files import require_mean_pooling
 from cascade.models.value_range import require_stored_held
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.rotation import require_rotatable
@@ -43,6 +44,8 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     _require_held_by_save_dtype(recipe, parent_config)
     _require_contexts(recipe, parent_config, members)
     if recipe.task == "embedding":
+        source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
+        require_mean_pooling(source.folder, f"parent: {recipe.parent.model}")
         _require_same_width(parent_config, members)
     if recipe.task in ("text_classification", "embedding"):
         _require_rows_apart(recipe, parent_config, members)

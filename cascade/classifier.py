@@ -14,7 +14,14 @@ from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.heldout import require_known_heldout_labels
 from cascade.inputs import classes_of, labelled_data
-from cascade.models.architecture import as_classifier, config_from_values, image_shape, is_classifier, model_from_config
+from cascade.models.architecture import (
+    as_classifier,
+    config_from_values,
+    image_shape,
+    is_classifier,
+    model_from_config,
+    require_single_label,
+)
 from cascade.models.checkpoint import (
     CHECKPOINT,
     check_weights,
@@ -46,6 +53,7 @@ def checked_classes(recipe: Recipe, config: Any) -> Any:
     classes = classes_of(recipe)
     if not is_classifier(config):
         raise UserError(f"parent: {recipe.parent.model} is no classifier; with parent.fit it learns the classes first")
+    require_single_label(config, recipe.task, f"parent: {recipe.parent.model}")
     numbered_classes(config, classes)
     return config
 
@@ -114,6 +122,7 @@ def fitted_config(recipe: Recipe, settings: Fit) -> Any:
     classes, tokenizer = classes_of(recipe), None
     if settings.config:
         config = config_from_values(settings.config, "parent.fit.config")
+        require_single_label(config, recipe.task, "parent.fit.config")
         config = as_classifier(config, recipe.task, classes, "parent.fit.config")
     else:
         source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)

@@ -50,12 +50,17 @@ def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[Resol
     elif recipe.generate is None:
         _require_text(recipe, tokenizer)
     if tokenizer is not None:
-        common = min([dims_of(parent_config).vocab_size, *(one.vocab_size for one in members if one.vocab_size)])
+        common = rows_of_all(parent_config, members)
         require_common_text(recipe, tokenizer, common)
         exact = recipe.distill.cache.exact_tokens if recipe.distill is not None else []
         if exact:
             require_exact(exact_ids(exact, tokenizer), common)
     _require_framing(recipe, tokenizer)
+
+
+def rows_of_all(parent_config: Any, members: Sequence[ResolvedMember]) -> int:
+    """Ids, from 0 on, that the parent and all members have."""
+    return min([dims_of(parent_config).vocab_size, *(one.vocab_size for one in members if one.vocab_size)])
 
 
 def _require_tasks(recipe: Recipe) -> None:

@@ -26,7 +26,8 @@ from cascade.recipe.generate import HOW_ASKED, Generate
 from cascade.recipe.places import PUBLIC, served_model, shown_model
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
-from cascade.store import COST_FILE, file_sha256
+from cascade.store import COST_FILE, MANIFEST, file_sha256, is_committed
+from cascade.teacher.answers import AnswerLog
 from cascade.teacher.filters import Keep
 from cascade.teacher.generate import (
     Teacher,
@@ -35,6 +36,7 @@ from cascade.teacher.generate import (
     is_chat,
     require_every_split,
     save_dataset,
+    wanted_answers,
 )
 from cascade.teacher.local import fitting_ids
 from cascade.teacher.prompts import Prompt
@@ -50,20 +52,49 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
         raise ValueError("the recipe has no `generate` section")
     prompts = collect_prompts(settings, recipe.data.text_field, text_data(recipe.data).bad_row_counter())
     check_generation(recipe, settings, prompts, parent)
+    asked, inputs = _stage(recipe, settings, prompts, parent)
     return runner.run(
         "parent",
         "generate",
-        _key_settings(settings) | {"seed": recipe.seed} | _prefix_settings(settings, parent),
-        {
-            "prompts": hashlib.sha256(json.dumps([one.messages for one in prompts]).encode()).hexdigest(),
-            "teacher": "" if settings.endpoint else fingerprint(_source(settings, parent)),
-            "parent": fingerprint(parent) if settings.filters.max_perplexity else "",
-            "filter": _filter_digest(filter_path),
-        },
+        asked,
+        inputs | {"filter": _filter_digest(filter_path)},
         lambda folder, on_step: make_generated(
             folder, recipe, settings, prompts, parent, runner.folder / ANSWERS, filter_path, on_step
         ),
     )
+
+
+def missing_answers(
+    recipe: Recipe, settings: Generate, prompts: list[Prompt], parent: ModelSource, run_folder: Path
+) -> int:
+    """How many answers a run in this folder would still ask for: none where its dataset is made already."""
+    path = run_folder / ANSWERS / "answers.jsonl"
+    if not path.is_file():
+        return len(prompts) * settings.answers
+    asked, inputs = _stage(recipe, settings, prompts, parent)
+    expected = json.loads(json.dumps({"settings": asked, "inputs": inputs}))
+    for folder in run_folder.glob("stages/parent.generate-*"):
+        if is_committed(folder):
+            made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            made_of = {name: value for name, value in made.get("inputs", {}).items() if name != "filter"}
+            if {"settings": made.get("settings"), "inputs": made_of} == expected:
+                return 0
+    source = _source(settings, parent)
+    local = {} if settings.endpoint else {"tokenizer": load_tokenizer(source), "digest": fingerprint(source)}
+    answered = AnswerLog(path).answers
+    return sum(one.key not in answered for one in wanted_answers(settings, prompts, seed=recipe.seed, **local))
+
+
+def _stage(
+    recipe: Recipe, settings: Generate, prompts: list[Prompt], parent: ModelSource
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the stage's key is made of but for a filter of the user's own: (settings, inputs)."""
+    inputs = {
+        "prompts": hashlib.sha256(json.dumps([one.messages for one in prompts]).encode()).hexdigest(),
+        "teacher": "" if settings.endpoint else fingerprint(_source(settings, parent)),
+        "parent": fingerprint(parent) if settings.filters.max_perplexity else "",
+    }
+    return _key_settings(settings) | {"seed": recipe.seed} | _prefix_settings(settings, parent), inputs
 
 
 def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], parent: ModelSource) -> None:

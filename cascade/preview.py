@@ -12,14 +12,15 @@ from cascade.checks import check_family
 from cascade.estimates import flops_of, parent_seconds
 from cascade.evaluation.harness import find_tasks
 from cascade.family import ResolvedMember, resolve_family, run_folder_of
-from cascade.foreseen import require_foreseen
-from cascade.generating import check_generation
+from cascade.foreseen import require_foreseen, rows_of_all
+from cascade.generating import check_generation, missing_answers
 from cascade.inputs import text_data
 from cascade.latencies import find_latencies
 from cascade.lock import existing
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import load_tokenizer
 from cascade.models.dims import dims_of
+from cascade.models.sentence_files import unlearned_settings
 from cascade.origins import check_licences
 from cascade.ownership import check_ownership, pinned_seeds
 from cascade.parent import existing_parent, parent_config
@@ -48,16 +49,6 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     source = existing_parent(recipe)
     if source is not None and dims.vocab_size:
         tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
-    data = preview_data(recipe, config, tokenizer if source is not None and dims.vocab_size else None)
-    asked = None
-    if recipe.generate is not None:
-        bad = text_data(recipe.data).bad_row_counter()
-        prompts = collect_prompts(recipe.generate, recipe.data.text_field, bad)
-        data["prompts"] = bad.record()
-        if source is None:
-            raise ValueError("a parent that writes is not trained in the same recipe")
-        check_generation(recipe, recipe.generate, prompts, source)
-        asked = planned(recipe.generate, len(prompts))
     find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(
@@ -67,6 +58,18 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         found_shapes=shapes_on_disk(folder, [member.name for member in recipe.members]),
         latencies=latencies,
     )
+    rows = rows_of_all(config, members) if dims.vocab_size else None
+    data = preview_data(recipe, config, tokenizer if source is not None and rows else None, rows)
+    asked = None
+    if recipe.generate is not None:
+        bad = text_data(recipe.data).bad_row_counter()
+        prompts = collect_prompts(recipe.generate, recipe.data.text_field, bad)
+        data["prompts"] = bad.record()
+        if source is None:
+            raise ValueError("a parent that writes is not trained in the same recipe")
+        check_generation(recipe, recipe.generate, prompts, source)
+        missing = missing_answers(recipe, recipe.generate, prompts, source, folder)
+        asked = planned(recipe.generate, len(prompts), missing)
     proof = check_family(recipe, config, members)
     require_foreseen(recipe, config, members)
     choice = choose_cache(recipe, config, members, run_folder=folder)
@@ -105,7 +108,10 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             "tokens_read": choice.num_read,
             "options": choice.records(max(1, len(members))),
         },
-        "cautions": cautions(members, config, folder, cache_folder=cache_folder(recipe), cache_bytes=choice.num_bytes),
+        "cautions": [
+            *cautions(members, config, folder, cache_folder=cache_folder(recipe), cache_bytes=choice.num_bytes),
+            *(unlearned_settings(source.folder, "parent") if source is not None and recipe.task == "embedding" else ()),
+        ],
         "copies": [
             f"{name}-{entry.suffix}"
             for entry in recipe.finish
@@ -253,6 +259,10 @@ def _asked(planned: dict[str, Any]) -> str:
         f"Text: {planned['prompts']:,} prompts, {planned['answers']:,} answers of at most {planned['max_new_tokens']} "
         f"tokens from {planned['teacher']}"
     )
+    if not planned["missing"]:
+        return f"{line}, which are there already: nothing is asked."
+    if planned["missing"] < planned["answers"]:
+        line += f"; {planned['missing']:,} are not there yet"
     return line + (f", for at most {planned['money']:,.2f} and the prompts." if planned["money"] else ".")
 
 

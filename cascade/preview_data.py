@@ -14,10 +14,11 @@ from cascade.recipe.schema import Recipe
 _BLOCKS = 256
 
 
-def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None) -> dict[str, Any]:
+def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None, vocab_size: int | None = None) -> dict[str, Any]:
     """{'files': {key of the recipe: what it holds}, 'passages', 'classes', 'labels_read', 'prompts'}.
 
-    `tokenizer` is None where the parent is not made yet, or reads images.
+    `tokenizer` is None where the parent is not made yet, or reads images; `vocab_size` are the ids that all models
+    have.
 
     Raises:
         UserError: a split cannot be filled, a row or a label cannot be used, or too many.
@@ -36,11 +37,13 @@ def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None) -> dict[str
     if recipe.generate is not None:
         return found
     if data.source != "stdlib":
-        found["files"] = {name: look_at(data, name, names, tokenizer) for name, names in data.own_splits.items()}
+        found["files"] = {
+            name: look_at(data, name, names, tokenizer, vocab_size) for name, names in data.own_splits.items()
+        }
         found["passages"] = look_at_passages(data)
     if recipe.data.production:
         sample = production_data(data, recipe.data.production)
-        found["files"]["production"] = look_at(sample, "production", recipe.data.production, tokenizer)
+        found["files"]["production"] = look_at(sample, "production", recipe.data.production, tokenizer, vocab_size)
     _require_splits(data, recipe.data.block_size, tokenizer)
     return found
 

@@ -14,6 +14,7 @@ from cascade.family import ResolvedMember
 from cascade.models.architecture import auto_class_of
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load_config
 from cascade.models.older_keys import add_older_keys
+from cascade.models.sentence_files import copy_sentence_files
 from cascade.ownership import resolved_recipe
 from cascade.plain_json import write_json
 from cascade.recipe.names import owner_of
@@ -60,7 +61,8 @@ def publish_copies(
             },
         }
         card = member_card(row, teacher, made, lineage, _public_recipe(recipe, members))
-        _publish(run_folder / "members" / copy.name, copy.made / CHECKPOINT, copy.evaluation, lineage, card)
+        final = run_folder / "members" / copy.name
+        _publish(final, copy.made / CHECKPOINT, copy.evaluation, lineage, card, _sentences(recipe, parent))
 
 
 def publish_member(
@@ -89,7 +91,7 @@ def publish_member(
     }
     card = member_card(row, teacher, made, lineage, _public_recipe(recipe, members))
     final = run_folder / "members" / member.name
-    _publish(final, finished.distilled / CHECKPOINT, finished.evaluation, lineage, card)
+    _publish(final, finished.distilled / CHECKPOINT, finished.evaluation, lineage, card, _sentences(recipe, parent))
     publish_copies(run_folder, recipe, members, row, finished.copies, teacher, parent)
 
 
@@ -109,12 +111,21 @@ def _public_recipe(recipe: Recipe, members: list[ResolvedMember]) -> str:
     return write_yaml(resolved_recipe(recipe, members, public=True))
 
 
-def _publish(final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str, Any], card: str) -> None:
+def _sentences(recipe: Recipe, parent: ModelSource) -> Path | None:
+    """The folder whose sentence-transformers files go with every model; None where they would say nothing of it."""
+    return parent.folder if recipe.task == "embedding" else None
+
+
+def _publish(
+    final: Path, checkpoint: Path, evaluation: Path, lineage: dict[str, Any], card: str, sentences: Path | None
+) -> None:
     if final.exists() and not _damaged(final) and read_json(final / "cascade.json") == lineage:
         return  # the same as an earlier run published; what a user added stays, and what he wrote on the card
     with staged(final, {"stage": "publish", "member": lineage["name"]}, carry=carry_over) as staging:
         for file in sorted(checkpoint.iterdir()):
             shutil.copyfile(file, staging / file.name)
+        if sentences is not None:
+            copy_sentence_files(sentences, staging)
         add_older_keys(staging)  # of members that an earlier version saved
         shutil.copyfile(evaluation / "eval.json", staging / "eval.json")
         write_json(staging / "lm_eval.json", without_folders(read_json(evaluation / "lm_eval.json")))

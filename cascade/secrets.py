@@ -57,8 +57,12 @@ def remember(key: str) -> None:
 
 def is_key(value: str) -> bool:
     """Whether a value can be a key: a short one, or a placeholder such as `none`, is a word that any text may hold."""
-    words = re.split(r"[\W_]+", value.lower())
-    return len(value) >= _SHORTEST and not all(word in _PLACEHOLDER_WORDS for word in words)
+    return len(value) >= _SHORTEST and not is_placeholder(value)
+
+
+def is_placeholder(value: str) -> bool:
+    """Whether a value is put together from words that are given instead of a key."""
+    return all(word in _PLACEHOLDER_WORDS for word in re.split(r"[\W_]+", value.lower()))
 
 
 def is_secret_name(name: str) -> bool:

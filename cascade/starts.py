@@ -17,6 +17,7 @@ from cascade.models.architecture import (
     model_from_config,
     own_names,
     reads_images,
+    require_single_label,
 )
 from cascade.models.checkpoint import CHECKPOINT, save_checkpoint
 from cascade.models.dims import ModelDims, dims_of
@@ -54,9 +55,11 @@ def require_same_classes(config: Any, parent_config: Any, name: str) -> None:
     if not is_classifier(parent_config):
         return
     ours, theirs = config.num_labels, parent_config.num_labels
+    images = reads_images(parent_config)
+    require_single_label(config, "image_classification" if images else "text_classification", f"members: {name}")
     if ours != theirs:
         raise UserError(f"members: {name}: the student has {ours} classes, the teacher {theirs}")
-    for key in ("image_size", "num_channels") if reads_images(parent_config) else ():
+    for key in ("image_size", "num_channels") if images else ():
         ours, theirs = getattr(config, key, None), getattr(parent_config, key, None)
         if ours != theirs:
             raise UserError(f"members: {name}: the student's {key} is {ours}, the teacher's {theirs}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 from endpoint_server import chat_answer, serving
@@ -327,3 +328,34 @@ def test_a_teacher_here_is_asked_about_its_thoughts_too_and_may_say_nothing(tmp_
     with pytest.raises(UserError, match="generate.filters.thoughts whether the students learn them"):
         log.add([Answer("a", f"{THOUGHT}Fine", "stop", 1, 9)])
     assert list(AnswerLog(tmp_path / "answers.jsonl").answers) == ["a"]
+
+
+ODD_KEY = 'Zq7"real<key>/of\\24&signs'
+
+
+@pytest.mark.parametrize("key", ["k3y-7", "ab/9", ODD_KEY, REAL_KEY])
+@pytest.mark.parametrize("written_as", ["plain", "json", "slashes", "go", "json in json"])
+def test_a_key_that_a_server_repeats_in_an_error_is_shown_in_no_form_however_short(
+    tmp_path, monkeypatch, key, written_as
+):
+    escaped = json.dumps(key)[1:-1]
+    go = escaped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    shown = {"plain": key, "json": escaped, "slashes": escaped.replace("/", "\\/"), "go": go,
+             "json in json": json.dumps(escaped)[1:-1]}[written_as]  # fmt: skip
+    monkeypatch.setenv("LOCAL_KEY", key)
+    for status in (401, 500, 404):
+        with serving(lambda body, number, status=status: (status, {}, f"the key {shown} is wrong".encode())) as (
+            url,
+            _,
+        ):
+            with pytest.raises((UserError, EndpointError), match="the key .*wrong") as raised:
+                written(url, tmp_path / str(status), endpoint={"key_env": "LOCAL_KEY"})
+        assert shown not in str(raised.value) and key not in str(raised.value) and "[key] is wrong" in str(raised.value)
+
+
+def test_a_short_key_is_taken_out_of_an_error_as_a_word_alone_and_a_placeholder_not_at_all(tmp_path, monkeypatch):
+    for key, expected in (("tok", "token [key] of tok-2"), ("none", "token tok of tok-2")):
+        monkeypatch.setenv("LOCAL_KEY", key)
+        with serving(lambda body, number: (404, {}, b"token tok of tok-2")) as (url, _):
+            with pytest.raises(UserError, match=re.escape(expected)):
+                written(url, tmp_path / key, endpoint={"key_env": "LOCAL_KEY"})

@@ -128,6 +128,9 @@ def test_the_real_encoders_members_give_nearly_its_embeddings(minilm, reviews, t
     assert abs(rows["layers-3-int8"]["cosine_distance"] - rows["layers-3"]["cosine_distance"]) < 0.01
     member = AutoModel.from_pretrained(folder / "members" / "layers-3")
     assert member.config.num_hidden_layers == 3 and member.config.hidden_size == 384
+    for name in ("layers-3", "layers-3-int8"):  # what sentence-transformers reads of the parent, it reads of them
+        for file in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+            assert (folder / "members" / name / file).read_bytes() == (minilm / file).read_bytes()
     card = (folder / "members" / "layers-3" / "README.md").read_text()
     assert "feature-extraction" in card and "AutoModel.from_pretrained" in card and 'license: "apache-2.0"' in card
 

@@ -22,9 +22,9 @@ pytestmark = [
 SAID = {
     "03": (("plan recipe.yaml", 0, "half"), ("run recipe.yaml", 0, "half")),
     "04": (("plan recipe.yaml", 0, r"\[\["), ("run recipe.yaml", 0, "half")),
-    "07": (("run recipe.yaml", 0, "half"), ("run text.yaml", 0, "half"), ("run prompts.yaml", 0, "half")),
-    "08": (("plan recipe.yaml", 0, "passages"), ("run recipe.yaml", 0, "half")),
-    "09": (("plan folder.yaml", 0, "4 files"), ("run folder.yaml", 0, "half"), ("run pattern.yaml", 0, "half")),
+    "07": (("run recipe.yaml", 0, "half"), ("run text.yaml --output text", 0, "half"), ("run prompts.yaml --output prompts", 0, "half")),
+    "08": (("plan recipe.yaml", 0, "cut at paragraphs: train"), ("run recipe.yaml", 0, "half")),
+    "09": (("plan folder.yaml", 0, "4 files"), ("run folder.yaml", 0, "half"), ("run pattern.yaml --output pattern", 0, "half")),
     "10": (
         ("plan recipe.yaml", 2, r"train\.jsonl:1: the label -1.*unlabelled"),
         ("plan unlabelled.yaml", 2, r"test-unlabelled\.jsonl:1: the label -1"),
@@ -126,7 +126,7 @@ def _has_no_mark(folder):
     from cascade.models.checkpoint import load_tokenizer, resolve_model
 
     tokenizer = load_tokenizer(resolve_model(str(folder / "model")))
-    for stage in folder.glob("runs/*/stages/parent.data-*/train.safetensors"):
+    for stage in [*folder.glob("**/stages/parent.data-*/train.safetensors")]:
         text = tokenizer.decode(load_blocks(stage).input_ids.flatten())
         assert "\ufeff" not in text and "\r" not in text
 

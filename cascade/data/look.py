@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cascade.data.messages import Example, conversation_examples, require_chat, shown_tokens
 from cascade.data.sources import TextData, cuts_passages, documents_of, passages_of
 from cascade.errors import UserError
+from cascade.models.vocabulary import require_ids, tokens_beyond
 from cascade.paths import ignored_files
 
 _STREAMED_ROWS = 5000
@@ -20,24 +23,31 @@ _NAMED = 20
 """Rows that cannot be used, of those that are named."""
 
 
-def look_at(data: TextData, name: str, names: Sequence[str], tokenizer: Any | None) -> dict[str, Any]:
+def look_at(
+    data: TextData, name: str, names: Sequence[str], tokenizer: Any | None, vocab_size: int | None = None
+) -> dict[str, Any]:
     """The files of one key of the recipe, 'data.`name`': {'files', 'rows', 'skipped', 'named', ...}.
 
     All rows are read (of streamed text the first thousands), and conversations tried with the chat template: all of the
-    first thousand and a sample of the later ones.
+    first thousand and a sample of the later ones. `vocab_size` are the ids that all models have.
 
     Raises:
-        UserError: the files cannot be read, or too many rows of them cannot be used.
+        UserError: the files cannot be read, too many rows of them cannot be used, or what a template writes, or
+            streamed text, has a token beyond `vocab_size`.
     """
     key, bad = f"data.{name}", data.bad_row_counter()
     if data.messages_field and tokenizer is not None:
         require_chat(tokenizer, key, template=data.chat_template)
     tried, refused, example, documents = 0, 0, None, 0
     whole = True
+    beyond = tokens_beyond(tokenizer, vocab_size) if vocab_size and tokenizer is not None else {}
     for documents, (place, document) in enumerate(documents_of(data, names, bad, key=key), start=1):
         if data.streaming and documents > _STREAMED_ROWS:
             whole = False
             break
+        if isinstance(document, str) and vocab_size and data.streaming:
+            ids = [number for number, token in beyond.items() if token in document]
+            require_ids(torch.tensor(ids, dtype=torch.int64), vocab_size, tokenizer, str(place))
         if isinstance(document, str) or tokenizer is None or (documents - 1) % (1 + documents // _EVERY):
             continue
         tried += 1
@@ -47,6 +57,10 @@ def look_at(data: TextData, name: str, names: Sequence[str], tokenizer: Any | No
         except UserError as error:
             refused += 1
             bad.skip(place, str(error), key=key)
+            continue
+        if beyond and vocab_size:
+            ids = [number for one in found for number in one.ids]
+            require_ids(torch.tensor(ids, dtype=torch.int64), vocab_size, tokenizer, str(place))
     rows = sum(bad.last_row.values())
     named = bad.named()
     share = (len(named) - refused) / max(1, rows) + refused / max(1, tried)

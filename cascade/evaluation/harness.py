@@ -79,6 +79,8 @@ def run_tasks(
         UserError: a task is unknown, or may not run.
     """
     results = TaskResults([], {}, {})
+    if tasks:
+        _tell_suffix(tokenizer, model)
     options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed}
     for name, task in zip(tasks, find_tasks(tasks, task_folders), strict=True):
         own = None if kept is None else kept / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
@@ -109,6 +111,23 @@ def run_tasks(
             else:
                 results.raw.setdefault(key, value)
     return results
+
+
+def _tell_suffix(tokenizer: Any, model: Any) -> None:
+    """Log, once a process, that lm-eval's contexts end with a token that the tokenizer writes behind each text."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    suffix = ids[-1] if len(ids) > 1 and ids[-1] in tokenizer.all_special_ids else None
+    if suffix is not None and model.can_generate():
+        _tell_once(str(tokenizer.convert_ids_to_tokens(suffix)))
+
+
+@lru_cache(maxsize=8)
+def _tell_once(token: str) -> None:
+    logger.warning(
+        "the tokenizer writes '%s' behind every text, and lm-eval does so behind a task's contexts: a continuation is "
+        "scored from its second token on, and with this token at its end; scores of tasks are the harness's as it is",
+        token,
+    )
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

@@ -47,6 +47,8 @@ def model_class_of(config: Any) -> Any:
     )
 
 
+SINGLE_LABEL = "single_label_classification"
+
 CLASSIFIERS = {
     "text_classification": ("ForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "image_classification": ("ForImageClassification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
@@ -67,6 +69,8 @@ def as_classifier(config: Any, task: str, classes: Sequence[str], place: str) ->
         )
     kind: Any = known[type(config)]
     config.architectures = [(kind[0] if isinstance(kind, tuple) else kind).__name__]
+    if getattr(config, "problem_type", None) is not None:
+        config.problem_type = SINGLE_LABEL  # what an earlier head was for
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
     return config
@@ -112,6 +116,28 @@ def require_masked(config: Any, place: str) -> None:
         raise UserError(
             f"{place}: {', '.join(config.architectures or ['no architecture'])} has no head for hidden tokens; "
             "task: masked_language needs a ForMaskedLM model"
+        )
+    if getattr(config, "is_decoder", False):
+        raise UserError(
+            f"{place}: is_decoder: true: it guesses a hidden token by what stands before it alone; task: "
+            "masked_language needs a model that reads both sides (is_decoder: false, if it was trained so)"
+        )
+
+
+def require_single_label(config: Any, task: str, place: str) -> None:
+    """Refuse a classifier whose outputs are not the logits of classes of which a text, or an image, has exactly one.
+
+    Raises:
+        UserError: it gives each class a probability of its own, or a number.
+    """
+    what = "image" if task == "image_classification" else "text"
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, SINGLE_LABEL):
+        raise UserError(f"{place}: problem_type: {problem}; task {task} is for one class per {what}")
+    if config.num_labels == 1:
+        raise UserError(
+            f"{place}: num_labels: 1, which is a number to transformers (regression); task {task} is for one class per "
+            f"{what}, of two or more"
         )
 
 

@@ -51,8 +51,8 @@ def allow_private() -> None:
     _private_allowed = True
 
 
-def check_endpoint(endpoint: Endpoint) -> str:
-    """The key, or '' where none is asked for; refuses addresses that no key should be sent to.
+def check_endpoint(endpoint: Endpoint, *, needs_key: bool = True) -> str:
+    """The key, or '' where none is asked for or needed; refuses addresses that no key should be sent to.
 
     Raises:
         UserError: the address is not https, on a network that was not allowed, or of no machine that is asked; the
@@ -76,7 +76,7 @@ def check_endpoint(endpoint: Endpoint) -> str:
         require_address(text, endpoint.url, here)
     if parts.scheme == "http" and not here and not endpoint.allow_http:
         raise UserError(f"{place}: plain http would show key and text to the network; use https, or allow_http: true")
-    return _key(endpoint.key_env, host, here) if endpoint.key_env else ""
+    return _key(endpoint.key_env, host, here) if endpoint.key_env and needs_key else ""
 
 
 def is_here(url: str) -> bool:

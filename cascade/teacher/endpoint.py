@@ -6,6 +6,7 @@ one that holds the key is not kept.
 
 import json
 import random
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,7 +18,7 @@ import requests
 
 from cascade.errors import RunError, UserError
 from cascade.recipe.generate import Endpoint
-from cascade.secrets import is_key
+from cascade.secrets import is_key, is_placeholder
 from cascade.teacher.address import check_endpoint, is_here, require_address
 from cascade.teacher.answers import HOLDS_KEY, Answer, AnswerLog, Request
 from cascade.teacher.deadline import PromptSession
@@ -65,9 +66,11 @@ def ask(
         BudgetSpent, EndpointError: with the first of them no more is sent; what is under way is waited for.
         UserError: no key, a wrong one, or an unknown model.
     """
+    missing = [one for one in wanted if one.key not in log.answers]
+    if not missing:
+        return []
     told = any(one.logprobs for one in log.answers.values())
     client = _Client(endpoint, check_endpoint(endpoint), spending, sampling, told)
-    missing = [one for one in wanted if one.key not in log.answers]
     done = len(wanted) - len(missing)
     refused: list[Answer] = []
     lock = threading.Lock()
@@ -289,4 +292,16 @@ class _Client:
         return f"{status} {self._clean(body.decode(errors='replace'))[:300]}".strip()
 
     def _clean(self, text: str) -> str:
-        return text.replace(self.secret, "[key]") if self.secret else text
+        """A server's words without the key, also as JSON or Python write it; a short key is taken out as a word."""
+        if not self.key or is_placeholder(self.key):
+            return text
+        as_json = json.dumps(self.key)[1:-1]
+        in_go = "".join(f"\\u{ord(sign):04x}" if sign in "<>&" else sign for sign in as_json)
+        forms = {self.key, as_json, in_go, as_json.replace("/", "\\/"), repr(self.key)[1:-1]}
+        forms |= {
+            escaped for form in forms for escaped in (form.replace("\\", "\\\\"), json.dumps(form)[1:-1])
+        }  # a body in the text of another
+        for form in sorted(forms, key=len, reverse=True):
+            sign = re.escape(form)
+            text = re.sub(sign if self.secret else rf"(?<![\w-]){sign}(?![\w-])", "[key]", text)
+        return text

@@ -93,19 +93,20 @@ def require_every_split(prompts: Sequence[Prompt]) -> None:
         )
 
 
-def planned(settings: Generate, num_prompts: int) -> dict[str, Any]:
-    """How much would be asked, of whom, and what the answers may cost at most, without asking.
+def planned(settings: Generate, num_prompts: int, missing: int) -> dict[str, Any]:
+    """How much would be asked, of whom, and what the `missing` answers may cost at most, without asking.
 
     Raises:
-        UserError: the endpoint's address or its key cannot be used.
+        UserError: the endpoint's address, or the key that the missing answers need, cannot be used.
     """
     endpoint = settings.endpoint
-    most = num_prompts * settings.answers * settings.max_new_tokens
+    most = missing * settings.max_new_tokens
     if endpoint is not None:
-        check_endpoint(endpoint)
+        check_endpoint(endpoint, needs_key=missing > 0)
     return {
         "prompts": num_prompts,
         "answers": num_prompts * settings.answers,
+        "missing": missing,
         "max_new_tokens": settings.max_new_tokens,
         "teacher": settings.teacher if endpoint is None else f"{endpoint.model} at {endpoint.url}",
         "money": 0.0 if endpoint is None else most * endpoint.budget.price_per_million_answer / 1e6,
@@ -135,6 +136,27 @@ def is_chat(settings: Generate, tokenizer: Any | None) -> bool:
     return template if settings.chat is None else settings.chat
 
 
+def wanted_answers(
+    settings: Generate, prompts: Sequence[Prompt], *, seed: int, tokenizer: Any | None = None, digest: str = ""
+) -> list[Request]:
+    """Every answer to ask for; `tokenizer` and `digest` are those of a teacher here.
+
+    Raises:
+        UserError: see `is_chat`.
+    """
+    endpoint, chat = settings.endpoint, is_chat(settings, tokenizer)
+    sampling: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p}
+    who: dict[str, Any] = {"seed": seed, "chat": chat, "max_new_tokens": settings.max_new_tokens} | sampling
+    if endpoint is not None:
+        who |= endpoint.model_dump(include={"url", "model", "api", "extra_body"})
+        who |= {"top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {}
+    elif tokenizer is not None:
+        who |= {"teacher": digest, "top_k": settings.top_k, "batch_size": settings.batch_size}
+        prefix, _ = written_around(tokenizer)
+        who |= {"prefix": prefix} if prefix and not chat else {}
+    return requests_of(prompts, settings.answers, who)
+
+
 def generate(
     settings: Generate,
     prompts: Sequence[Prompt],
@@ -158,17 +180,10 @@ def generate(
     endpoint = settings.endpoint
     if (teacher is None) == (endpoint is None):
         raise ValueError("text comes either from a teacher here or from an endpoint")
-    chat = is_chat(settings, teacher.tokenizer if teacher else None)
+    tokenizer, digest = (teacher.tokenizer, teacher.digest) if teacher else (None, "")
+    chat = is_chat(settings, tokenizer)
     sampling: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p}
-    who: dict[str, Any] = {"seed": seed, "chat": chat, "max_new_tokens": settings.max_new_tokens} | sampling
-    if endpoint is not None:
-        who |= endpoint.model_dump(include={"url", "model", "api", "extra_body"})
-        who |= {"top_logprobs": endpoint.top_logprobs} if endpoint.top_logprobs else {}
-    elif teacher is not None:
-        who |= {"teacher": teacher.digest, "top_k": settings.top_k, "batch_size": settings.batch_size}
-        prefix, _ = written_around(teacher.tokenizer)
-        who |= {"prefix": prefix} if prefix and not chat else {}
-    wanted = requests_of(prompts, settings.answers, who)
+    wanted = wanted_answers(settings, prompts, seed=seed, tokenizer=tokenizer, digest=digest)
     log = AnswerLog(folder / "answers.jsonl")
     log.on_added = Watch(settings, [log.answers[one.key] for one in wanted if one.key in log.answers]).look
 
