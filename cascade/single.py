@@ -235,12 +235,13 @@ def named_text(data: str | None, reference: str) -> str:
     Raises:
         UserError: nothing says which text the model is meant for.
     """
-    if data is None and reference != PICO:
+    data = (data or "").strip()
+    if not data and reference != PICO:
         raise UserError(
             f"--data is missing: give text like that which {reference} was trained on (a JSONL(.gz), Parquet or text "
             f"file), as all figures depend on it; --data {STDLIB} takes the source code of Python's standard library"
         )
-    return STDLIB if data is None else data
+    return data or STDLIB
 
 
 def told_text(data: str) -> str:

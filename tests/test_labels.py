@@ -157,9 +157,12 @@ def test_the_plan_says_which_classes_of_the_parent_numbers_are(reviews, tmp_path
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
         source = load_recipe(reviews).parent.model
         (tmp_path / "parent" / name).write_bytes((ROOT / source / name).read_bytes())
-    labelled(tmp_path / "a.jsonl", [0, 1])
+    for split in ("train", "selection", "heldout"):
+        labelled(tmp_path / f"{split}.jsonl", [0, 1])
+        rows = (tmp_path / f"{split}.jsonl").read_text().replace('"text ', f'"{split} ')
+        (tmp_path / f"{split}.jsonl").write_text(rows)
     changes = ["members=[]", "finish=[]", "baselines=[]", "data.unlabelled=[]", f"parent={tmp_path / 'parent'}"]
-    changes += [f"data.{split}={tmp_path / 'a.jsonl'}" for split in ("train", "selection", "heldout")]
+    changes += [f"data.{split}={tmp_path / split}.jsonl" for split in ("train", "selection", "heldout")]
     found = preview(load_recipe(reviews, changes), tmp_path / "run")
     assert found["data"]["labels_read"] == "0 is negative, 1 is positive"
     assert found["data"]["classes"] == ["0", "1"]

@@ -36,8 +36,9 @@ def test_the_model_of_the_package_is_measured_on_its_own_text_and_the_result_say
     shown = CliRunner().invoke(main, ["evaluate", "builtin:pico-python", "--heldout-blocks", "2", "--block-size", "32"])
     assert "text: stdlib (source code of Python's standard library)" in shown.output, shown.output
     assert named_text(None, "builtin:pico-python") == "stdlib"
-    with pytest.raises(UserError, match="--data is missing"):
-        named_text(None, "runs/pico-python/members/half")
+    for empty in (None, "", " "):
+        with pytest.raises(UserError, match="--data is missing"):
+            named_text(empty, "runs/pico-python/members/half")
 
 
 def test_the_text_that_is_named_is_the_one_that_is_measured_and_told(tiny_parent, tmp_path):

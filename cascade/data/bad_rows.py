@@ -17,6 +17,16 @@ _LEAST_ROWS = 200
 """Where only the start of the files was read, a share is counted of at least so many rows."""
 
 
+_told: set[str] = set()
+
+
+def tell_once(log: logging.Logger, sentence: str) -> None:
+    """Warn, unless this process has said the same before: every stage reads the data again."""
+    if sentence not in _told:
+        _told.add(sentence)
+        log.warning("%s", sentence)
+
+
 @dataclass
 class BadRows:
     """What was read, and which rows of it were left out. Files may be read again; no row counts twice."""
@@ -78,7 +88,7 @@ class BadRows:
             )
         count = sum(map(len, self.reasons.values()))
         if count > self.num_told:
-            logger.warning("%s; left out", told)
+            tell_once(logger, f"{told}; left out")
             self.num_told = count
 
     def named(self, files: Iterable[str] | None = None) -> list[dict[str, str]]:

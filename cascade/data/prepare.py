@@ -86,6 +86,7 @@ def prepare_blocks(
     shares = [weight / sum(data.weights) for weight in data.weights]
     limits = [None if max_blocks is None else max(1, round(share * max_blocks)) for share in shares]
     files = data.files["train"]
+    data.parts_of(files, name)  # no file in two sources
     return mixed([packed((file,), limit) for file, limit in zip(files, limits, strict=True)], shares, max_blocks)
 
 

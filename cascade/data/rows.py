@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from cascade.errors import UserError
-from cascade.paths import KINDS, ROWS, TABLE, kind_of
+from cascade.paths import ROWS, TABLE, kind_of, require_kind
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -67,8 +67,7 @@ def read_rows(path: str, fields: Sequence[str], *, key: str = "data", after: tup
     kind = kind_of(path)
     if not Path(path).is_file():
         raise UserError(f"{key}: {path}: no such file")
-    if not kind:
-        raise UserError(f"{key}: {path}: unknown kind of file; known: {', '.join(KINDS)} (also .gz)")
+    require_kind(path, key)
     reader = _table if kind == TABLE else _json if kind == ROWS else _text
     try:
         yield from reader(path, fields, after)
@@ -216,7 +215,7 @@ def _records(path: str, after: tuple[int, int]) -> Iterator[tuple[Place, Any, in
         if start.startswith(b"["):
             whole = True
         else:  # objects may be written over several lines each
-            whole = kind_of(path) == ROWS and ".json" in Path(path).suffixes and bool(start) and not _is_whole(start)
+            whole = ".json" in Path(path).suffixes[-2:] and bool(start) and not _is_whole(start)
         file.seek(0)
         yield from _values(path, file, after[0]) if whole else _lines(path, file, after)
 

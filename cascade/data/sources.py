@@ -13,7 +13,7 @@ from cascade.data.splits import SPLIT_SHARE, SPLITS, drop_near_copies, split_of_
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
 from cascade.errors import UserError
 from cascade.models.hub import bound_waiting, hub_cause
-from cascade.paths import files_of
+from cascade.paths import distinct_files
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class TextData:
 
     def parts_of(self, names: Sequence[str], key: str = "data") -> list[str]:
         """The files that names of a split stand for, in the order in which they are read; of the hub the names."""
-        return list(names) if self.source == "hub" else [file for name in names for file in files_of(name, key)]
+        return list(names) if self.source == "hub" else distinct_files(names, key)
 
     def places_of(self, names: Sequence[str]) -> list[str]:
         """The `Place.file` of all rows that are read for names of a split."""
@@ -289,9 +289,14 @@ def _placed_passages(
 
 def kept_elsewhere(data: TextData, split: str) -> frozenset[str]:
     """Texts of files of later splits: what stands in two splits belongs to the one that needs it untouched more."""
-    own = data.own_splits
-    above = SPLITS[SPLITS.index(split) + 1 :] if split in own else [name for name in SPLITS if name != "train"]
-    return frozenset(_as_text(one) for name in above if name in own for _, one in documents_of(data, own[name]))
+    own, above = data.own_splits, splits_above(data, split)
+    return frozenset(_as_text(one) for name in above for _, one in documents_of(data, own[name], key=f"data.{name}"))
+
+
+def splits_above(data: TextData, split: str) -> list[str]:
+    """The splits with files of their own that need what stands in them untouched more than this one does."""
+    above = SPLITS[SPLITS.index(split) + 1 :] if split in data.own_splits else SPLITS[1:]
+    return [name for name in above if name in data.own_splits]
 
 
 def belongs(data: TextData, split: str, document: Any, elsewhere: frozenset[str]) -> bool:
