@@ -136,7 +136,10 @@ def test_a_parents_classes_are_met_by_their_names_or_by_their_places():
 @pytest.mark.parametrize(
     ("config", "classes", "message"),
     [
-        (config_of("World", "Sports", "Business", "Sci"), ["1", "2", "3", "4"], "numbers, and count from 0"),
+        (config_of("World", "Sports", "Business", "Sci"), ["1", "2", "3", "4"], "the data 4 .*: count from 0"),
+        (config_of("a", "b", "c", "d"), ["1", "2", "4"], r"the data 3 \(1, 2, 4\).*4 would be class 5: count from 0"),
+        (config_of("a", "b"), ["3", "7"], r"the data 2 \(3, 7\). Write the labels as the parent does"),
+        (config_of("LABEL_0"), ["0", "1"], "one output: it is a regression, which this task does not do"),
         (config_of("a", "b", "c"), ["0", "1"], r"parent: 3 classes \(a, b, c\), the data 2"),
         (config_of("LABEL_0", "LABEL_1"), ["negative", "positive"], "its classes are LABEL_0, LABEL_1; the data's"),
         (config_of("1", "2"), ["0", "1"], "Whether a number is a name or a place there cannot be told"),

@@ -94,7 +94,7 @@ def test_of_parquet_only_the_wanted_columns_are_read(tmp_path):
     with pytest.raises(
         UserError, match=r"a.parquet: no field 'body'; it has: text, other, messages. Set data.text_field"
     ):
-        list(require_fields(read_rows(str(tmp_path / "a.parquet"), ["body"]), {"body": "data.text_field"}))
+        list(require_fields(read_rows(str(tmp_path / "a.parquet"), ["body"]), {"body": "Set data.text_field"}))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "list", "parquet", "txt"])

@@ -35,6 +35,8 @@ class BadRows:
     """'skip' or 'stop', as `data.bad_rows`"""
     most: float = 0.01
     """The largest share that is left out, as `data.max_bad_rows`"""
+    recipe: bool = True
+    """Whether messages may name a recipe's keys"""
     last_row: dict[str, int] = field(default_factory=dict)
     """By file: the number of the last row that was read"""
     num_empty: dict[str, int] = field(default_factory=dict)
@@ -82,9 +84,13 @@ class BadRows:
         first = self.named(names)[0]
         told = f"{key}: {bad:,} of {rows:,} rows cannot be used, the first: {first['place']}: {first['reason']}"
         if share > self.most:
+            allows, more = (
+                ("data.max_bad_rows allows", ", or raise data.max_bad_rows to leave them out")
+                if self.recipe
+                else ("a command leaves out at most", "")
+            )
             raise UserError(
-                f"{told}. That is {share:.1%}, and data.max_bad_rows allows {self.most:.1%}; mend or remove these "
-                "rows, or raise data.max_bad_rows to leave them out"
+                f"{told}. That is {share:.1%}, and {allows} {self.most:.1%}; mend or remove these rows{more}"
             )
         count = sum(map(len, self.reasons.values()))
         if count > self.num_told:

@@ -213,8 +213,8 @@ def _labels(raw: Sequence[Raw], classes: Sequence[str]) -> Tensor:
 
 def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows, *, key: str) -> list[Raw]:
     field = data.image_field if data.images else data.text.text_field
-    fields = {field: "data.image_field" if data.images else "data.text_field"}
-    fields |= {data.label_field: "data.label_field"} if labelled else {}
+    fields = {field: "Set data.image_field" if data.images else "Set data.text_field"}
+    fields |= {data.label_field: "Set data.label_field"} if labelled else {}
     found: list[Raw] = []
     unlabelled: Place | None = None
     for place, values, _ in part_rows(data.text, part, fields, key=key):

@@ -44,7 +44,7 @@ def prepare_blocks(
     bad = data.bad_row_counter() if bad is None else bad
 
     def packed(only: tuple[str, ...] | None, limit: int | None) -> TokenBlocks:
-        placed = read_placed(data, split, only=only, bad=bad)
+        placed = read_placed(data, split, only=only, bad=bad, key=name)
         documents: list[Any] = [document for _, document in placed]
         options: dict[str, Any] = {"block_size": block_size, "max_blocks": limit, "document_masks": document_masks}
         options |= {"framing": framing}

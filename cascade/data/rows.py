@@ -78,7 +78,7 @@ def read_rows(path: str, fields: Sequence[str], *, key: str = "data", after: tup
 
 
 def require_fields(rows: Iterable[Row], fields: dict[str, str], *, key: str = "data") -> Iterator[Row]:
-    """The rows, if some of the first thousand have each of the fields: {field: the recipe's key that names it}.
+    """The rows, if some of the first thousand have each of the fields: {field: what to do without it}.
 
     Raises:
         UserError: a field is in none of these rows; those that the file has are named.
@@ -122,10 +122,10 @@ def field_names(path: str) -> list[str]:
 
 
 def _lacks(file: str, missing: dict[str, str], key: str) -> str:
-    field, told = next(iter(missing.items()))
+    field, remedy = next(iter(missing.items()))
     names = field_names(file) if Path(file).is_file() else []
     has = f"; it has: {', '.join(names)}" if names else ""
-    return f"{key}: {file}: no field '{field}'{has}. Set {told}."
+    return f"{key}: {file}: no field '{field}'{has}. {remedy}."
 
 
 class _Malformed(Exception):
