@@ -67,16 +67,19 @@ def numbered_classes(config: Any, classes: Sequence[str]) -> list[str]:
     names = [str(config.id2label[number]) for number in range(config.num_labels)]
     numbers = all(is_number(name) for name in classes)
     count = max(map(int, classes)) + 1 if numbers and set(names) != set(classes) else len(classes)
+    if len(names) == 1:
+        raise UserError("parent: it has one output: it is a regression, which this task does not do")
     told = f"parent: its classes are {', '.join(names[:9])}; the data's are {', '.join(classes[:9])}"
     if len(names) != count:
+        largest = count - 1
         hint = (
-            f" The data's labels are numbers, and count from 0: the largest stands for class {count}; name them as the "
-            "parent does."
-            if numbers and len(names) == len(classes)
-            else ""
+            f"Labels that are numbers count from 0, and {largest} would be class {count}: count from 0"
+            if numbers and largest == len(names)
+            else "Write the labels as the parent does"
         )
         raise UserError(
-            f"parent: {len(names)} classes ({', '.join(names[:9])}), the data {count} ({', '.join(classes[:9])}).{hint}"
+            f"parent: {len(names)} classes ({', '.join(names[:9])}), the data {len(classes)} "
+            f"({', '.join(classes[:9])}). {hint}"
         )
     if len(set(names)) < len(names):
         raise UserError(f"{told}. Two of the parent's have one name")
@@ -86,7 +89,7 @@ def numbered_classes(config: Any, classes: Sequence[str]) -> list[str]:
             raise UserError(f"{told}. The parent's config contradicts itself: label2id is not id2label at '{wrong[0]}'")
         return names
     if not numbers:
-        raise UserError(told)
+        raise UserError(f"{told}. Write the labels as the parent does")
     places = [str(number) for number in range(len(names))]
     if names != places and any(is_number(name) for name in names):
         raise UserError(f"{told}. Whether a number is a name or a place there cannot be told; write the parent's names")

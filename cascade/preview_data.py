@@ -72,7 +72,7 @@ def data_lines(found: dict[str, Any]) -> list[str]:
     example = next((one["example"] for one in found["files"].values() if one.get("example")), None)
     if example:
         lines.append(
-            f"The first conversation; what counts for the loss stands between ⟦ and ⟧:\n{example_text(example)}"
+            f"The first conversation; what counts for the loss stands between [[ and ]]:\n{example_text(example)}"
         )
     if found["classes"]:
         lines.append(f"{len(found['classes'])} classes: {', '.join(found['classes'])[:200]}.")

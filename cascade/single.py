@@ -204,7 +204,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(source)
     framing = _framing(teacher_source or source, data, block_size)
     text = replace(_text(data), begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix))
-    heldout = heldout_blocks(text, tokenizer, block_size=block_size, max_blocks=num_blocks)
+    heldout = heldout_blocks(text, tokenizer, block_size=block_size, max_blocks=num_blocks, name="--data (heldout)")
     require_ids(heldout.input_ids, common, tokenizer, "--data (heldout)")
     if teacher_source is not None:
         expert = load_model(teacher_source).to(default_device())
@@ -235,12 +235,13 @@ def named_text(data: str | None, reference: str) -> str:
     Raises:
         UserError: nothing says which text the model is meant for.
     """
-    if data is None and reference != PICO:
+    data = (data or "").strip()
+    if not data and reference != PICO:
         raise UserError(
             f"--data is missing: give text like that which {reference} was trained on (a JSONL(.gz), Parquet or text "
             f"file), as all figures depend on it; --data {STDLIB} takes the source code of Python's standard library"
         )
-    return STDLIB if data is None else data
+    return data or STDLIB
 
 
 def told_text(data: str) -> str:
@@ -288,7 +289,8 @@ def _framing(source: ModelSource, data: str, block_size: int, *, ask: bool = Tru
 def _blocks(
     data: str, split: str, source: ModelSource, block_size: int, framing: Framing, vocab_size: int | None = None
 ) -> TokenBlocks:
-    texts, name = read_documents(_text(data), split), f"--data ({split})"
+    name = f"--data ({split})"
+    texts = read_documents(_text(data), split, key=name)
     rows = int(load_config(source).get_text_config().vocab_size)
     tokenizer = load_tokenizer(source, vocab_size=rows)
     blocks = pack_documents(texts, tokenizer, block_size=block_size, max_blocks=50_000, framing=framing, name=name)
@@ -297,7 +299,7 @@ def _blocks(
 
 
 def _text(data: str) -> TextData:
-    return TextData("stdlib", {}) if data == STDLIB else TextData("files", {"train": (data,)})
+    return TextData("stdlib", {}) if data == STDLIB else TextData("files", {"train": (data,)}, recipe=False)
 
 
 def _save(model: Any, folder: Path, source: ModelSource) -> None:

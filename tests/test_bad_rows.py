@@ -18,6 +18,7 @@ from cascade.data.rows import Place
 from cascade.data.sources import TextData, read_documents
 from cascade.errors import UserError
 from cascade.models.checkpoint import BUILTIN_FOLDER, copy_companions, load_tokenizer, resolve_model
+from cascade.preview_data import data_lines
 from cascade.recipe.load import load_recipe
 from cascade.report.skipped import merged_skipped
 from cascade.run import run_recipe
@@ -264,3 +265,12 @@ def test_plan_and_report_of_a_run_name_the_rows_that_were_left_out(tiny_parent, 
     report = (folder / "report.md").read_text()
     assert "## Rows left out" in report and "2 of 402 rows left out" in report
     assert "chat.jsonl:51" in report and "chat.jsonl:402" in report
+
+
+def test_the_legend_of_a_plan_names_the_signs_that_its_example_has():
+    found = {"example": [["question", False], ["answer", True]]}
+    lines = data_lines(
+        {"files": {"train": found | {"skipped": 0}}, "passages": None, "classes": None}
+        | dict.fromkeys(("labels_read", "prompts"))
+    )
+    assert lines == ["The first conversation; what counts for the loss stands between [[ and ]]:\nquestion[[answer]]"]

@@ -136,7 +136,10 @@ def test_a_parents_classes_are_met_by_their_names_or_by_their_places():
 @pytest.mark.parametrize(
     ("config", "classes", "message"),
     [
-        (config_of("World", "Sports", "Business", "Sci"), ["1", "2", "3", "4"], "numbers, and count from 0"),
+        (config_of("World", "Sports", "Business", "Sci"), ["1", "2", "3", "4"], "the data 4 .*: count from 0"),
+        (config_of("a", "b", "c", "d"), ["1", "2", "4"], r"the data 3 \(1, 2, 4\).*4 would be class 5: count from 0"),
+        (config_of("a", "b"), ["3", "7"], r"the data 2 \(3, 7\). Write the labels as the parent does"),
+        (config_of("LABEL_0"), ["0", "1"], "one output: it is a regression, which this task does not do"),
         (config_of("a", "b", "c"), ["0", "1"], r"parent: 3 classes \(a, b, c\), the data 2"),
         (config_of("LABEL_0", "LABEL_1"), ["negative", "positive"], "its classes are LABEL_0, LABEL_1; the data's"),
         (config_of("1", "2"), ["0", "1"], "Whether a number is a name or a place there cannot be told"),
@@ -157,9 +160,12 @@ def test_the_plan_says_which_classes_of_the_parent_numbers_are(reviews, tmp_path
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
         source = load_recipe(reviews).parent.model
         (tmp_path / "parent" / name).write_bytes((ROOT / source / name).read_bytes())
-    labelled(tmp_path / "a.jsonl", [0, 1])
+    for split in ("train", "selection", "heldout"):
+        labelled(tmp_path / f"{split}.jsonl", [0, 1])
+        rows = (tmp_path / f"{split}.jsonl").read_text().replace('"text ', f'"{split} ')
+        (tmp_path / f"{split}.jsonl").write_text(rows)
     changes = ["members=[]", "finish=[]", "baselines=[]", "data.unlabelled=[]", f"parent={tmp_path / 'parent'}"]
-    changes += [f"data.{split}={tmp_path / 'a.jsonl'}" for split in ("train", "selection", "heldout")]
+    changes += [f"data.{split}={tmp_path / split}.jsonl" for split in ("train", "selection", "heldout")]
     found = preview(load_recipe(reviews, changes), tmp_path / "run")
     assert found["data"]["labels_read"] == "0 is negative, 1 is positive"
     assert found["data"]["classes"] == ["0", "1"]

@@ -36,8 +36,9 @@ def test_the_model_of_the_package_is_measured_on_its_own_text_and_the_result_say
     shown = CliRunner().invoke(main, ["evaluate", "builtin:pico-python", "--heldout-blocks", "2", "--block-size", "32"])
     assert "text: stdlib (source code of Python's standard library)" in shown.output, shown.output
     assert named_text(None, "builtin:pico-python") == "stdlib"
-    with pytest.raises(UserError, match="--data is missing"):
-        named_text(None, "runs/pico-python/members/half")
+    for empty in (None, "", " "):
+        with pytest.raises(UserError, match="--data is missing"):
+            named_text(empty, "runs/pico-python/members/half")
 
 
 def test_the_text_that_is_named_is_the_one_that_is_measured_and_told(tiny_parent, tmp_path):
@@ -64,3 +65,18 @@ def test_models_that_predict_no_next_token_are_not_trained_or_measured_as_if_the
     done = invoke(command, tmp_path / "model", tmp_path, "--data", "stdlib")
     assert done.exit_code == 2, done.output
     assert f"{kind.__name__} does not predict the next token" in done.stderr and "`task:`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"body": "a"}] * 9, r"--data \((calibration|heldout)\): .*no field 'text'.*Rename the field .* to 'text'"),
+        ([{"text": None}] * 9, r"--data .*9 of 9 rows cannot be used.*a command leaves out at most 1.0%"),
+        ([{"text": "a"}], r"--data .*: (no documents|\d+ tokens do not fill)"),
+    ],
+)
+def test_messages_of_a_command_name_its_option_and_no_key_of_a_recipe(tiny_parent, tmp_path, rows, message):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=message) as error:
+        evaluate_model(str(tiny_parent), [], [], None, None, 2, str(tmp_path / "a.jsonl"), 32)
+    assert "data.text_field" not in str(error.value) and "data.max_bad_rows" not in str(error.value)

@@ -94,7 +94,7 @@ def test_of_parquet_only_the_wanted_columns_are_read(tmp_path):
     with pytest.raises(
         UserError, match=r"a.parquet: no field 'body'; it has: text, other, messages. Set data.text_field"
     ):
-        list(require_fields(read_rows(str(tmp_path / "a.parquet"), ["body"]), {"body": "data.text_field"}))
+        list(require_fields(read_rows(str(tmp_path / "a.parquet"), ["body"]), {"body": "Set data.text_field"}))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "list", "parquet", "txt"])
@@ -179,13 +179,13 @@ def test_a_pattern_counts_from_the_recipes_folder_whatever_its_name(shards, tiny
         ("empty", r"data.train: .*empty: no file of data in this folder; known kinds: .jsonl"),
         (
             "",
-            r"data.train: .*files of several kinds are in this folder: 3 of JSON \(a.jsonl\), 1 of text \(README.md\)",
+            r"data.train: .*files of several kinds are in this folder: 3 of JSON \(a.jsonl\), 1 of text \(notes.md\)",
         ),
     ],
 )
 def test_what_no_file_or_several_kinds_of_files_stand_for_is_refused(shards, entry, message, monkeypatch):
     (shards / "empty").mkdir()
-    (shards / "README.md").write_text("no text to train on")
+    (shards / "notes.md").write_text("text to train on")
     monkeypatch.chdir(shards)
     with pytest.raises(UserError, match=message):
         files_of(entry or ".", "data.train")
@@ -288,5 +288,5 @@ def test_the_plan_counts_the_files_of_a_folder_and_names_those_it_passes_over(sh
     lines = look_text("train", look_at(data, "train", data.files["train"], None))
     assert lines == [
         "data.train: 3 files (2 .jsonl, 1 .jsonl.gz), 3 rows.",
-        "data.train: 1 files of other kinds are passed over: LICENCE.",
+        "data.train: 1 file is passed over, being of other kinds or about the folder: LICENCE.",
     ]

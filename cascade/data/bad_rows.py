@@ -17,6 +17,16 @@ _LEAST_ROWS = 200
 """Where only the start of the files was read, a share is counted of at least so many rows."""
 
 
+_told: set[str] = set()
+
+
+def tell_once(log: logging.Logger, sentence: str) -> None:
+    """Warn, unless this process has said the same before: every stage reads the data again."""
+    if sentence not in _told:
+        _told.add(sentence)
+        log.warning("%s", sentence)
+
+
 @dataclass
 class BadRows:
     """What was read, and which rows of it were left out. Files may be read again; no row counts twice."""
@@ -25,6 +35,8 @@ class BadRows:
     """'skip' or 'stop', as `data.bad_rows`"""
     most: float = 0.01
     """The largest share that is left out, as `data.max_bad_rows`"""
+    recipe: bool = True
+    """Whether messages may name a recipe's keys"""
     last_row: dict[str, int] = field(default_factory=dict)
     """By file: the number of the last row that was read"""
     num_empty: dict[str, int] = field(default_factory=dict)
@@ -72,13 +84,17 @@ class BadRows:
         first = self.named(names)[0]
         told = f"{key}: {bad:,} of {rows:,} rows cannot be used, the first: {first['place']}: {first['reason']}"
         if share > self.most:
+            allows, more = (
+                ("data.max_bad_rows allows", ", or raise data.max_bad_rows to leave them out")
+                if self.recipe
+                else ("a command leaves out at most", "")
+            )
             raise UserError(
-                f"{told}. That is {share:.1%}, and data.max_bad_rows allows {self.most:.1%}; mend or remove these "
-                "rows, or raise data.max_bad_rows to leave them out"
+                f"{told}. That is {share:.1%}, and {allows} {self.most:.1%}; mend or remove these rows{more}"
             )
         count = sum(map(len, self.reasons.values()))
         if count > self.num_told:
-            logger.warning("%s; left out", told)
+            tell_once(logger, f"{told}; left out")
             self.num_told = count
 
     def named(self, files: Iterable[str] | None = None) -> list[dict[str, str]]:

@@ -215,7 +215,7 @@ def blocks_of(
     if count == 0:
         raise UserError(
             f"{name}: {stream.shape[1]} tokens do not fill one block of {block_size} tokens; give more text or a "
-            "smaller data.block_size"
+            "smaller block size (data.block_size, --block-size)"
         )
     all_ids, all_labels, all_places = stream
     text_counts = torch.equal(

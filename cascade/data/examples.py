@@ -3,6 +3,7 @@
 Shapes: N = examples, S = tokens, H, W = pixels.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade.data.bad_rows import BadRows
+from cascade.data.bad_rows import BadRows, tell_once
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks
 from cascade.data.images import open_image
 from cascade.data.labels import is_number, label_of, require_clear_labels, require_known_labels
 from cascade.data.rows import Place
-from cascade.data.sources import TextData, part_rows, unfit_text
+from cascade.data.sources import TextData, part_rows, splits_above, unfit_text
 from cascade.data.splits import SPLIT_SHARE, split_of_text
 from cascade.errors import UserError
-from cascade.paths import files_of
+from cascade.paths import distinct_files
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Raw(NamedTuple):
 def read_examples(data: LabelledData, split: str, bad: BadRows | None = None) -> list[Raw]:
     """The examples of one split, as they stand there. Rows without a text are counted in `bad`.
 
+    What stands in the files of two splits belongs to the one that needs it untouched more, as documents do.
+
     Raises:
         UserError: a file is missing or malformed, or a field or a label is, or nothing is left.
     """
@@ -111,18 +116,24 @@ def read_examples(data: LabelledData, split: str, bad: BadRows | None = None) ->
         return _known(data, found) if split == "train" else found
     own, names = data.text.own_splits, data.text.names_of(split)
     shares = {name: SPLIT_SHARE for name in data.text.missing_splits}
-    raw = [one for part in data.text.parts_of(names, f"data.{split}") for one in _read(data, part, data.labelled, bad)]
+    parts = data.text.parts_of(names, f"data.{split}")
+    raw = [one for part in parts for one in _read(data, part, data.labelled, bad, key=f"data.{split}")]
     bad.require_few(data.text.places_of(names), key=f"data.{split}")
     if split == "train" or split not in own:
         raw = [one for one in raw if _split(one, shares) == split]
+    elsewhere = _kept_elsewhere(data, split)
+    raw = _untouched(raw, elsewhere, f"data.{split}")
     if not raw:
-        raise UserError(f"data: no examples for the {split} split; give more, or data.{split} files of its own")
+        raise UserError(
+            f"data: no examples for the {split} split that are not in another; give more, or data.{split} files of its "
+            "own"
+        )
     if split != "train":
         return raw
-    files = [file for name in data.unlabelled for file in files_of(name, "data.unlabelled")]
-    extra = [one for file in files for one in _read(data, file, False, bad)]
+    files = distinct_files(data.unlabelled, "data.unlabelled")
+    extra = [one for file in files for one in _read(data, file, False, bad, key="data.unlabelled")]
     bad.require_few(files, key="data.unlabelled")
-    return _known(data, raw) + extra
+    return _known(data, raw) + _untouched(extra, elsewhere, "data.unlabelled")
 
 
 def class_names(data: LabelledData) -> list[str]:
@@ -200,18 +211,19 @@ def _labels(raw: Sequence[Raw], classes: Sequence[str]) -> Tensor:
     return torch.tensor([IGNORE_INDEX if one.label is None else number[one.label] for one in raw])
 
 
-def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows) -> list[Raw]:
+def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows, *, key: str) -> list[Raw]:
     field = data.image_field if data.images else data.text.text_field
-    fields = {field: "data.image_field" if data.images else "data.text_field"}
-    fields |= {data.label_field: "data.label_field"} if labelled else {}
+    fields = {field: "Set data.image_field" if data.images else "Set data.text_field"}
+    fields |= {data.label_field: "Set data.label_field"} if labelled else {}
     found: list[Raw] = []
     unlabelled: Place | None = None
-    for place, values, _ in part_rows(data.text, part, fields):
-        content, where = values.get(field), f"data: {place}"
+    for place, values, _ in part_rows(data.text, part, fields, key=key):
+        content, where = values.get(field), f"{key}: {place}"
         reason = "" if data.images else unfit_text(content)
         bad.read(place)
         if reason:
-            bad.skip(place, f"field '{field}' {reason}" if field in values else f"it has no field '{field}'")
+            told = f"field '{field}' {reason}" if field in values else f"it has no field '{field}'"
+            bad.skip(place, told, key=key)
             continue
         if labelled and data.label_field not in values:  # a field that no row has is told by its name, at the end
             unlabelled = unlabelled or place
@@ -220,14 +232,39 @@ def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows) -> list[R
         pixels = open_image(content, where, Path(part).parent) if data.images else content
         found.append(Raw(pixels, label, place))
     if unlabelled is not None:
-        label_of(None, f"data: {unlabelled}")
+        label_of(None, f"{key}: {unlabelled}")
     return found
 
 
+def _kept_elsewhere(data: LabelledData, split: str) -> frozenset[str]:
+    """Contents of the files of later splits, as `sources.kept_elsewhere`."""
+    own, bad = data.text.own_splits, BadRows()
+    parts = [
+        (part, f"data.{name}") for name in splits_above(data.text, split) for part in data.text.parts_of(own[name])
+    ]
+    return frozenset(_content(one) for part, key in parts for one in _read(data, part, False, bad, key=key))
+
+
+def _untouched(raw: list[Raw], elsewhere: frozenset[str], key: str) -> list[Raw]:
+    """Those that do not stand in a later split's files; the others are told."""
+    left = [one for one in raw if _content(one) not in elsewhere] if elsewhere else raw
+    if len(left) < len(raw):
+        tell_once(
+            logger,
+            f"{key}: {len(raw) - len(left):,} of {len(raw):,} examples stand in the files of a later split, too "
+            "(selection, heldout), and are left out here",
+        )
+    return left
+
+
 def _split(example: Raw, shares: dict[str, float]) -> str:
+    return split_of_text(_content(example), shares=shares)
+
+
+def _content(example: Raw) -> str:
+    """What tells an example from another."""
     content = example.content
-    text = content if isinstance(content, str) else content.numpy().tobytes().hex()
-    return split_of_text(text, shares=shares)
+    return content if isinstance(content, str) else str(content.numpy().tobytes().hex())
 
 
 def _known(data: LabelledData, raw: list[Raw]) -> list[Raw]:

@@ -99,8 +99,12 @@ def look_text(name: str, found: dict[str, Any]) -> list[str]:
         line += f", {found['empty']:,} without a letter"
     lines = [f"{line}."]
     if found["ignored"]:
-        count = f"{found['ignored_files']:,} files of other kinds"
-        lines.append(f"data.{name}: {count} are passed over: {found['ignored']}.")
+        count = found["ignored_files"]
+        more = ", ..." if count > len(found["ignored"].split(", ")) else ""
+        lines.append(
+            f"data.{name}: {count:,} file{'s are' if count > 1 else ' is'} passed over, being of other kinds or about "
+            f"the folder: {found['ignored']}{more}."
+        )
     return [*lines, *skipped_lines(name, found)]
 
 

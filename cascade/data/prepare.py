@@ -44,7 +44,7 @@ def prepare_blocks(
     bad = data.bad_row_counter() if bad is None else bad
 
     def packed(only: tuple[str, ...] | None, limit: int | None) -> TokenBlocks:
-        placed = read_placed(data, split, only=only, bad=bad)
+        placed = read_placed(data, split, only=only, bad=bad, key=name)
         documents: list[Any] = [document for _, document in placed]
         options: dict[str, Any] = {"block_size": block_size, "max_blocks": limit, "document_masks": document_masks}
         options |= {"framing": framing}
@@ -86,6 +86,7 @@ def prepare_blocks(
     shares = [weight / sum(data.weights) for weight in data.weights]
     limits = [None if max_blocks is None else max(1, round(share * max_blocks)) for share in shares]
     files = data.files["train"]
+    data.parts_of(files, name)  # no file in two sources
     return mixed([packed((file,), limit) for file, limit in zip(files, limits, strict=True)], shares, max_blocks)
 
 

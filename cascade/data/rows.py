@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from cascade.errors import UserError
-from cascade.paths import KINDS, ROWS, TABLE, kind_of
+from cascade.paths import ROWS, TABLE, kind_of, require_kind
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -67,8 +67,7 @@ def read_rows(path: str, fields: Sequence[str], *, key: str = "data", after: tup
     kind = kind_of(path)
     if not Path(path).is_file():
         raise UserError(f"{key}: {path}: no such file")
-    if not kind:
-        raise UserError(f"{key}: {path}: unknown kind of file; known: {', '.join(KINDS)} (also .gz)")
+    require_kind(path, key)
     reader = _table if kind == TABLE else _json if kind == ROWS else _text
     try:
         yield from reader(path, fields, after)
@@ -79,7 +78,7 @@ def read_rows(path: str, fields: Sequence[str], *, key: str = "data", after: tup
 
 
 def require_fields(rows: Iterable[Row], fields: dict[str, str], *, key: str = "data") -> Iterator[Row]:
-    """The rows, if some of the first thousand have each of the fields: {field: the recipe's key that names it}.
+    """The rows, if some of the first thousand have each of the fields: {field: what to do without it}.
 
     Raises:
         UserError: a field is in none of these rows; those that the file has are named.
@@ -123,10 +122,10 @@ def field_names(path: str) -> list[str]:
 
 
 def _lacks(file: str, missing: dict[str, str], key: str) -> str:
-    field, told = next(iter(missing.items()))
+    field, remedy = next(iter(missing.items()))
     names = field_names(file) if Path(file).is_file() else []
     has = f"; it has: {', '.join(names)}" if names else ""
-    return f"{key}: {file}: no field '{field}'{has}. Set {told}."
+    return f"{key}: {file}: no field '{field}'{has}. {remedy}."
 
 
 class _Malformed(Exception):
@@ -216,7 +215,7 @@ def _records(path: str, after: tuple[int, int]) -> Iterator[tuple[Place, Any, in
         if start.startswith(b"["):
             whole = True
         else:  # objects may be written over several lines each
-            whole = kind_of(path) == ROWS and ".json" in Path(path).suffixes and bool(start) and not _is_whole(start)
+            whole = ".json" in Path(path).suffixes[-2:] and bool(start) and not _is_whole(start)
         file.seek(0)
         yield from _values(path, file, after[0]) if whole else _lines(path, file, after)
 

@@ -13,7 +13,7 @@ from cascade.data.splits import SPLIT_SHARE, SPLITS, drop_near_copies, split_of_
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
 from cascade.errors import UserError
 from cascade.models.hub import bound_waiting, hub_cause
-from cascade.paths import files_of
+from cascade.paths import distinct_files
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class TextData:
     """Rows that cannot be used: 'skip' up to `max_bad_rows`, or 'stop'"""
     max_bad_rows: float = 0.01
     """The largest share of rows that is skipped"""
+    recipe: bool = True
+    """Whether a recipe says all this, so that messages may name its keys; else a single command's --data"""
 
     @property
     def own_splits(self) -> dict[str, tuple[str, ...]]:
@@ -86,7 +88,7 @@ class TextData:
 
     def parts_of(self, names: Sequence[str], key: str = "data") -> list[str]:
         """The files that names of a split stand for, in the order in which they are read; of the hub the names."""
-        return list(names) if self.source == "hub" else [file for name in names for file in files_of(name, key)]
+        return list(names) if self.source == "hub" else distinct_files(names, key)
 
     def places_of(self, names: Sequence[str]) -> list[str]:
         """The `Place.file` of all rows that are read for names of a split."""
@@ -98,27 +100,35 @@ class TextData:
 
     def bad_row_counter(self) -> BadRows:
         """A new count of what cannot be used, by the recipe's rules."""
-        return BadRows(self.bad_rows, self.max_bad_rows)
+        return BadRows(self.bad_rows, self.max_bad_rows, recipe=self.recipe)
+
+    @property
+    def field_remedy(self) -> str:
+        """What to do where rows lack the documents' field."""
+        if not self.recipe:
+            return f"Rename the field with the texts to '{self.field}'"
+        return f"Set {'data.messages_field' if self.messages_field else 'data.text_field'}"
 
 
 def read_documents(
-    data: TextData, split: str, *, only: Sequence[str] | None = None, bad: BadRows | None = None
+    data: TextData, split: str, *, only: Sequence[str] | None = None, bad: BadRows | None = None, key: str = ""
 ) -> list[Any]:
     """The documents of one split.
 
     No document is in two splits, and no near copy of a split's text is in 'train' (stdlib). A document that stands in
     the files of two splits belongs to the one that needs it untouched more: heldout before selection before calibration
     before train. `only` names the files to read, of those of the split. Rows that cannot be used are counted in `bad`.
+    Messages name `key`, 'data.`split`' where it is not given.
 
     Raises:
         UserError: a file is missing or malformed, the field is missing, too many rows cannot be used, or there is no
             text.
     """
-    return [document for _, document in read_placed(data, split, only=only, bad=bad)]
+    return [document for _, document in read_placed(data, split, only=only, bad=bad, key=key)]
 
 
 def read_placed(
-    data: TextData, split: str, *, only: Sequence[str] | None = None, bad: BadRows | None = None
+    data: TextData, split: str, *, only: Sequence[str] | None = None, bad: BadRows | None = None, key: str = ""
 ) -> list[Placed]:
     """The documents of one split as `read_documents` gives them, each with its row's place.
 
@@ -128,20 +138,20 @@ def read_placed(
         raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
     if data.source == "stdlib":
         return [(Place("stdlib", number, "row"), text) for number, text in enumerate(_stdlib(split), start=1)]
-    bad = data.bad_row_counter() if bad is None else bad
+    bad, key = data.bad_row_counter() if bad is None else bad, key or f"data.{split}"
+    train_key = "data.train" if data.recipe else key
     elsewhere = kept_elsewhere(data, split)
     names = only or data.names_of(split)
-    if (split == "train" or split not in data.own_splits) and cuts_passages(data):
-        documents = _placed_passages(data, split, names, elsewhere, bad)
+    if (split == "train" or split not in data.own_splits) and cuts_passages(data, train_key):
+        documents = _placed_passages(data, split, names, elsewhere, bad, (key, train_key))
     else:
-        placed = documents_of(data, names, bad, key=f"data.{split}")
+        placed = documents_of(data, names, bad, key=key)
         documents = [one for one in placed if belongs(data, split, one[1], elsewhere)]
-    bad.require_few(data.places_of(names), key=f"data.{split}")
+    bad.require_few(data.places_of(names), key=key)
     if not documents:
-        raise UserError(
-            f"data: no documents for the {split} split that are not in another; give more text, or data.{split} files "
-            "of its own"
-        )
+        more = f", or data.{split} files of its own" if data.recipe else ""
+        place = "data" if data.recipe else key
+        raise UserError(f"{place}: no documents for the {split} split that are not in another; give more text{more}")
     return documents
 
 
@@ -239,7 +249,7 @@ def _shown(value: Any) -> str:
     return str(value)[:80]
 
 
-def cuts_passages(data: TextData) -> bool:
+def cuts_passages(data: TextData, key: str = "data.train") -> bool:
     """Whether the documents of 'train' are too few to give each split that is cut from them one, so that they are cut.
 
     With weights, each source needs one of 'train' as well. Conversations are never cut.
@@ -252,7 +262,7 @@ def cuts_passages(data: TextData) -> bool:
     wanted, none = {*missing, *(names if data.weights else ["train"])}, True
     for name in names:
         own = name if data.weights else "train"
-        for _, document in documents_of(data, [name]):
+        for _, document in documents_of(data, [name], key=key):
             none = False
             split = split_of_text(opening(document), shares=shares)
             wanted.discard(own if split == "train" else split)
@@ -263,25 +273,28 @@ def cuts_passages(data: TextData) -> bool:
     return not none
 
 
-def passages_of(data: TextData, bad: BadRows, elsewhere: frozenset[str] = frozenset()) -> dict[str, list[str]]:
+def passages_of(
+    data: TextData, bad: BadRows, elsewhere: frozenset[str] = frozenset(), *, key: str = "data.train"
+) -> dict[str, list[str]]:
     """The texts of each split, of documents that are too few: those of 'train' cut into passages."""
-    placed = documents_of(data, data.names_of("train"), bad, key="data.train")
+    placed = documents_of(data, data.names_of("train"), bad, key=key)
     texts = [document for _, document in placed if isinstance(document, str) and document not in elsewhere]
     return cut_documents(texts, data.missing_splits)
 
 
 def _placed_passages(
-    data: TextData, split: str, names: Sequence[str], elsewhere: frozenset[str], bad: BadRows
+    data: TextData, split: str, names: Sequence[str], elsewhere: frozenset[str], bad: BadRows, keys: tuple[str, str]
 ) -> list[Placed]:
-    """The passages of one split, of those of the files `names` of 'train'."""
-    parts = passages_of(data, bad, elsewhere)[split]
+    """The passages of one split, of those of the files `names` of 'train'; `keys`: of the split and of 'train'."""
+    key, train_key = keys
+    parts = passages_of(data, bad, elsewhere, key=train_key)[split]
     if list(names) != list(data.names_of("train")):
         texts = [document for _, document in documents_of(data, names)]
         parts = [part for part in parts if any(isinstance(text, str) and part in text for text in texts)]
     logger.warning(
-        "data.%s: too few documents to give each split one: they are dealt out in stretches, long ones cut at "
+        "%s: too few documents to give each split one: they are dealt out in stretches, long ones cut at "
         "paragraphs; %d pieces with %d letters in all are this split's",
-        split, len(parts), sum(map(len, parts)),
+        key, len(parts), sum(map(len, parts)),
     )  # fmt: skip
     file = data.places_of(names)[0]
     return [(Place(file, number, "row"), part) for number, part in enumerate(parts, start=1)]
@@ -289,9 +302,14 @@ def _placed_passages(
 
 def kept_elsewhere(data: TextData, split: str) -> frozenset[str]:
     """Texts of files of later splits: what stands in two splits belongs to the one that needs it untouched more."""
-    own = data.own_splits
-    above = SPLITS[SPLITS.index(split) + 1 :] if split in own else [name for name in SPLITS if name != "train"]
-    return frozenset(_as_text(one) for name in above if name in own for _, one in documents_of(data, own[name]))
+    own, above = data.own_splits, splits_above(data, split)
+    return frozenset(_as_text(one) for name in above for _, one in documents_of(data, own[name], key=f"data.{name}"))
+
+
+def splits_above(data: TextData, split: str) -> list[str]:
+    """The splits with files of their own that need what stands in them untouched more than this one does."""
+    above = SPLITS[SPLITS.index(split) + 1 :] if split in data.own_splits else SPLITS[1:]
+    return [name for name in above if name in data.own_splits]
 
 
 def belongs(data: TextData, split: str, document: Any, elsewhere: frozenset[str]) -> bool:
@@ -339,7 +357,7 @@ def part_rows(
 ) -> Iterator[Row]:
     """The rows of a file, or of a split of the hub's dataset; of a file those behind row `after`.
 
-    `fields`: {field: the recipe's key that names it}; the documents' where not given. Streamed text of the hub is
+    `fields`: {field: what to do without it}; the documents' where not given. Streamed text of the hub is
     fetched as far as it is read.
 
     Raises:
@@ -351,7 +369,7 @@ def part_rows(
             for number, values in enumerate(hub_stream(data, part), start=1)
         )
     if fields is None:
-        fields = {data.field: "data.messages_field" if data.messages_field else "data.text_field"}
+        fields = {data.field: data.field_remedy}
     if data.source != "hub":
         rows = read_rows(part, list(fields), key=key, after=after)
         return rows if after[0] else require_fields(rows, fields, key=key)
@@ -359,7 +377,7 @@ def part_rows(
     missing = [name for name in fields if name not in table.column_names]
     if missing:
         has = ", ".join(table.column_names)
-        raise UserError(f"{key}: {part}: no field '{missing[0]}'; it has: {has}. Set {fields[missing[0]]}.")
+        raise UserError(f"{key}: {part}: no field '{missing[0]}'; it has: {has}. {fields[missing[0]]}.")
     return _hub_rows(data, part, table.select_columns(list(fields)))
 
 
@@ -368,8 +386,7 @@ def hub_stream(data: TextData, part: str) -> Any:
     rows = _load_hub(data, part, streaming=True)
     first = next(iter(rows), None)
     if first is not None and data.field not in first:
-        told = "data.messages_field" if data.messages_field else "data.text_field"
-        raise UserError(f"{part}: no field '{data.field}'; it has: {', '.join(first)}. Set {told}.")
+        raise UserError(f"{part}: no field '{data.field}'; it has: {', '.join(first)}. {data.field_remedy}.")
     return rows.select_columns([data.field])
 
 

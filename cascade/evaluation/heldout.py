@@ -34,14 +34,15 @@ def heldout_blocks(
     block_size: int,
     max_blocks: int,
     document_masks: bool = False,
+    name: str = "data.heldout",
     bad: BadRows | None = None,
 ) -> TokenBlocks:
     """The held-out split as blocks, spread over all its documents; read by this package only.
 
-    Rows that cannot be used are counted in `bad`.
+    Rows that cannot be used are counted in `bad`. Messages name `name`.
     """
     blocks = prepare_blocks(
-        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name="heldout", bad=bad
+        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name=name, bad=bad
     )
     return blocks.take(max_blocks)
 
@@ -92,7 +93,7 @@ def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *
         UserError: it does not, or it cannot be read.
     """
     few = _CHAT_BLOCKS if data.messages_field else 1
-    prepare_blocks(data, "heldout", tokenizer, block_size=block_size, max_blocks=few, name="heldout")
+    prepare_blocks(data, "heldout", tokenizer, block_size=block_size, max_blocks=few)
     if production:
         text = production_data(data, production)
         prepare_blocks(text, "heldout", tokenizer, block_size=block_size, max_blocks=few, name="data.production")

@@ -17,7 +17,7 @@ from cascade.data.framing import written_around
 from cascade.data.sources import opening
 from cascade.data.splits import SPLIT_SHARE, SPLITS, split_of_text
 from cascade.errors import RunError, UserError
-from cascade.paths import files_of
+from cascade.paths import distinct_files
 from cascade.recipe.generate import Generate
 from cascade.teacher.address import check_endpoint
 from cascade.teacher.answers import Answer, AnswerLog, Request, requests_of
@@ -67,7 +67,7 @@ def collect_prompts(settings: Generate, text_field: str = "text", bad: BadRows |
     Raises:
         UserError: a file or template cannot be used, or there is no prompt; without `bad`, also a row.
     """
-    files = [file for entry in settings.prompts for file in files_of(entry, "generate.prompts")]
+    files = distinct_files(settings.prompts, "generate.prompts")
     texts: list[Any] = [one for file in files for one in read_prompts(Path(file), bad)]
     texts += filled(settings.templates, settings.values)
     if settings.text:
