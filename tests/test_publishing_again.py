@@ -26,7 +26,7 @@ def publish(tmp_path):
         (checkpoint / "config.json").write_text(json.dumps({"made": lineage}))
         (checkpoint / "generation_config.json").write_text("{}")
         (checkpoint / "model.safetensors").write_text(f"weights {lineage}")
-        _publish(tmp_path / "members" / "m", checkpoint, evaluation, {"name": "m", "made": lineage}, card)
+        _publish(tmp_path / "members" / "m", checkpoint, evaluation, {"name": "m", "made": lineage}, card, None)
         return tmp_path / "members" / "m"
 
     return published
