@@ -242,7 +242,7 @@ def _kept_elsewhere(data: LabelledData, split: str) -> frozenset[str]:
     parts = [
         (part, f"data.{name}") for name in splits_above(data.text, split) for part in data.text.parts_of(own[name])
     ]
-    return frozenset(_content(one) for part, key in parts for one in _read(data, part, False, bad, key=key))
+    return frozenset(_content(one) for part, key in parts for one in _read(data, part, data.labelled, bad, key=key))
 
 
 def _untouched(raw: list[Raw], elsewhere: frozenset[str], key: str) -> list[Raw]:
