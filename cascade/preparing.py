@@ -39,6 +39,8 @@ def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
             "weights": recipe.data.weights,
             "document_masks": recipe.data.masks_documents,
         }
+        if settings["optimizer"] == "adamw":  # runs from before there was a choice stay finished
+            del settings["optimizer"]
         if recipe.task == "masked_language":
             settings |= {"task": recipe.task, "mask_copies": recipe.data.mask_copies}
         folder = runner.run(

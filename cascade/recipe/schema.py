@@ -47,6 +47,8 @@ class Pretrain(Section):
     microbatch_size: PositiveInt = 8
     """Blocks per forward pass."""
     learning_rate: PositiveFloat = 4e-3
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """As distill.optimizer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     warmup_fraction: Fraction = 0.03
     final_learning_rate_fraction: Fraction = 0.02
