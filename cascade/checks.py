@@ -103,7 +103,8 @@ def require_one_process(recipe: Recipe) -> None:
 def _require_trainable(distill: Distill, parent_config: Any, members: list[ResolvedMember]) -> None:
     """Refuse now what would stop the training of a member later."""
     require_trackers(distill.trackers)
-    require_optimizer(distill.optimizer)
+    if distill.optimizer != "auto":
+        require_optimizer(distill.optimizer)
     own = distill.on_policy
     if own is not None:
         for whose, config in [("parent", parent_config), *((f"member {one.name}", one.config) for one in members)]:

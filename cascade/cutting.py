@@ -25,6 +25,7 @@ from cascade.distillation.range_test import usual_rate
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
 from cascade.errors import DivergedError, NotFiniteError
+from cascade.estimates import optimizer_of
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
 from cascade.fitting import in_parts_that_fit
@@ -49,10 +50,12 @@ REPAIRS = {
 """What the recipe's prune.repair.method names."""
 
 
-def training_options(settings: Distill, learning_rate: float, vocab_size: int | None = None) -> dict[str, Any]:
+def training_options(
+    settings: Distill, learning_rate: float, vocab_size: int | None = None, *, optimizer: str
+) -> dict[str, Any]:
     """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found.
 
-    `vocab_size` is that of `Objective`.
+    `vocab_size` is that of `Objective`, `optimizer` what the section's comes to for the student.
     """
     of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
     of_schedule = {"schedule", "warmup_fraction", "final_learning_rate_fraction", "decay_fraction"}
@@ -85,6 +88,7 @@ def training_options(settings: Distill, learning_rate: float, vocab_size: int | 
         "objective": objective,
         "schedule": schedule,
         "learning_rate": learning_rate,
+        "optimizer": optimizer,
         "on_policy": on_policy,
         "compiled": settings.compile,
     }
@@ -244,7 +248,9 @@ def make_candidate(
     before = load_plans(lineage)
     if num_tokens and recipe.distill is not None:
         expert = teacher if recipe.distill.teacher == "parent" else None
-        options = training_options(recipe.distill, _finalist_rate(recipe, num_tokens), vocab_size)
+        optimizer = optimizer_of(recipe, student.config, teacher.config)
+        rate = _finalist_rate(recipe, num_tokens, optimizer)
+        options = training_options(recipe.distill, rate, vocab_size, optimizer=optimizer)
         train, targets = load_training(data / "train.safetensors"), None
         if cache is not None and expert is not None and isinstance(train, TokenBlocks):
             options["objective"] = cache.objective(options["objective"])
@@ -275,12 +281,12 @@ def load_plans(lineage: Sequence[Path] | None) -> list[PruningPlan] | None:
     return None if lineage is None else [load_plan(folder / "plan.json") for folder in lineage]
 
 
-def _finalist_rate(recipe: Recipe, num_tokens: int) -> float:
+def _finalist_rate(recipe: Recipe, num_tokens: int, optimizer: str) -> float:
     """A finalist's rate is not searched for: all of them take the same."""
     settings = recipe.distill
     if settings is None or settings.learning_rate == "auto":
         step_tokens = recipe.data.block_size * (settings.batch_size if settings else 1)
-        return usual_rate(math.ceil(num_tokens / step_tokens))
+        return usual_rate(math.ceil(num_tokens / step_tokens), optimizer)
     return settings.learning_rate
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import UserError
-from cascade.estimates import dtype_bytes, flops_of, member_bytes, peak_memory, stage_seconds, training_state_bytes
+from cascade.estimates import (
+    dtype_bytes,
+    flops_of,
+    member_bytes,
+    optimizer_of,
+    peak_memory,
+    stage_seconds,
+    training_state_bytes,
+)
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import check_weights, load_config, resolve_model
 from cascade.models.dims import ModelDims, config_with_dims, dims_of
@@ -55,6 +63,8 @@ class ResolvedMember:
     num_steps: int
     num_tokens: int
     """Training tokens (examples where it classifies), in whole steps."""
+    optimizer: str
+    """What distill.optimizer comes to for it."""
     first_position: int
     """Blocks that the chain of seeds has read before."""
     peak_memory_bytes: float
@@ -267,6 +277,7 @@ def _resolve(
     count = int(axes.num_parameters(dims))
     flops, parent_flops = flops_of(recipe, config), flops_of(recipe, parent_config)
     stored_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.save.dtype) or dtype_bytes(parent_config)
+    optimizer = optimizer_of(recipe, config, parent_config)
     several = member.start == "prune" and target is not None and target.bounds()
     choices = hidden_choices(recipe.prune.hidden, parent_config) if several else (hidden,)
     return ResolvedMember(
@@ -284,8 +295,11 @@ def _resolve(
         flops_per_token=flops,
         num_steps=num_steps,
         num_tokens=num_steps * step_tokens,
+        optimizer=optimizer,
         first_position=before,
-        peak_memory_bytes=peak_memory(recipe, distill, dims, count, int(parent_axes.num_parameters(parent))),
+        peak_memory_bytes=peak_memory(
+            recipe, distill, dims, count, int(parent_axes.num_parameters(parent)), optimizer=optimizer
+        ),
         disk_bytes=member_bytes(
             count,
             stored_bytes,
@@ -295,7 +309,7 @@ def _resolve(
         ),
         state_bytes=training_state_bytes(
             count,
-            optimizer=distill.optimizer,
+            optimizer=optimizer,
             averaged=distill.ema_decay is not None,
             keep_states=distill.keep_states,
         ),

@@ -233,6 +233,7 @@ def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]
     return (
         settings
         | {
+            "optimizer": member.optimizer,
             "num_tokens": member.num_tokens,
             "first_position": member.first_position,
             "seed": recipe.seed,

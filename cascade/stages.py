@@ -129,7 +129,8 @@ def make_recovered(
         teacher = _own_teacher(teacher, parent)
     blocks, selection = _texts(recipe, data, teacher, stage)
     _check_computable(student, recipe, member, parent, selection)
-    options = training_options(settings, learning_rate, None if recipe.counts_examples else member.vocab_size)
+    vocab_size = None if recipe.counts_examples else member.vocab_size
+    options = training_options(settings, learning_rate, vocab_size, optimizer=member.optimizer)
     targets, angles = None, []
     if teacher is None:
         options["on_policy"] = None
@@ -273,7 +274,8 @@ def make_rate(
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
-    options = training_options(settings, 0.0, None if recipe.counts_examples else member.vocab_size)
+    vocab_size = None if recipe.counts_examples else member.vocab_size
+    options = training_options(settings, 0.0, vocab_size, optimizer=member.optimizer)
     student = load_model(start).to(default_device())
     teacher = None if teacher is None else _own_teacher(teacher, parent)
     blocks, selection = _texts(recipe, data, teacher, stage)

@@ -107,13 +107,15 @@ def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_
     def runs_off(*args, **options):
         raise DivergedError("the loss has climbed")
 
-    for name, value in (("_plan", None), ("prune", torch.nn.Linear(1, 1)), ("load_model", torch.nn.Linear(1, 1)),
-                        ("load_training", None), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
+    model = torch.nn.Linear(1, 1)
+    model.config = None
+    for name, value in (("_plan", None), ("prune", model), ("load_model", model),
+                        ("load_training", None), ("optimizer_of", "adamw"), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
         monkeypatch.setattr(cutting, name, lambda *args, value=value, **options: value)
     monkeypatch.setattr(cutting, "distill", runs_off)
     options = {"hidden": "pca", "lineage": None, "cache": None, "on_step": None}
     (tmp_path / "ran-off").mkdir()
-    cutting.make_candidate(tmp_path / "ran-off", recipe, None, None, None, tmp_path, None, num_tokens=64, **options)
+    cutting.make_candidate(tmp_path / "ran-off", recipe, None, None, None, tmp_path, model, num_tokens=64, **options)
     (tmp_path / "poor").mkdir()
     (tmp_path / "poor" / "losses.json").write_text('{"repaired": {"kl_to_teacher": 9.0}, "recovered": null}')
     tried = [Candidate(None, None, [tmp_path / name]) for name in ("ran-off", "poor")]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cascade import parallel
 from cascade.errors import UserError
 from cascade.models.axes import probe_axes
+from cascade.models.dims import dims_of
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
 
@@ -82,6 +83,22 @@ def require_optimizer(kind: str) -> None:
         raise UserError(f"optimizer: {kind} needs whole matrices, which several processes do not have; use adamw")
     if kind == "adamw_8bit" and find_spec("torchao") is None:
         raise UserError("optimizer: adamw_8bit needs torchao: pip install 'cascade-distill[8bit]'")
+
+
+_NEWTON_SCHULZ_STEPS = 5
+"""Of torch.optim.Muon."""
+
+
+def orthogonalisation_flops(config: Any) -> float:
+    """FLOPs that Muon adds to each optimizer step of a model of `config`: five Newton-Schulz iterations a matrix."""
+    axes, dims = probe_axes(config), dims_of(config)
+    total = 0.0
+    for name in axes.weights:
+        lengths = sorted(float(axis.length(dims)) for axis in axes.weights[name])
+        if len(lengths) == 2 and ".*." in name:
+            short, long = lengths
+            total += dims.num_hidden_layers * _NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
+    return total
 
 
 def build_optimizer(kind: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
