@@ -12,7 +12,7 @@ from typing import Any
 
 from cascade.cache.record import Layout
 from cascade.errors import UserError
-from cascade.estimates import flops_of, flops_per_second
+from cascade.estimates import flops_of, flops_per_second, short_recovery
 from cascade.family import ResolvedMember
 from cascade.models.dims import dims_of
 from cascade.recipe.distill import Distill
@@ -200,8 +200,12 @@ def _tokens(recipe: Recipe, members: Sequence[ResolvedMember]) -> tuple[int, int
     for member in members:
         read += member.num_tokens
         ends.append(member.first_position * size + member.num_tokens)
-        if recipe.prune.search is not None and member.member.start == "prune":
-            read += recipe.prune.search.finalists * recipe.prune.search.tokens
+        if member.member.start != "prune":
+            continue
+        search = recipe.prune.search
+        tried = search.candidates if search else len(member.hidden_choices)
+        read += tried * short_recovery(recipe, member.num_tokens) if tried > 1 else 0
+        read += search.finalists * search.tokens if search else 0
     own = recipe.distill.on_policy.fraction if recipe.distill and recipe.distill.on_policy else 0.0
     starts = sorted((member.first_position * size, end) for member, end in zip(members, ends, strict=True))
     labelled, done = 0, 0

@@ -249,9 +249,9 @@ def make_candidate(
     if num_tokens and recipe.distill is not None:
         expert = teacher if recipe.distill.teacher == "parent" else None
         optimizer = optimizer_of(recipe, student.config, teacher.config)
-        rate = _finalist_rate(recipe, num_tokens, optimizer)
-        options = training_options(recipe.distill, rate, vocab_size, optimizer=optimizer)
         train, targets = load_training(data / "train.safetensors"), None
+        rate = _finalist_rate(recipe.distill, num_tokens / train.block_size, optimizer)
+        options = training_options(recipe.distill, rate, vocab_size, optimizer=optimizer)
         if cache is not None and expert is not None and isinstance(train, TokenBlocks):
             options["objective"] = cache.objective(options["objective"])
             num_steps = math.ceil(num_tokens / (recipe.distill.batch_size * train.block_size))
@@ -281,12 +281,10 @@ def load_plans(lineage: Sequence[Path] | None) -> list[PruningPlan] | None:
     return None if lineage is None else [load_plan(folder / "plan.json") for folder in lineage]
 
 
-def _finalist_rate(recipe: Recipe, num_tokens: int, optimizer: str) -> float:
-    """A finalist's rate is not searched for: all of them take the same."""
-    settings = recipe.distill
-    if settings is None or settings.learning_rate == "auto":
-        step_tokens = recipe.data.block_size * (settings.batch_size if settings else 1)
-        return usual_rate(math.ceil(num_tokens / step_tokens), optimizer)
+def _finalist_rate(settings: Distill, num_blocks: float, optimizer: str) -> float:
+    """A shape's rate is not searched for: all of them take the same."""
+    if settings.learning_rate == "auto":
+        return usual_rate(math.ceil(num_blocks / settings.batch_size), optimizer)
     return settings.learning_rate
 
 

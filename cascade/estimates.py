@@ -108,6 +108,19 @@ def units_in(recipe: Recipe, num_blocks: int) -> float:
     return num_blocks * recipe.data.max_length / tokens_per_example(recipe)
 
 
+SHORT_SHARE = 0.05
+"""Of a member's tokens: the recovery of each of the two shapes that `prune.hidden: auto` tries."""
+
+
+def short_recovery(recipe: Recipe, num_tokens: int) -> int:
+    """Tokens (or examples) of the recovery by which each shape that is tried for a member is first judged.
+
+    With `prune.search` a quarter of what its finalists have, else a share of the member's own.
+    """
+    search = recipe.prune.search
+    return math.ceil(search.tokens / 4) if search else math.ceil(SHORT_SHARE * num_tokens)
+
+
 def stage_seconds(
     recipe: Recipe, flops: float, parent_flops: float, tokens: int, *, cut: bool, choices: int = 1
 ) -> dict[str, float]:
@@ -128,8 +141,9 @@ def stage_seconds(
             seconds["repair"] = 1 + 10 * repaired * (flops + parent_flops) / rate
         search = recipe.prune.search
         tried = search.candidates if search else choices if choices > 1 else 0
-        if tried:  # each is cut and repaired one way
-            seconds["candidate"] = tried * (1 + seconds.get("repair", 0.0) / 2)
+        if tried:  # each is cut, repaired one way and recovered shortly
+            short = short_recovery(recipe, tokens) * (3 * flops + parent_flops) / rate
+            seconds["candidate"] = tried * (1 + seconds.get("repair", 0.0) / 2 + short)
         if search:
             seconds["finalist"] = search.finalists * (1 + search.tokens * (3 * flops + parent_flops) / rate)
     searched = 0.0

@@ -1,9 +1,9 @@
 """Which shape a member gets: several that meet its target are cut and repaired, the best also recovered for a while.
 
-Without `prune.search` there may still be two: the most even shape for a rotated stream and that for one that is not.
+Without `prune.search` there may still be two: the first shape for a rotated stream and that for one that is not.
 
-A shape that looks best right after the cut is often not the best after some training (Minitron, table 13), so the last
-word is that of a short recovery. Each candidate is a stage of its own: found again by a rerun, and never tried twice.
+A shape that looks best right after the cut is often not the best after some training (Minitron, table 13), so all are
+judged by short recoveries. Each candidate is a stage of its own: found again by a rerun, and never tried twice.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import UserError
+from cascade.estimates import short_recovery
 from cascade.family import FoundShape, ResolvedMember, shape_config
 from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, load_config
@@ -86,7 +87,8 @@ def search_shape(
         own = {"dims": shape.dims.as_dict(), "hidden": shape.hidden, "tokens": num_tokens}
         return runner.run(member.name, name, settings | own, inputs, make(shape, num_tokens))
 
-    tried = [Candidate(shape, config, [stage("candidate", shape, 0)]) for shape, config in found]
+    first_tokens = short_recovery(recipe, member.num_tokens)
+    tried = [Candidate(shape, config, [stage("candidate", shape, first_tokens)]) for shape, config in found]
     tried.sort(key=Candidate.score)
     if search is None:
         return tried
@@ -116,7 +118,7 @@ def candidate_rows(member: ResolvedMember, candidates: list[Candidate]) -> list[
                 "name": f"{member.name}-shape{number + 1}"
                 + (f"_{one.shape.hidden}" if len(member.hidden_choices) > 1 else ""),
                 "role": "candidate",
-                "status": "chosen" if number == 0 else "finalist" if losses["recovered"] else "candidate",
+                "status": "chosen" if number == 0 else "finalist" if len(one.folders) > 1 else "candidate",
                 "seed": member.seed or None,
                 "checkpoint": None,
                 "dims": dims.as_dict(),

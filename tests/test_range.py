@@ -1,6 +1,7 @@
 """The learning rate is found by short trainings that leave no trace."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_
     model = torch.nn.Linear(1, 1)
     model.config = None
     for name, value in (("_plan", None), ("prune", model), ("load_model", model),
-                        ("load_training", None), ("optimizer_of", "adamw"), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
+                        ("load_training", SimpleNamespace(block_size=16)), ("optimizer_of", "adamw"), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
         monkeypatch.setattr(cutting, name, lambda *args, value=value, **options: value)
     monkeypatch.setattr(cutting, "distill", runs_off)
     options = {"hidden": "pca", "lineage": None, "cache": None, "on_step": None}

@@ -21,9 +21,10 @@ class Search(Section):
     """Choosing a member's shape by trying several that meet its target."""
 
     candidates: Annotated[int, Field(ge=2)] = 8
-    """Shapes that are cut and repaired; ranked by KL to the teacher on selection blocks."""
+    """Shapes that are cut, repaired and recovered on a quarter of `tokens`; ranked by KL to the teacher on selection
+    blocks."""
     finalists: PositiveInt = 3
-    """The best of them, which are also recovered for a short while, as rankings flip with training."""
+    """The best of them, which are recovered again, and longer, as rankings flip with training."""
     tokens: PositiveInt = 20_000
     """Training tokens of each finalist."""
 
@@ -41,10 +42,12 @@ class Prune(Section):
     """The score of neurons, inside each layer. taylor and hessian need gradients."""
     hidden: Literal["auto", "activation_norm", "pca"] = "auto"
     """The score of hidden channels. pca rotates the stream to its principal axes first, and unties the embeddings;
-    auto: members with a size to meet are cut and repaired both ways, and what is nearer the parent on selection blocks
-    stays; with explicit dims, pca where the norms allow it and the embeddings are small or untied already."""
+    auto: members with a size to meet are cut both ways, repaired and recovered on a twentieth of their tokens, and what
+    is then nearer the parent on selection blocks stays; with explicit dims, pca where the norms allow it and the
+    embeddings are small or untied already."""
     merge_heads: bool = False
     """Add to the weakest kept query heads what they differ by from the strongest removed ones (Minitron)."""
     repair: Repair = Repair()
     search: Search | None = None
-    """Search the shape of members whose target is a bound; without it the most evenly cut shape is taken."""
+    """Search the shape of members whose target is a bound; without it the shape is taken that loses least
+    by what its axes have lost (`cascade.pruning.shape`)."""
