@@ -62,8 +62,8 @@ def make_evaluation(
 
     `trained_with` is the model whose tokenizer wrote the training text: the parent. `vocab_size` are the ids that it
     and its teacher are compared over, where those are not all rows of both. Of the parent's own evaluation also
-    skipped.json, the rows of held-out and production text that were left out. heldout_blocks.json has what each block of
-    held-out text adds to the metrics.
+    skipped.json, the rows of held-out and production text that were left out. In heldout_blocks.json is what each block
+    of held-out text adds to the metrics.
     """
     bad = text_data(recipe.data).bad_row_counter()
     settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)

@@ -1,0 +1,403 @@
+"""Arms of an experiment beside each other: what each came to, and whether it differs from the reference.
+
+`experiment.json` holds what `summarise` returns; tables and curves only show it.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cascade.plain_json import plain
+from cascade.recipe.experiment import Experiment
+from cascade.report.paired import RESAMPLES, paired_difference
+from cascade.report.plots import Point, Series, line_chart, short_number
+from cascade.report.tables import Table, markdown_table, plain_table
+from cascade.report.write import html_page, html_table
+from cascade.store import write_atomically
+
+VERSION = 1
+
+METRICS = {"kl_to_teacher": "KL to the parent", "loss": "loss"}
+"""What arms are compared in, both in nats per token of held-out text, both better where smaller."""
+
+Entry = dict[str, Any]
+"""An arm at a size and a budget, over its seeds."""
+
+_ACCOUNTS = {"new": "At equal new tokens per member", "accumulated": "At equal accumulated tokens"}
+
+
+def summarise(form: Experiment, results: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str, Any]:
+    """What an experiment shows so far, from the results of its cells by name (as JSON has them)."""
+    budgets = sorted({result["cell"]["tokens"] for result in results.values()} | set(form.tokens))
+    families = [name for name, arm in form.arms.items() if not arm.is_row]
+    cells = [
+        {"cell": name, "arm": arm, "seed": seed, "tokens": budget, "done": name in results, "failed": failed.get(name)}
+        for arm in families
+        for seed in form.seeds
+        for budget in budgets
+        if (name := f"{arm}-s{seed}-{budget}")
+    ]
+    accounts: dict[str, dict[str, Any]] = {}
+    for account in _ACCOUNTS:
+        arms = [name for name in form.arms if _account(form, name) == account or name == form.reference_arm]
+        rows = _entries(form, results, arms, budgets) if len(arms) > 1 else []
+        accounts[account] = {"measured": len(arms) > 1, "rows": rows, "counts": _counts(form, arms, rows)}
+    versions: dict[str, list[str]] = {}
+    for name, result in sorted(results.items()):
+        versions.setdefault(_version(result), []).append(name)
+    return {
+        "version": VERSION,
+        "name": form.name,
+        "reference": form.reference_arm,
+        "rates": "given" if form.fixed_rates else "searched",
+        "seeds": form.seeds,
+        "tokens": budgets,
+        "resamples": RESAMPLES,
+        "cells": cells,
+        "accounts": accounts,
+        "parent": _parent(results),
+        "made_with": versions,
+    }
+
+
+def write_experiment(folder: Path, found: dict[str, Any]) -> None:
+    """experiment.json, experiment.md and experiment.html, each replaced in one step."""
+    text = json.dumps(plain(found), indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / "experiment.json", text)
+    title = f"Experiment {found['name']}"
+    parts = [f"# {title}", *(line for line in _intro(found))]
+    body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(line)}</p>" for line in _intro(found)), *_charts(found)]
+    for heading, table, lines in _sections(found):
+        parts += [f"## {heading}", *([markdown_table(table)] if table else []), *lines]
+        body += [f"<h2>{escape(heading)}</h2>", *([html_table(table)] if table else [])]
+        body += [f"<p>{escape(line)}</p>" for line in lines]
+    write_atomically(folder / "experiment.md", "\n\n".join(parts) + "\n")
+    write_atomically(folder / "experiment.html", html_page(title, body))
+
+
+def experiment_texts(folder: Path) -> str:
+    """The tables for a terminal."""
+    found = load_experiment_summary(folder)
+    parts = [*_intro(found)]
+    for heading, table, lines in _sections(found):
+        parts += ["\n".join([heading, *([plain_table(table)] if table else []), *lines])]
+    return "\n" + "\n\n".join([*parts, f"Report: {folder / 'experiment.html'}   results: {folder / 'results'}"])
+
+
+def load_experiment_summary(folder: Path) -> dict[str, Any]:
+    """What `write_experiment` wrote."""
+    found: dict[str, Any] = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+    return found
+
+
+def list_texts(found: dict[str, Any]) -> str:
+    """The cells of `cascade experiment --list` for a terminal."""
+    table = [["cell", "", "time left"]]
+    for row in found["cells"]:
+        table.append([row["cell"], "done" if row["done"] else "", "" if row["done"] else _minutes(row["seconds"])])
+    done = sum(row["done"] for row in found["cells"])
+    said = [f"{row['why']}; {row['cell']} is to be made again." for row in found["cells"] if row["why"]]
+    last = (
+        f"{done} of {len(found['cells'])} cells are done; the rest takes about {_minutes(found['seconds'])} "
+        "(operations counted, rate measured; what cells share is made once and counted for each)."
+    )
+    return "\n".join([plain_table(table), "", *said, last])
+
+
+def _account(form: Experiment, name: str) -> str:
+    """Which tokens an arm has as many of as the reference: `new` ones, or `accumulated` ones."""
+    return form.arms[form.arms[name].of or name].tokens
+
+
+def _version(result: dict[str, Any]) -> str:
+    made = result["made_with"]
+    commit = f" ({made['commit'][:12]}{'+' * made['commit'].endswith('+')})" if "commit" in made else ""
+    return (
+        f"cascade {made['cascade']}{commit}, torch {made['torch']}, transformers {made['transformers']}, "
+        f"{made['threads']} thread{'s' * (made['threads'] != 1)} on {made['device']}"
+    )
+
+
+def _parent(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Size and loss of the parent, where all results have one."""
+    if len({result["inputs"]["parent"] for result in results.values()}) != 1:
+        return None
+    row = next(iter(results.values()))["rows"][0]
+    return {"num_parameters": row["num_parameters"], "loss": _value(row, "loss")}
+
+
+def _entries(
+    form: Experiment, results: dict[str, dict[str, Any]], arms: Sequence[str], budgets: Sequence[int]
+) -> list[Entry]:
+    """A row for each size, budget and arm that has at least one seed; the reference first."""
+    sizes = list(dict.fromkeys(row["member"] for one in results.values() for row in one["rows"] if row["member"]))
+    arms = sorted(arms, key=lambda name: name != form.reference_arm)  # stable
+    found = []
+    for budget in budgets:
+        for size in sizes:
+            reference = _rows_of(form, results, form.reference_arm, size, budget)
+            for arm in arms:
+                rows = _rows_of(form, results, arm, size, budget)
+                if rows:
+                    found.append(_entry(arm, size, budget, rows, None if arm == form.reference_arm else reference))
+    return found
+
+
+def _rows_of(
+    form: Experiment, results: dict[str, dict[str, Any]], arm: str, size: str, budget: int
+) -> dict[int, dict[str, Any]]:
+    """Seed -> an arm's row of a size, with the inputs of its cell."""
+    family, kind = form.arms[arm].of or arm, form.arms[arm].row or "member"
+    found = {}
+    for seed in form.seeds:
+        result = results.get(f"{family}-s{seed}-{budget}")
+        for row in result["rows"] if result else []:
+            if (row["member"], row["kind"]) == (size, kind):
+                found[seed] = row | {"parent": result["inputs"]["parent"] if result else ""}
+    return found
+
+
+def _entry(
+    arm: str, size: str, budget: int, rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]] | None
+) -> Entry:
+    given = list(rows.values())
+    entry: Entry = {
+        "arm": arm,
+        "size": size,
+        "budget": budget,
+        "seeds": list(rows),
+        "num_parameters": sorted({row["num_parameters"] for row in given}),
+        "tokens": {key: sorted({row["tokens"][key] for row in given}) for key in ("hop", "accumulated")},
+        "learning_rates": [row["rate"]["learning_rate"] if row["rate"] else None for row in given],
+        "search_tokens": [row["rate"]["num_tokens"] if row["rate"] else 0 for row in given],
+        "retention": _retention(given),
+        "num_tasks": len({metric["task"] for row in given for metric in _retained(row)}),
+    }
+    for metric in METRICS:
+        values = [value for row in given if (value := _value(row, metric)) is not None]
+        entry[metric] = fmean(values) if values else None
+        entry[f"{metric}_difference"] = None if reference is None else _difference(metric, rows, reference)
+    return entry
+
+
+def _difference(metric: str, rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The difference to the reference over the seeds that both have, or {'why': why there is none}."""
+    seeds = [seed for seed in rows if seed in reference]
+    if not seeds:
+        return {"why": "the reference is not made"}
+    pairs = [(rows[seed], reference[seed]) for seed in seeds]
+    if metric == "kl_to_teacher" and any(ours["parent"] != theirs["parent"] for ours, theirs in pairs):
+        return {"why": "another parent"}
+    if any(not row["blocks"] or metric not in row["blocks"] for pair in pairs for row in pair):
+        return {"why": "no sums of blocks"}
+    first, second = ([row["blocks"] for row in part] for part in zip(*pairs, strict=True))
+    if any(ours["text"] != theirs["text"] for ours, theirs in zip(first, second, strict=True)):
+        return {"why": "other held-out text"}
+    counts = [one["tokens"] for one in first]
+    if len({len(one) for one in counts}) > 1:
+        return {"why": "other held-out text at each seed"}
+    return paired_difference([one[metric] for one in first], [one[metric] for one in second], counts).record()
+
+
+def _retained(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in row["metrics"] if one["task"] not in ("heldout", "production") and one["retention"] is not None]
+
+
+def _retention(rows: Iterable[dict[str, Any]]) -> float | None:
+    """Mean over seeds of the mean over tasks; a task with several metrics counts once. None without such a task."""
+    means = []
+    for row in rows:
+        tasks: dict[str, list[float]] = {}
+        for one in _retained(row):
+            tasks.setdefault(one["task"], []).append(one["retention"])
+        if tasks:
+            means.append(fmean(fmean(values) for values in tasks.values()))
+    return fmean(means) if means else None
+
+
+def _value(row: dict[str, Any], metric: str) -> float | None:
+    found = [one["value"] for one in row["metrics"] if (one["task"], one["metric"]) == ("heldout", metric)]
+    return found[0] if found else None
+
+
+def _counts(form: Experiment, arms: Sequence[str], entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, int]]]:
+    """Arm -> metric -> wins, ties and losses over sizes and budgets."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for arm in arms:
+        if arm == form.reference_arm:
+            continue
+        found[arm] = {metric: {"win": 0, "tie": 0, "loss": 0} for metric in METRICS}
+        for entry in entries:
+            for metric in METRICS:
+                verdict = (entry[f"{metric}_difference"] or {}).get("verdict") if entry["arm"] == arm else None
+                if verdict:
+                    found[arm][metric][verdict] += 1
+    return found
+
+
+def _intro(found: dict[str, Any]) -> list[str]:
+    """What has to be known to read the tables."""
+    parent = found["parent"]
+    lines = [
+        "Loss and KL to the parent are means over seeds in nats per token of held-out text, smaller is better. "
+        "new tokens: of the member's own training; accumulated: with those of the members that it was cut from. "
+        "Retention: mean over tasks of (member - chance) / (parent - chance), where the parent is at least 5 standard "
+        "errors above chance.",
+        _of_intervals(found),
+        _RATES[found["rates"]],
+    ]
+    if parent and parent["loss"] is not None:
+        lines.insert(0, f"Parent: {parent['num_parameters']:,} parameters, loss {parent['loss']:.4f}.")
+    for version, names in found["made_with"].items():
+        whose = "" if len(found["made_with"]) == 1 else f" ({', '.join(names)})"
+        lines.append(f"Made with {version}{whose}.")
+    missing = [cell["cell"] for cell in found["cells"] if not cell["done"] and not cell["failed"]]
+    lines += [f"Not made yet: {', '.join(missing)}."] if missing else []
+    return lines + [f"Failed: {cell['cell']}: {cell['failed']}" for cell in found["cells"] if cell["failed"]]
+
+
+_RATES = {
+    "searched": "The learning rate of each training was searched for in the same way, by short trainings from its own "
+    "start; their tokens are not counted as the member's.",
+    "given": "Learning rates are those that the recipes give (fixed_rates: true): what suits one arm may not suit another.",
+}
+
+
+def _of_intervals(found: dict[str, Any]) -> str:
+    """What the intervals hold, and what they do not."""
+    seeds, few = found["seeds"], ""
+    over = "over held-out blocks" if len(seeds) == 1 else f"over {len(seeds)} seeds, then held-out blocks"
+    if len(seeds) == 1:
+        few = f"There is one seed ({seeds[0]}): another may give another verdict. "
+    elif len(seeds) < 10:
+        few = (
+            "So few seeds show less of their chance than there is: where it outweighs the blocks', such an interval "
+            "holds the truth in about 55% of cases with 2 seeds, 78% with 3, 85% with 5. "
+        )
+    return (
+        f"In brackets the 95% interval of the difference to {found['reference']}: a paired bootstrap {over}, "
+        f"{found['resamples']:,} resamples. {few}win, tie, loss: whether it is below 0, holds it, or is above it; of "
+        "comparisons in which nothing differs about one in twenty is called a win or loss."
+    )
+
+
+def _sections(found: dict[str, Any]) -> list[tuple[str, Table, list[str]]]:
+    """(heading, table, lines below it): one for each accounting and budget, the counts below the last."""
+    sections: list[tuple[str, Table, list[str]]] = []
+    for account, heading in _ACCOUNTS.items():
+        told = found["accounts"][account]
+        if not told["measured"]:
+            arm = "no arm beside the reference" if account == "new" else "no arm has `tokens: accumulated`"
+            sections.append((heading, [], [f"not measured: {arm}."]))
+            continue
+        for budget in found["tokens"]:
+            rows = [entry for entry in told["rows"] if entry["budget"] == budget]
+            if rows:
+                sections.append((f"{heading}: {budget:,} new tokens in {found['reference']}", _table(rows), []))
+        if not told["rows"]:
+            sections.append((heading, [], ["nothing is made yet."]))
+        sections[-1][2].extend(_count_lines(told["counts"], found["reference"]))
+    rows = [entry for account in _ACCOUNTS for entry in found["accounts"][account]["rows"]]
+    return [*sections, ("Learning rates", _rate_table(rows), [])] if rows else sections
+
+
+def _table(rows: Sequence[Entry]) -> Table:
+    head = ["size", "arm", "parameters", "new tokens", "accumulated", "seeds"]
+    for name in ("KL", "loss"):
+        head += [name, "difference", "", ""]
+    table = [[*head, "retention"]]
+    previous = ""
+    for row in rows:
+        cells = [row["size"] if row["size"] != previous else "", row["arm"], _span(row["num_parameters"])]
+        cells += [_span(row["tokens"][key]) for key in ("hop", "accumulated")]
+        cells.append(str(len(row["seeds"])))
+        for metric in METRICS:
+            value = row[metric]
+            cells += ["" if value is None else f"{value:.4f}", *_difference_cells(row[f"{metric}_difference"])]
+        told = f"{row['retention']:.0%} of {row['num_tasks']}" if row["retention"] is not None else "no task"
+        table.append([*cells, told])
+        previous = row["size"]
+    return table
+
+
+def _difference_cells(difference: dict[str, Any] | None) -> list[str]:
+    if difference is None:
+        return ["reference", "", ""]
+    if "why" in difference:
+        return [difference["why"], "", ""]
+    interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    agree = max(difference["num_below"], difference["num_seeds"] - difference["num_below"])
+    seeds = f" ({agree}/{difference['num_seeds']} seeds)" if difference["num_seeds"] > 1 else ""
+    return [f"{difference['value']:+.4f}", interval, f"{difference['verdict']}{seeds}"]
+
+
+def _count_lines(counts: dict[str, dict[str, dict[str, int]]], reference: str) -> list[str]:
+    lines = []
+    for arm, metrics in counts.items():
+        told = [
+            f"{METRICS[metric]} {one['win']} win{'s' * (one['win'] != 1)}, {one['tie']} tie{'s' * (one['tie'] != 1)}, "
+            f"{one['loss']} loss{'es' * (one['loss'] != 1)}"
+            for metric, one in metrics.items()
+        ]
+        lines.append(f"{arm} against {reference}: {'; '.join(told)}.")
+    return lines
+
+
+def _rate_table(rows: Sequence[Entry]) -> Table:
+    """The rate of each training, and what the search for it read."""
+    table = [["size", "arm", "budget", "learning rate at each seed", "tokens of its search"]]
+    for row in rows:
+        rates = ", ".join("none" if rate is None else f"{rate:.3g}" for rate in row["learning_rates"])
+        line = [row["size"], row["arm"], f"{row['budget']:,}", rates, _span(sorted(set(row["search_tokens"])))]
+        if line not in table:
+            table.append(line)
+    return table
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _charts(found: dict[str, Any]) -> list[str]:
+    """Each metric against size, and against tokens where there are several budgets."""
+    charts = []
+    for account, heading in _ACCOUNTS.items():
+        rows = found["accounts"][account]["rows"]
+        if not rows:
+            continue
+        charts.append(f"<h2>{escape(heading)}</h2>")
+        for metric, title in METRICS.items():
+            for budget in found["tokens"]:
+                some = [row for row in rows if row["budget"] == budget]
+                name = f"{title}, {short_number(budget)} tokens"
+                charts.append(_chart(some, metric, name, "parameters", lambda row: row["num_parameters"][0]))
+            if len(found["tokens"]) > 1:
+                for size in dict.fromkeys(row["size"] for row in rows):
+                    some = [row for row in rows if row["size"] == size]
+                    charts.append(
+                        _chart(some, metric, f"{title}, {size}", "new tokens", lambda row: row["tokens"]["hop"][0])
+                    )
+    return charts
+
+
+def _chart(rows: Sequence[Entry], metric: str, y_title: str, x_title: str, x_of: Any) -> str:
+    series = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm and row[metric] is not None]
+        points = [Point(x_of(row), row[metric], None, "") for row in sorted(mine, key=x_of)]
+        series.append(Series(arm, points))
+    chart = line_chart(series, x_title=x_title, y_title=y_title, log_x=True)
+    return f"<figure>{chart}</figure>" if chart else ""
+
+
+def _minutes(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
