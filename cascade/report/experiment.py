@@ -203,7 +203,9 @@ def _difference(metric: str, rows: dict[int, dict[str, Any]], reference: dict[in
 
 
 def _retained(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [one for one in row["metrics"] if one["task"] not in ("heldout", "production") and one["retention"] is not None]
+    return [
+        one for one in row["metrics"] if one["task"] not in ("heldout", "production") and one["retention"] is not None
+    ]
 
 
 def _retention(rows: Iterable[dict[str, Any]]) -> float | None:
