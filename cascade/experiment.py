@@ -21,7 +21,7 @@ from cascade.report.experiment import summarise, write_experiment
 from cascade.run import run_recipe
 from cascade.store import make_folder, write_atomically
 
-_MARK = "experiment.yaml"
+_MARK = "experiment-file.yaml"
 """Of a folder that is an experiment's: the file as it was last run."""
 
 

@@ -1,5 +1,6 @@
 """The file of `cascade experiment`: ways to make one family (arms), compared at seeds and token budgets."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from cascade.errors import RecipeError
 from cascade.recipe.baseline import Kind
 from cascade.recipe.load import problems_of, refuse_secrets
 from cascade.recipe.places import FOLDER, RecipePath
-from cascade.recipe.section import Names, PositiveInt, Section
+from cascade.recipe.section import PositiveInt, Section, as_list
 from cascade.yaml_reader import Place, YamlDocument, read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
@@ -28,11 +29,23 @@ _SAID_ELSEWHERE = {
 _MEASURED_ALIKE = ("evaluate",)
 
 
+def _as_overrides(value: object) -> object:
+    """A mapping of dotted keys as KEY=VALUE texts; what else is given stays as it is."""
+    if not isinstance(value, dict):
+        return as_list(value)
+    return [f"{key}={json.dumps(part, ensure_ascii=False)}" for key, part in value.items()]
+
+
+Overrides = Annotated[list[str], BeforeValidator(_as_overrides)]
+"""KEY=VALUE texts as of `cascade run --set`, or the same as a mapping (distill.features.hidden: none); `members.*` in a
+key stands for each member."""
+
+
 class Arm(Section):
     """One way to make the family, or a baseline of another arm's members."""
 
-    set: Names = []
-    """KEY=VALUE overrides as of `cascade run --set`; `members.*` stands for each member."""
+    set: Overrides = []
+    """What it changes of the recipe."""
     tokens: Literal["new", "accumulated"] = "new"
     """What a member may use. new: the budget; accumulated: all that the chain of the reference's members, from the
     parent down to the member of that name, has used together."""
@@ -65,8 +78,8 @@ class Experiment(Section):
     name: str
     recipe: RecipePath
     """A recipe, relative to this file; its members are the sizes. Of its baselines those are made that some arm is."""
-    set: Names = []
-    """Overrides for all arms."""
+    set: Overrides = []
+    """What is changed of the recipe for all arms."""
     arms: Annotated[dict[str, Annotated[Arm, BeforeValidator(_arm)]], Field(min_length=2)]
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     """Of all random draws, one family each."""

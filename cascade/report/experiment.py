@@ -264,7 +264,7 @@ def _intro(found: dict[str, Any]) -> list[str]:
 _RATES = {
     "searched": "The learning rate of each training was searched for in the same way, by short trainings from its own "
     "start; their tokens are not counted as the member's.",
-    "given": "Learning rates are those that the recipes give (fixed_rates: true): what suits one arm may not suit another.",
+    "given": "Learning rates are those of the recipes (fixed_rates: true); what suits one arm may not suit another.",
 }
 
 
