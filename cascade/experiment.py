@@ -1,6 +1,7 @@
 """`cascade experiment`: the cells one after another, each a run; what is finished is found again."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def run_experiment(
         RunError: not all cells could be made.
     """
     console = console or Console(stderr=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("an experiment's cells are made by one process; start it without torchrun")
     file = load_experiment(path)
     folder = experiment_folder(file, output)
     cells = plan_cells(file)
@@ -86,7 +89,7 @@ def run_experiment(
         to_do = [cell for cell in wanted if cell.name not in results]
         for cell in to_do:
             check_ownership(folder / "cells" / cell.name, cell.recipe)
-        failed = {}
+        failed, budgets = {}, sorted({cell.tokens for cell in cells})
         for number, cell in enumerate(to_do, start=1):
             failpoint("experiment.cell")
             _say(console, f"cell {number} of {len(to_do)}: {cell.name}")
@@ -97,8 +100,8 @@ def run_experiment(
             except RunError as error:
                 failed[cell.name] = str(error)
                 _say(console, f"{cell.name}: {error}")
-            write_experiment(folder, summarise(file.form, results, failed))
-        write_experiment(folder, summarise(file.form, results, failed))
+            write_experiment(folder, summarise(file.form, budgets, results, failed))
+        write_experiment(folder, summarise(file.form, budgets, results, failed))
     if failed:
         told = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
         raise RunError(f"{len(failed)} of {len(cells)} cells could not be made:\n  {told}")

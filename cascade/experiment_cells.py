@@ -13,7 +13,7 @@ from cascade.foreseen import require_foreseen
 from cascade.parent import parent_config
 from cascade.recipe.experiment import ExperimentFile, expanded
 from cascade.recipe.load import load_recipe
-from cascade.recipe.schema import Recipe
+from cascade.recipe.schema import Member, Recipe
 from cascade.yaml_reader import Place, write_yaml
 
 
@@ -155,6 +155,13 @@ def _incomparable(file: ExperimentFile, plain: dict[str, Recipe]) -> list[str]:
     """What keeps arms from being compared."""
     form, problems = file.form, []
     reference = plain[form.reference_arm]
+    for name, arm in form.arms.items():
+        recipe = plain.get(arm.of)
+        if recipe is not None and all(lacks_row(recipe, member, arm.row) for member in recipe.members):
+            where = file.where("arms", name, "row")
+            problems.append(
+                f"{where}: the members of {arm.of} have no '{arm.row}'; remove the arm, or name another one"
+            )
     for name, recipe in plain.items():
         where = file.where("arms", name)
         problems += [f"{where}: {problem}" for problem in _not_for_experiments(recipe)]
@@ -195,6 +202,13 @@ def _not_for_experiments(recipe: Recipe) -> list[str]:
                 "bound params instead"
             )
     return found
+
+
+def lacks_row(recipe: Recipe, member: Member, kind: str) -> bool:
+    """Whether a member has no such baseline, by how it starts."""
+    if kind == "cut":
+        return member.start not in ("prune", "layers")
+    return kind == "repaired" and (member.start != "prune" or recipe.prune.repair.method == "none")
 
 
 def _fixed_rates(file: ExperimentFile, arm: str, recipe: Recipe) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade import __version__
-from cascade.experiment_cells import Cell
+from cascade.experiment_cells import Cell, lacks_row
 from cascade.inputs import data_fingerprint, production_fingerprint, task_fingerprint
 from cascade.models.checkpoint import fingerprint, resolve_model
 from cascade.ownership import resolved_recipe
@@ -16,7 +16,8 @@ from cascade.parent import existing_parent
 from cascade.plain_json import plain
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.names import owner_of
-from cascade.recipe.schema import Recipe
+from cascade.recipe.prune import Prune
+from cascade.recipe.schema import Calibration, Recipe
 from cascade.report.block_sums import load_block_sums
 from cascade.report.rates import load_rates
 from cascade.report.records import Row, load_family
@@ -45,7 +46,15 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def inputs_of(recipe: Recipe) -> dict[str, str]:
     """sha256 of what the recipe reads: parent, text, tasks, students."""
-    only = recipe.model_copy(update={"distill": None, "members": [], "seed": 0, "baselines": []})
+    unread = {
+        "distill": None,
+        "members": [],
+        "baselines": [],
+        "seed": 0,
+        "prune": Prune(),
+        "calibration": Calibration(),
+    }
+    only = recipe.model_copy(update=unread)
     students = {f"student {one.name}": _model_sha256(one.student) for one in recipe.members if one.student}
     return _inputs(only.model_dump_json()) | students
 
@@ -104,7 +113,7 @@ def read_result(path: Path, cell: Cell, inputs: dict[str, str]) -> tuple[Result 
     rows = {(row["member"], row["kind"]) for row in found["rows"]}
     for member in cell.members:
         for kind in ("member", *cell.recipe.baseline_kinds):
-            if (member.name, kind) not in rows and not _cannot_have(cell, member.member.start, kind):
+            if (member.name, kind) not in rows and not lacks_row(cell.recipe, member.member, kind):
                 return None, f"lacks the row {member.name}{'' if kind == 'member' else f'-{kind}'}"
     return found, ""
 
@@ -124,13 +133,6 @@ def code_version() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return said  # installed, or without git
     return said | {"commit": commit + ("+" if changed else "")}
-
-
-def _cannot_have(cell: Cell, start: str, kind: str) -> bool:
-    """Whether a member has no such baseline, by how it starts."""
-    if kind == "cut":
-        return start not in ("prune", "layers")
-    return kind == "repaired" and (start != "prune" or cell.recipe.prune.repair.method == "none")
 
 
 def _row(

@@ -276,6 +276,7 @@ def test_what_is_not_measured_is_said(tmp_path, recipe_folder):
         ({"more": "reference: other"}, r"unknown arm 'other'; known: default, direct"),
         ({"more": "reference: ce"}, r"'ce' is a baseline row"),
         ({"arms": "arms:\n  a:\n  b: {of: c, row: ce}\n"}, r"arms.b.of: 'c' is no arm with members; use one of a"),
+        ({"sets": "prune.repair.method: none", "arms": "arms:\n  a:\n  b: {of: a, row: repaired}\n"}, r"arms.b.row: the members of a have no 'repaired'"),
         ({"arms": "arms:\n  a:\n  b: {row: ce}\n"}, r"`of` and `row` go together"),
         ({"more": "seeds: []"}, r"seeds"),
         ({"more": "tokens: [512, 512]"}, r"512 stands twice"),

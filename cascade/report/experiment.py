@@ -29,9 +29,10 @@ Entry = dict[str, Any]
 _ACCOUNTS = {"new": "At equal new tokens per member", "accumulated": "At equal accumulated tokens"}
 
 
-def summarise(form: Experiment, results: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str, Any]:
+def summarise(
+    form: Experiment, budgets: Sequence[int], results: dict[str, dict[str, Any]], failed: dict[str, str]
+) -> dict[str, Any]:
     """What an experiment shows so far, from the results of its cells by name (as JSON has them)."""
-    budgets = sorted({result["cell"]["tokens"] for result in results.values()} | set(form.tokens))
     families = [name for name, arm in form.arms.items() if not arm.is_row]
     cells = [
         {"cell": name, "arm": arm, "seed": seed, "tokens": budget, "done": name in results, "failed": failed.get(name)}
