@@ -46,7 +46,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def inputs_of(recipe: Recipe) -> dict[str, str]:
     """sha256 of what the recipe reads: parent, text, tasks, students."""
-    unread = {
+    unread: dict[str, Any] = {
         "distill": None,
         "members": [],
         "baselines": [],

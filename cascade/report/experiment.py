@@ -4,6 +4,8 @@
 """
 
 import json
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -25,6 +27,8 @@ METRICS = {"kl_to_teacher": "KL to the parent", "loss": "loss"}
 
 Entry = dict[str, Any]
 """An arm at a size and a budget, over its seeds."""
+
+_BUDGETS = {"new": "budget {:,}", "accumulated": "those of chains with a budget of {:,} new tokens a member"}
 
 _ACCOUNTS = {"new": "At equal new tokens per member", "accumulated": "At equal accumulated tokens"}
 
@@ -82,7 +86,8 @@ def write_experiment(folder: Path, found: dict[str, Any]) -> None:
 def experiment_texts(folder: Path) -> str:
     """The tables for a terminal."""
     found = load_experiment_summary(folder)
-    parts = [*_intro(found)]
+    width = min(120, shutil.get_terminal_size().columns)
+    parts = [textwrap.fill(line, max(60, width)) for line in _intro(found)]
     for heading, table, lines in _sections(found):
         parts += ["\n".join([heading, *([plain_table(table)] if table else []), *lines])]
     return "\n" + "\n\n".join([*parts, f"Report: {folder / 'experiment.html'}   results: {folder / 'results'}"])
@@ -246,7 +251,8 @@ def _intro(found: dict[str, Any]) -> list[str]:
     parent = found["parent"]
     lines = [
         "Loss and KL to the parent are means over seeds in nats per token of held-out text, smaller is better. "
-        "new tokens: of the member's own training; accumulated: with those of the members that it was cut from. "
+        "new tokens: of the member's own training, in whole steps; accumulated: with those of the members it was cut from. "
+        "Arms find shapes of their own: in brackets, how many more parameters than the reference. "
         "Retention: mean over tasks of (member - chance) / (parent - chance), where the parent is at least 5 standard "
         "errors above chance.",
         _of_intervals(found),
@@ -299,7 +305,9 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, Table, list[str]]]:
         for budget in found["tokens"]:
             rows = [entry for entry in told["rows"] if entry["budget"] == budget]
             if rows:
-                sections.append((f"{heading}: {budget:,} new tokens in {found['reference']}", _table(rows), []))
+                sections.append(
+                    (f"{heading}: {_BUDGETS[account].format(budget)}", _table(rows, found["reference"]), [])
+                )
         if not told["rows"]:
             sections.append((heading, [], ["nothing is made yet."]))
         sections[-1][2].extend(_count_lines(told["counts"], found["reference"]))
@@ -307,14 +315,15 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, Table, list[str]]]:
     return [*sections, ("Learning rates", _rate_table(rows), [])] if rows else sections
 
 
-def _table(rows: Sequence[Entry]) -> Table:
-    head = ["size", "arm", "parameters", "new tokens", "accumulated", "seeds"]
+def _table(rows: Sequence[Entry], reference: str) -> Table:
+    """A line for each size and arm, the reference first in each size."""
+    head = ["", "parameters", "new tokens", "accumulated", "seeds"]
     for name in ("KL", "loss"):
-        head += [name, "difference", "", ""]
-    table = [[*head, "retention"]]
-    previous = ""
+        head += [name, f"less {reference}", "95% interval", "verdict"]
+    table, width = [[*head, "retention"]], max(len(row["size"]) for row in rows)
+    parameters = {row["size"]: row["num_parameters"] for row in rows if row["arm"] == reference}
     for row in rows:
-        cells = [row["size"] if row["size"] != previous else "", row["arm"], _span(row["num_parameters"])]
+        cells = [f"{row['size']:{width}} {row['arm']}", _size(row["num_parameters"], parameters.get(row["size"]))]
         cells += [_span(row["tokens"][key]) for key in ("hop", "accumulated")]
         cells.append(str(len(row["seeds"])))
         for metric in METRICS:
@@ -322,15 +331,20 @@ def _table(rows: Sequence[Entry]) -> Table:
             cells += ["" if value is None else f"{value:.4f}", *_difference_cells(row[f"{metric}_difference"])]
         told = f"{row['retention']:.0%} of {row['num_tasks']}" if row["retention"] is not None else "no task"
         table.append([*cells, told])
-        previous = row["size"]
     return table
+
+
+def _size(numbers: Sequence[int], reference: Sequence[int] | None) -> str:
+    """Parameters, and how many more they are than the reference's, whose shape may be another."""
+    share = fmean(numbers) / fmean(reference) - 1 if reference else 0.0
+    return _span(numbers) + (f" ({share:+.1%})" if abs(share) >= 0.0005 else "")
 
 
 def _difference_cells(difference: dict[str, Any] | None) -> list[str]:
     if difference is None:
-        return ["reference", "", ""]
+        return ["", "", ""]
     if "why" in difference:
-        return [difference["why"], "", ""]
+        return ["", "", difference["why"]]
     interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]"
     agree = max(difference["num_below"], difference["num_seeds"] - difference["num_below"])
     seeds = f" ({agree}/{difference['num_seeds']} seeds)" if difference["num_seeds"] > 1 else ""
@@ -340,6 +354,9 @@ def _difference_cells(difference: dict[str, Any] | None) -> list[str]:
 def _count_lines(counts: dict[str, dict[str, dict[str, int]]], reference: str) -> list[str]:
     lines = []
     for arm, metrics in counts.items():
+        if not any(sum(one.values()) for one in metrics.values()):
+            lines.append(f"{arm} against {reference}: not compared yet.")
+            continue
         told = [
             f"{METRICS[metric]} {one['win']} win{'s' * (one['win'] != 1)}, {one['tie']} tie{'s' * (one['tie'] != 1)}, "
             f"{one['loss']} loss{'es' * (one['loss'] != 1)}"
@@ -351,10 +368,16 @@ def _count_lines(counts: dict[str, dict[str, dict[str, int]]], reference: str) -
 
 def _rate_table(rows: Sequence[Entry]) -> Table:
     """The rate of each training, and what the search for it read."""
-    table = [["size", "arm", "budget", "learning rate at each seed", "tokens of its search"]]
+    table = [["", "budget", "learning rate at each seed", "tokens of its search"]]
+    width = max(len(row["size"]) for row in rows)
     for row in rows:
         rates = ", ".join("none" if rate is None else f"{rate:.3g}" for rate in row["learning_rates"])
-        line = [row["size"], row["arm"], f"{row['budget']:,}", rates, _span(sorted(set(row["search_tokens"])))]
+        line = [
+            f"{row['size']:{width}} {row['arm']}",
+            f"{row['budget']:,}",
+            rates,
+            _span(sorted(set(row["search_tokens"]))),
+        ]
         if line not in table:
             table.append(line)
     return table
