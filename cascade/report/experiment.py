@@ -251,7 +251,7 @@ def _intro(found: dict[str, Any]) -> list[str]:
     parent = found["parent"]
     lines = [
         "Loss and KL to the parent are means over seeds in nats per token of held-out text, smaller is better. "
-        "new tokens: of the member's own training, in whole steps; accumulated: with those of the members it was cut from. "
+        "new tokens: of the member's own training, in whole steps; accumulated: and of the members it is cut from. "
         "Arms find shapes of their own: in brackets, how many more parameters than the reference. "
         "Retention: mean over tasks of (member - chance) / (parent - chance), where the parent is at least 5 standard "
         "errors above chance.",
