@@ -126,8 +126,10 @@ def _loaded(file: ExperimentFile, place: Place, overrides: list[str]) -> Recipe:
     try:
         return load_recipe(file.form.recipe, overrides)
     except RecipeError as error:
-        source = f"{error.source}: " if error.source.startswith("--set") else ""
-        told = [f"{file.where(*place)}: {source}{problem}".replace("--set ", "") for problem in error.problems]
+        told = []
+        for problem in error.problems:
+            source = "" if problem.startswith((error.source, "--set")) else f"{error.source}: "
+            told.append(f"{file.where(*place)}: {source}{problem}".replace("--set ", ""))
         raise RecipeError(str(file.path), told) from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ from cascade.errors import RecipeError, RunError, UserError
 from cascade.experiment import list_experiment, run_experiment
 from cascade.experiment_cells import plan_cells
 from cascade.failpoints import InjectedError, arm
-from cascade.recipe.experiment import load_experiment
+from cascade.recipe.experiment import Arm, Experiment, load_experiment
+from cascade.report.experiment import experiment_texts, summarise, write_experiment
 from cascade.report.paired import paired_difference
 
 ARMS = """\
@@ -155,10 +157,7 @@ def test_damage_in_one_cell_is_not_taken_over(finished, tmp_path):
     _, folder = finished
     source = next((folder / "cells" / "default-s0-512" / "stages").glob("parent.data-*"))
     assert take_over(source, tmp_path / "stages" / source.name)
-    assert not (tmp_path / "stages" / "x").exists()
     copied = tmp_path / "copied"
-    import shutil
-
     shutil.copytree(source, copied)
     (copied / "train.safetensors").write_bytes(b"other")
     assert not take_over(copied, tmp_path / "stages" / "x")
@@ -196,8 +195,6 @@ def test_a_killed_experiment_goes_on_where_it_was(tmp_path, recipe_folder):
 
 
 def test_results_kept_elsewhere_are_taken_where_they_are_of_the_same(finished, tmp_path, recipe_folder):
-    import shutil
-
     _, folder = finished
     shutil.copytree(folder / "results", tmp_path / "kept")
     more = "fixed_rates: true\nseeds: [0, 1]\ntokens: [512]\nresults: kept"
@@ -270,6 +267,7 @@ def test_what_is_not_measured_is_said(tmp_path, recipe_folder):
     ("given", "said"),
     [
         ({"arms": "arms:\n  a:\n  b: {sett: [seed=1]}\n"}, r"experiment.yaml:6:7: unknown key 'sett'; did you mean 'set'"),
+        ({"arms": "arms:\n  a:\n  b: {of: a, row: cee}\n"}, r"arms.b.row: .*'cut', 'repaired', 'ce'.*got 'cee'"),
         ({"arms": "arms:\n  a:\n  A:\n"}, r"a and A are one name"),
         ({"arms": "arms:\n  a:\n  a:\n"}, r"key 'a' stands twice"),
         ({"arms": "arms:\n  a:\n"}, r"experiment.yaml:4:1: arms: .*at least 2"),
@@ -330,6 +328,67 @@ def test_the_recipe_in_the_repository_has_all_its_cells(tmp_path):
     if not (ROOT.parent / "shared" / "data").is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     assert len(plan_cells(file)) == 7 * 3 * 2
+
+
+def made_up_result(arm, seed, tokens, *, kl, retentions=(), text="same", parent="p"):
+    """A cell's result with one member, its KL the same in each of eight blocks of ten tokens, but for some noise."""
+    draw = np.random.default_rng(seed)
+    sums = [10 * kl + noise for noise in draw.normal(0, 0.1, size=8)]
+    metrics = [
+        {"task": "heldout", "metric": name, "value": kl, "retention": None} for name in ("kl_to_teacher", "loss")
+    ]
+    metrics += [{"task": task, "metric": "acc", "value": 1, "retention": value} for task, value in retentions]
+    rate = {"learning_rate": 1e-3, "searched": True, "num_tokens": 100}
+    blocks = {"text": text, "tokens": [10] * 8, "kl_to_teacher": sums, "loss": sums}
+    row = {"member": "m", "kind": "member", "num_parameters": 1000, "tokens": {"hop": tokens, "accumulated": tokens}}
+    row |= {"rate": rate, "metrics": metrics, "blocks": blocks}
+    whole = row | {"member": "", "kind": "parent", "metrics": metrics[:2]}
+    made_with = {"cascade": "0", "torch": "2", "transformers": "5", "threads": 1, "device": "cpu"}
+    cell = {"arm": arm, "seed": seed, "tokens": tokens}
+    return {"cell": cell, "inputs": {"parent": parent}, "rows": [whole, row], "made_with": made_with}
+
+
+def summarised(**changes):
+    """Two arms of three seeds and two budgets, the second arm better by 0.1; `changes` are of its results."""
+    form = Experiment(
+        name="x", recipe="r", arms={"a": Arm(), "b": Arm(set=["k=1"])}, seeds=[0, 1, 2], tokens=[100, 200]
+    )
+    results = {}
+    for seed in form.seeds:
+        for tokens in form.tokens:
+            results[f"a-s{seed}-{tokens}"] = made_up_result("a", seed, tokens, kl=0.5)
+            results[f"b-s{seed}-{tokens}"] = made_up_result("b", seed, tokens, **({"kl": 0.4} | changes))
+    return summarise(form, form.tokens, results, {})
+
+
+def of_arm(found, name):
+    return next(row for row in found["accounts"]["new"]["rows"] if row["arm"] == name)
+
+
+def test_retention_is_the_mean_over_tasks_that_have_one():
+    kept = (("t", 0.8), ("t", 0.6), ("u", 0.1), ("weak", None), ("production", 0.9))
+    assert of_arm(summarised(retentions=kept), "b")["retention"] == pytest.approx((0.7 + 0.1) / 2)
+    found = of_arm(summarised(retentions=(("weak", None),)), "b")
+    assert found["retention"] is None and found["num_tasks"] == 0
+
+
+def test_what_is_not_of_the_same_text_or_parent_is_not_compared():
+    assert of_arm(summarised(), "b")["kl_to_teacher_difference"]["verdict"] == "win"
+    assert of_arm(summarised(text="other"), "b")["loss_difference"] == {"why": "other held-out text"}
+    found = of_arm(summarised(parent="other"), "b")
+    assert found["kl_to_teacher_difference"] == {"why": "another parent"}
+    assert found["loss_difference"]["verdict"] == "win"
+
+
+def test_tables_have_each_budget_and_count_all(tmp_path):
+    found = summarised()
+    assert found["accounts"]["new"]["counts"]["b"]["loss"] == {"win": 2, "tie": 0, "loss": 0}
+    write_experiment(tmp_path, found)
+    text = experiment_texts(tmp_path)
+    assert "budget 100" in text and "budget 200" in text and "-0.1000" in text and "win (3/3 seeds)" in text
+    assert "in about 55% of cases with 2 seeds" in " ".join(text.split())
+    # KL and loss: against size at two budgets, against tokens at one size.
+    assert (tmp_path / "experiment.html").read_text().count("<svg") == 6
 
 
 def test_seeds_and_blocks_are_in_the_interval():

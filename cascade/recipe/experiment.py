@@ -51,7 +51,7 @@ class Arm(Section):
     parent down to the member of that name, has used together."""
     of: str = ""
     """With `row`: the arm whose members the baseline belongs to."""
-    row: Kind | Literal[""] = ""
+    row: Literal["cut", "repaired", "ce", ""] = ""
     """With `of`: cut, repaired or ce: that baseline of the arm's members, from their own starts, is this arm."""
 
     @model_validator(mode="after")
