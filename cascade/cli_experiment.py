@@ -30,8 +30,8 @@ def experiment(file: str, output: str | None, only: tuple[str, ...], listed: boo
     from cascade.experiment import list_experiment, run_experiment
 
     if listed:
-        found = list_experiment(file, output=output, only=only)
-        click.echo(json.dumps(found) if as_json else list_texts(found))
+        listed_cells = list_experiment(file, output=output, only=only)
+        click.echo(json.dumps(listed_cells) if as_json else list_texts(listed_cells))
         return
     with interruptible():
         folder = run_experiment(file, output=output, only=only)

@@ -82,10 +82,10 @@ def run_experiment(
         write_atomically(folder / _MARK, file.path.read_text(encoding="utf-8-sig"))
         for name in ("cells", "results"):
             make_folder(folder / name)
-        found = [find_result(file, folder, cell) for cell in cells]
-        results = {one.cell.name: one.result for one in found if one.result is not None}
-        for one in found:
-            _tell(console, one, folder, again=one.cell in wanted)
+        states = [find_result(file, folder, cell) for cell in cells]
+        results = {state.cell.name: state.result for state in states if state.result is not None}
+        for state in states:
+            _tell(console, state, folder, again=state.cell in wanted)
         to_do = [cell for cell in wanted if cell.name not in results]
         for cell in to_do:
             check_ownership(folder / "cells" / cell.name, cell.recipe)
@@ -120,10 +120,10 @@ def list_experiment(path: str | Path, *, output: str | Path | None = None, only:
     check_cells(file, wanted)
     rows = []
     for cell in wanted:
-        found = find_result(file, folder, cell)
-        seconds = 0.0 if found.result else _seconds(folder / "cells" / cell.name, cell)
+        state = find_result(file, folder, cell)
+        seconds = 0.0 if state.result else _seconds(folder / "cells" / cell.name, cell)
         row = {"cell": cell.name, "arm": cell.arm, "seed": cell.seed, "tokens": cell.tokens}
-        rows.append(row | {"done": found.result is not None, "seconds": seconds, "why": found.why})
+        rows.append(row | {"done": state.result is not None, "seconds": seconds, "why": state.why})
     return {
         "name": file.form.name,
         "experiment": str(folder),
@@ -177,12 +177,12 @@ def _seconds(run_folder: Path, cell: Cell) -> float:
     return sum(shared.values()) + sum(sum(member.seconds.values()) for member in members)
 
 
-def _tell(console: Console, found: Found, folder: Path, *, again: bool) -> None:
+def _tell(console: Console, state: Found, folder: Path, *, again: bool) -> None:
     """Say of a cell what is worth it: taken from elsewhere, or there and not its result."""
-    if found.why:
-        _say(console, f"{found.why}; {found.cell.name} is {'made again' if again else 'not shown'}")
-    elif found.place is not None and found.place.parent != folder / "results":
-        _say(console, f"{found.cell.name}: taken from {found.place}")
+    if state.why:
+        _say(console, f"{state.why}; {state.cell.name} is {'made again' if again else 'not shown'}")
+    elif state.place is not None and state.place.parent != folder / "results":
+        _say(console, f"{state.cell.name}: taken from {state.place}")
 
 
 def _say(console: Console, text: str) -> None:

@@ -91,10 +91,10 @@ def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:
 
 def accumulated_tokens(members: Sequence[ResolvedMember]) -> dict[str, int]:
     """Member -> training tokens of the chain from the parent down to it."""
-    found: dict[str, int] = {}
+    totals: dict[str, int] = {}
     for member in members:  # a seed stands before what is cut from it
-        found[member.name] = found.get(member.seed, 0) + member.num_tokens
-    return found
+        totals[member.name] = totals.get(member.seed, 0) + member.num_tokens
+    return totals
 
 
 def _cell(file: ExperimentFile, arm: str, seed: int, budget: int, settings: list[str]) -> Cell:
@@ -175,7 +175,7 @@ def _incomparable(file: ExperimentFile, plain: dict[str, Recipe]) -> list[str]:
                     f"{where}: differs from {form.reference_arm} in {section}.{f', {section}.'.join(keys)}; arms are "
                     f"compared on one parent and text. Remove it, or write may_differ: [{section}]"
                 )
-        names, others = ([member.name for member in one.members] for one in (recipe, reference))
+        names, others = ([member.name for member in either.members] for either in (recipe, reference))
         if names != others:
             problems.append(
                 f"{where}: has the members {', '.join(names)}, {form.reference_arm} has {', '.join(others)}; arms are "
@@ -186,24 +186,30 @@ def _incomparable(file: ExperimentFile, plain: dict[str, Recipe]) -> list[str]:
 
 def _not_for_experiments(recipe: Recipe) -> list[str]:
     """What a recipe asks for that cannot be compared fairly, or would be paid for by each cell."""
-    found = []
+    problems = []
     if not recipe.members:
-        found.append("the recipe has no members; they are the sizes that are compared")
+        problems.append("the recipe has no members; they are the sizes that are compared")
     if recipe.parent.pretrain is not None or recipe.parent.fit is not None:
-        found.append("the recipe trains its parent, and each seed would have another; run it once and give its folder")
+        problems.append(
+            "the recipe trains its parent, and each seed would have another; run it once and give its folder"
+        )
     if recipe.generate is not None:
-        found.append("each seed would ask for a dataset of its own; `cascade generate` it once, give it as data.train")
+        problems.append(
+            "each seed would ask for a dataset of its own; `cascade generate` it once, give it as data.train"
+        )
     if recipe.counts_examples:
-        found.append(f"task: {recipe.task}: experiments compare models of text, block by block")
+        problems.append(f"task: {recipe.task}: experiments compare models of text, block by block")
     for member in recipe.members:
         if member.tokens is not None:
-            found.append(f"members.{member.name}.tokens: {member.tokens:,}: each member has the same budget; remove it")
+            problems.append(
+                f"members.{member.name}.tokens: {member.tokens:,}: each member has the same budget; remove it"
+            )
         if member.target is not None and member.target.decode_ms is not None:
-            found.append(
+            problems.append(
                 f"members.{member.name}.target.decode_ms: is measured anew by each cell, whose shapes could differ; "
                 "bound params instead"
             )
-    return found
+    return problems
 
 
 def lacks_row(recipe: Recipe, member: Member, kind: str) -> bool:
@@ -234,7 +240,7 @@ def _different_keys(first: Any, second: Any) -> list[str]:
 
 def _without_effect(file: ExperimentFile, plain: dict[str, Recipe], common: list[str], num_members: int) -> list[str]:
     """Overrides of arms that leave the recipe as it is without them, and arms that are the same."""
-    found = []
+    problems = []
     for name, recipe in plain.items():
         overrides = file.form.arms[name].set
         for number, text in enumerate(overrides):
@@ -246,31 +252,34 @@ def _without_effect(file: ExperimentFile, plain: dict[str, Recipe], common: list
             if same:
                 whose = "every member has it" if text.startswith("members.*") else "the recipe says so"
                 where = file.document.where(("arms", name, "set", number))
-                found.append(f"{where}: arms.{name}.set: {text} changes nothing: {whose} already; remove it")
+                problems.append(f"{where}: arms.{name}.set: {text} changes nothing: {whose} already; remove it")
     seen: dict[str, str] = {}
     for name, recipe in plain.items():
         key = f"{file.form.arms[name].tokens} {recipe.model_dump_json()}"
         if key in seen:
-            found.append(f"{file.where('arms', name)}: is the same as {seen[key]}; say with `set` what differs")
+            problems.append(f"{file.where('arms', name)}: is the same as {seen[key]}; say with `set` what differs")
         seen.setdefault(key, name)
     for name, arm in file.form.arms.items():
-        twin = next((other for other, one in file.form.arms.items() if arm.is_row and one == arm and other != name), "")
+        twin = next(
+            (other for other, twin_arm in file.form.arms.items() if arm.is_row and twin_arm == arm and other != name),
+            "",
+        )
         if twin and list(file.form.arms).index(twin) < list(file.form.arms).index(name):
-            found.append(f"{file.where('arms', name)}: is the same as {twin}; remove it")
-    return found
+            problems.append(f"{file.where('arms', name)}: is the same as {twin}; remove it")
+    return problems
 
 
 def _too_small(file: ExperimentFile, plain: dict[str, Recipe], budgets: list[int]) -> list[str]:
-    found = []
+    problems = []
     for name, recipe in plain.items():
         batch = recipe.distill.batch_size if recipe.distill else 0
         step = batch * recipe.data.block_size
         for number, budget in enumerate(budgets):
             if budget < step:
                 where = file.where("tokens", number) if file.form.tokens else file.where("recipe")
-                found.append(
+                problems.append(
                     f"{where}: {budget:,} tokens are less than one optimizer step of arm {name}: distill.batch_size "
                     f"{batch} x data.block_size {recipe.data.block_size} = "
                     f"{step:,}; give at least that"
                 )
-    return found
+    return problems

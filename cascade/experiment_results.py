@@ -40,7 +40,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's keys that figures depend on, flat and without the folders of this machine."""
     flat = _flat(resolved_recipe(recipe, [], public=True), "")
     return {
-        key: value for key, value in flat.items() if not f"{key}.".startswith(tuple(f"{one}." for one in _NO_MATTER))
+        key: value
+        for key, value in flat.items()
+        if not f"{key}.".startswith(tuple(f"{prefix}." for prefix in _NO_MATTER))
     }
 
 
@@ -55,7 +57,7 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
         "calibration": Calibration(),
     }
     only = recipe.model_copy(update=unread)
-    students = {f"student {one.name}": _model_sha256(one.student) for one in recipe.members if one.student}
+    students = {f"student {member.name}": _model_sha256(member.student) for member in recipe.members if member.student}
     return _inputs(only.model_dump_json()) | students
 
 
@@ -64,8 +66,8 @@ def collect_result(cell: Cell, folder: Path, inputs: dict[str, str]) -> Result:
     rows, blocks, rates = load_family(folder)["rows"], load_block_sums(folder), load_rates(folder)
     names = [member.name for member in cell.members]
     by_name = {row["name"]: row for row in rows}
-    kept = [by_name["parent"], *(by_name[name] for name in names)]
-    kept += [row for row in rows if row["role"] == "baseline"]
+    told = [by_name["parent"], *(by_name[name] for name in names)]
+    told += [row for row in rows if row["role"] == "baseline"]
     manifests = [read_json(path) for path in sorted(folder.glob(f"stages/*/{MANIFEST}"))]
     trained = read_json(folder / "members" / names[-1] / "cascade.json")["stages"]["distilled"]["folder"]
     made_with = read_json(folder / trained / MANIFEST)["made_with"]
@@ -74,10 +76,14 @@ def collect_result(cell: Cell, folder: Path, inputs: dict[str, str]) -> Result:
         "cell": {"arm": cell.arm, "seed": cell.seed, "tokens": cell.tokens},
         "recipe": settings_of(cell.recipe),
         "inputs": inputs,
-        "formats": {one["stage"]: STAGE_FORMATS[one["stage"]] for one in manifests if one["stage"] in STAGE_FORMATS},
+        "formats": {
+            manifest["stage"]: STAGE_FORMATS[manifest["stage"]]
+            for manifest in manifests
+            if manifest["stage"] in STAGE_FORMATS
+        },
         "made_with": {key: value for key, value in made_with.items() if key != "process"} | code_version(),
         "weights": {name: _weights_sha256(folder / "members" / name) for name in names},
-        "rows": [_row(row, by_name, names, blocks.get(row["name"]), rates.get(row["name"])) for row in kept],
+        "rows": [_row(row, by_name, names, blocks.get(row["name"]), rates.get(row["name"])) for row in told],
     }
 
 
@@ -95,27 +101,27 @@ def read_result(path: Path, cell: Cell, inputs: dict[str, str]) -> tuple[Result 
     if not path.is_file():
         return None, ""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("sha256") != _sha256(found):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result.pop("sha256") != _sha256(result):
             return None, "is not as it was written"
-        if found["version"] != VERSION:
-            return None, f"is of version {found['version']}; this program reads {VERSION}"
+        if result["version"] != VERSION:
+            return None, f"is of version {result['version']}; this program reads {VERSION}"
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None, "is cut off or no result"
     different = [
-        *_differences("recipe", found["recipe"], json.loads(json.dumps(settings_of(cell.recipe)))),
-        *_differences("inputs", found["inputs"], inputs),
-        *_differences("formats", found["formats"], {stage: STAGE_FORMATS.get(stage) for stage in found["formats"]}),
+        *_differences("recipe", result["recipe"], json.loads(json.dumps(settings_of(cell.recipe)))),
+        *_differences("inputs", result["inputs"], inputs),
+        *_differences("formats", result["formats"], {stage: STAGE_FORMATS.get(stage) for stage in result["formats"]}),
     ]
     if different:
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""
         return None, f"is of something else: {'; '.join(different[:4])}{more}"
-    rows = {(row["member"], row["kind"]) for row in found["rows"]}
+    rows = {(row["member"], row["kind"]) for row in result["rows"]}
     for member in cell.members:
         for kind in ("member", *cell.recipe.baseline_kinds):
             if (member.name, kind) not in rows and not lacks_row(cell.recipe, member.member, kind):
                 return None, f"lacks the row {member.name}{'' if kind == 'member' else f'-{kind}'}"
-    return found, ""
+    return result, ""
 
 
 @lru_cache(maxsize=1)
@@ -176,8 +182,8 @@ def _inputs(recipe_json: str) -> dict[str, str]:
     parent = existing_parent(recipe)
     if parent is None:
         raise ValueError("an experiment has a parent that is there")
-    found = {"parent": fingerprint(parent), "text": data_fingerprint(recipe.data), "tasks": task_fingerprint(recipe)}
-    return found | ({"production": production_fingerprint(recipe.data)} if recipe.data.production else {})
+    digests = {"parent": fingerprint(parent), "text": data_fingerprint(recipe.data), "tasks": task_fingerprint(recipe)}
+    return digests | ({"production": production_fingerprint(recipe.data)} if recipe.data.production else {})
 
 
 @lru_cache(maxsize=16)

@@ -191,27 +191,27 @@ def load_experiment(path: str | Path) -> ExperimentFile:
 
 def expanded(overrides: list[str], num_members: int) -> list[str]:
     """Overrides with one for each member in place of `members.*`."""
-    found: list[str] = []
+    texts: list[str] = []
     for text in overrides:
         key, equals, value = text.partition("=")
         if key.split(".")[:2] != ["members", "*"]:
-            found.append(text)
+            texts.append(text)
             continue
         rest = "".join(f".{part}" for part in key.split(".")[2:])
-        found += [f"members.{number}{rest}{equals}{value}" for number in range(num_members)]
-    return found
+        texts += [f"members.{number}{rest}{equals}{value}" for number in range(num_members)]
+    return texts
 
 
 def _said_elsewhere(document: YamlDocument, overrides: list[str], place: Place) -> list[str]:
-    found = []
+    problems = []
     for number, text in enumerate(overrides):
         key = text.partition("=")[0]
         general = re.sub(r"^members\.[^.]*\.", "members.*.", key)
         if general in _SAID_ELSEWHERE or key.split(".")[0] in ("baselines", "finish"):
             remedy = _SAID_ELSEWHERE.get(general) or _SAID_ELSEWHERE[key.split(".")[0]]
             where = document.where((*place, number))
-            found.append(f"{where}: {'.'.join(map(str, place))}: {key} is not for an override here; {remedy}")
-    return found
+            problems.append(f"{where}: {'.'.join(map(str, place))}: {key} is not for an override here; {remedy}")
+    return problems
 
 
 def _safe_name(value: str) -> str:

@@ -15,5 +15,5 @@ over them, in nats)"""
 def load_block_sums(run_folder: Path) -> dict[str, BlockSums]:
     """What a run wrote; nothing in the runs of older versions."""
     path = run_folder / BLOCK_SUMS
-    found: dict[str, BlockSums] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    sums: dict[str, BlockSums] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return sums

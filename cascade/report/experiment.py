@@ -68,14 +68,14 @@ def summarise(
     }
 
 
-def write_experiment(folder: Path, found: dict[str, Any]) -> None:
+def write_experiment(folder: Path, summary: dict[str, Any]) -> None:
     """experiment.json, experiment.md and experiment.html, each replaced in one step."""
-    text = json.dumps(plain(found), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(plain(summary), indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "experiment.json", text)
-    title = f"Experiment {found['name']}"
-    parts = [f"# {title}", *(line for line in _intro(found))]
-    body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(line)}</p>" for line in _intro(found)), *_charts(found)]
-    for heading, table, lines in _sections(found):
+    title = f"Experiment {summary['name']}"
+    parts = [f"# {title}", *(line for line in _intro(summary))]
+    body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(line)}</p>" for line in _intro(summary)), *_charts(summary)]
+    for heading, table, lines in _sections(summary):
         parts += [f"## {heading}", *([markdown_table(table)] if table else []), *lines]
         body += [f"<h2>{escape(heading)}</h2>", *([html_table(table)] if table else [])]
         body += [f"<p>{escape(line)}</p>" for line in lines]
@@ -85,29 +85,29 @@ def write_experiment(folder: Path, found: dict[str, Any]) -> None:
 
 def experiment_texts(folder: Path) -> str:
     """The tables for a terminal."""
-    found = load_experiment_summary(folder)
+    summary = load_experiment_summary(folder)
     width = min(120, shutil.get_terminal_size().columns)
-    parts = [textwrap.fill(line, max(60, width)) for line in _intro(found)]
-    for heading, table, lines in _sections(found):
+    parts = [textwrap.fill(line, max(60, width)) for line in _intro(summary)]
+    for heading, table, lines in _sections(summary):
         parts += ["\n".join([heading, *([plain_table(table)] if table else []), *lines])]
     return "\n" + "\n\n".join([*parts, f"Report: {folder / 'experiment.html'}   results: {folder / 'results'}"])
 
 
 def load_experiment_summary(folder: Path) -> dict[str, Any]:
     """What `write_experiment` wrote."""
-    found: dict[str, Any] = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
-    return found
+    summary: dict[str, Any] = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+    return summary
 
 
-def list_texts(found: dict[str, Any]) -> str:
+def list_texts(listed: dict[str, Any]) -> str:
     """The cells of `cascade experiment --list` for a terminal."""
     table = [["cell", "", "time left"]]
-    for row in found["cells"]:
+    for row in listed["cells"]:
         table.append([row["cell"], "done" if row["done"] else "", "" if row["done"] else _minutes(row["seconds"])])
-    done = sum(row["done"] for row in found["cells"])
-    said = [f"{row['why']}; {row['cell']} is to be made again." for row in found["cells"] if row["why"]]
+    done = sum(row["done"] for row in listed["cells"])
+    said = [f"{row['why']}; {row['cell']} is to be made again." for row in listed["cells"] if row["why"]]
     last = (
-        f"{done} of {len(found['cells'])} cells are done; the rest takes about {_minutes(found['seconds'])} "
+        f"{done} of {len(listed['cells'])} cells are done; the rest takes about {_minutes(listed['seconds'])} "
         "(operations counted, rate measured; what cells share is made once and counted for each)."
     )
     return "\n".join([plain_table(table), "", *said, last])
@@ -139,17 +139,17 @@ def _entries(
     form: Experiment, results: dict[str, dict[str, Any]], arms: Sequence[str], budgets: Sequence[int]
 ) -> list[Entry]:
     """A row for each size, budget and arm that has at least one seed; the reference first."""
-    sizes = list(dict.fromkeys(row["member"] for one in results.values() for row in one["rows"] if row["member"]))
+    sizes = list(dict.fromkeys(row["member"] for result in results.values() for row in result["rows"] if row["member"]))
     arms = sorted(arms, key=lambda name: name != form.reference_arm)  # stable
-    found = []
+    entries = []
     for budget in budgets:
         for size in sizes:
             reference = _rows_of(form, results, form.reference_arm, size, budget)
             for arm in arms:
                 rows = _rows_of(form, results, arm, size, budget)
                 if rows:
-                    found.append(_entry(arm, size, budget, rows, None if arm == form.reference_arm else reference))
-    return found
+                    entries.append(_entry(arm, size, budget, rows, None if arm == form.reference_arm else reference))
+    return entries
 
 
 def _rows_of(
@@ -157,13 +157,13 @@ def _rows_of(
 ) -> dict[int, dict[str, Any]]:
     """Seed -> an arm's row of a size, with the inputs of its cell."""
     family, kind = form.arms[arm].of or arm, form.arms[arm].row or "member"
-    found = {}
+    rows = {}
     for seed in form.seeds:
         result = results.get(f"{family}-s{seed}-{budget}")
         for row in result["rows"] if result else []:
             if (row["member"], row["kind"]) == (size, kind):
-                found[seed] = row | {"parent": result["inputs"]["parent"] if result else ""}
-    return found
+                rows[seed] = row | {"parent": result["inputs"]["parent"] if result else ""}
+    return rows
 
 
 def _entry(
@@ -202,15 +202,17 @@ def _difference(metric: str, rows: dict[int, dict[str, Any]], reference: dict[in
     first, second = ([row["blocks"] for row in part] for part in zip(*pairs, strict=True))
     if any(ours["text"] != theirs["text"] for ours, theirs in zip(first, second, strict=True)):
         return {"why": "other held-out text"}
-    counts = [one["tokens"] for one in first]
-    if len({len(one) for one in counts}) > 1:
+    counts = [sums["tokens"] for sums in first]
+    if len({len(sums) for sums in counts}) > 1:
         return {"why": "other held-out text at each seed"}
-    return paired_difference([one[metric] for one in first], [one[metric] for one in second], counts).record()
+    return paired_difference([sums[metric] for sums in first], [sums[metric] for sums in second], counts).record()
 
 
 def _retained(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        one for one in row["metrics"] if one["task"] not in ("heldout", "production") and one["retention"] is not None
+        metric
+        for metric in row["metrics"]
+        if metric["task"] not in ("heldout", "production") and metric["retention"] is not None
     ]
 
 
@@ -219,53 +221,53 @@ def _retention(rows: Iterable[dict[str, Any]]) -> float | None:
     means = []
     for row in rows:
         tasks: dict[str, list[float]] = {}
-        for one in _retained(row):
-            tasks.setdefault(one["task"], []).append(one["retention"])
+        for metric in _retained(row):
+            tasks.setdefault(metric["task"], []).append(metric["retention"])
         if tasks:
             means.append(fmean(fmean(values) for values in tasks.values()))
     return fmean(means) if means else None
 
 
 def _value(row: dict[str, Any], metric: str) -> float | None:
-    found = [one["value"] for one in row["metrics"] if (one["task"], one["metric"]) == ("heldout", metric)]
-    return found[0] if found else None
+    values = [record["value"] for record in row["metrics"] if (record["task"], record["metric"]) == ("heldout", metric)]
+    return values[0] if values else None
 
 
 def _counts(form: Experiment, arms: Sequence[str], entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, int]]]:
     """Arm -> metric -> wins, ties and losses over sizes and budgets."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
+    counts: dict[str, dict[str, dict[str, int]]] = {}
     for arm in arms:
         if arm == form.reference_arm:
             continue
-        found[arm] = {metric: {"win": 0, "tie": 0, "loss": 0} for metric in METRICS}
+        counts[arm] = {metric: {"win": 0, "tie": 0, "loss": 0} for metric in METRICS}
         for entry in entries:
             for metric in METRICS:
                 verdict = (entry[f"{metric}_difference"] or {}).get("verdict") if entry["arm"] == arm else None
                 if verdict:
-                    found[arm][metric][verdict] += 1
-    return found
+                    counts[arm][metric][verdict] += 1
+    return counts
 
 
-def _intro(found: dict[str, Any]) -> list[str]:
+def _intro(summary: dict[str, Any]) -> list[str]:
     """What has to be known to read the tables."""
-    parent = found["parent"]
+    parent = summary["parent"]
     lines = [
         "Loss and KL to the parent are means over seeds in nats per token of held-out text, smaller is better. "
         "new tokens: of the member's own training, in whole steps; accumulated: and of the members it is cut from. "
         "Arms find shapes of their own: in brackets, how many more parameters than the reference. "
         "Retention: mean over tasks of (member - chance) / (parent - chance), where the parent is at least 5 standard "
         "errors above chance.",
-        _of_intervals(found),
-        _RATES[found["rates"]],
+        _of_intervals(summary),
+        _RATES[summary["rates"]],
     ]
     if parent and parent["loss"] is not None:
         lines.insert(0, f"Parent: {parent['num_parameters']:,} parameters, loss {parent['loss']:.4f}.")
-    for version, names in found["made_with"].items():
-        whose = "" if len(found["made_with"]) == 1 else f" ({', '.join(names)})"
+    for version, names in summary["made_with"].items():
+        whose = "" if len(summary["made_with"]) == 1 else f" ({', '.join(names)})"
         lines.append(f"Made with {version}{whose}.")
-    missing = [cell["cell"] for cell in found["cells"] if not cell["done"] and not cell["failed"]]
+    missing = [cell["cell"] for cell in summary["cells"] if not cell["done"] and not cell["failed"]]
     lines += [f"Not made yet: {', '.join(missing)}."] if missing else []
-    return lines + [f"Failed: {cell['cell']}: {cell['failed']}" for cell in found["cells"] if cell["failed"]]
+    return lines + [f"Failed: {cell['cell']}: {cell['failed']}" for cell in summary["cells"] if cell["failed"]]
 
 
 _RATES = {
@@ -275,9 +277,9 @@ _RATES = {
 }
 
 
-def _of_intervals(found: dict[str, Any]) -> str:
+def _of_intervals(summary: dict[str, Any]) -> str:
     """What the intervals hold, and what they do not."""
-    seeds, few = found["seeds"], ""
+    seeds, few = summary["seeds"], ""
     over = "over held-out blocks" if len(seeds) == 1 else f"over {len(seeds)} seeds, then held-out blocks"
     if len(seeds) == 1:
         few = f"There is one seed ({seeds[0]}): another may give another verdict. "
@@ -287,31 +289,31 @@ def _of_intervals(found: dict[str, Any]) -> str:
             "holds the truth in about 55% of cases with 2 seeds, 78% with 3, 85% with 5. "
         )
     return (
-        f"In brackets the 95% interval of the difference to {found['reference']}: a paired bootstrap {over}, "
-        f"{found['resamples']:,} resamples. {few}win, tie, loss: whether it is below 0, holds it, or is above it; of "
+        f"In brackets the 95% interval of the difference to {summary['reference']}: a paired bootstrap {over}, "
+        f"{summary['resamples']:,} resamples. {few}win, tie, loss: whether it is below 0, holds it, or is above it; of "
         "comparisons in which nothing differs about one in twenty is called a win or loss."
     )
 
 
-def _sections(found: dict[str, Any]) -> list[tuple[str, Table, list[str]]]:
+def _sections(summary: dict[str, Any]) -> list[tuple[str, Table, list[str]]]:
     """(heading, table, lines below it): one for each accounting and budget, the counts below the last."""
     sections: list[tuple[str, Table, list[str]]] = []
     for account, heading in _ACCOUNTS.items():
-        told = found["accounts"][account]
+        told = summary["accounts"][account]
         if not told["measured"]:
             arm = "no arm beside the reference" if account == "new" else "no arm has `tokens: accumulated`"
             sections.append((heading, [], [f"not measured: {arm}."]))
             continue
-        for budget in found["tokens"]:
+        for budget in summary["tokens"]:
             rows = [entry for entry in told["rows"] if entry["budget"] == budget]
             if rows:
                 sections.append(
-                    (f"{heading}: {_BUDGETS[account].format(budget)}", _table(rows, found["reference"]), [])
+                    (f"{heading}: {_BUDGETS[account].format(budget)}", _table(rows, summary["reference"]), [])
                 )
         if not told["rows"]:
             sections.append((heading, [], ["nothing is made yet."]))
-        sections[-1][2].extend(_count_lines(told["counts"], found["reference"]))
-    rows = [entry for account in _ACCOUNTS for entry in found["accounts"][account]["rows"]]
+        sections[-1][2].extend(_count_lines(told["counts"], summary["reference"]))
+    rows = [entry for account in _ACCOUNTS for entry in summary["accounts"][account]["rows"]]
     return [*sections, ("Learning rates", _rate_table(rows), [])] if rows else sections
 
 
@@ -354,16 +356,17 @@ def _difference_cells(difference: dict[str, Any] | None) -> list[str]:
 def _count_lines(counts: dict[str, dict[str, dict[str, int]]], reference: str) -> list[str]:
     lines = []
     for arm, metrics in counts.items():
-        if not any(sum(one.values()) for one in metrics.values()):
+        if not any(sum(count.values()) for count in metrics.values()):
             lines.append(f"{arm} against {reference}: not compared yet.")
             continue
-        told = [
-            f"{METRICS[metric]} {one['win']} win{'s' * (one['win'] != 1)}, {one['tie']} tie{'s' * (one['tie'] != 1)}, "
-            f"{one['loss']} loss{'es' * (one['loss'] != 1)}"
-            for metric, one in metrics.items()
-        ]
+        told = [f"{METRICS[metric]} {', '.join(map(_counted, count.items()))}" for metric, count in metrics.items()]
         lines.append(f"{arm} against {reference}: {'; '.join(told)}.")
     return lines
+
+
+def _counted(verdict: tuple[str, int]) -> str:
+    name, count = verdict
+    return f"{count} {name}" if count == 1 else f"{count} {name}{'es' if name == 'loss' else 's'}"
 
 
 def _rate_table(rows: Sequence[Entry]) -> Table:
@@ -387,20 +390,20 @@ def _span(values: Sequence[int]) -> str:
     return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,} to {values[-1]:,}"
 
 
-def _charts(found: dict[str, Any]) -> list[str]:
+def _charts(summary: dict[str, Any]) -> list[str]:
     """Each metric against size, and against tokens where there are several budgets."""
     charts = []
     for account, heading in _ACCOUNTS.items():
-        rows = found["accounts"][account]["rows"]
+        rows = summary["accounts"][account]["rows"]
         if not rows:
             continue
         charts.append(f"<h2>{escape(heading)}</h2>")
         for metric, title in METRICS.items():
-            for budget in found["tokens"]:
+            for budget in summary["tokens"]:
                 some = [row for row in rows if row["budget"] == budget]
                 name = f"{title}, {short_number(budget)} tokens"
                 charts.append(_chart(some, metric, name, "parameters", lambda row: row["num_parameters"][0]))
-            if len(found["tokens"]) > 1:
+            if len(summary["tokens"]) > 1:
                 for size in dict.fromkeys(row["size"] for row in rows):
                     some = [row for row in rows if row["size"] == size]
                     charts.append(
