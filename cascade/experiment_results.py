@@ -19,7 +19,7 @@ from cascade.recipe.names import owner_of
 from cascade.recipe.prune import Prune
 from cascade.recipe.schema import Calibration, Recipe
 from cascade.report.block_sums import load_block_sums
-from cascade.report.rates import load_rates
+from cascade.report.rates import is_at_edge, load_rates
 from cascade.report.records import Row, load_family
 from cascade.rows import read_json
 from cascade.runner import STAGE_FORMATS
@@ -157,7 +157,9 @@ def _row(
         "kind": {"teacher": "parent", "member": "member"}.get(role) or row["name"][len(member) + 1 :],
         "num_parameters": row["num_parameters"],
         "tokens": {"hop": row["tokens"]["hop"], "accumulated": accumulated},
-        "rate": {key: rate[key] for key in ("learning_rate", "searched", "num_tokens")} if rate else None,
+        "rate": {key: rate[key] for key in ("learning_rate", "searched", "num_tokens")} | {"edge": is_at_edge(rate)}
+        if rate
+        else None,
         "metrics": [{key: metric[key] for key in _METRIC_KEYS} for metric in row["metrics"]],
         "blocks": _rounded(blocks) if blocks else None,
     }

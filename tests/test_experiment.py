@@ -19,6 +19,7 @@ from cascade.failpoints import InjectedError, arm
 from cascade.recipe.experiment import Arm, Experiment, load_experiment
 from cascade.report.experiment import experiment_texts, summarise, write_experiment
 from cascade.report.paired import paired_difference
+from cascade.report.rates import is_at_edge
 
 ARMS = """\
 arms:
@@ -338,7 +339,7 @@ def made_up_result(arm, seed, tokens, *, kl, retentions=(), text="same", parent=
         {"task": "heldout", "metric": name, "value": kl, "retention": None} for name in ("kl_to_teacher", "loss")
     ]
     metrics += [{"task": task, "metric": "acc", "value": 1, "retention": value} for task, value in retentions]
-    rate = {"learning_rate": 1e-3, "searched": True, "num_tokens": 100}
+    rate = {"learning_rate": 1e-3, "searched": True, "num_tokens": 100, "edge": arm == "b"}
     blocks = {"text": text, "tokens": [10] * 8, "kl_to_teacher": sums, "loss": sums}
     row = {"member": "m", "kind": "member", "num_parameters": 1000, "tokens": {"hop": tokens, "accumulated": tokens}}
     row |= {"rate": rate, "metrics": metrics, "blocks": blocks}
@@ -372,6 +373,14 @@ def test_retention_is_the_mean_over_tasks_that_have_one():
     assert found["retention"] is None and found["num_tasks"] == 0
 
 
+def test_a_search_that_ended_at_its_edge_is_told():
+    def rate(*losses):
+        return {"tried": [{"learning_rate": 10.0**power, "loss": loss} for power, loss in enumerate(losses)]}
+
+    assert is_at_edge(rate(3.0, 2.0, 1.0)) and is_at_edge(rate(1.0, 2.0, None))
+    assert not is_at_edge(rate(3.0, 1.0, None)) and not is_at_edge(rate())
+
+
 def test_what_is_not_of_the_same_text_or_parent_is_not_compared():
     assert of_arm(summarised(), "b")["kl_to_teacher_difference"]["verdict"] == "win"
     assert of_arm(summarised(text="other"), "b")["loss_difference"] == {"why": "other held-out text"}
@@ -386,6 +395,7 @@ def test_tables_have_each_budget_and_count_all(tmp_path):
     write_experiment(tmp_path, found)
     text = experiment_texts(tmp_path)
     assert "budget 100" in text and "budget 200" in text and "-0.1000" in text and "win (3/3 seeds)" in text
+    assert "0.001 (edge), 0.001 (edge), 0.001 (edge)" in text and "more than is shown: b." in " ".join(text.split())
     assert "in about 55% of cases with 2 seeds" in " ".join(text.split())
     # KL and loss: against size at two budgets, against tokens at one size.
     assert (tmp_path / "experiment.html").read_text().count("<svg") == 6

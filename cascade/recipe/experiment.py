@@ -92,8 +92,8 @@ class Experiment(Section):
     may_differ: list[Literal["data", "parent"]] = []
     """What else than the way arms may differ in."""
     results: RecipePath = ""
-    """A folder, relative to this file, with results of cells that were made elsewhere; they are taken over where
-    recipe and inputs are the same."""
+    """A folder, relative to this file, with results of cells that were made before (a copy of OUTPUT/results): they are
+    taken over where recipe and inputs are the same."""
 
     @field_validator("name")
     @classmethod

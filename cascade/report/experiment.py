@@ -89,7 +89,8 @@ def experiment_texts(folder: Path) -> str:
     width = min(120, shutil.get_terminal_size().columns)
     parts = [textwrap.fill(line, max(60, width)) for line in _intro(summary)]
     for heading, table, lines in _sections(summary):
-        parts += ["\n".join([heading, *([plain_table(table)] if table else []), *lines])]
+        told = [textwrap.fill(line, max(60, width)) for line in lines]
+        parts += ["\n".join([heading, *([plain_table(table)] if table else []), *told])]
     return "\n" + "\n\n".join([*parts, f"Report: {folder / 'experiment.html'}   results: {folder / 'results'}"])
 
 
@@ -178,6 +179,7 @@ def _entry(
         "num_parameters": sorted({row["num_parameters"] for row in given}),
         "tokens": {key: sorted({row["tokens"][key] for row in given}) for key in ("hop", "accumulated")},
         "learning_rates": [row["rate"]["learning_rate"] if row["rate"] else None for row in given],
+        "rates_at_edge": [bool(row["rate"] and row["rate"]["edge"]) for row in given],
         "search_tokens": [row["rate"]["num_tokens"] if row["rate"] else 0 for row in given],
         "retention": _retention(given),
         "num_tasks": len({metric["task"] for row in given for metric in _retained(row)}),
@@ -314,7 +316,15 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, Table, list[str]]]:
             sections.append((heading, [], ["nothing is made yet."]))
         sections[-1][2].extend(_count_lines(told["counts"], summary["reference"]))
     rows = [entry for account in _ACCOUNTS for entry in summary["accounts"][account]["rows"]]
-    return [*sections, ("Learning rates", _rate_table(rows), [])] if rows else sections
+    edges = sorted({entry["arm"] for entry in rows if any(entry["rates_at_edge"])})
+    told = [_EDGE.format(", ".join(edges))] if edges else []
+    return [*sections, ("Learning rates", _rate_table(rows), told)] if rows else sections
+
+
+_EDGE = (
+    "(edge): the highest or lowest rate tried was the best when the search had spent its tries; one beyond it may be "
+    "better, so that these arms may be worth more than is shown: {}."
+)
 
 
 def _table(rows: Sequence[Entry], reference: str) -> Table:
@@ -349,7 +359,8 @@ def _difference_cells(difference: dict[str, Any] | None) -> list[str]:
         return ["", "", difference["why"]]
     interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]"
     agree = max(difference["num_below"], difference["num_seeds"] - difference["num_below"])
-    seeds = f" ({agree}/{difference['num_seeds']} seeds)" if difference["num_seeds"] > 1 else ""
+    shown = difference["num_seeds"] > 1 and difference["verdict"] != "tie"
+    seeds = f" ({agree}/{difference['num_seeds']} seeds)" if shown else ""
     return [f"{difference['value']:+.4f}", interval, f"{difference['verdict']}{seeds}"]
 
 
@@ -374,7 +385,8 @@ def _rate_table(rows: Sequence[Entry]) -> Table:
     table = [["", "budget", "learning rate at each seed", "tokens of its search"]]
     width = max(len(row["size"]) for row in rows)
     for row in rows:
-        rates = ", ".join("none" if rate is None else f"{rate:.3g}" for rate in row["learning_rates"])
+        pairs = zip(row["learning_rates"], row["rates_at_edge"], strict=True)
+        rates = ", ".join("none" if rate is None else f"{rate:.3g}{' (edge)' * edge}" for rate, edge in pairs)
         line = [
             f"{row['size']:{width}} {row['arm']}",
             f"{row['budget']:,}",
