@@ -37,6 +37,7 @@ _WHERE = {
     "evaluate": "cascade.evaluation.evaluate",
     "load_recipe": "cascade.recipe.load",
     "run_recipe": "cascade.run",
+    "run_experiment": "cascade.experiment",
     "load_model": "cascade.models.checkpoint",
     "load_tokenizer": "cascade.models.checkpoint",
     "resolve_model": "cascade.models.checkpoint",

@@ -10,6 +10,7 @@ import click
 
 from cascade import __version__
 from cascade.cli_cache import cache
+from cascade.cli_experiment import experiment
 from cascade.cli_options import (
     ABOVE_ZERO,
     BLOCK,
@@ -50,7 +51,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-for _command in (cache, report, verify, doctor):
+for _command in (cache, experiment, report, verify, doctor):
     main.add_command(_command)
 
 

@@ -20,7 +20,7 @@ from cascade.evaluation.heldout import (
     block_metrics,
     heldout_blocks,
     heldout_examples,
-    heldout_metrics,
+    heldout_report,
     production_documents,
     sample_blocks,
 )
@@ -36,6 +36,7 @@ from cascade.models.checkpoint import (
 from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
 from cascade.recipe.schema import Recipe
+from cascade.report.block_sums import BLOCK_SUMS
 from cascade.report.skipped import SKIPPED
 from cascade.secrets import redact_all
 from cascade.store import COST_FILE, INCOMPLETE, partial_of
@@ -61,7 +62,8 @@ def make_evaluation(
 
     `trained_with` is the model whose tokenizer wrote the training text: the parent. `vocab_size` are the ids that it
     and its teacher are compared over, where those are not all rows of both. Of the parent's own evaluation also
-    skipped.json, the rows of held-out and production text that were left out.
+    skipped.json, the rows of held-out and production text that were left out. In heldout_blocks.json is what each block
+    of held-out text adds to the metrics.
     """
     bad = text_data(recipe.data).bad_row_counter()
     settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)
@@ -97,6 +99,8 @@ def make_evaluation(
     write_json(folder / "eval.json", {"metrics": metrics, "items": result.items, "tail": tail})
     write_json(folder / "lm_eval.json", redact_all(result.raw))
     write_json(folder / COST_FILE, {"speed": result.speed})
+    if result.blocks is not None:
+        write_json(folder / BLOCK_SUMS, result.blocks)
     if parent_evaluation is None:
         write_json(folder / SKIPPED, bad.record())
     if result.failed:
@@ -185,10 +189,12 @@ def make_baseline(
     teacher: nn.Module,
     vocab_size: int | None = None,
 ) -> None:
-    """Held-out metrics of a model that is only there to be compared with."""
+    """Held-out metrics of a model that is only there to be compared with, and its heldout_blocks.json."""
     model = load_model(checkpoint).to(default_device())
-    metrics = heldout_metrics(model, teacher, _heldout(recipe, parent, vocab_size=vocab_size), vocab_size=vocab_size)
-    write_json(folder / "eval.json", {"metrics": metrics, "items": {}})
+    found = heldout_report(model, teacher, _heldout(recipe, parent, vocab_size=vocab_size), vocab_size=vocab_size)
+    write_json(folder / "eval.json", {"metrics": found.metrics, "items": {}})
+    if found.blocks is not None:
+        write_json(folder / BLOCK_SUMS, found.blocks)
 
 
 def _told(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[str, Any]:

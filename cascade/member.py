@@ -17,7 +17,6 @@ from cascade.quantising import make_copies
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
 from cascade.report.rates import rate_of
-from cascade.report.records import Row
 from cascade.rows import FinishedMember, baseline_row
 from cascade.runner import StageRunner
 from cascade.seeding import Shared, Start, kept_settings, make_start, shared_by
@@ -43,6 +42,7 @@ def make_member(
     }
     distilled, rate, learning_rate = _train(runner, recipe, shared, member, begun, inputs, "distill")
     rows, rates = [], {member.name: rate_of(learning_rate, rate)}
+    measured: dict[str, Path] = {}
     for kind in recipe.baseline_kinds:
         made = {"cut": begun.cut, "repaired": begun.repaired}.get(kind)
         if made is None and kind != "ce":
@@ -52,7 +52,9 @@ def make_member(
             made, search, own_rate = _train(runner, recipe, shared, member, begun, inputs, "baseline-ce")
             trained, rates[f"{member.name}-ce"] = [made, *([search] if search else [])], rate_of(own_rate, search)
         checkpoint = begun.source if made is None else ModelSource(made / CHECKPOINT, member.name)
-        rows.append(_make_baseline(runner, recipe, shared, member, kind, checkpoint, made, trained))
+        heldout = _make_baseline(runner, recipe, shared, member, kind, checkpoint, made)
+        rows.append(baseline_row(member, kind, [heldout, *trained]))
+        measured[rows[-1]["name"]] = heldout
     evaluation = _make_evaluation(runner, recipe, shared, member, distilled)
     checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
     copies = make_copies(runner, recipe, shared, member.name, checkpoint, output_digest(distilled))
@@ -67,6 +69,7 @@ def make_member(
         labels=labels,
         copies=copies,
         rates=rates,
+        measured={member.name: evaluation} | measured,
     )
 
 
@@ -204,13 +207,9 @@ def _make_baseline(
     kind: str,
     checkpoint: ModelSource,
     made: Path | None,
-    trained: list[Path],
-) -> Row:
-    """A baseline's held-out metrics; `made` is the folder of the stage that wrote its checkpoint.
-
-    `trained` are the folders of its training, and of the search for its rate.
-    """
-    folder = runner.run(
+) -> Path:
+    """The folder of a baseline's held-out metrics; `made` is that of the stage that wrote its checkpoint."""
+    return runner.run(
         member.name,
         f"heldout-{kind}",
         evaluation_settings(recipe, heldout_only=True) | _compared(member),
@@ -223,7 +222,6 @@ def _make_baseline(
             folder, recipe, checkpoint, shared.parent, shared.teacher(), member.vocab_size
         ),
     )
-    return baseline_row(member, kind, [folder, *trained])
 
 
 def _training_settings(recipe: Recipe, member: ResolvedMember) -> dict[str, Any]:

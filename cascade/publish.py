@@ -20,6 +20,7 @@ from cascade.plain_json import write_json
 from cascade.recipe.names import owner_of
 from cascade.recipe.places import without_folders
 from cascade.recipe.schema import Recipe
+from cascade.report.block_sums import BLOCK_SUMS, load_block_sums
 from cascade.report.card import member_card
 from cascade.report.logs import training_logs
 from cascade.report.provenance import Provenance
@@ -166,7 +167,13 @@ def write_report(
     told |= {copy.name: copy.evaluation for copy in parent_copies}
     tails = load_tails(run_folder) | {name: tail for name, folder in told.items() if (tail := _tail(folder))}
     tails = {row["name"]: tails[row["name"]] for row in ordered if row["name"] in tails}
+    blocks = load_block_sums(run_folder)
+    for done in finished.values():
+        paths = {name: folder / BLOCK_SUMS for name, folder in done.measured.items()}
+        blocks |= {name: read_json(path) for name, path in paths.items() if path.exists()}
+    blocks = {row["name"]: blocks[row["name"]] for row in ordered if row["name"] in blocks}
     with resealed(run_folder):
+        write_atomically(run_folder / BLOCK_SUMS, json.dumps(blocks) + "\n")
         write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
         write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
         _write_targets(run_folder, recipe, members, finished)

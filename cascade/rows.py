@@ -54,6 +54,8 @@ class FinishedMember:
     copies: list[RoundedCopy] = field(default_factory=list)
     rates: dict[str, Rate] = field(default_factory=dict)
     """Row's name -> the learning rate it was trained at, of the member and of its cross-entropy baseline."""
+    measured: dict[str, Path] = field(default_factory=dict)
+    """Row's name -> the folder of its evaluation, of the member and of its baselines."""
 
 
 def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:

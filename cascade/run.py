@@ -53,11 +53,13 @@ def run_recipe(
     output: str | Path | None = None,
     only: Sequence[str] = (),
     from_stage: str | None = None,
+    known: Sequence[Path] = (),
     console: Console | None = None,
 ) -> Path:
     """Make the family of a recipe, or go on where an earlier run stopped; returns the run directory.
 
     `only` names members to make (with the seeds that they need); `from_stage` makes their stages again from there on.
+    What other run directories, the `known` ones, have of the same inputs and settings is taken over.
 
     Raises:
         UserError: the recipe cannot be done, or the directory belongs to another recipe.
@@ -99,7 +101,7 @@ def run_recipe(
             estimates |= {(member.name, stage): seconds for stage, seconds in member.seconds.items()}
         with RunProgress(console or Console(stderr=True), recipe.name, estimates) as progress:
             forced = forced_stages(folder, from_stage, only or [member.name for member in members])
-            runner = StageRunner(folder, progress, forced)
+            runner = StageRunner(folder, progress, forced, known=known)
             _make_family(runner, recipe, members, wanted, latencies)
         if forced is not None:
             forced.end()

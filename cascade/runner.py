@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from cascade.store import (
     drop_partials,
     stage_key,
     staged,
+    take_over,
     verify_folder,
 )
 
@@ -101,6 +102,8 @@ class StageRunner:
     """What is made again though it is there."""
     incomplete: list[str] = field(default_factory=list)
     """What could not be measured; all else goes on, and the next run tries it again."""
+    known: Sequence[Path] = ()
+    """Other run directories: a stage that they have finished with the same inputs and settings is taken over."""
 
     def run(
         self,
@@ -121,6 +124,8 @@ class StageRunner:
         if parallel.rank() > 0:
             return self._follow(final, make)
         forced = self.forced if self._is_forced(member, stage, final.name) else None
+        if forced is None and not final.exists():
+            self._take_over(final, member, stage)
         if forced is None and self._is_whole(final, member, stage):
             drop_partials(final)  # a death right after the commit has left them
             parallel.tell(_DONE)
@@ -170,6 +175,13 @@ class StageRunner:
                 shutil.rmtree(staging, ignore_errors=True)
             parallel.told()
         return final
+
+    def _take_over(self, final: Path, member: str, stage: str) -> None:
+        """Have a stage's output as another run has made it: the folder's name is that of its inputs and settings."""
+        for folder in self.known:
+            if take_over(folder / "stages" / final.name, final):
+                append_event(self.folder, "taken over", member=member, stage=stage, run=str(folder))
+                return
 
     def _is_whole(self, final: Path, member: str, stage: str) -> bool:
         """Whether an earlier run left this output, and every byte of it is still as it was."""

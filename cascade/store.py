@@ -33,8 +33,9 @@ _OLD_KEYS = {"stage", "key", "settings", "inputs", "made_with", "threads", "torc
 
 _OWN_SHA256, _REPLACED = "sha256", ".replaced-"
 
-_VOLATILE = (COST_FILE, "log.jsonl", "lm_eval.json", "skipped.json")
-"""Files with times and dates, which differ from run to run: kept out of a stage's digest."""
+_VOLATILE = (COST_FILE, "log.jsonl", "lm_eval.json", "skipped.json", "heldout_blocks.json")
+"""Files with times and dates, which differ from run to run, and files that no later stage reads: kept out of a stage's
+digest."""
 
 
 def stage_key(stage: str, stage_format: int, settings: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -130,6 +131,35 @@ def staged(
         if is_disk_error(error) and not isinstance(error, DiskError):
             raise DiskError(_no_room(final, error, held)) from error
         raise
+
+
+def take_over(source: Path, final: Path) -> bool:
+    """Whether a committed folder of another run could be put at `final`: whole, by links where the disk has them.
+
+    Both places then name the same files; no run changes a committed file, it replaces whole folders.
+    """
+    if not source.is_dir() or (source / INCOMPLETE).exists() or verify_folder(source) or added_weights(source):
+        return False
+    staging = final.parent / f".staging-{final.name}-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    make_folder(final.parent)
+    try:
+        shutil.copytree(source, staging, copy_function=_link)
+        for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+            sync_folder(folder)
+        _replace_folder(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return True
+
+
+def _link(source: str, place: str) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, place)
+        sync_file(Path(place))
 
 
 def make_folder(folder: Path) -> None:

@@ -70,6 +70,9 @@ ORDER = [
     "remaining",
     "member",
     "run",
+    "experiment_cells",
+    "experiment_results",
+    "experiment",
     "preview_data",
     "preview",
     "single",
@@ -77,6 +80,7 @@ ORDER = [
     "doctor",
     "cli_options",
     "cli_cache",
+    "cli_experiment",
     "cli_runs",
     "cli",
 ]

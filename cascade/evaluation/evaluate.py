@@ -11,7 +11,7 @@ from torch import nn
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
 from cascade.evaluation.harness import run_tasks
-from cascade.evaluation.heldout import heldout_report
+from cascade.evaluation.heldout import HeldoutReport, heldout_report
 from cascade.evaluation.reload import check_reload, start_fresh_process
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
@@ -37,6 +37,8 @@ class Evaluation:
     """Task -> why it could not be measured; the others were"""
     speed: dict[str, float]
     """prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes; empty if not measured"""
+    blocks: dict[str, Any] | None = None
+    """Sums over the tokens of each held-out block (`block_sums`); None without such blocks"""
 
 
 def evaluate(
@@ -72,11 +74,9 @@ def evaluate(
     if measured:
         start_fresh_process()
     model = load_model(source).to(default_device())
-    metrics: list[dict[str, Any]] = []
-    items: dict[str, list[float]] = {}
-    tail: dict[str, Any] | None = None
+    found = HeldoutReport([], {}, None)
     if heldout is not None:
-        metrics, items, tail = in_parts_that_fit(
+        found = in_parts_that_fit(
             lambda size: heldout_report(model, teacher, heldout, batch_size=size, vocab_size=vocab_size), 8, "heldout"
         )
     tokenizer = load_tokenizer(source) if tasks else None
@@ -101,7 +101,15 @@ def evaluate(
             prompt_tokens=_prompt_tokens(model),
             new_tokens=NEW_TOKENS,
         )
-    return Evaluation(metrics + results.metrics, items | results.items, results.raw, tail, results.failed, speed)
+    return Evaluation(
+        found.metrics + results.metrics,
+        found.items | results.items,
+        results.raw,
+        found.tail,
+        results.failed,
+        speed,
+        found.blocks,
+    )
 
 
 def _prompt_tokens(model: Any) -> int:

@@ -3,10 +3,11 @@
 Shapes: B = batch, S = block size, V = vocabulary.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,20 @@ def heldout_metrics(
     vocab_size: int | None = None,
 ) -> list[dict[str, Any]]:
     """The metrics of `heldout_report` alone."""
-    return heldout_report(model, teacher, data, batch_size=batch_size, vocab_size=vocab_size)[0]
+    return heldout_report(model, teacher, data, batch_size=batch_size, vocab_size=vocab_size).metrics
+
+
+class HeldoutReport(NamedTuple):
+    """What held-out text says of a model."""
+
+    metrics: list[dict[str, Any]]
+    """Of task 'heldout', with standard errors."""
+    items: dict[str, list[float]]
+    """Scores of each item, of labelled examples."""
+    tail: dict[str, Any] | None
+    """The long tail; None without a teacher."""
+    blocks: dict[str, Any] | None = None
+    """`block_sums`; None where the text is no blocks of tokens."""
 
 
 def heldout_report(
@@ -148,20 +162,18 @@ def heldout_report(
     *,
     batch_size: int = 8,
     vocab_size: int | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, list[float]], dict[str, Any] | None]:
-    """(metrics of task 'heldout' with standard errors, scores of each item, the long tail), as far as there are any.
+) -> HeldoutReport:
+    """All that there is to say of a model on held-out text.
 
     `block_metrics`, `class_metrics` of labelled examples, or `embedding_metrics` of an encoder without a head.
     """
     if isinstance(data, Examples) and is_body(getattr(model, "config", None)):
-        return embedding_metrics(model, teacher, data), {}, None
+        return HeldoutReport(embedding_metrics(model, teacher, data), {}, None)
     if isinstance(data, Examples):
-        return class_metrics(model, teacher, data)
-    metrics, tail = block_metrics(model, teacher, data, batch_size=batch_size, vocab_size=vocab_size)
-    return metrics, {}, tail
+        return HeldoutReport(*class_metrics(model, teacher, data))
+    return _block_report(model, teacher, data, batch_size, vocab_size)
 
 
-@torch.no_grad()
 def block_metrics(
     model: nn.Module,
     teacher: nn.Module | None,
@@ -176,6 +188,14 @@ def block_metrics(
     their numbers. KL and agreement are over the ids that both models have in common (`Objective.vocab_size`); loss and
     calibration are those of the model itself, over all its rows.
     """
+    found = _block_report(model, teacher, blocks, batch_size, vocab_size)
+    return found.metrics, found.tail
+
+
+@torch.no_grad()
+def _block_report(
+    model: nn.Module, teacher: nn.Module | None, blocks: TokenBlocks, batch_size: int, vocab_size: int | None
+) -> HeldoutReport:
     device = next(model.parameters()).device
     columns: dict[str, list[Tensor]] = {"loss": [], "kl_to_teacher": [], "top1_agreement": []}
     counts, sure, tail = [], [], []
@@ -216,16 +236,28 @@ def block_metrics(
         numbers = torch.arange(len(blocks)).repeat_interleave(tokens.long().cpu())
         entropy, theirs, ours = torch.cat(tail, 1)
         rest = long_tail(entropy, theirs, ours, numbers, [str(number) for number in range(len(blocks))])
-    loss = metrics[0]
+    loss, sums = metrics[0], block_sums(blocks, tokens, {name: torch.cat(one) for name, one in columns.items() if one})
     if not blocks.bytes_per_token:
-        return metrics, rest
+        return HeldoutReport(metrics, {}, rest, sums)
     nats_to_bits_per_byte = 1 / (math.log(2) * blocks.bytes_per_token)
     bits = {
         "metric": "bits_per_byte",
         "value": loss["value"] * nats_to_bits_per_byte,
         "stderr": None if loss["stderr"] is None else loss["stderr"] * nats_to_bits_per_byte,
     }
-    return [loss, loss | bits, *metrics[1:]], rest
+    return HeldoutReport([loss, loss | bits, *metrics[1:]], {}, rest, sums)
+
+
+def block_sums(blocks: TokenBlocks, tokens: Tensor, sums: dict[str, Tensor]) -> dict[str, Any]:
+    """Counted tokens of each block, the sum over them of each metric, and a sha256 of the text and of what counts.
+
+    Two models that were measured on the same text can be compared block by block.
+    """
+    digest = hashlib.sha256()
+    for part in (blocks.input_ids, blocks.labels):
+        digest.update(part.long().contiguous().numpy().tobytes())
+    values = {name: one.cpu().tolist() for name, one in sums.items()}
+    return {"text": digest.hexdigest(), "tokens": tokens.long().cpu().tolist()} | values
 
 
 def _losses(

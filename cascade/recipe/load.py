@@ -30,12 +30,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(document.data, dict):
         raise RecipeError(str(path), [f"{path}:1:1: a recipe is a mapping of keys, starting with `name:`"])
     overridden = [_override(document, text) for text in overrides]
-    _refuse_secrets(document, path, overridden)
+    refuse_secrets(document, path, overridden)
     try:
         recipe = Recipe.model_validate(document.data, context={FOLDER: path.resolve().parent})
     except ValidationError as error:
-        problems = [_describe(document, problem, overridden) for problem in error.errors()]
-        raise RecipeError(str(path), list(dict.fromkeys(problems))) from error
+        raise RecipeError(str(path), problems_of(document, error, overridden)) from error
     generate = recipe.generate
     if generate is not None and generate.endpoint is not None:
         if urlsplit(generate.endpoint.url).hostname not in _HERE:
@@ -43,7 +42,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _refuse_secrets(document: YamlDocument, path: Path, overridden: list[tuple[str, ...]]) -> None:
+def problems_of(
+    document: YamlDocument,
+    error: ValidationError,
+    overridden: Sequence[tuple[str, ...]] = (),
+    model: type[BaseModel] = Recipe,
+) -> list[str]:
+    """What keeps a document from being a `model`, each with its place; `overridden` keys come from the command line."""
+    found = [_describe(document, problem, overridden, model) for problem in error.errors()]
+    return list(dict.fromkeys(found))
+
+
+def refuse_secrets(document: YamlDocument, path: Path, overridden: Sequence[tuple[str, ...]] = ()) -> None:
     """Recipes are shared, and written into every card.
 
     Raises:
@@ -89,14 +99,16 @@ def _override(document: YamlDocument, text: str) -> tuple[str, ...]:
     return parts
 
 
-def _describe(document: YamlDocument, problem: Any, overridden: list[tuple[str, ...]]) -> str:
+def _describe(
+    document: YamlDocument, problem: Any, overridden: Sequence[tuple[str, ...]], model: type[BaseModel]
+) -> str:
     place = tuple(part for part in problem["loc"] if not _is_branch(part))
     name = ".".join(str(part) for part in place)
     texts = tuple(str(part) for part in place)
     given = any(texts[: len(parts)] == parts for parts in overridden)
     where = f"--set {name}" if given else document.where(place)
     if problem["type"] == "extra_forbidden":
-        return f"{where}: {_unknown_key(place)}"
+        return f"{where}: {_unknown_key(place, model)}"
     if problem["type"] == "missing":
         return f"{where}: key '{name}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -105,16 +117,15 @@ def _describe(document: YamlDocument, problem: Any, overridden: list[tuple[str, 
     return f"{where}: {name + ': ' if name else ''}{message}{shown if shown not in message else ''}"
 
 
-def _unknown_key(place: tuple[Any, ...]) -> str:
-    known = _known_keys(place[:-1])
+def _unknown_key(place: tuple[Any, ...], model: type[BaseModel]) -> str:
+    known = _known_keys(place[:-1], model)
     close = difflib.get_close_matches(str(place[-1]), known, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"unknown key '{place[-1]}'; {hint}known here: {', '.join(known)}"
 
 
-def _known_keys(place: tuple[Any, ...]) -> list[str]:
-    """The keys of the section at a path of keys."""
-    model: Any = Recipe
+def _known_keys(place: tuple[Any, ...], model: Any) -> list[str]:
+    """The keys of the section at a path of keys of a `model`."""
     for part in place:
         if isinstance(part, str) and part in model.model_fields:
             model = _section_of(model.model_fields[part].annotation) or model

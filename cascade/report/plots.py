@@ -10,7 +10,7 @@ from cascade.report.records import Row, find_metric
 
 _WIDTH, _HEIGHT = 640, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 30, 48
-COLOURS = ("#2456a6", "#c8401e", "#2a7f4f", "#8a4fa8", "#a67c00", "#00808a")
+COLOURS = ("#2456a6", "#c8401e", "#2a7f4f", "#8a4fa8", "#a67c00", "#00808a", "#b8447f", "#5f6b76", "#86a83a", "#6d4c2f")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,16 @@ def rate_of(learning_rate: float, search: Path | None) -> Rate:
     }
 
 
+def is_at_edge(rate: Rate) -> bool:
+    """Whether a search had spent its tries while the last of them, the highest or lowest rate, was still the best."""
+    tried = [one for one in rate["tried"] if one["loss"] is not None]
+    if not tried:
+        return False
+    rates = [one["learning_rate"] for one in rate["tried"]]
+    best = min(tried, key=lambda one: float(one["loss"]))["learning_rate"]
+    return best in (min(rates), max(rates))
+
+
 def rates_table(rates: Mapping[str, Rate]) -> Table:
     """One line for each training."""
     table = [["", "learning rate", "", "tries", "tokens or examples", "selection loss at each"]]

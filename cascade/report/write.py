@@ -121,17 +121,22 @@ def report_html(
     body = [f"<h1>Family {escape(name)}</h1>", f"<p>{escape(_NOTES)}</p>", "<h2>Size against quality</h2>"]
     body += [f"<figure>{chart}</figure>" for chart in _charts(family)]
     for title, table in _tables(rows, further):
-        body += [f"<h2>{escape(title)}</h2>", _html_table(table)]
+        body += [f"<h2>{escape(title)}</h2>", html_table(table)]
     chart = candidate_chart(rows)
     if chart:
         body.append(f"<figure>{chart}</figure>")
     chart = training_curves(curves)
     if chart:
         body += ["<h2>Training</h2>", f"<figure>{chart}</figure>"]
+    return html_page(name, body)
+
+
+def html_page(title: str, body: list[str]) -> str:
+    """A page that loads nothing from anywhere."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
@@ -181,7 +186,8 @@ def _charts(family: dict[str, Any]) -> list[str]:
     return [chart for name in ordered if (chart := size_quality_curve([family], name))]
 
 
-def _html_table(table: Table) -> str:
+def html_table(table: Table) -> str:
+    """The table in HTML, cells escaped."""
     head, *rows = table
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]

@@ -1,0 +1,222 @@
+"""The file of `cascade experiment`: ways to make one family (arms), compared at seeds and token budgets."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from cascade.errors import RecipeError
+from cascade.recipe.baseline import Kind
+from cascade.recipe.load import problems_of, refuse_secrets
+from cascade.recipe.places import FOLDER, RecipePath
+from cascade.recipe.section import PositiveInt, Section, as_list
+from cascade.yaml_reader import Place, YamlDocument, read_yaml
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+
+_SAID_ELSEWHERE = {
+    "seed": "give `seeds`",
+    "output": "give --output",
+    "name": "the experiment has a `name` of its own",
+    "baselines": "give an arm {of: ARM, row: ce}; cut and repaired likewise",
+    "finish": "copies in fewer bits are not compared; leave it out",
+    "distill.tokens": "give `tokens`: a list of budgets for all arms; `tokens: accumulated` for an arm",
+    "members.*.tokens": "give `tokens`: a list of budgets for all arms; `tokens: accumulated` for an arm",
+}
+_MEASURED_ALIKE = ("evaluate",)
+
+
+def _as_overrides(value: object) -> object:
+    """A mapping of dotted keys as KEY=VALUE texts; what else is given stays as it is."""
+    if not isinstance(value, dict):
+        return as_list(value)
+    return [f"{key}={json.dumps(part, ensure_ascii=False)}" for key, part in value.items()]
+
+
+Overrides = Annotated[list[str], BeforeValidator(_as_overrides)]
+"""KEY=VALUE texts as of `cascade run --set`, or the same as a mapping (distill.features.hidden: none); `members.*` in a
+key stands for each member."""
+
+
+class Arm(Section):
+    """One way to make the family, or a baseline of another arm's members."""
+
+    set: Overrides = []
+    """What it changes of the recipe."""
+    tokens: Literal["new", "accumulated"] = "new"
+    """What a member may use. new: the budget; accumulated: all that the chain of the reference's members, from the
+    parent down to the member of that name, has used together."""
+    of: str = ""
+    """With `row`: the arm whose members the baseline belongs to."""
+    row: Literal["cut", "repaired", "ce", ""] = ""
+    """With `of`: cut, repaired or ce: that baseline of the arm's members, from their own starts, is this arm."""
+
+    @model_validator(mode="after")
+    def _row_of_an_arm(self) -> "Arm":
+        if bool(self.of) != bool(self.row):
+            raise ValueError("`of` and `row` go together: {of: default, row: ce} is that baseline of the arm `default`")
+        if self.row and (self.set or self.tokens != "new"):
+            raise ValueError("a baseline row is made with its arm; remove `set` and `tokens`")
+        return self
+
+    @property
+    def is_row(self) -> bool:
+        """Whether it is a baseline of another arm, and no family of its own."""
+        return bool(self.row)
+
+
+def _arm(value: object) -> object:
+    return {} if value is None else value
+
+
+class Experiment(Section):
+    """Arms, seeds and budgets over one parent."""
+
+    name: str
+    recipe: RecipePath
+    """A recipe, relative to this file; its members are the sizes. Of its baselines those are made that some arm is."""
+    set: Overrides = []
+    """What is changed of the recipe for all arms."""
+    arms: Annotated[dict[str, Annotated[Arm, BeforeValidator(_arm)]], Field(min_length=2)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    """Of all random draws, one family each."""
+    tokens: list[PositiveInt] = []
+    """New training tokens of each member, one family each; the recipe's distill.tokens where not given."""
+    reference: str = ""
+    """The arm that the others are compared with; the first where not given."""
+    fixed_rates: bool = False
+    """Whether learning rates may be given. Otherwise each arm's is searched for, with equal effort."""
+    may_differ: list[Literal["data", "parent"]] = []
+    """What else than the way arms may differ in."""
+    results: RecipePath = ""
+    """A folder, relative to this file, with results of cells that were made before (a copy of OUTPUT/results): they are
+    taken over where recipe and inputs are the same."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        return _safe_name(value)
+
+    @field_validator("arms")
+    @classmethod
+    def _distinct(cls, value: dict[str, Arm]) -> dict[str, Arm]:
+        small = [_safe_name(name).lower() for name in value]
+        twice = [name for name in value if small.count(name.lower()) > 1]
+        if twice:
+            raise ValueError(f"{' and '.join(twice)} are one name on disks that ignore capitals; give another name")
+        return value
+
+    @field_validator("seeds", "tokens")
+    @classmethod
+    def _once(cls, value: list[int]) -> list[int]:
+        twice = [number for number in value if value.count(number) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} stands twice; each is one family")
+        return value
+
+    @model_validator(mode="after")
+    def _known_arms(self) -> "Experiment":
+        known = ", ".join(self.arms)
+        if self.reference and self.reference not in self.arms:
+            raise ValueError(f"reference: unknown arm '{self.reference}'; known: {known}")
+        for name, arm in self.arms.items():
+            if arm.of and (arm.of not in self.arms or self.arms[arm.of].is_row):
+                raise ValueError(f"arms.{name}.of: '{arm.of}' is no arm with members; use one of {self._families()}")
+        if self.arms[self.reference_arm].is_row:
+            raise ValueError(
+                f"reference: '{self.reference_arm}' is a baseline row; use an arm with members: {self._families()}"
+            )
+        if self.arms[self.reference_arm].tokens == "accumulated":
+            raise ValueError(f"reference: '{self.reference_arm}' takes its tokens from the reference; use another arm")
+        return self
+
+    def _families(self) -> str:
+        return ", ".join(name for name, arm in self.arms.items() if not arm.is_row) or "none"
+
+    @property
+    def reference_arm(self) -> str:
+        """What the others are compared with."""
+        return self.reference or next(iter(self.arms))
+
+    def rows_of(self, arm: str) -> list[Kind]:
+        """The baselines that some arm asks of another one."""
+        asked = {other.row for other in self.arms.values() if other.of == arm}
+        kinds: tuple[Kind, ...] = ("cut", "repaired", "ce")
+        return [kind for kind in kinds if kind in asked]
+
+
+@dataclass(frozen=True)
+class ExperimentFile:
+    """An experiment, and where its parts stand in its file."""
+
+    path: Path
+    form: Experiment
+    document: YamlDocument
+
+    def where(self, *place: str | int) -> str:
+        """'file:line:column: a.b' of a path of keys."""
+        return f"{self.document.where(place)}: {'.'.join(map(str, place))}"
+
+
+def load_experiment(path: str | Path) -> ExperimentFile:
+    """The experiment in a file; the recipe that it names is not read yet.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    path = Path(path)
+    document = read_yaml(path)
+    if not isinstance(document.data, dict):
+        raise RecipeError(str(path), [f"{path}:1:1: an experiment is a mapping of keys, starting with `name:`"])
+    refuse_secrets(document, path)
+    try:
+        form = Experiment.model_validate(document.data, context={FOLDER: path.resolve().parent})
+    except ValidationError as error:
+        raise RecipeError(str(path), problems_of(document, error, model=Experiment)) from error
+    problems = [*_said_elsewhere(document, form.set, ("set",))]
+    for name, arm in form.arms.items():
+        problems += _said_elsewhere(document, arm.set, ("arms", name, "set"))
+        keys = [(number, text.partition("=")[0]) for number, text in enumerate(arm.set)]
+        for number, key in keys:
+            if key.split(".")[0] in _MEASURED_ALIKE:
+                where = document.where(("arms", name, "set", number))
+                problems.append(f"{where}: arms.{name}.set: {key}: all arms are measured alike; set it for all of them")
+    if problems:
+        raise RecipeError(str(path), problems)
+    return ExperimentFile(path, form, document)
+
+
+def expanded(overrides: list[str], num_members: int) -> list[str]:
+    """Overrides with one for each member in place of `members.*`."""
+    texts: list[str] = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if key.split(".")[:2] != ["members", "*"]:
+            texts.append(text)
+            continue
+        rest = "".join(f".{part}" for part in key.split(".")[2:])
+        texts += [f"members.{number}{rest}{equals}{value}" for number in range(num_members)]
+    return texts
+
+
+def _said_elsewhere(document: YamlDocument, overrides: list[str], place: Place) -> list[str]:
+    problems = []
+    for number, text in enumerate(overrides):
+        key = text.partition("=")[0]
+        general = re.sub(r"^members\.[^.]*\.", "members.*.", key)
+        if general in _SAID_ELSEWHERE or key.split(".")[0] in ("baselines", "finish"):
+            remedy = _SAID_ELSEWHERE.get(general) or _SAID_ELSEWHERE[key.split(".")[0]]
+            where = document.where((*place, number))
+            problems.append(f"{where}: {'.'.join(map(str, place))}: {key} is not for an override here; {remedy}")
+    return problems
+
+
+def _safe_name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError(
+            f"'{value}' cannot be a folder's name; use up to 40 letters, digits, '.', '_' and '-', the first no sign"
+        )
+    return value
