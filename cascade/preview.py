@@ -109,7 +109,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             "options": choice.records(max(1, len(members))),
         },
         "cautions": [
-            *cautions(members, config, folder, cache_folder=cache_folder(recipe), cache_bytes=choice.num_bytes),
+            *cautions(recipe, members, config, folder, choice),
             *(unlearned_settings(source.folder, "parent") if source is not None and recipe.task == "embedding" else ()),
         ],
         "copies": [
@@ -182,7 +182,7 @@ def preview_text(found: dict[str, Any]) -> str:
         f"Time, all stages that are left: about {_minutes(found['seconds'])} on this machine (operations counted, rate "
         "measured)."
     )
-    lines += _targets_lines(found["targets"])
+    lines += [*_optimizer_lines(found["members"]), *_targets_lines(found["targets"])]
     if found["copies"]:
         lines.append(f"Copies in fewer bits, their time and space not counted above: {', '.join(found['copies'])}.")
     if found["legal_values"]:
@@ -191,8 +191,9 @@ def preview_text(found: dict[str, Any]) -> str:
         )
     if found["hidden_tried"]:
         lines.append(
-            f"prune.hidden: auto cuts and repairs {', '.join(found['hidden_tried'])} both ways, with the stream "
-            "rotated and not, and keeps what is nearer the parent on selection text."
+            f"prune.hidden: auto cuts, repairs and recovers {', '.join(found['hidden_tried'])} both ways, with the "
+            "stream rotated and not, on a twentieth of the tokens, and keeps what is then nearer the parent on "
+            "selection text."
         )
     if found["finished"]:
         lines.append(f"Made already, of the shapes above: {', '.join(found['finished'])}.")
@@ -209,6 +210,14 @@ def preview_text(found: dict[str, Any]) -> str:
             f"Cut proven on a tiny twin: pruned equals silenced to {worst:.0e} along {', '.join(found['proof'])}."
         )
     return "\n".join(lines)
+
+
+def _optimizer_lines(members: list[dict[str, Any]]) -> list[str]:
+    """With what, and in how many steps, members are trained."""
+    steps: dict[str, list[str]] = {}
+    for member in members:
+        steps.setdefault(member["optimizer"], []).append(f"{member['name']} in {member['num_steps']:,} steps")
+    return [f"Trained with {optimizer}: {', '.join(names)}." for optimizer, names in steps.items()]
 
 
 def _targets_lines(targets: dict[str, Any]) -> list[str]:
@@ -278,6 +287,7 @@ def _member_record(member: ResolvedMember, total: int) -> dict[str, Any]:
         "flops_per_token": member.flops_per_token,
         "num_tokens": member.num_tokens,
         "num_steps": member.num_steps,
+        "optimizer": member.optimizer,
         "peak_memory_bytes": round(member.peak_memory_bytes),
         "disk_bytes": round(member.disk_bytes),
         "state_bytes": round(member.state_bytes),
