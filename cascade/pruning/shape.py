@@ -21,7 +21,7 @@ _AXIS_COST = {
 }
 """How much a member loses by what each axis has lost: weights of log(parent's length / its own) to `_COST_POWER`.
 
-Chosen on the final KL of 79 shapes of stories260K (10 to 60%, 400k tokens) and pico-python (35 and 20%, 200k tokens),
+Chosen on the final KL of 91 shapes of stories260K (10 to 60%, 400k tokens) and pico-python (35 and 20%, 200k tokens),
 each cut from the parent, repaired and recovered; what a least-squares fit gives is near it:
 `python tests/benchmarks/shapes.py --fit recipes/experiments/results/shapes-*.jsonl`. In each of ten groups of shapes of
 one size the first by these weights is within 3% of the best KL; the evenly cut shape was up to 17% off.
