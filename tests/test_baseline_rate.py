@@ -39,7 +39,7 @@ def test_the_baseline_is_searched_for_as_the_member_is_and_by_its_own_loss(recip
     folder = run_recipe(load_recipe(recipe_folder / "tiny.yaml", changes), output=tmp_path / "run")
     by_teacher, by_text = ([one for one in searches if one["teacher"] == taught] for taught in (True, False))
     assert {one["tokens"] for one in by_teacher} == {one["tokens"] for one in by_text} and len(by_text) >= 3
-    assert by_teacher[0]["rate"] == by_text[0]["rate"] == range_test.FIRST_RATE
+    assert by_teacher[0]["rate"] == by_text[0]["rate"] == 4 * range_test.FIRST_RATE  # both with Muon
     rates = load_rates(folder)
     assert list(rates) == ["m", "m-ce"] and all(one["searched"] for one in rates.values())
     for stage, name in (("distill", "m"), ("baseline-ce", "m-ce")):
@@ -47,7 +47,7 @@ def test_the_baseline_is_searched_for_as_the_member_is_and_by_its_own_loss(recip
     found = json.loads(next(folder.glob("stages/m.ce-rate-*/rate.json")).read_text())
     assert found["tried"] == rates["m-ce"]["tried"] and found["tried"] != rates["m"]["tried"]
     losses = [one["loss"] for one in found["tried"]]
-    assert min(losses) > 5  # cross-entropy of a random model of 2,048 tokens, not its distance from a teacher
+    assert min(losses) > 2  # cross-entropy of a random model of 2,048 tokens, not its distance from a teacher
     report = (folder / "report.md").read_text()
     assert "## Learning rates" in report and f"{rates['m-ce']['learning_rate']:.3g}" in report
     row = next(one for one in load_family(folder)["rows"] if one["name"] == "m-ce")

@@ -154,10 +154,11 @@ def chosen(*overrides, recipe=QUICKSTART):
 def test_what_is_kept_is_chosen_by_what_it_saves_and_what_it_can_give(recipe_folder, monkeypatch):
     nothing = chosen("data.reuse=continue")
     assert nothing.kind == "none" and "data.reuse: shared" in nothing.why
-    assert nothing.num_labelled == nothing.num_read == 3 * 100_352
+    tried = 3 * 2 * 5_018  # each member's two shapes are recovered on a twentieth of its tokens
+    assert (nothing.num_labelled, nothing.num_read) == (3 * 100_352, 3 * 100_352 + tried)
     small = chosen("data.reuse=shared")
     assert small.kind == "hidden" and small.layout.points == (1, 2, 3, 4, 5, 6)
-    assert (small.num_labelled, small.num_read) == (100_352, 3 * 100_352)
+    assert (small.num_labelled, small.num_read) == (100_352, 3 * 100_352 + tried)
     assert chosen("data.reuse=shared", *PLAIN).layout.points == ()
     monkeypatch.setattr(cache_choice, "HIDDEN_LIMIT_BYTES", 1000)
     assert chosen("data.reuse=shared", *PLAIN).kind == "sampled"
@@ -201,7 +202,7 @@ def test_exact_tokens_are_kept_as_they_are_in_every_record(make):
 def test_the_plan_says_what_is_kept_and_why(tmp_path):
     command = ["plan", QUICKSTART, "--set", "data.reuse=shared", "--output", str(tmp_path / "run")]
     text = CliRunner().invoke(main, command).output
-    assert "Teacher's targets: hidden (exact, and small enough). It labels 100,352 tokens for 301,056 that are" in text
+    assert "Teacher's targets: hidden (exact, and small enough). It labels 100,352 tokens for 331,164 that are" in text
     assert "Not sampled or top_k: distill.features.hidden: cosine reads" in text
     found = json.loads(CliRunner().invoke(main, [*command, "--json"]).output)["targets"]
     by_kind = {one["kind"]: one for one in found["options"]}
@@ -303,7 +304,7 @@ def test_a_member_that_is_added_leaves_the_others_targets_as_they_are(make, reci
             one.replace(f"{name}.jsonl.gz", str(recipe_folder / f"{name}.jsonl.gz")) for one in (short, text)
         )
     alone.write_text(short)
-    sets = (f"distill.cache.folder={tmp_path / 'cache'}", *SHARED, *PLAIN)
+    sets = (f"distill.cache.folder={tmp_path / 'cache'}", *SHARED, *PLAIN, "prune.hidden=activation_norm")
     first = run_recipe(load_recipe(alone, sets), output=tmp_path / "run")
     assert not (first / "targets.json").exists()  # one training reads what one labelling would cost
     both = tmp_path / "both.yaml"
