@@ -65,5 +65,6 @@ def test_classifiers_take_adamw():
     assert optimizer_of(made, config(), config()) == "adamw"
 
 
-def test_the_search_for_muons_rate_begins_higher():
-    assert usual_rate(200, "muon") == pytest.approx(4 * usual_rate(200, "adamw"))
+def test_the_search_for_muons_rate_begins_higher_and_a_longer_training_takes_what_it_finds():
+    assert usual_rate(8, "muon") == pytest.approx(4 * usual_rate(8, "adamw"))
+    assert usual_rate(5000, "muon") == usual_rate(8, "muon") and usual_rate(5000) > 1.2 * usual_rate(8)

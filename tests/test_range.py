@@ -41,7 +41,7 @@ def test_the_best_rate_of_a_smooth_loss_is_found_in_few_tries(best, monkeypatch)
 def test_a_longer_training_takes_a_higher_rate(monkeypatch):
     monkeypatch.setattr(range_test, "distill", pretending(1e-3))
     found = search(num_tokens=8 * 16 * 1000)
-    assert found.learning_rate == pytest.approx(1e-3 * (1000 / 60) ** GROWTH, rel=0.02)
+    assert found.learning_rate == pytest.approx(1e-3 * (1000 / 60) ** GROWTH["adamw"], rel=0.02)
     assert found.num_tokens == len(found.tried) * 60 * 8 * 16
 
 

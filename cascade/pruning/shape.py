@@ -228,7 +228,8 @@ def _shapes_within(
     shares = {name: MEASURES[name](axes, candidates, target) / bound for name, bound in bounds.items()}
     binding = np.max(np.stack([np.broadcast_to(share, columns[solved[0]].shape) for share in shares.values()]), axis=0)
     cost = sum(
-        weight * np.log(getattr(reference, name) / columns[name]) ** _COST_POWER
+        # A seed that was not cut from the parent can be larger than it along an axis.
+        weight * np.log(max(getattr(reference, name), getattr(seed, name)) / columns[name]) ** _COST_POWER
         for name, weight in (_AXIS_COST | {"num_key_value_heads": _GROUP_COST}).items()
         if name in columns
     )
