@@ -200,7 +200,7 @@ def _tokens(recipe: Recipe, members: Sequence[ResolvedMember]) -> tuple[int, int
     for member in members:
         read += member.num_tokens
         ends.append(member.first_position * size + member.num_tokens)
-        if member.member.start != "prune":
+        if member.member.start != "prune" or member.target is None or not member.target.bounds():
             continue
         search = recipe.prune.search
         tried = search.candidates if search else len(member.hidden_choices)

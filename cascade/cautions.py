@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cascade import parallel
 from cascade.cache_choice import Choice
 from cascade.caching import cache_folder
 from cascade.family import ResolvedMember
@@ -20,12 +21,11 @@ def cautions(
     recipe: Recipe, members: Sequence[ResolvedMember], parent_config: Any, run_folder: Path, choice: Choice
 ) -> list[str]:
     """A sentence for each, those about a member beginning with its name; `choice` is of the targets to be kept."""
-    batch_size = recipe.distill.batch_size if recipe.distill else 1
     return [
         *_of_memory(members),
         *_of_disk(members, run_folder, cache_folder(recipe), choice.num_bytes),
         *_of_vocabularies(members, parent_config),
-        *_of_few_steps(members, batch_size),
+        *_of_few_steps(recipe, members),
     ]
 
 
@@ -34,12 +34,18 @@ FEW_STEPS = 150
 0.91 times, and 391 at 0.87 times, the KL of 98 (AdamW, each at its best rate)."""
 
 
-def _of_few_steps(members: Sequence[ResolvedMember], batch_size: int) -> list[str]:
-    few = [one for one in members if 0 < one.num_steps < FEW_STEPS and batch_size > 1]
+def _of_few_steps(recipe: Recipe, members: Sequence[ResolvedMember]) -> list[str]:
+    """Language models on one process whose batch can be halved; others were not measured."""
+    batch_size = recipe.distill.batch_size if recipe.distill else 1
+    if recipe.task != "language" or batch_size % 2 or parallel.world_size() > 1:
+        return []
+    given = recipe.distill is not None and recipe.distill.learning_rate != "auto"
     return [
-        f"{one.name}: its training has {one.num_steps:,} optimizer steps; more and smaller ones often recover "
-        f"more: distill.batch_size: {batch_size // 2} makes {2 * one.num_steps:,} of the same tokens."
-        for one in few
+        f"{one.name}: its training has {one.num_steps:,} optimizer steps; more and smaller ones often recover more: "
+        f"distill.batch_size: {batch_size // 2} makes twice as many of the same tokens"
+        + (", at a rate of its own (learning_rate: auto finds it)." if given else ".")
+        for one in members
+        if 0 < one.num_steps < FEW_STEPS
     ]
 
 

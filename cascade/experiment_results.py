@@ -39,11 +39,14 @@ Result = dict[str, Any]
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's keys that figures depend on, flat and without the folders of this machine."""
     flat = _flat(resolved_recipe(recipe, [], public=True), "")
-    return {
+    settings = {
         key: value
         for key, value in flat.items()
         if not f"{key}.".startswith(tuple(f"{prefix}." for prefix in _NO_MATTER))
     }
+    if "ce" in recipe.baseline_kinds and recipe.ce_learning_rate != "auto":
+        settings["baselines.ce.learning_rate"] = recipe.ce_learning_rate
+    return settings
 
 
 def inputs_of(recipe: Recipe) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """One member: its stages, and what each of them depends on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,8 @@ def _train(
     `stage` is distill, or baseline-ce: the same start on the same tokens, without a teacher, at a rate of its own.
     """
     learns = stage == "distill"
+    if not learns and recipe.ce_learning_rate != "auto" and recipe.distill and recipe.distill.optimizer == "auto":
+        member = replace(member, optimizer="adamw")  # a rate that is given was tried with AdamW
     search, learning_rate = _make_rate(runner, recipe, shared, member, begun, inputs, stage=stage)
     settings = _training_settings(recipe, member) | {"learning_rate": learning_rate}
     made = runner.run(
@@ -177,6 +180,8 @@ def _make_rate(
     if given != "auto":
         return None, given
     settings = _training_settings(recipe, member)
+    if member.optimizer == "muon":  # searched for by other rules than before
+        settings |= {"search": 2}
     folder = runner.run(
         member.name,
         "rate" if learns else "ce-rate",

@@ -134,6 +134,8 @@ def _train(folder: Path, recipe: Recipe, entry: Finish, student: nn.Module, shar
     blocks = load_training(shared.data / "train.safetensors")
     selection = load_training(shared.data / "selection.safetensors").take(selection_size(recipe))
     optimizer = optimizer_of(recipe, student.config, teacher.config)
+    if entry.learning_rate != "auto" and recipe.distill.optimizer == "auto":
+        optimizer = "adamw"  # a rate that is given was tried with it
     options = training_options(recipe.distill, 0.0, vocab_size, optimizer=optimizer)
     options |= {"on_policy": None, "compiled": False}
     kept = partial_of(folder) / "rate.json"  # a run that was killed goes on at the rate that it had found

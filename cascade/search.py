@@ -43,11 +43,15 @@ class Candidate:
         found: dict[str, Any] = json.loads((self.folders[-1] / "losses.json").read_text(encoding="utf-8"))
         return found
 
-    def score(self) -> float:
-        """KL to the teacher at the last stage it went through; infinite where its short recovery ran off."""
+    def score(self) -> tuple[float, float]:
+        """KL to the teacher at the last stage it went through, then as repaired.
+
+        The first is infinite where the short recovery ran off; the second decides where all of them did.
+        """
         losses = self.losses()
         value: float | None = (losses["recovered"] or losses["repaired"])["kl_to_teacher"]
-        return math.inf if value is None else value
+        repaired: float | None = losses["repaired"]["kl_to_teacher"]
+        return math.inf if value is None else value, math.inf if repaired is None else repaired
 
 
 def search_shape(

@@ -56,3 +56,15 @@ def test_an_encoder_whose_heads_fill_the_stream_is_not_narrowed_to_a_sliver():
     dims = solve_shape(config, Target(params_non_embedding=0.5))
     assert probe_axes(config).heads_fill_hidden and dims.hidden_size >= 0.6 * 384
     assert 2 <= dims.intermediate_size / dims.hidden_size <= 6
+
+
+def test_heads_and_groups_of_every_row_fit_together_and_none_is_left_out():
+    from cascade.pruning.shape import _grid, _possible_heads
+
+    seed, values = dims_of(PARENT), {"num_attention_heads": [8, 4, 2, 1], "num_key_value_heads": [4, 2, 1]}
+    pairs = _possible_heads(values, seed, groups_alone=False)
+    assert set(pairs) == {(8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)}
+    assert set(_possible_heads(values, seed, groups_alone=True)) == set(pairs)
+    columns = _grid(values | {"num_hidden_layers": [5, 4]}, ["num_hidden_layers", *values], pairs)
+    rows = set(zip(*(columns[name].tolist() for name in ("num_hidden_layers", *values)), strict=True))
+    assert rows == {(layers, *pair) for layers in (5, 4) for pair in pairs}

@@ -36,7 +36,7 @@ def rate_of(learning_rate: float, search: Path | None) -> Rate:
 
 
 def is_at_edge(rate: Rate) -> bool:
-    """Whether a search had spent its tries while the last of them, the highest or lowest rate, was still the best."""
+    """Whether a search ended while its last try, the highest or lowest rate, was still the best."""
     tried = [one for one in rate["tried"] if one["loss"] is not None]
     if not tried:
         return False
