@@ -9,7 +9,6 @@ from typing import Any
 from cascade.ancestry import provenance_of, provenance_of_copy
 from cascade.caching import LABELS, taught_steps
 from cascade.carrying import CARD, carry_over
-from cascade.estimates import short_recovery
 from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
 from cascade.models.architecture import auto_class_of
@@ -203,7 +202,6 @@ def _write_targets(
         figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
         search = recipe.prune.search if member.member.start == "prune" else None
         tried = search.tokens * sum(row["status"] != "candidate" for row in done.candidates) if search else 0
-        tried += len(done.candidates) * short_recovery(recipe, member.num_tokens)
         taught = member.num_tokens * len(taught_steps(recipe, member.num_steps)) // max(1, member.num_steps)
         read = {"tokens_read": taught + searched + tried, "angles_degrees": angles}
         own[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}

@@ -39,7 +39,13 @@ def plan(recipe_folder, tmp_path):
 
 
 def test_a_plan_that_can_be_done_has_nothing_to_caution_of(plan):
-    assert plan()["cautions"] == []
+    assert plan("distill.batch_size=1")["cautions"] == []
+
+
+def test_few_optimizer_steps_are_told_of_with_the_batch_that_makes_more(plan):
+    told = plan()["cautions"]
+    assert told and all("optimizer steps; more and smaller ones" in text for text in told)
+    assert "distill.batch_size: 2 makes twice as many" in told[0] and "at a rate of its own" in told[0]
 
 
 @pytest.mark.parametrize("name", ["heldout/los", "heldout/loss/none", "heldout", "python_minimal_pairs/accuracy"])
