@@ -25,7 +25,6 @@ from cascade.distillation.range_test import usual_rate
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
 from cascade.errors import DivergedError, NotFiniteError
-from cascade.estimates import optimizer_of
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
 from cascade.fitting import in_parts_that_fit
@@ -230,6 +229,7 @@ def make_candidate(
     hidden: str,
     lineage: Sequence[Path] | None,
     num_tokens: int,
+    optimizer: str,
     cache: TeacherCache | None,
     on_step: OnStep,
     vocab_size: int | None = None,
@@ -248,7 +248,6 @@ def make_candidate(
     before = load_plans(lineage)
     if num_tokens and recipe.distill is not None:
         expert = teacher if recipe.distill.teacher == "parent" else None
-        optimizer = optimizer_of(recipe, student.config, teacher.config)
         train, targets = load_training(data / "train.safetensors"), None
         rate = _finalist_rate(recipe.distill, num_tokens / train.block_size, optimizer)
         options = training_options(recipe.distill, rate, vocab_size, optimizer=optimizer)

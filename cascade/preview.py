@@ -28,7 +28,7 @@ from cascade.preview_data import data_lines, preview_data
 from cascade.pruning.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
 from cascade.remaining import remaining_members, remaining_seconds, shapes_on_disk
-from cascade.report.plots import short_number
+from cascade.report.plots import minutes, short_number
 from cascade.report.tables import plain_table
 from cascade.room import bytes_still_needed
 from cascade.teacher.generate import collect_prompts, planned
@@ -170,7 +170,7 @@ def preview_text(found: dict[str, Any]) -> str:
                 f"{member['num_tokens']:,}",
                 _bytes(member["peak_memory_bytes"]),
                 _bytes(member["disk_bytes"]),
-                _minutes(sum(member["seconds"].values())) if member["seconds"] else "made",
+                minutes(sum(member["seconds"].values())) if member["seconds"] else "made",
             ]
         )
     lines = [plain_table(table), "", *found["cautions"], *hops_too_large(found["members"]), *data_lines(found["data"])]
@@ -179,7 +179,7 @@ def preview_text(found: dict[str, Any]) -> str:
     needed, free = _bytes(found["disk_needed_bytes"]), _bytes(found["disk_free_bytes"])
     lines.append(f"Run directory {found['run']}: needs {needed} more on the disk, {free} are free.")
     lines.append(
-        f"Time, all stages that are left: about {_minutes(found['seconds'])} on this machine (operations counted, rate "
+        f"Time, all stages that are left: about {minutes(found['seconds'])} on this machine (operations counted, rate "
         "measured)."
     )
     lines += [*_optimizer_lines(found["members"]), *_targets_lines(found["targets"])]
@@ -234,7 +234,7 @@ def _targets_lines(targets: dict[str, Any]) -> list[str]:
     for one in targets["options"]:
         if one["refused"]:
             refused.setdefault(one["refused"], []).append(one["kind"])
-    lines.append(plain_table(options_table(targets["options"], _bytes, _minutes)))
+    lines.append(plain_table(options_table(targets["options"], _bytes, minutes)))
     return [*lines, *(f"Not {' or '.join(kinds)}: {why}." for why, kinds in refused.items())]
 
 
@@ -302,13 +302,3 @@ def _shape_cells(dims: dict[str, int]) -> list[str]:
 
 def _bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def _minutes(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.1f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )

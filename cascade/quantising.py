@@ -13,7 +13,7 @@ from cascade.cutting import selection_size, training_options
 from cascade.data.examples import load_training
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.trainer import distill
-from cascade.estimates import flops_of, optimizer_of
+from cascade.estimates import flops_of
 from cascade.evaluating import evaluation_settings, make_evaluation
 from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.reload import write_reference
@@ -133,9 +133,8 @@ def _train(folder: Path, recipe: Recipe, entry: Finish, student: nn.Module, shar
     teacher, vocab_size = shared.teacher(), None if recipe.counts_examples else shared.vocab_size
     blocks = load_training(shared.data / "train.safetensors")
     selection = load_training(shared.data / "selection.safetensors").take(selection_size(recipe))
-    optimizer = optimizer_of(recipe, student.config, teacher.config)
-    if entry.learning_rate != "auto" and recipe.distill.optimizer == "auto":
-        optimizer = "adamw"  # a rate that is given was tried with it
+    # Rounded weights were not measured with Muon: what is settled for recoveries is not for them.
+    optimizer = "adamw" if recipe.distill.optimizer == "auto" else recipe.distill.optimizer
     options = training_options(recipe.distill, 0.0, vocab_size, optimizer=optimizer)
     options |= {"on_policy": None, "compiled": False}
     kept = partial_of(folder) / "rate.json"  # a run that was killed goes on at the rate that it had found

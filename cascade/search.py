@@ -89,6 +89,7 @@ def search_shape(
 
     def stage(name: str, shape: FoundShape, num_tokens: int) -> Path:
         own = {"dims": shape.dims.as_dict(), "hidden": shape.hidden, "tokens": num_tokens}
+        own |= {"optimizer": member.optimizer}
         return runner.run(member.name, name, settings | own, inputs, make(shape, num_tokens))
 
     first_tokens = short_recovery(recipe, member.num_tokens)

@@ -150,6 +150,7 @@ def find_shape(
             hidden=shape.hidden,
             lineage=seed.lineage if seed else [],
             num_tokens=num_tokens,
+            optimizer=member.optimizer,
             cache=shared.cache,
             on_step=on_step,
             vocab_size=member.vocab_size,

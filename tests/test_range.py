@@ -109,12 +109,11 @@ def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_
         raise DivergedError("the loss has climbed")
 
     model = torch.nn.Linear(1, 1)
-    model.config = None
     for name, value in (("_plan", None), ("prune", model), ("load_model", model),
-                        ("load_training", SimpleNamespace(block_size=16)), ("optimizer_of", "adamw"), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
+                        ("load_training", SimpleNamespace(block_size=16)), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
         monkeypatch.setattr(cutting, name, lambda *args, value=value, **options: value)
     monkeypatch.setattr(cutting, "distill", runs_off)
-    options = {"hidden": "pca", "lineage": None, "cache": None, "on_step": None}
+    options = {"optimizer": "adamw", "hidden": "pca", "lineage": None, "cache": None, "on_step": None}
     (tmp_path / "ran-off").mkdir()
     cutting.make_candidate(tmp_path / "ran-off", recipe, None, None, None, tmp_path, model, num_tokens=64, **options)
     (tmp_path / "poor").mkdir()

@@ -110,8 +110,9 @@ class Distill(Section):
     optimizer: Literal["auto", "adamw", "adamw_8bit", "muon"] = "auto"
     """adamw_8bit: moments in 8 bits (needs torchao); muon: orthogonalised momentum for the layers' matrices, which
     recovers a cut language model in fewer tokens. auto: muon for language models on one process where its extra work is
-    at most half of a step's and the rate is searched for (a rate that is given was tried with adamw), else adamw. A run
-    that goes on with another number of processes needs the optimizer's name, or it trains its members again."""
+    at most half of a step's and the rate is searched for (a rate that is given was tried with adamw), else adamw, as in
+    `finish`. A run that goes on with another number of processes needs the optimizer's name, or it trains its members
+    again."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "ghost_top_k"] = (

@@ -15,7 +15,7 @@ from typing import Any
 from cascade.plain_json import plain
 from cascade.recipe.experiment import Experiment
 from cascade.report.paired import RESAMPLES, paired_difference
-from cascade.report.plots import Point, Series, line_chart, short_number
+from cascade.report.plots import Point, Series, line_chart, minutes, short_number
 from cascade.report.tables import Table, markdown_table, plain_table
 from cascade.report.write import html_page, html_table
 from cascade.store import write_atomically
@@ -104,11 +104,11 @@ def list_texts(listed: dict[str, Any]) -> str:
     """The cells of `cascade experiment --list` for a terminal."""
     table = [["cell", "", "time left"]]
     for row in listed["cells"]:
-        table.append([row["cell"], "done" if row["done"] else "", "" if row["done"] else _minutes(row["seconds"])])
+        table.append([row["cell"], "done" if row["done"] else "", "" if row["done"] else minutes(row["seconds"])])
     done = sum(row["done"] for row in listed["cells"])
     said = [f"{row['why']}; {row['cell']} is to be made again." for row in listed["cells"] if row["why"]]
     last = (
-        f"{done} of {len(listed['cells'])} cells are done; the rest takes about {_minutes(listed['seconds'])} "
+        f"{done} of {len(listed['cells'])} cells are done; the rest takes about {minutes(listed['seconds'])} "
         "(operations counted, rate measured; what cells share is made once and counted for each)."
     )
     return "\n".join([plain_table(table), "", *said, last])
@@ -432,13 +432,3 @@ def _chart(rows: Sequence[Entry], metric: str, y_title: str, x_title: str, x_of:
         series.append(Series(arm, points))
     chart = line_chart(series, x_title=x_title, y_title=y_title, log_x=True)
     return f"<figure>{chart}</figure>" if chart else ""
-
-
-def _minutes(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )

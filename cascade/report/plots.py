@@ -202,6 +202,13 @@ def _round_ticks(values: list[float], count: int = 6) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def minutes(seconds: float) -> str:
+    """Seconds as a reader takes them in: '45 s', '2.5 min', '1.8 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def short_number(value: float) -> str:
     """1,234,567 as '1.23M'."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
