@@ -26,6 +26,7 @@ def cautions(
         *_of_disk(members, run_folder, cache_folder(recipe), choice.num_bytes),
         *_of_vocabularies(members, parent_config),
         *_of_few_steps(recipe, members),
+        *_of_side_arms(members),
     ]
 
 
@@ -46,6 +47,23 @@ def _of_few_steps(recipe: Recipe, members: Sequence[ResolvedMember]) -> list[str
         + (", at a rate of its own (learning_rate: auto finds it)." if given else ".")
         for one in members
         if 0 < one.num_steps < FEW_STEPS
+    ]
+
+
+def _of_side_arms(members: Sequence[ResolvedMember]) -> list[str]:
+    """Where the chain goes on from a member that the recipe cuts from the parent beside a larger one of the chain."""
+    cut = {member.name: member for member in members if member.seed}
+    names = list(cut)  # largest first
+    beside = {
+        name
+        for number, name in enumerate(names)
+        if cut[name].member.seed == "parent" and any(cut[larger].member.chain for larger in names[:number])
+    }
+    return [
+        f"{member.name}: it is cut from {member.seed}, the next larger member, which is itself cut from the parent "
+        f"(seed: parent). Where {member.seed} is a variant beside the chain, give it chain: false."
+        for member in cut.values()
+        if member.member.seed == "previous" and member.seed in beside
     ]
 
 

@@ -101,7 +101,9 @@ def feature_loss(
     weights = {str(name): weight for name, weight in asked.weights.items()}
     wanted = settings.hidden_features(bool(plans))
     hidden, embedding = (None if name == "none" else name for name in (wanted, asked.embedding))
-    features = Features(hidden, embedding, tuple(asked.relations), asked.relation_heads, weights, asked.balanced)
+    features = Features(
+        hidden, embedding, tuple(asked.relations), asked.relation_heads, weights, asked.balanced, asked.fade_fraction
+    )
     if teacher is None or not features.names():
         return None
     if plans:

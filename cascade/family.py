@@ -155,8 +155,8 @@ def _seed(
         return "", own
     seed = member.seed
     if seed == "previous":
-        cut = [name for name, other in resolved.items() if other.seed]
-        seed = pinned.get(member.name) or (cut[-1] if cut else "parent")
+        chain = [name for name, other in resolved.items() if other.seed and other.member.chain]
+        seed = pinned.get(member.name) or (chain[-1] if chain else "parent")
     if seed == "parent":
         return seed, parent_config
     if seed not in resolved:

@@ -178,3 +178,35 @@ def test_balanced_losses_are_together_as_large_as_the_logit_loss():
     assert features.scales(last) == pytest.approx({"hidden": 6.0, "embedding": 3.0, "relations": 3.0})
     plain = FeatureLoss(replace(EVERYTHING, balanced=False), Origin((0, 1, 2, 3)), *[make_model()] * 2)
     assert plain.scales({}) == {"hidden": 1.0, "embedding": 1.0, "relations": 1.0}
+
+
+@pytest.mark.parametrize(("fade_fraction", "strengths"), [(None, [1, 1, 1, 1]), (1.0, [1, 0.75, 0.5, 0.25]), (0.5, [1, 0.5, 0, 0])])  # fmt: skip
+def test_faded_losses_weigh_evenly_less_from_step_to_step_and_then_nothing(fade_fraction, strengths):
+    model = make_model()
+    loss = FeatureLoss(Features(hidden="cosine", fade_fraction=fade_fraction), Origin((0, 1, 2, 3)), model, model)
+    assert [loss.strength(step / 4) for step in range(4)] == strengths
+    at_first = loss.scales({"loss": 3.0, "hidden_loss": 0.5})["hidden"]
+    faded = [loss.scales({"loss": 3.0, "hidden_loss": 0.5}, strength)["hidden"] for strength in strengths]
+    assert faded == [at_first * strength for strength in strengths]
+
+
+def test_a_training_whose_losses_have_faded_at_half_ends_as_two_trainings_do(tmp_path):
+    blocks, teacher = make_blocks(count=8), make_model(seed=1)
+    start = make_model(seed=2)
+
+    def train(fade_fraction, steps):
+        student = copy.deepcopy(start)
+        features = FeatureLoss(
+            Features(hidden="cosine", fade_fraction=fade_fraction, balanced=False),
+            Origin((0, 1, 2, 3)),
+            student,
+            teacher,
+        )
+        curve = distill(student, teacher, blocks, num_tokens=steps * 2 * blocks.block_size, batch_size=2,
+                        microbatch_size=2, learning_rate=1e-3, features=features).curve  # fmt: skip
+        return curve
+
+    constant, faded = train(None, 4), train(0.5, 4)
+    assert constant[0]["loss"] == faded[0]["loss"] and constant[1]["loss"] == faded[1]["loss"]
+    assert constant[3]["loss"] != faded[3]["loss"]
+    assert ["hidden_loss" in entry for entry in faded] == [True, True, False, False]

@@ -204,3 +204,28 @@ def test_a_task_is_refused_before_anything_is_measured(tiny_parent, monkeypatch)
     )
     found = CliRunner().invoke(main, ["evaluate", str(tiny_parent), "--data", "stdlib", "--task", "nothing_such"])
     assert found.exit_code == 2 and "nothing_such" in found.output
+
+
+BESIDE = "members=[{name: large, target: {params: 0.9}}, {name: beside, target: {params: 0.8}, seed: parent%s}, {name: small, target: {params: 0.7}}]"
+
+
+def test_a_chain_that_goes_on_from_a_variant_beside_it_is_told_of(plan):
+    planned = plan("distill.batch_size=1", BESIDE % "")
+    assert {row["name"]: row["seed"] for row in planned["members"]} == {
+        "large": "parent",
+        "beside": "parent",
+        "small": "beside",
+    }
+    (told,) = [text for text in planned["cautions"] if "chain" in text]
+    assert told.startswith("small: it is cut from beside") and "chain: false" in told
+
+
+def test_a_member_out_of_the_chain_is_nobodys_seed_by_position(plan):
+    planned = plan("distill.batch_size=1", BESIDE % ", chain: false")
+    assert {row["name"]: row["seed"] for row in planned["members"]}["small"] == "large"
+    assert not any("chain" in text for text in planned["cautions"])
+
+
+def test_what_is_not_cut_cannot_be_taken_out_of_the_chain(plan):
+    with pytest.raises(UserError, match="never in the chain; remove `chain`"):
+        plan(f"members=[{{name: own, {WIDE}, chain: false}}]")

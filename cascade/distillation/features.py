@@ -47,6 +47,8 @@ class Features:
     """By 'hidden', 'embedding', 'relations'; 1 where not given."""
     balanced: bool = True
     """Their sum is first scaled to the size of the logit loss, as both were in the step before (ModelOpt)."""
+    fade_fraction: float | None = None
+    """Over this share of the steps the losses' weight falls evenly to nothing; None: it stays."""
 
     def names(self) -> list[str]:
         """The losses that are asked for."""
@@ -183,9 +185,14 @@ class FeatureLoss:
             found["relations"] = torch.stack(parts).mean(0)
         return found
 
-    def scales(self, last: dict[str, float]) -> dict[str, float]:
+    def strength(self, progress: float) -> float:
+        """What is left of the losses' weight after this share of the steps: 1 at the start, 0 once they have faded."""
+        fade_fraction = self.features.fade_fraction
+        return 1.0 if fade_fraction is None else max(0.0, 1.0 - progress / fade_fraction)
+
+    def scales(self, last: dict[str, float], strength: float = 1.0) -> dict[str, float]:
         """What each loss is multiplied by, from a step's mean losses ('loss' and those of the features)."""
-        weights = {name: self.features.weights.get(name, 1.0) for name in self.features.names()}
+        weights = {name: strength * self.features.weights.get(name, 1.0) for name in self.features.names()}
         if not self.features.balanced:
             return weights
         together = sum(last[f"{name}_loss"] for name in weights)

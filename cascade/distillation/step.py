@@ -40,6 +40,8 @@ class Task:
     """What each feature loss is multiplied by; None: from this step's own losses, measured first."""
     rows: Tensor
     """The blocks' numbers, for messages."""
+    strength: float = 1.0
+    """What is left of the feature losses' weight (`FeatureLoss.strength`)."""
     keep: bool = False
     """Whether the batch will be read again, by another training."""
 
@@ -115,7 +117,8 @@ def _accumulate(task: Task, microbatch_size: int) -> dict[str, float]:
     scales = task.scales
     if scales is None and task.features is not None:
         with torch.no_grad():
-            scales = task.features.scales(_losses(task, parts, None, total_valid))
+            last = _losses(task, parts, None, total_valid)
+            scales = task.features.scales(last, task.strength)
     return _losses(task, parts, scales, total_valid)
 
 

@@ -244,8 +244,10 @@ def _gradients(fixed: _Fixed, trained: Trained, progress: Progress) -> tuple[dic
     with torch.random.fork_rng():
         torch.manual_seed(_draws(fixed.seed, step))  # dropout is a function of the step, as the blocks are
         batch, wanted, own = own_batch(fixed.rollouts, fixed.student, given, fixed.objective, step)
-        scales = _scales(fixed.features, progress.curve, own)
-        task = Task(fixed.student, fixed.teacher, batch, wanted, fixed.features, scales, rows, fixed.keep)
+        strength = 0.0 if fixed.features is None else fixed.features.strength(step / fixed.num_steps)
+        features = fixed.features if strength > 0 else None
+        scales = _scales(features, progress.curve, own, strength)
+        task = Task(fixed.student, fixed.teacher, batch, wanted, features, scales, rows, strength, fixed.keep)
         losses, progress.microbatch_size = fitting_step(task, progress.microbatch_size, folder)
     figures = {"learning_rate": rate, "grad_norm": gradient_norm(trained, fixed.max_grad_norm)}
     return losses | figures | {"microbatch_size": progress.microbatch_size, "on_policy": float(own)}, rows
@@ -292,14 +294,16 @@ def _metrics(curve: list[dict[str, float]], num_steps: int, step_tokens: int, se
     return TrainingMetrics(num_steps, num_steps * step_tokens, seconds, *losses, curve)
 
 
-def _scales(features: FeatureLoss | None, curve: list[dict[str, float]], own: bool) -> dict[str, float] | None:
+def _scales(
+    features: FeatureLoss | None, curve: list[dict[str, float]], own: bool, strength: float
+) -> dict[str, float] | None:
     """What the feature losses are multiplied by, from the last step on text of the same kind; None before the first."""
     if features is None:
         return {}
     trained = (entry for entry in reversed(curve) if "skipped" not in entry)
     alike = (entry for entry in trained if bool(entry.get("on_policy", 0.0)) == own)
     last = next(alike, None)
-    return features.scales(last or {}) if last is not None or not features.features.balanced else None
+    return features.scales(last or {}, strength) if last is not None or not features.features.balanced else None
 
 
 def _draws(seed: int, step: int) -> int:

@@ -41,6 +41,9 @@ class FeatureLosses(Section):
     """1 where not given."""
     balanced: bool = True
     """Together as large as the logit loss, then weighted; else weighted as they are."""
+    fade_fraction: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    """Share of the training's steps over which the weight of all these losses falls evenly to nothing; null: it stays.
+    They steady a start, and hold back a small student that cannot follow the parent inside."""
 
 
 class OnPolicySettings(Section):

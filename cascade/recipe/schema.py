@@ -120,7 +120,9 @@ class Member(Section):
     its seed, evenly spread, as DistilBERT does; random: nothing but the target's or the config's shape; checkpoint: the
     `student`. Not given: the first of these that the other keys allow."""
     seed: str = "previous"
-    """What it is cut from: previous (the next larger member), parent, or a member's name."""
+    """What it is cut from: previous (the next larger member of the chain), parent, or a member's name."""
+    chain: bool = True
+    """Whether `seed: previous` of a smaller member may mean this one; false for variants beside the chain."""
     tokens: PositiveInt | None = None
     """Training tokens, where they differ from distill.tokens."""
     examples: PositiveInt | None = None
@@ -146,6 +148,8 @@ class Member(Section):
             raise ValueError(f"init '{self.init}' does not go with `{key}`; use {' or '.join(STARTS[key])}")
         if self.seed != "previous" and self.start not in ("prune", "layers"):
             raise ValueError(f"what starts from init '{self.start}' is not cut, so it has no `seed`; remove it")
+        if not self.chain and self.start not in ("prune", "layers"):
+            raise ValueError(f"what starts from init '{self.start}' is never in the chain; remove `chain`")
         return self
 
     @property
