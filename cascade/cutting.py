@@ -94,15 +94,33 @@ def training_options(
 
 
 def feature_loss(
-    settings: Distill, plans: Sequence[PruningPlan] | None, student: nn.Module, teacher: nn.Module | None
+    recipe: Recipe,
+    plans: Sequence[PruningPlan] | None,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    num_tokens: int,
 ) -> FeatureLoss | None:
-    """The recipe's distill.features for one student; `plans` lead from the teacher to it (None: it was not cut)."""
+    """The recipe's distill.features for one student; `plans` lead from the teacher to it (None: it was not cut).
+
+    `num_tokens` are those of its whole training (examples, where the recipe counts those).
+    """
+    settings = recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
     asked = settings.features
     weights = {str(name): weight for name, weight in asked.weights.items()}
     wanted = settings.hidden_features(bool(plans))
     hidden, embedding = (None if name == "none" else name for name in (wanted, asked.embedding))
+    num_parameters = sum(parameter.numel() for parameter in student.parameters())
+    length = 0.0 if recipe.counts_examples else num_tokens / num_parameters
     features = Features(
-        hidden, embedding, tuple(asked.relations), asked.relation_heads, weights, asked.balanced, asked.fade_fraction
+        hidden=hidden,
+        embedding=embedding,
+        relations=tuple(asked.relations),
+        relation_heads=asked.relation_heads,
+        weights=weights,
+        balanced=asked.balanced,
+        fade_fraction=settings.fade_fraction(length),
     )
     if teacher is None or not features.names():
         return None
@@ -257,7 +275,7 @@ def make_candidate(
             options["objective"] = cache.objective(options["objective"])
             num_steps = math.ceil(num_tokens / (recipe.distill.batch_size * train.block_size))
             targets = cache.targets(expert, train, training_rows(recipe, 0, num_steps, len(train)))
-        features = feature_loss(recipe.distill, None if before is None else [*before, plan], student, expert)
+        features = feature_loss(recipe, None if before is None else [*before, plan], student, expert, num_tokens)
         try:
             distill(
                 student,

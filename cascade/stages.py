@@ -157,7 +157,7 @@ def make_recovered(
             state_folder=partial_of(folder),
             on_step=on_step,
             on_log=on_log,
-            features=feature_loss(settings, load_plans(lineage), student, teacher),
+            features=feature_loss(recipe, load_plans(lineage), student, teacher, member.num_tokens),
             targets=targets,
             **options,
         )
@@ -294,7 +294,7 @@ def make_rate(
         seed=recipe.seed,
         first_position=member.first_position,
         on_try=on_step,
-        features=feature_loss(settings, load_plans(lineage), student, teacher),
+        features=feature_loss(recipe, load_plans(lineage), student, teacher, member.num_tokens),
         targets=targets,
         **options,
     )

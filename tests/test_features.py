@@ -22,6 +22,7 @@ from cascade.models.twin import twin_of
 from cascade.pruning.cut import prune
 from cascade.pruning.plan import plan_pruning
 from cascade.pruning.proof import random_scores
+from cascade.recipe.distill import Distill
 
 EVERYTHING = Features(hidden="mse", embedding="cosine", relations=("qq", "kk", "vv", "qk"))
 
@@ -210,3 +211,14 @@ def test_a_training_whose_losses_have_faded_at_half_ends_as_two_trainings_do(tmp
     assert constant[0]["loss"] == faded[0]["loss"] and constant[1]["loss"] == faded[1]["loss"]
     assert constant[3]["loss"] != faded[3]["loss"]
     assert ["hidden_loss" in entry for entry in faded] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens_per_parameter", "fade_fraction"),
+    [("auto", 2.9, None), ("auto", 3.1, 1.0), ("none", 3.1, None), (0.5, 0.1, 0.5)],
+)
+def test_feature_losses_fade_by_themselves_where_there_are_more_than_three_tokens_for_a_parameter(
+    asked, tokens_per_parameter, fade_fraction
+):
+    settings = Distill(tokens=1000, features={"fade_fraction": asked})
+    assert settings.fade_fraction(tokens_per_parameter) == fade_fraction
