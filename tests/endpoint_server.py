@@ -18,7 +18,7 @@ def chat_answer(text, *, finish_reason="stop", usage=(5, 7)):
 
 
 @contextmanager
-def serving(respond):
+def serving(respond, port=0):
     """A server whose answers are `respond(body, number)` -> (status, headers, body as JSON, text or bytes), or "reset",
     ("hang", seconds) or ("drip", bytes), one at a time. Yields (url, the requests received: path, headers, body)."""
     received, lock = [], threading.Lock()
@@ -57,7 +57,7 @@ def serving(respond):
         def log_message(self, *args):
             """Nothing: a test's output is its own."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": ROOM_TO_CLOSE})
     thread.start()
