@@ -1,5 +1,6 @@
 """`cascade experiment`: the cells one after another, each a run; what is finished is found again."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def run_experiment(
             _tell(console, state, folder, again=state.cell in wanted)
         to_do = [cell for cell in wanted if cell.name not in results]
         for cell in to_do:
-            check_ownership(folder / "cells" / cell.name, cell.recipe)
+            check_ownership(cell_folder(folder, cell), cell.recipe)
         failed, budgets = {}, sorted({cell.tokens for cell in cells})
         for number, cell in enumerate(to_do, start=1):
             failpoint("experiment.cell")
@@ -121,7 +122,7 @@ def list_experiment(path: str | Path, *, output: str | Path | None = None, only:
     rows = []
     for cell in wanted:
         state = find_result(file, folder, cell)
-        seconds = 0.0 if state.result else _seconds(folder / "cells" / cell.name, cell)
+        seconds = 0.0 if state.result else _seconds(cell_folder(folder, cell), cell)
         row = {"cell": cell.name, "arm": cell.arm, "seed": cell.seed, "tokens": cell.tokens}
         rows.append(row | {"done": state.result is not None, "seconds": seconds, "why": state.why})
     return {
@@ -130,6 +131,22 @@ def list_experiment(path: str | Path, *, output: str | Path | None = None, only:
         "cells": rows,
         "seconds": sum(r["seconds"] for r in rows),
     }
+
+
+def cell_folder(folder: Path, cell: Cell) -> Path:
+    """The run directory of a cell: its name's; with the recipe's digest where that is another recipe's run.
+
+    An experiment whose file has changed thus makes a changed cell again, and what of it stayed the same is taken over.
+    """
+    first = folder / "cells" / cell.name
+    if not (first / "recipe.yaml").exists():
+        return first
+    try:
+        check_ownership(first, cell.recipe)
+    except UserError:
+        digest = hashlib.sha256(cell.recipe.model_dump_json().encode()).hexdigest()
+        return first.with_name(f"{first.name}-{digest[:8]}")
+    return first
 
 
 def find_result(file: ExperimentFile, folder: Path, cell: Cell) -> Found:
@@ -148,9 +165,11 @@ def find_result(file: ExperimentFile, folder: Path, cell: Cell) -> Found:
 
 def _make(folder: Path, cell: Cell, cells: Sequence[Cell], console: Console) -> Result:
     """The result of a cell, whose family is made or, where it is already, read again."""
-    others = [folder / "cells" / other.name for other in cells if other.name != cell.name]
-    known = [other for other in others if (other / "stages").is_dir()]
-    made = run_recipe(cell.recipe, output=folder / "cells" / cell.name, known=known, console=console)
+    run_folder = cell_folder(folder, cell)
+    earlier = [folder / "cells" / cell.name]  # of another recipe, where that is not the run folder
+    others = [cell_folder(folder, other) for other in cells if other.name != cell.name]
+    known = [other for other in [*earlier, *others] if other != run_folder and (other / "stages").is_dir()]
+    made = run_recipe(cell.recipe, output=run_folder, known=known, console=console)
     result = collect_result(cell, made, inputs_of(cell.recipe))
     failpoint("experiment.made")
     path = folder / "results" / f"{cell.name}.json"

@@ -195,6 +195,24 @@ def test_a_killed_experiment_goes_on_where_it_was(tmp_path, recipe_folder):
     assert all(cell["done"] for cell in summary(output)["cells"])
 
 
+def test_a_cell_whose_arm_has_changed_is_made_again_from_what_stayed_the_same(tmp_path, recipe_folder):
+    arms = "arms:\n  default:\n  direct: {set: {members.*.seed: parent%s}}\n"
+    more = "fixed_rates: true\ntokens: [256]"
+    path = write_experiment_file(tmp_path, recipe_folder, arms=arms % "", more=more)
+    folder = run_experiment(path, output=tmp_path / "made")
+    before = (folder / "results" / "direct-s0-256.json").read_bytes()
+    write_experiment_file(tmp_path, recipe_folder, arms=arms % ", distill.weight_decay: 0.1", more=more)
+    run_experiment(path, output=folder)
+    assert (folder / "results" / "direct-s0-256.json").read_bytes() != before
+    (again,) = (folder / "cells").glob("direct-s0-256-*")
+    events = [json.loads(line) for line in (again / "events.jsonl").read_text().splitlines()]
+    taken = {(event["member"], event["stage"]) for event in events if event["event"] == "taken over"}
+    assert ("parent", "data") in taken and not any(stage == "distill" for _, stage in taken)
+    written = (again / "events.jsonl").stat().st_mtime_ns
+    run_experiment(path, output=folder)
+    assert (again / "events.jsonl").stat().st_mtime_ns == written
+
+
 def test_results_kept_elsewhere_are_taken_where_they_are_of_the_same(finished, tmp_path, recipe_folder):
     _, folder = finished
     shutil.copytree(folder / "results", tmp_path / "kept")
