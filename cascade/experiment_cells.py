@@ -41,7 +41,7 @@ def plan_cells(file: ExperimentFile) -> list[Cell]:
         UserError: a cell that cannot be made, or arms that cannot be compared; all problems of a kind at once.
     """
     form = file.form
-    num_members = len(_loaded(file, ("recipe",), []).members)
+    num_members = _num_members(file)
     common = expanded(form.set, num_members)
     base = _loaded(file, ("set",), common)
     families = [name for name, arm in form.arms.items() if not arm.is_row]
@@ -74,6 +74,12 @@ def plan_cells(file: ExperimentFile) -> list[Cell]:
                 if name == form.reference_arm:
                     chain = accumulated_tokens(cells[-1].members)
     return cells
+
+
+def _num_members(file: ExperimentFile) -> int:
+    """Members that `members.*` stands for: those of the recipe, or those that the file's `set` gives instead."""
+    given = [override for override in file.form.set if not override.startswith("members.*")]
+    return len(_loaded(file, ("set",), given).members)
 
 
 def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:

@@ -342,6 +342,16 @@ def test_data_may_differ_where_the_file_says_so(tmp_path, recipe_folder):
     assert len(plan_cells(load_experiment(path))) == 2
 
 
+def test_every_member_that_the_file_gives_instead_of_the_recipes_is_meant_by_a_star(tmp_path, recipe_folder):
+    members = (
+        "members: [" + ", ".join(f"{{name: m{size}, target: {{params: 0.{size}}}}}" for size in (9, 8, 7, 6)) + "]"
+    )
+    path = write_experiment_file(tmp_path, recipe_folder, sets=f"evaluate.tasks: [], {members}")
+    seeds = {cell.arm: [member.seed for member in cell.members] for cell in plan_cells(load_experiment(path))}
+    assert seeds["default"] == ["parent", "m9", "m8", "m7"]
+    assert seeds["direct"] == ["parent"] * 4
+
+
 def test_the_recipe_in_the_repository_has_all_its_cells(tmp_path):
     file = load_experiment(ROOT / "recipes" / "experiments" / "stories.yaml")
     if not (ROOT.parent / "shared" / "data").is_dir():
