@@ -107,11 +107,13 @@ def feature_loss(
     settings = recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
+    if teacher is None:
+        return None
     asked = settings.features
     weights = {str(name): weight for name, weight in asked.weights.items()}
     wanted = settings.hidden_features(bool(plans))
     hidden, embedding = (None if name == "none" else name for name in (wanted, asked.embedding))
-    num_parameters = sum(parameter.numel() for parameter in student.parameters())
+    num_parameters, of_teacher = (sum(each.numel() for each in model.parameters()) for model in (student, teacher))
     length = 0.0 if recipe.counts_examples else num_tokens / num_parameters
     features = Features(
         hidden=hidden,
@@ -120,9 +122,9 @@ def feature_loss(
         relation_heads=asked.relation_heads,
         weights=weights,
         balanced=asked.balanced,
-        fade_fraction=settings.fade_fraction(length),
+        fade_fraction=settings.fade_fraction(length, num_parameters / of_teacher),
     )
-    if teacher is None or not features.names():
+    if not features.names():
         return None
     if plans:
         origin = origin_of(plans)

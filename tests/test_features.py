@@ -214,11 +214,17 @@ def test_a_training_whose_losses_have_faded_at_half_ends_as_two_trainings_do(tmp
 
 
 @pytest.mark.parametrize(
-    ("asked", "tokens_per_parameter", "fade_fraction"),
-    [("auto", 2.9, None), ("auto", 3.1, 1.0), ("none", 3.1, None), (0.5, 0.1, 0.5)],
+    ("asked", "tokens_per_parameter", "share", "fade_fraction"),
+    [
+        ("auto", 17.0, 0.5, 0.5),
+        ("auto", 1.7, 0.2, 2.0),
+        ("auto", 0.0, 0.5, None),
+        ("none", 9.0, 0.1, None),
+        (0.5, 1.0, 0.5, 0.5),
+    ],
 )
-def test_feature_losses_fade_by_themselves_where_there_are_more_than_three_tokens_for_a_parameter(
-    asked, tokens_per_parameter, fade_fraction
+def test_the_smaller_the_student_and_the_longer_its_training_the_sooner_feature_losses_fade(
+    asked, tokens_per_parameter, share, fade_fraction
 ):
     settings = Distill(tokens=1000, features={"fade_fraction": asked})
-    assert settings.fade_fraction(tokens_per_parameter) == fade_fraction
+    assert settings.fade_fraction(tokens_per_parameter, share) == (fade_fraction and pytest.approx(fade_fraction))

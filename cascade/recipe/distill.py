@@ -7,11 +7,17 @@ from pydantic import BeforeValidator, Field
 from cascade.recipe.places import RecipePath
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
 
-FADING_TOKENS_PER_PARAMETER = 3.0
-"""Above it `features.fade_fraction: auto` is 1. KL on selection text with features that stay, that fade, without:
-0.178, 0.185, 0.206 (pico-python at 60%, 0.06 tokens per parameter); 0.627, 0.635, 0.681 (at 20%, 0.2); 0.633, 0.641,
-0.701 (stories260K at 60%, 0.7); 0.386, 0.386, 0.431 (2.6); 0.633, 0.617, 0.621 (at 35%, 4.4); 0.876, 0.839, 0.834 (at
-20%, 7.8); 0.250, 0.239, 0.266 (at 60%, 10.5)."""
+GUIDED_TOKENS_PER_PARAMETER = 17.0
+"""Times a student's share of its teacher's parameters: the tokens, per parameter of its own, over which
+`features.fade_fraction: auto` lets the losses on its inside fall to nothing. A small student cannot follow all of the
+teacher's inside, and they hold it back once it has learnt what it can of it. KL on selection text without them, with
+them to the end, fading over all steps, and over about what this comes to:
+stories260K at 60%, 2.6 tokens per parameter: 0.431, 0.386, 0.386, -; 10.5: 0.266, 0.250, 0.239, 0.239;
+at 35%, 4.4: 0.621, 0.633, 0.617, 0.619; at 20%, 2.0: 1.135, 1.141, 1.121, 1.110; 7.8: 0.837, 0.876, 0.829, 0.819;
+31: 0.631, -, -, 0.625;
+at 10%, 3.9: 1.522, 1.605, 1.532, 1.506; 15.6: 1.209, -, 1.245, 1.197;
+pico-python at 60%, 0.06: 0.206, 0.178, 0.185, 0.178; at 20%, 0.2: 0.681, 0.627, 0.635, 0.627.
+"""
 LONG_TRAINING_TOKENS = 20_000_000
 """From here on `features.hidden: auto` is none."""
 
@@ -46,10 +52,10 @@ class FeatureLosses(Section):
     """1 where not given."""
     balanced: bool = True
     """Together as large as the logit loss, then weighted; else weighted as they are."""
-    fade_fraction: Literal["auto", "none"] | Annotated[float, Field(gt=0, le=1)] = "auto"
-    """Share of the training's steps over which the weight of all these losses falls evenly to nothing; none: it stays.
-    auto: 1 for a language model with more than 3 training tokens per parameter, which they would hold back at last;
-    else none."""
+    fade_fraction: Literal["auto", "none"] | PositiveFloat = "auto"
+    """Over this many times the training's steps the weight of all these losses falls evenly towards nothing (0.5: gone
+    at half; 2: half of it is left at the end); none: it stays. auto: so that it is gone after 17 tokens per parameter
+    times the student's share of its teacher's parameters; none in trainings that count examples."""
 
 
 class OnPolicySettings(Section):
@@ -177,8 +183,8 @@ class Distill(Section):
             return self.features.hidden
         return "cosine" if cut and (self.tokens or 0) < LONG_TRAINING_TOKENS else "none"
 
-    def fade_fraction(self, tokens_per_parameter: float) -> float | None:
-        """What `features.fade_fraction` comes to for a training of that length; None: the losses stay."""
+    def fade_fraction(self, tokens_per_parameter: float, share: float) -> float | None:
+        """What `features.fade_fraction` comes to, for a student with this share of its teacher's parameters."""
         if self.features.fade_fraction == "auto":
-            return 1.0 if tokens_per_parameter > FADING_TOKENS_PER_PARAMETER else None
+            return GUIDED_TOKENS_PER_PARAMETER * share / tokens_per_parameter if tokens_per_parameter else None
         return None if self.features.fade_fraction == "none" else self.features.fade_fraction
