@@ -1,6 +1,6 @@
 """What a published model was made from and by whom it was taught, out of the recipe and the members' seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from cascade.recipe.licences import Origin
 from cascade.recipe.places import is_local, served_model, shown_model
 from cascade.recipe.schema import Recipe
 from cascade.report.provenance import Provenance
+from cascade.report.records import Tokens
 from cascade.rows import RoundedCopy
 
 
@@ -18,7 +19,7 @@ def provenance_of(
     members: Sequence[ResolvedMember],
     member: ResolvedMember,
     parent: str,
-    tokens: Mapping[str, Any],
+    tokens: Tokens,
 ) -> Provenance:
     """Of a member; `parent` is its reference, `tokens` those of its row."""
     start: Any = member.member.start
@@ -39,8 +40,8 @@ def provenance_of(
         text_share=recipe.distill.cross_entropy_weight if recipe.distill and taught_by != "text" else 0.0,
         on_policy=recipe.distill is not None and recipe.distill.on_policy is not None,
         counts="examples" if recipe.counts_examples else "tokens",
-        num_trained=tokens["hop"],
-        num_cumulative=tokens["cumulative"],
+        num_trained=tokens.hop,
+        num_cumulative=tokens.cumulative,
         quantised="",
         origins=(),
     )
@@ -53,12 +54,12 @@ def provenance_of_copy(
     owner: str,
     copy: RoundedCopy,
     parent: str,
-    tokens: Mapping[str, Any],
+    tokens: Tokens,
 ) -> Provenance:
     """Of a copy in fewer bits of a member, or of the parent."""
     member = next((one for one in members if one.name == owner), None)
     first = None if member is None else _first(members, member)
-    trained = tokens["hop"] > 0
+    trained = tokens.hop > 0
     made = Provenance(
         name=copy.name,
         parent=shown_model(parent),
@@ -73,8 +74,8 @@ def provenance_of_copy(
         text_share=recipe.distill.cross_entropy_weight if trained and recipe.distill else 0.0,
         on_policy=False,
         counts="examples" if recipe.counts_examples else "tokens",
-        num_trained=tokens["hop"],
-        num_cumulative=tokens["cumulative"],
+        num_trained=tokens.hop,
+        num_cumulative=tokens.cumulative,
         quantised=copy.kind,
         origins=(),
     )

@@ -25,7 +25,7 @@ from cascade.report.card import member_card
 from cascade.report.logs import training_logs
 from cascade.report.provenance import Provenance
 from cascade.report.rates import RATES, load_rates
-from cascade.report.records import Row, load_family
+from cascade.report.records import Row, family_of, load_family
 from cascade.report.tail import TAIL, load_tails
 from cascade.report.targets import TARGETS, load_targets
 from cascade.report.verdicts import VERDICTS, judge
@@ -48,14 +48,14 @@ def publish_copies(
     """members/NAME of each copy, with its card and results."""
     for copy in copies:
         row = copy_row(owner, copy)
-        made = provenance_of_copy(recipe, members, owner["name"], copy, parent.reference, row["tokens"])
+        made = provenance_of_copy(recipe, members, owner.name, copy, parent.reference, row.tokens)
         lineage = {
             **_lineage(made, parent),
             "seed": None,
-            "copy_of": owner["name"],
+            "copy_of": owner.name,
             "quantised": copy.kind,
             "auto_class": auto_class_of(load_config(ModelSource(copy.made / CHECKPOINT, copy.name))),
-            "tokens": row["tokens"],
+            "tokens": vars(row.tokens),
             "stages": {
                 name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
                 for name, folder in (("quantised", copy.made), ("evaluation", copy.evaluation))
@@ -77,12 +77,12 @@ def publish_member(
 ) -> None:
     """members/NAME: the checkpoint with its card, lineage and results, replaced in one step."""
     row = member_row(recipe, members, member, finished)
-    made = provenance_of(recipe, members, member, parent.reference, row["tokens"])
+    made = provenance_of(recipe, members, member, parent.reference, row.tokens)
     lineage = {
         **_lineage(made, parent),
         "seed": member.seed or None,
         "auto_class": auto_class_of(member.config),
-        "tokens": row["tokens"],
+        "tokens": vars(row.tokens),
         "stages": {
             name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
             for name, folder in vars(finished).items()
@@ -160,25 +160,25 @@ def write_report(
     family = [row for member in members for row in rows.get(member.name, [])]
     family = [*(copy_row(teacher, copy) for copy in parent_copies), *family]
     order = ("member", "quantised", "baseline", "candidate")
-    ordered = sorted(family, key=lambda row: order.index(row["role"]))  # stable
+    ordered = sorted(family, key=lambda row: order.index(row.role))  # stable
     verdicts = judge([teacher, *ordered], recipe.evaluate.at_least)
     told = {name: one.evaluation for name, one in finished.items()}
     told |= {copy.name: copy.evaluation for one in finished.values() for copy in one.copies}
     told |= {copy.name: copy.evaluation for copy in parent_copies}
     tails = load_tails(run_folder) | {name: tail for name, folder in told.items() if (tail := _tail(folder))}
-    tails = {row["name"]: tails[row["name"]] for row in ordered if row["name"] in tails}
+    tails = {row.name: tails[row.name] for row in ordered if row.name in tails}
     blocks = load_block_sums(run_folder)
     for done in finished.values():
         paths = {name: folder / BLOCK_SUMS for name, folder in done.measured.items()}
         blocks |= {name: read_json(path) for name, path in paths.items() if path.exists()}
-    blocks = {row["name"]: blocks[row["name"]] for row in ordered if row["name"] in blocks}
+    blocks = {row.name: blocks[row.name] for row in ordered if row.name in blocks}
     with resealed(run_folder):
         write_atomically(run_folder / BLOCK_SUMS, json.dumps(blocks) + "\n")
         write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
         write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
         _write_targets(run_folder, recipe, members, finished)
         rates = load_rates(run_folder) | {name: rate for one in finished.values() for name, rate in one.rates.items()}
-        rates = {row["name"]: rates[row["name"]] for row in ordered if row["name"] in rates}
+        rates = {row.name: rates[row.name] for row in ordered if row.name in rates}
         write_atomically(run_folder / RATES, json.dumps(rates, indent=1) + "\n")
         write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
 
@@ -201,7 +201,7 @@ def _write_targets(
         angles = read_cost(done.distilled).get("angles_degrees", [])
         figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
         search = recipe.prune.search if member.member.start == "prune" else None
-        tried = search.tokens * sum(row["status"] != "candidate" for row in done.candidates) if search else 0
+        tried = search.tokens * sum(row.status != "candidate" for row in done.candidates) if search else 0
         taught = member.num_tokens * len(taught_steps(recipe, member.num_steps)) // max(1, member.num_steps)
         read = {"tokens_read": taught + searched + tried, "angles_degrees": angles}
         own[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
@@ -219,12 +219,12 @@ def _earlier_rows(run_folder: Path, names: set[str], suffixes: tuple[str, ...]) 
     if not (run_folder / "family.json").exists():
         return {}
     rows: dict[str, list[Row]] = {}
-    for row in load_family(run_folder)["rows"]:
-        if row["role"] == "member" and row["name"] in names:
-            rows[row["name"]] = [row]
-        elif row["role"] == "quantised" and not row["name"].endswith(suffixes):
+    for row in family_of(load_family(run_folder)).rows:
+        if row.role == "member" and row.name in names:
+            rows[row.name] = [row]
+        elif row.role == "quantised" and not row.name.endswith(suffixes):
             continue  # no longer asked for
-        elif row["role"] in ("quantised", "baseline", "candidate") and (owner := owner_of(row["name"], rows)):
+        elif row.role in ("quantised", "baseline", "candidate") and (owner := owner_of(row.name, rows)):
             rows[owner].append(row)
     return rows
 

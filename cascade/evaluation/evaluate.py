@@ -16,6 +16,7 @@ from cascade.evaluation.reload import check_reload, start_fresh_process
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
 from cascade.models.positions import usable_context
+from cascade.report.records import Metric
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 32
 """What speed is measured on: read, and written."""
@@ -25,8 +26,8 @@ PROMPT_TOKENS, NEW_TOKENS = 256, 32
 class Evaluation:
     """Numbers about one checkpoint."""
 
-    metrics: list[dict[str, Any]]
-    """Records as in family.json; task 'heldout' first, then lm-eval's."""
+    metrics: list[Metric]
+    """Task 'heldout' first, then lm-eval's."""
     items: dict[str, list[float]]
     """'task/metric/filter' -> score of each item"""
     raw: dict[str, Any]

@@ -27,6 +27,7 @@ from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource
 from cascade.models.positions import usable_context
 from cascade.plain_json import plain
+from cascade.report.records import metrics_of
 from cascade.store import make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def run_tasks(
             logger.warning("%s: could not be measured; the other tasks are. %s", name, error)
             results.failed[name] = str(error)
             continue
-        results.metrics.extend(found["metrics"])
+        results.metrics.extend(metrics_of(found["metrics"]))
         results.items.update(found["items"])
         for key, value in found["raw"].items():
             if isinstance(value, dict) and isinstance(results.raw.get(key), dict):

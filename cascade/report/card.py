@@ -22,14 +22,14 @@ def member_card(row: Row, teacher: Row, made: Provenance, lineage: dict[str, Any
     auto = lineage.get("auto_class", "AutoModelForCausalLM")
     images = auto == "AutoModelForImageClassification"
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in _front(made, auto).items())
-    share = row["num_parameters"] / teacher["num_parameters"]
+    share = row.num_parameters / teacher.num_parameters
     fence = "````"
     return (
         "\n\n".join(
             [
                 f"---\n{head}\n---",
-                f"# {row['name']}",
-                f"{row['num_parameters']:,} parameters ({share:.0%} of {code_text(made.parent)}'s), {sentence(made)}.",
+                f"# {row.name}",
+                f"{row.num_parameters:,} parameters ({share:.0%} of {code_text(made.parent)}'s), {sentence(made)}.",
                 f"```python\nfrom transformers import {auto}{'' if images else ', AutoTokenizer'}\n\n"
                 f'model = {auto}.from_pretrained(".")\n'
                 + ("```" if images else 'tokenizer = AutoTokenizer.from_pretrained(".")\n```'),

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from cascade.carrying import free_name
 from cascade.errors import UserError
@@ -17,7 +16,7 @@ from cascade.report.plots import candidate_chart, size_quality_curve, training_c
 from cascade.report.production import load_drift, production_table, wrong_diet
 from cascade.report.provenance import load_provenances, provenance_table
 from cascade.report.rates import load_rates, rates_table
-from cascade.report.records import Row, family_csv, family_json, metric_names
+from cascade.report.records import Family, Row, family_csv, family_json, metric_names
 from cascade.report.skipped import load_skipped, skipped_table
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
 from cascade.report.tail import decile_table, load_tails, slice_table
@@ -117,7 +116,7 @@ def report_html(
     name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]], further: Sequence[Titled] = ()
 ) -> str:
     """One HTML file with tables and curves; nothing is loaded from anywhere."""
-    family = {"name": name, "rows": rows}
+    family = Family(name, rows)
     body = [f"<h1>Family {escape(name)}</h1>", f"<p>{escape(_NOTES)}</p>", "<h2>Size against quality</h2>"]
     body += [f"<figure>{chart}</figure>" for chart in _charts(family)]
     for title, table in _tables(rows, further):
@@ -153,7 +152,7 @@ def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     targets = load_targets(run_folder)
     if targets.get("members"):
         tables.append((f"Teacher's targets: {targets['kind']}", targets_table(targets)))
-    published = [made[row["name"]] for row in rows if row["name"] in made]
+    published = [made[row.name] for row in rows if row.name in made]
     tables += [("Where they come from", provenance_table(published))] if published else []
     drift = load_drift(run_folder)
     if drift:
@@ -161,7 +160,7 @@ def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
         tables += [("Production", production_table(drift, rows))]
         tables += [("The recipe's diet", [["found"], *said])] if said else []
     if tails:
-        members = {row["name"] for row in rows if row["role"] == "member"}
+        members = {row.name for row in rows if row.role == "member"}
         own = {name: tail for name, tail in tails.items() if name in members}
         tables += [("The long tail", decile_table(tails)), ("Where most was lost", slice_table(own))]
     return tables
@@ -178,9 +177,9 @@ def _tables(rows: list[Row], further: Sequence[Titled]) -> list[Titled]:
     return [*tables, ("Shapes tried", shapes)] if len(shapes) > 1 else tables
 
 
-def _charts(family: dict[str, Any]) -> list[str]:
+def _charts(family: Family) -> list[str]:
     """One chart per metric, the most telling first; loss and bits per byte have the same shape."""
-    names = [name for name in metric_names(family["rows"]) if name != "heldout/loss"]
+    names = [name for name in metric_names(family.rows) if name != "heldout/loss"]
     first = [name for name in ("heldout/kl_to_teacher", "heldout/bits_per_byte") if name in names]
     ordered = first + [name for name in names if name not in first]
     return [chart for name in ordered if (chart := size_quality_curve([family], name))]
