@@ -26,7 +26,7 @@ def provenance_of(
     of = {"checkpoint": shown_model(member.member.student), "random": str(member.config.model_type)}
     first = _first(members, member)
     taught_by: Any = recipe.distill.teacher if recipe.distill else "none"
-    made = Provenance(
+    provenance = Provenance(
         name=member.name,
         parent=shown_model(parent),
         start=start,
@@ -45,7 +45,7 @@ def provenance_of(
         quantised="",
         origins=(),
     )
-    return _with_origins(recipe, made, first)
+    return _with_origins(recipe, provenance, first)
 
 
 def provenance_of_copy(
@@ -60,7 +60,7 @@ def provenance_of_copy(
     member = next((one for one in members if one.name == owner), None)
     first = None if member is None else _first(members, member)
     trained = tokens.hop > 0
-    made = Provenance(
+    provenance = Provenance(
         name=copy.name,
         parent=shown_model(parent),
         start="copy",
@@ -79,12 +79,13 @@ def provenance_of_copy(
         quantised=copy.kind,
         origins=(),
     )
-    made = _with_origins(recipe, made, first)
+    provenance = _with_origins(recipe, provenance, first)
     if member is None:
-        return made
+        return provenance
     learned = provenance_of(recipe, members, member, parent, tokens).origins  # what its owner has learned is in it
     names = {origin["name"] for origin in learned}
-    return replace(made, origins=(*learned, *(origin for origin in made.origins if origin["name"] not in names)))
+    others = (origin for origin in provenance.origins if origin["name"] not in names)
+    return replace(provenance, origins=(*learned, *others))
 
 
 def _first(members: Sequence[ResolvedMember], member: ResolvedMember) -> ResolvedMember | None:

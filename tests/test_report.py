@@ -5,16 +5,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from jinja2 import UndefinedError
 
 from cascade.errors import UserError
 from cascade.report import trackers
 from cascade.report.plots import short_number, size_quality_curve
 from cascade.report.records import Family, Metric, Row, family_csv, family_json, family_of, load_family
+from cascade.report.render import render
 from cascade.report.trackers import require_trackers, tracked
 from cascade.report.verdicts import judge, verdict_table
 from cascade.report.write import report_html, report_markdown
@@ -47,6 +50,24 @@ def test_F33_names_from_outside_cannot_inject_markup(tiny_family):
     html = report_html(evil, rows, {evil: [{"num_tokens": 1, "selection_kl": 0.5}]})
     assert "<script" not in html
     assert "<script" not in report_markdown(evil, rows)
+
+
+def test_every_text_on_a_page_is_escaped_and_a_missing_one_is_an_error():
+    evil = "<script>alert(1)</script>"
+    sections = [(evil, [[evil], [evil]], [evil])]
+    values = {"title": evil, "intro": [evil], "charts_by_account": {evil: []}, "sections": sections}
+    page = render("experiment.html.jinja", values)
+    assert "<script" not in page and page.count("&lt;script&gt;") == 8
+    with pytest.raises(UndefinedError, match="'intro' is undefined"):
+        render("experiment.html.jinja", {"title": "", "charts_by_account": {}, "sections": []})
+
+
+def test_the_package_brings_its_templates_along():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["cascade"]
+    templates = list((ROOT / "cascade" / "report" / "templates").iterdir())
+    assert len(templates) >= 5
+    for path in templates:
+        assert any(path.relative_to(ROOT / "cascade").match(pattern) for pattern in data), path
 
 
 def test_the_csv_has_one_line_per_row_and_the_same_values(tiny_family):

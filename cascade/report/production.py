@@ -35,9 +35,9 @@ def production_table(drift: dict[str, Any], rows: Sequence[Row]) -> Table:
     table.append(["teacher's entropy", *(f"{drift['teacher'][kind]['entropy']:.3f}" for kind in kinds)])
     table.append(["letters of a document, median", *(f"{drift['letters'][kind]['median']:,.0f}" for kind in kinds)])
     table.append(["… 90th percentile", *(f"{drift['letters'][kind]['p90']:,.0f}" for kind in kinds)])
-    text = [drift["text"][kind] for kind in kinds]
-    table.append(["tokens unlike training text (JSD, nats)", *(f"{one['unigram_jsd']:.3f}" for one in text)])
-    table.append(["runs of 3 tokens not in training text", *(f"{one['new_trigrams']:.0%}" for one in text)])
+    texts = [drift["text"][kind] for kind in kinds]
+    table.append(["tokens unlike training text (JSD, nats)", *(f"{text['unigram_jsd']:.3f}" for text in texts)])
+    table.append(["runs of 3 tokens not in training text", *(f"{text['new_trigrams']:.0%}" for text in texts)])
     for row in rows:
         for name, title in (("loss", "loss"), ("kl_to_teacher", "KL to the teacher")):
             values = [metric.value for kind in kinds if (metric := find_metric(row, f"{kind}/{name}"))]
