@@ -188,25 +188,25 @@ def _write_targets(
     run_folder: Path, recipe: Recipe, members: list[ResolvedMember], finished: dict[str, FinishedMember]
 ) -> None:
     """targets.json: what was kept of the teacher, member by member; none where it was asked each time."""
-    own = load_targets(run_folder).get("members", {})
+    labelling = load_targets(run_folder).get("members", {})
     about: dict[str, Any] = {}
     for member in members:
-        done = finished.get(member.name)
-        if done is None:
+        stages = finished.get(member.name)
+        if stages is None:
             continue
-        own.pop(member.name, None)
-        if done.labels is None:
+        labelling.pop(member.name, None)
+        if stages.labels is None:
             continue
-        about = read_json(done.labels / LABELS)
-        searched = read_json(done.rate / "rate.json")["num_tokens"] if done.rate else 0
-        angles = read_cost(done.distilled).get("angles_degrees", [])
+        about = read_json(stages.labels / LABELS)
+        searched = read_json(stages.rate / "rate.json")["num_tokens"] if stages.rate else 0
+        angles = read_cost(stages.distilled).get("angles_degrees", [])
         figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
         search = recipe.prune.search if member.member.start == "prune" else None
-        tried = search.tokens * sum(row.status != "candidate" for row in done.candidates) if search else 0
+        tried = search.tokens * sum(row.status != "candidate" for row in stages.candidates) if search else 0
         taught = member.num_tokens * len(taught_steps(recipe, member.num_steps)) // max(1, member.num_steps)
         read = {"tokens_read": taught + searched + tried, "angles_degrees": angles}
-        own[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
-    ordered = {member.name: own[member.name] for member in members if member.name in own}
+        labelling[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
+    ordered = {member.name: labelling[member.name] for member in members if member.name in labelling}
     about = about or load_targets(run_folder)
     if not ordered:
         (run_folder / TARGETS).unlink(missing_ok=True)

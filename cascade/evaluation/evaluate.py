@@ -71,13 +71,13 @@ def evaluate(
         ReloadError: the checkpoint gives other logits in a fresh process.
     """
     source = checkpoint if isinstance(checkpoint, ModelSource) else resolve_model(str(checkpoint))
-    measured = measure_speed and source.gguf_file is None
-    if measured:
+    measures_speed = measure_speed and source.gguf_file is None
+    if measures_speed:
         start_fresh_process()
     model = load_model(source).to(default_device())
-    found = HeldoutReport([], {}, None)
+    report = HeldoutReport(metrics=[], items={}, tail=None)
     if heldout is not None:
-        found = in_parts_that_fit(
+        report = in_parts_that_fit(
             lambda size: heldout_report(model, teacher, heldout, batch_size=size, vocab_size=vocab_size), 8, "heldout"
         )
     tokenizer = load_tokenizer(source) if tasks else None
@@ -94,7 +94,7 @@ def evaluate(
         kept=kept,
     )
     speed: dict[str, float] = {}
-    if measured:
+    if measures_speed:
         speed = check_reload(
             source.folder,
             reference,
@@ -103,13 +103,13 @@ def evaluate(
             new_tokens=NEW_TOKENS,
         )
     return Evaluation(
-        found.metrics + results.metrics,
-        found.items | results.items,
-        results.raw,
-        found.tail,
-        results.failed,
-        speed,
-        found.blocks,
+        metrics=report.metrics + results.metrics,
+        items=report.items | results.items,
+        raw=results.raw,
+        tail=report.tail,
+        failed=results.failed,
+        speed=speed,
+        blocks=report.blocks,
     )
 
 
