@@ -1,6 +1,6 @@
 """What a published model was made from and by whom it was taught, out of the recipe and the members' seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from cascade.recipe.licences import Origin
 from cascade.recipe.places import is_local, served_model, shown_model
 from cascade.recipe.schema import Recipe
 from cascade.report.provenance import Provenance
+from cascade.report.records import Tokens
 from cascade.rows import RoundedCopy
 
 
@@ -18,14 +19,14 @@ def provenance_of(
     members: Sequence[ResolvedMember],
     member: ResolvedMember,
     parent: str,
-    tokens: Mapping[str, Any],
+    tokens: Tokens,
 ) -> Provenance:
     """Of a member; `parent` is its reference, `tokens` those of its row."""
     start: Any = member.member.start
     of = {"checkpoint": shown_model(member.member.student), "random": str(member.config.model_type)}
     first = _first(members, member)
     taught_by: Any = recipe.distill.teacher if recipe.distill else "none"
-    made = Provenance(
+    provenance = Provenance(
         name=member.name,
         parent=shown_model(parent),
         start=start,
@@ -39,12 +40,12 @@ def provenance_of(
         text_share=recipe.distill.cross_entropy_weight if recipe.distill and taught_by != "text" else 0.0,
         on_policy=recipe.distill is not None and recipe.distill.on_policy is not None,
         counts="examples" if recipe.counts_examples else "tokens",
-        num_trained=tokens["hop"],
-        num_cumulative=tokens["cumulative"],
+        num_trained=tokens.hop,
+        num_cumulative=tokens.cumulative,
         quantised="",
         origins=(),
     )
-    return _with_origins(recipe, made, first)
+    return _with_origins(recipe, provenance, first)
 
 
 def provenance_of_copy(
@@ -53,13 +54,13 @@ def provenance_of_copy(
     owner: str,
     copy: RoundedCopy,
     parent: str,
-    tokens: Mapping[str, Any],
+    tokens: Tokens,
 ) -> Provenance:
     """Of a copy in fewer bits of a member, or of the parent."""
     member = next((one for one in members if one.name == owner), None)
     first = None if member is None else _first(members, member)
-    trained = tokens["hop"] > 0
-    made = Provenance(
+    trained = tokens.hop > 0
+    provenance = Provenance(
         name=copy.name,
         parent=shown_model(parent),
         start="copy",
@@ -73,17 +74,18 @@ def provenance_of_copy(
         text_share=recipe.distill.cross_entropy_weight if trained and recipe.distill else 0.0,
         on_policy=False,
         counts="examples" if recipe.counts_examples else "tokens",
-        num_trained=tokens["hop"],
-        num_cumulative=tokens["cumulative"],
+        num_trained=tokens.hop,
+        num_cumulative=tokens.cumulative,
         quantised=copy.kind,
         origins=(),
     )
-    made = _with_origins(recipe, made, first)
+    provenance = _with_origins(recipe, provenance, first)
     if member is None:
-        return made
+        return provenance
     learned = provenance_of(recipe, members, member, parent, tokens).origins  # what its owner has learned is in it
     names = {origin["name"] for origin in learned}
-    return replace(made, origins=(*learned, *(origin for origin in made.origins if origin["name"] not in names)))
+    others = (origin for origin in provenance.origins if origin["name"] not in names)
+    return replace(provenance, origins=(*learned, *others))
 
 
 def _first(members: Sequence[ResolvedMember], member: ResolvedMember) -> ResolvedMember | None:

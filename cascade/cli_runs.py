@@ -19,16 +19,16 @@ def report(run_folder: str, as_json: bool) -> None:
     """Write family.csv, report.md and report.html of a run again from its family.json."""
     from cascade.lock import locked
     from cascade.report.logs import training_logs
-    from cascade.report.records import load_family
+    from cascade.report.records import family_of, load_family
     from cascade.report.write import require_whole, resealed, set_damaged_aside, write_family
 
     folder = Path(run_folder)
-    family = load_family(folder)
+    family = family_of(load_family(folder))
     with locked(folder):
         require_whole(folder)
         set_damaged_aside(folder)  # reports that somebody has written on
         with resealed(folder):
-            write_family(folder, family["name"], family["rows"], training_logs(folder))
+            write_family(folder, family.name, family.rows, training_logs(folder))
     finish({name: str(Path(run_folder) / name) for name in ("family.csv", "report.md", "report.html")}, as_json)
 
 

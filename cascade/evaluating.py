@@ -1,6 +1,7 @@
 """The stages that measure: what each reads, and what it writes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
 from cascade.recipe.schema import Recipe
 from cascade.report.block_sums import BLOCK_SUMS
+from cascade.report.records import metrics_of
 from cascade.report.skipped import SKIPPED
 from cascade.secrets import redact_all
 from cascade.store import COST_FILE, INCOMPLETE, partial_of
@@ -88,13 +90,14 @@ def make_evaluation(
         model = load_model(checkpoint).to(default_device())
         production = _production(recipe, checkpoint, bad, vocab_size=vocab_size)
         metrics, _ = block_metrics(model, teacher, production, vocab_size=vocab_size)
-        kept = [one for one in metrics if one["metric"] in PRODUCTION_METRICS]
-        result.metrics.extend(one | {"task": "production"} for one in kept)
-    if parent_evaluation is None:
-        parent: dict[str, Any] = {"metrics": result.metrics, "items": result.items}
-    else:
+        result.metrics.extend(
+            replace(metric, task="production") for metric in metrics if metric.metric in PRODUCTION_METRICS
+        )
+    parent_metrics, parent_items = result.metrics, result.items
+    if parent_evaluation is not None:
         parent = json.loads((parent_evaluation / "eval.json").read_text(encoding="utf-8"))
-    metrics = with_retention(result.metrics, parent["metrics"], result.items, parent["items"], seed=recipe.seed)
+        parent_metrics, parent_items = list(metrics_of(parent["metrics"])), parent["items"]
+    metrics = with_retention(result.metrics, parent_metrics, result.items, parent_items, seed=recipe.seed)
     tail = None if result.tail is None else _told(result.tail, heldout, checkpoint)
     write_json(folder / "eval.json", {"metrics": metrics, "items": result.items, "tail": tail})
     write_json(folder / "lm_eval.json", redact_all(result.raw))
@@ -191,10 +194,10 @@ def make_baseline(
 ) -> None:
     """Held-out metrics of a model that is only there to be compared with, and its heldout_blocks.json."""
     model = load_model(checkpoint).to(default_device())
-    found = heldout_report(model, teacher, _heldout(recipe, parent, vocab_size=vocab_size), vocab_size=vocab_size)
-    write_json(folder / "eval.json", {"metrics": found.metrics, "items": {}})
-    if found.blocks is not None:
-        write_json(folder / BLOCK_SUMS, found.blocks)
+    report = heldout_report(model, teacher, _heldout(recipe, parent, vocab_size=vocab_size), vocab_size=vocab_size)
+    write_json(folder / "eval.json", {"metrics": report.metrics, "items": {}})
+    if report.blocks is not None:
+        write_json(folder / BLOCK_SUMS, report.blocks)
 
 
 def _told(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cascade.recipe.prune import Prune
 from cascade.recipe.schema import Calibration, Recipe
 from cascade.report.block_sums import load_block_sums
 from cascade.report.rates import is_at_edge, load_rates
-from cascade.report.records import Row, load_family
+from cascade.report.records import Row, family_of, load_family
 from cascade.rows import read_json
 from cascade.runner import STAGE_FORMATS
 from cascade.store import MANIFEST, read_manifest, write_atomically
@@ -66,11 +66,11 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
 
 def collect_result(cell: Cell, folder: Path, inputs: dict[str, str]) -> Result:
     """The result of a cell whose family lies finished in `folder`."""
-    rows, blocks, rates = load_family(folder)["rows"], load_block_sums(folder), load_rates(folder)
+    rows, blocks, rates = family_of(load_family(folder)).rows, load_block_sums(folder), load_rates(folder)
     names = [member.name for member in cell.members]
-    by_name = {row["name"]: row for row in rows}
-    told = [by_name["parent"], *(by_name[name] for name in names)]
-    told += [row for row in rows if row["role"] == "baseline"]
+    by_name = {row.name: row for row in rows}
+    results = [by_name["parent"], *(by_name[name] for name in names)]
+    results += [row for row in rows if row.role == "baseline"]
     manifests = [read_json(path) for path in sorted(folder.glob(f"stages/*/{MANIFEST}"))]
     trained = read_json(folder / "members" / names[-1] / "cascade.json")["stages"]["distilled"]["folder"]
     made_with = read_json(folder / trained / MANIFEST)["made_with"]
@@ -86,7 +86,7 @@ def collect_result(cell: Cell, folder: Path, inputs: dict[str, str]) -> Result:
         },
         "made_with": {key: value for key, value in made_with.items() if key != "process"} | code_version(),
         "weights": {name: _weights_sha256(folder / "members" / name) for name in names},
-        "rows": [_row(row, by_name, names, blocks.get(row["name"]), rates.get(row["name"])) for row in told],
+        "rows": [_row(row, by_name, names, blocks.get(row.name), rates.get(row.name)) for row in results],
     }
 
 
@@ -148,22 +148,21 @@ def _row(
     row: Row, by_name: dict[str, Row], names: list[str], blocks: dict[str, Any] | None, rate: dict[str, Any] | None
 ) -> dict[str, Any]:
     """A row of family.json as it is kept, with its block sums; tokens of a baseline count with those of its start."""
-    role = row["role"]
-    member = row["name"] if role == "member" else owner_of(row["name"], names) if role == "baseline" else ""
-    accumulated = row["tokens"]["cumulative"]
-    if role == "baseline":
-        whole = by_name[member]["tokens"]
-        accumulated = whole["cumulative"] - whole["hop"] + row["tokens"]["hop"]
+    member = row.name if row.role == "member" else owner_of(row.name, names) if row.role == "baseline" else ""
+    hop, accumulated = row.tokens.hop, row.tokens.cumulative
+    if row.role == "baseline":
+        whole = by_name[member].tokens
+        accumulated = whole.cumulative - whole.hop + hop
     return {
-        "name": row["name"],
+        "name": row.name,
         "member": member,
-        "kind": {"teacher": "parent", "member": "member"}.get(role) or row["name"][len(member) + 1 :],
-        "num_parameters": row["num_parameters"],
-        "tokens": {"hop": row["tokens"]["hop"], "accumulated": accumulated},
+        "kind": {"teacher": "parent", "member": "member"}.get(row.role) or row.name[len(member) + 1 :],
+        "num_parameters": row.num_parameters,
+        "tokens": {"hop": hop, "accumulated": accumulated},
         "rate": {key: rate[key] for key in ("learning_rate", "searched", "num_tokens")} | {"edge": is_at_edge(rate)}
         if rate
         else None,
-        "metrics": [{key: metric[key] for key in _METRIC_KEYS} for metric in row["metrics"]],
+        "metrics": [{key: getattr(metric, key) for key in _METRIC_KEYS} for metric in row.metrics],
         "blocks": _rounded(blocks) if blocks else None,
     }
 

@@ -55,7 +55,7 @@ def make_member(
         checkpoint = begun.source if made is None else ModelSource(made / CHECKPOINT, member.name)
         heldout = _make_baseline(runner, recipe, shared, member, kind, checkpoint, made)
         rows.append(baseline_row(member, kind, [heldout, *trained]))
-        measured[rows[-1]["name"]] = heldout
+        measured[rows[-1].name] = heldout
     evaluation = _make_evaluation(runner, recipe, shared, member, distilled)
     checkpoint = ModelSource(distilled / CHECKPOINT, member.name)
     copies = make_copies(runner, recipe, shared, member.name, checkpoint, output_digest(distilled))

@@ -25,7 +25,7 @@ from cascade.report.card import member_card
 from cascade.report.logs import training_logs
 from cascade.report.provenance import Provenance
 from cascade.report.rates import RATES, load_rates
-from cascade.report.records import Row, load_family
+from cascade.report.records import Row, family_of, load_family
 from cascade.report.tail import TAIL, load_tails
 from cascade.report.targets import TARGETS, load_targets
 from cascade.report.verdicts import VERDICTS, judge
@@ -48,20 +48,20 @@ def publish_copies(
     """members/NAME of each copy, with its card and results."""
     for copy in copies:
         row = copy_row(owner, copy)
-        made = provenance_of_copy(recipe, members, owner["name"], copy, parent.reference, row["tokens"])
+        provenance = provenance_of_copy(recipe, members, owner.name, copy, parent.reference, row.tokens)
         lineage = {
-            **_lineage(made, parent),
+            **_lineage(provenance, parent),
             "seed": None,
-            "copy_of": owner["name"],
+            "copy_of": owner.name,
             "quantised": copy.kind,
             "auto_class": auto_class_of(load_config(ModelSource(copy.made / CHECKPOINT, copy.name))),
-            "tokens": row["tokens"],
+            "tokens": vars(row.tokens),
             "stages": {
                 name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
                 for name, folder in (("quantised", copy.made), ("evaluation", copy.evaluation))
             },
         }
-        card = member_card(row, teacher, made, lineage, _public_recipe(recipe, members))
+        card = member_card(row, teacher, provenance, lineage, _public_recipe(recipe, members))
         final = run_folder / "members" / copy.name
         _publish(final, copy.made / CHECKPOINT, copy.evaluation, lineage, card, _sentences(recipe, parent))
 
@@ -77,12 +77,12 @@ def publish_member(
 ) -> None:
     """members/NAME: the checkpoint with its card, lineage and results, replaced in one step."""
     row = member_row(recipe, members, member, finished)
-    made = provenance_of(recipe, members, member, parent.reference, row["tokens"])
+    provenance = provenance_of(recipe, members, member, parent.reference, row.tokens)
     lineage = {
-        **_lineage(made, parent),
+        **_lineage(provenance, parent),
         "seed": member.seed or None,
         "auto_class": auto_class_of(member.config),
-        "tokens": row["tokens"],
+        "tokens": vars(row.tokens),
         "stages": {
             name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
             for name, folder in vars(finished).items()
@@ -90,21 +90,21 @@ def publish_member(
         },
         "plan": f"stages/{finished.cut.name}/plan.json" if finished.cut else None,
     }
-    card = member_card(row, teacher, made, lineage, _public_recipe(recipe, members))
+    card = member_card(row, teacher, provenance, lineage, _public_recipe(recipe, members))
     final = run_folder / "members" / member.name
     _publish(final, finished.distilled / CHECKPOINT, finished.evaluation, lineage, card, _sentences(recipe, parent))
     publish_copies(run_folder, recipe, members, row, finished.copies, teacher, parent)
 
 
-def _lineage(made: Provenance, parent: ModelSource) -> dict[str, Any]:
+def _lineage(provenance: Provenance, parent: ModelSource) -> dict[str, Any]:
     """What cascade.json says of every published model first."""
     return {
-        "name": made.name,
-        "parent": made.parent,
+        "name": provenance.name,
+        "parent": provenance.parent,
         "parent_sha256": fingerprint(parent),
-        "teacher": made.teacher or None,
-        "origins": list(made.origins),
-        "provenance": made.record(),
+        "teacher": provenance.teacher or None,
+        "origins": list(provenance.origins),
+        "provenance": provenance.record(),
     }
 
 
@@ -153,32 +153,33 @@ def write_report(
     rows: dict[str, list[Row]] = _earlier_rows(run_folder, {member.name for member in members}, suffixes)
     for member in members:
         if member.name in finished:
-            done = finished[member.name]
-            row = member_row(recipe, members, member, done)
-            copies = [copy_row(row, copy) for copy in done.copies]
-            rows[member.name] = [row, *copies, *done.baselines, *done.candidates]
+            stages = finished[member.name]
+            row = member_row(recipe, members, member, stages)
+            copy_rows = [copy_row(row, copy) for copy in stages.copies]
+            rows[member.name] = [row, *copy_rows, *stages.baselines, *stages.candidates]
     family = [row for member in members for row in rows.get(member.name, [])]
     family = [*(copy_row(teacher, copy) for copy in parent_copies), *family]
     order = ("member", "quantised", "baseline", "candidate")
-    ordered = sorted(family, key=lambda row: order.index(row["role"]))  # stable
+    ordered = sorted(family, key=lambda row: order.index(row.role))  # stable
     verdicts = judge([teacher, *ordered], recipe.evaluate.at_least)
-    told = {name: one.evaluation for name, one in finished.items()}
-    told |= {copy.name: copy.evaluation for one in finished.values() for copy in one.copies}
-    told |= {copy.name: copy.evaluation for copy in parent_copies}
-    tails = load_tails(run_folder) | {name: tail for name, folder in told.items() if (tail := _tail(folder))}
-    tails = {row["name"]: tails[row["name"]] for row in ordered if row["name"] in tails}
+    copies = [*(copy for stages in finished.values() for copy in stages.copies), *parent_copies]
+    evaluations = {name: stages.evaluation for name, stages in finished.items()}
+    evaluations |= {copy.name: copy.evaluation for copy in copies}
+    tails = load_tails(run_folder) | {name: tail for name, folder in evaluations.items() if (tail := _tail(folder))}
+    tails = {row.name: tails[row.name] for row in ordered if row.name in tails}
     blocks = load_block_sums(run_folder)
-    for done in finished.values():
-        paths = {name: folder / BLOCK_SUMS for name, folder in done.measured.items()}
+    for stages in finished.values():
+        paths = {name: folder / BLOCK_SUMS for name, folder in stages.measured.items()}
         blocks |= {name: read_json(path) for name, path in paths.items() if path.exists()}
-    blocks = {row["name"]: blocks[row["name"]] for row in ordered if row["name"] in blocks}
+    blocks = {row.name: blocks[row.name] for row in ordered if row.name in blocks}
     with resealed(run_folder):
         write_atomically(run_folder / BLOCK_SUMS, json.dumps(blocks) + "\n")
         write_atomically(run_folder / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
         write_atomically(run_folder / TAIL, json.dumps(tails, indent=1) + "\n")
         _write_targets(run_folder, recipe, members, finished)
-        rates = load_rates(run_folder) | {name: rate for one in finished.values() for name, rate in one.rates.items()}
-        rates = {row["name"]: rates[row["name"]] for row in ordered if row["name"] in rates}
+        rates = load_rates(run_folder)
+        rates |= {name: rate for stages in finished.values() for name, rate in stages.rates.items()}
+        rates = {row.name: rates[row.name] for row in ordered if row.name in rates}
         write_atomically(run_folder / RATES, json.dumps(rates, indent=1) + "\n")
         write_family(run_folder, recipe.name, [teacher, *ordered], training_logs(run_folder))
 
@@ -187,25 +188,25 @@ def _write_targets(
     run_folder: Path, recipe: Recipe, members: list[ResolvedMember], finished: dict[str, FinishedMember]
 ) -> None:
     """targets.json: what was kept of the teacher, member by member; none where it was asked each time."""
-    own = load_targets(run_folder).get("members", {})
+    labelling = load_targets(run_folder).get("members", {})
     about: dict[str, Any] = {}
     for member in members:
-        done = finished.get(member.name)
-        if done is None:
+        stages = finished.get(member.name)
+        if stages is None:
             continue
-        own.pop(member.name, None)
-        if done.labels is None:
+        labelling.pop(member.name, None)
+        if stages.labels is None:
             continue
-        about = read_json(done.labels / LABELS)
-        searched = read_json(done.rate / "rate.json")["num_tokens"] if done.rate else 0
-        angles = read_cost(done.distilled).get("angles_degrees", [])
+        about = read_json(stages.labels / LABELS)
+        searched = read_json(stages.rate / "rate.json")["num_tokens"] if stages.rate else 0
+        angles = read_cost(stages.distilled).get("angles_degrees", [])
         figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
         search = recipe.prune.search if member.member.start == "prune" else None
-        tried = search.tokens * sum(row["status"] != "candidate" for row in done.candidates) if search else 0
+        tried = search.tokens * sum(row.status != "candidate" for row in stages.candidates) if search else 0
         taught = member.num_tokens * len(taught_steps(recipe, member.num_steps)) // max(1, member.num_steps)
         read = {"tokens_read": taught + searched + tried, "angles_degrees": angles}
-        own[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
-    ordered = {member.name: own[member.name] for member in members if member.name in own}
+        labelling[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
+    ordered = {member.name: labelling[member.name] for member in members if member.name in labelling}
     about = about or load_targets(run_folder)
     if not ordered:
         (run_folder / TARGETS).unlink(missing_ok=True)
@@ -219,12 +220,12 @@ def _earlier_rows(run_folder: Path, names: set[str], suffixes: tuple[str, ...]) 
     if not (run_folder / "family.json").exists():
         return {}
     rows: dict[str, list[Row]] = {}
-    for row in load_family(run_folder)["rows"]:
-        if row["role"] == "member" and row["name"] in names:
-            rows[row["name"]] = [row]
-        elif row["role"] == "quantised" and not row["name"].endswith(suffixes):
+    for row in family_of(load_family(run_folder)).rows:
+        if row.role == "member" and row.name in names:
+            rows[row.name] = [row]
+        elif row.role == "quantised" and not row.name.endswith(suffixes):
             continue  # no longer asked for
-        elif row["role"] in ("quantised", "baseline", "candidate") and (owner := owner_of(row["name"], rows)):
+        elif row.role in ("quantised", "baseline", "candidate") and (owner := owner_of(row.name, rows)):
             rows[owner].append(row)
     return rows
 

@@ -88,7 +88,13 @@ def _make_copy(
             vocab_size=shared.vocab_size,
         ),
     )
-    return RoundedCopy(f"{owner}-{entry.suffix}", entry.quantise, made, evaluation, entry.budget)
+    return RoundedCopy(
+        name=f"{owner}-{entry.suffix}",
+        kind=entry.quantise,
+        made=made,
+        evaluation=evaluation,
+        num_tokens=entry.budget,
+    )
 
 
 def make_rounded(

@@ -1,7 +1,8 @@
 """Rows of family.json from the folders of finished stages."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,22 @@ from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_config
 from cascade.models.dims import dims_of
 from cascade.recipe.schema import Recipe
 from cascade.report.rates import Rate
-from cascade.report.records import Row
+from cascade.report.records import (
+    Cost,
+    Losses,
+    Metric,
+    Row,
+    Speed,
+    StageLosses,
+    Tokens,
+    losses_of,
+    metrics_of,
+    speed_of,
+)
 from cascade.runner import read_cost
+from cascade.search import Candidate
 
 _BASELINES = {"cut": "cut only", "repaired": "cut and repaired", "ce": "cross-entropy"}
-
-
-_NO_SPEED = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None}
 
 
 @dataclass(frozen=True)
@@ -58,57 +68,52 @@ class FinishedMember:
     """Row's name -> the folder of its evaluation, of the member and of its baselines."""
 
 
-def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
-    """The parent's row."""
+def teacher_row(parent: ModelSource, evaluation: Path) -> Row:
+    """The parent's row; `evaluation` is the folder of its evaluation."""
     config = load_config(parent)
     axes, dims = probe_axes(config), dims_of(config)
-    cost = read_cost(evaluation)
-    return {
-        "name": "parent",
-        "role": "teacher",
-        "status": "done",
-        "seed": None,
-        "checkpoint": None,
-        "dims": dims.as_dict(),
-        "num_parameters": int(axes.num_parameters(dims)),
-        "num_parameters_non_embedding": int(axes.num_parameters_non_embedding(dims)),
-        "bytes": weight_bytes(parent.folder),
-        "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
-        "cost": {"seconds": cost["seconds"], "flops": None, "money": None},
-        "stages": {"cut": None, "repaired": None, "recovered": None},
-        "metrics": read_json(evaluation / "eval.json")["metrics"],
-        "speed": _speed(evaluation),
-    }
+    return Row(
+        name="parent",
+        role="teacher",
+        status="done",
+        dims=dims.as_dict(),
+        num_parameters=int(axes.num_parameters(dims)),
+        num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),
+        bytes=weight_bytes(parent.folder),
+        cost=Cost(seconds=read_cost(evaluation)["seconds"]),
+        metrics=_metrics(evaluation),
+        speed=_speed(evaluation),
+    )
 
 
 def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMember, finished: FinishedMember) -> Row:
     """A finished member's row."""
     stages = (finished.cut, finished.repaired, finished.labels, finished.rate, finished.distilled, finished.evaluation)
-    folders = [folder for folder in stages if folder]
     teacher_flops = read_cost(finished.distilled)["teacher_flops_per_token"]
     labelled = _labelled(recipe, member, finished)
-    chain, seed = member.num_tokens, member.seed
-    by_name = {other.name: other for other in members}
-    while seed in by_name:
-        chain += by_name[seed].num_tokens
-        seed = by_name[seed].seed
-    return _row(member, "member", "done") | {
-        "checkpoint": f"members/{member.name}",
-        "bytes": weight_bytes(finished.distilled / CHECKPOINT),
-        "tokens": {"hop": member.num_tokens, "cumulative": chain, "teacher_labelled": labelled},
-        "cost": {
-            "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
-            "flops": member.num_tokens * 3 * member.flops_per_token + labelled * teacher_flops,
-            "money": None,
-        },
-        "stages": {
-            "cut": read_json(finished.cut / "losses.json") if finished.cut else None,
-            "repaired": read_json(finished.repaired / "losses.json") if finished.repaired else None,
-            "recovered": read_json(finished.distilled / "losses.json"),
-        },
-        "metrics": read_json(finished.evaluation / "eval.json")["metrics"],
-        "speed": _speed(finished.evaluation),
-    }
+    return Row(
+        name=member.name,
+        role="member",
+        status="done",
+        seed=member.seed or None,
+        checkpoint=f"members/{member.name}",
+        dims=member.dims.as_dict(),
+        num_parameters=member.num_parameters,
+        num_parameters_non_embedding=member.num_parameters_non_embedding,
+        bytes=weight_bytes(finished.distilled / CHECKPOINT),
+        tokens=Tokens(
+            hop=member.num_tokens, cumulative=_tokens_along_chain(members, member), teacher_labelled=labelled
+        ),
+        cost=Cost(
+            seconds=_seconds(folder for folder in stages if folder),
+            flops=member.num_tokens * 3 * member.flops_per_token + labelled * teacher_flops,
+        ),
+        stages=StageLosses(
+            cut=_losses(finished.cut), repaired=_losses(finished.repaired), recovered=_losses(finished.distilled)
+        ),
+        metrics=_metrics(finished.evaluation),
+        speed=_speed(finished.evaluation),
+    )
 
 
 def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
@@ -116,38 +121,61 @@ def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
 
     Its weights stay inside the run. Tokens count from the cut that the member itself starts from.
     """
-    tokens = member.num_tokens if kind == "ce" else 0
-    return _row(member, "baseline", _BASELINES[kind]) | {
-        "name": f"{member.name}-{kind}",
-        "tokens": {"hop": tokens, "cumulative": tokens, "teacher_labelled": 0},
-        "cost": {
-            "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
-            "flops": tokens * 3 * member.flops_per_token,
-            "money": None,
-        },
-        "metrics": read_json(folders[0] / "eval.json")["metrics"],
-    }
+    num_tokens = member.num_tokens if kind == "ce" else 0
+    return Row(
+        name=f"{member.name}-{kind}",
+        role="baseline",
+        status=_BASELINES[kind],
+        seed=member.seed or None,
+        dims=member.dims.as_dict(),
+        num_parameters=member.num_parameters,
+        num_parameters_non_embedding=member.num_parameters_non_embedding,
+        tokens=Tokens(hop=num_tokens, cumulative=num_tokens),
+        cost=Cost(seconds=_seconds(folders), flops=num_tokens * 3 * member.flops_per_token),
+        metrics=_metrics(folders[0]),
+    )
+
+
+def candidate_rows(member: ResolvedMember, candidates: list[Candidate]) -> list[Row]:
+    """Rows of the shapes that a search tried for a member, the chosen shape first."""
+    return [_candidate_row(member, candidate, number) for number, candidate in enumerate(candidates, start=1)]
+
+
+def _candidate_row(member: ResolvedMember, candidate: Candidate, number: int) -> Row:
+    losses, dims, axes = candidate.losses(), candidate.shape.dims, probe_axes(candidate.config)
+    suffix = f"_{candidate.shape.hidden}" if len(member.hidden_choices) > 1 else ""
+    return Row(
+        name=f"{member.name}-shape{number}{suffix}",
+        role="candidate",
+        status="chosen" if number == 1 else "finalist" if len(candidate.folders) > 1 else "candidate",
+        seed=member.seed or None,
+        dims=dims.as_dict(),
+        num_parameters=int(axes.num_parameters(dims)),
+        num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),
+        cost=Cost(seconds=_seconds(candidate.folders)),
+        stages=StageLosses(repaired=losses_of(losses["repaired"]), recovered=losses_of(losses["recovered"])),
+    )
 
 
 def copy_row(owner: Row, copy: RoundedCopy) -> Row:
-    """The row of a copy, from that of what it is a copy of."""
-    labelled, cumulative = copy.num_tokens, owner["tokens"]["cumulative"] + copy.num_tokens
-    return owner | {
-        "name": copy.name,
-        "role": "quantised",
-        "status": copy.kind,
-        "checkpoint": f"members/{copy.name}",
-        "bytes": weight_bytes(copy.made / CHECKPOINT),
-        "tokens": {"hop": copy.num_tokens, "cumulative": cumulative, "teacher_labelled": labelled},
-        "cost": {
-            "seconds": sum(read_cost(folder)["seconds"] for folder in (copy.made, copy.evaluation)),
-            "flops": None,
-            "money": None,
-        },
-        "stages": {"cut": None, "repaired": None, "recovered": None},
-        "metrics": read_json(copy.evaluation / "eval.json")["metrics"],
-        "speed": _speed(copy.evaluation),
-    }
+    """The row of a copy in fewer bits, from that of the model that it is a copy of."""
+    return replace(
+        owner,
+        name=copy.name,
+        role="quantised",
+        status=copy.kind,
+        checkpoint=f"members/{copy.name}",
+        bytes=weight_bytes(copy.made / CHECKPOINT),
+        tokens=Tokens(
+            hop=copy.num_tokens,
+            cumulative=owner.tokens.cumulative + copy.num_tokens,
+            teacher_labelled=copy.num_tokens,
+        ),
+        cost=Cost(seconds=_seconds([copy.made, copy.evaluation])),
+        stages=StageLosses(),
+        metrics=_metrics(copy.evaluation),
+        speed=_speed(copy.evaluation),
+    )
 
 
 def weight_bytes(folder: Path) -> int:
@@ -163,30 +191,32 @@ def _labelled(recipe: Recipe, member: ResolvedMember, finished: FinishedMember) 
     return member.num_tokens if recipe.distill and recipe.distill.teacher == "parent" else 0
 
 
-def _row(member: ResolvedMember, role: str, status: str) -> Row:
-    return {
-        "name": member.name,
-        "role": role,
-        "status": status,
-        "seed": member.seed or None,
-        "checkpoint": None,
-        "dims": member.dims.as_dict(),
-        "num_parameters": member.num_parameters,
-        "num_parameters_non_embedding": member.num_parameters_non_embedding,
-        "bytes": None,
-        "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
-        "cost": {"seconds": None, "flops": None, "money": None},
-        "stages": {"cut": None, "repaired": None, "recovered": None},
-        "metrics": [],
-        "speed": _NO_SPEED,
-    }
+def _tokens_along_chain(members: list[ResolvedMember], member: ResolvedMember) -> int:
+    """Tokens of the member's own training and of those of the members that it is cut from."""
+    by_name = {other.name: other for other in members}
+    num_tokens, seed = member.num_tokens, member.seed
+    while seed in by_name:
+        num_tokens += by_name[seed].num_tokens
+        seed = by_name[seed].seed
+    return num_tokens
 
 
-def _speed(evaluation: Path) -> dict[str, Any]:
-    measured = read_cost(evaluation).get("speed", {})
-    return {name: measured.get(name) for name in _NO_SPEED}
+def _seconds(folders: Iterable[Path]) -> float:
+    return sum((float(read_cost(folder)["seconds"]) for folder in folders), 0.0)
+
+
+def _losses(stage: Path | None) -> Losses | None:
+    return losses_of(read_json(stage / "losses.json")) if stage else None
+
+
+def _metrics(evaluation: Path) -> tuple[Metric, ...]:
+    return metrics_of(read_json(evaluation / "eval.json")["metrics"])
+
+
+def _speed(evaluation: Path) -> Speed:
+    return speed_of(read_cost(evaluation).get("speed", {}))
 
 
 def read_json(path: Path) -> Any:
-    """What a stage has written."""
+    """The value of a JSON file that a stage has written."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -39,9 +39,8 @@ from cascade.quantising import make_copies
 from cascade.recipe.schema import Recipe
 from cascade.report.write import resealed, set_damaged_aside
 from cascade.room import require_room_for
-from cascade.rows import FinishedMember, teacher_row
+from cascade.rows import FinishedMember, candidate_rows, teacher_row
 from cascade.runner import STAGES, StageRunner
-from cascade.search import candidate_rows
 from cascade.seeding import find_shape
 from cascade.store import MANIFEST, write_atomically
 from cascade.yaml_reader import write_yaml
@@ -166,7 +165,7 @@ def _make_family(
     given = given.model_copy(update={"data": given.data.model_copy(update=framing_settings(recipe))})
     choice = choose_cache(recipe, load_config(parent), members, run_folder=runner.folder)
     shared = replace(prepare(runner, recipe, parent), cache=open_cache(recipe, choice, parent))
-    teacher = teacher_row(recipe, shared.parent, shared.evaluation)
+    teacher = teacher_row(shared.parent, shared.evaluation)
     compare_with_production(runner, recipe, shared)
     copies = make_copies(runner, recipe, shared, "parent", shared.parent, shared.digests["parent"])
     finished: dict[str, FinishedMember] = {}

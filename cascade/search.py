@@ -16,14 +16,12 @@ from typing import Any
 from cascade.errors import UserError
 from cascade.estimates import short_recovery
 from cascade.family import FoundShape, ResolvedMember, shape_config
-from cascade.models.axes import probe_axes
 from cascade.models.checkpoint import ModelSource, load_config
 from cascade.progress import OnStep
 from cascade.pruning.shape import diverse_shapes
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe
-from cascade.report.records import Row
-from cascade.runner import StageRunner, read_cost
+from cascade.runner import StageRunner
 
 Make = Callable[[Path, OnStep], None]
 
@@ -110,35 +108,3 @@ def candidate_settings(recipe: Recipe) -> dict[str, Any]:
         recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
     )
     return recipe.prune.model_dump(exclude={"search"}) | {"distill": distill, "seed": recipe.seed}
-
-
-def candidate_rows(member: ResolvedMember, candidates: list[Candidate]) -> list[Row]:
-    """Rows of family.json, the chosen shape first."""
-    rows: list[Row] = []
-    for number, one in enumerate(candidates):
-        losses, dims = one.losses(), one.shape.dims
-        axes = probe_axes(one.config)
-        rows.append(
-            {
-                "name": f"{member.name}-shape{number + 1}"
-                + (f"_{one.shape.hidden}" if len(member.hidden_choices) > 1 else ""),
-                "role": "candidate",
-                "status": "chosen" if number == 0 else "finalist" if len(one.folders) > 1 else "candidate",
-                "seed": member.seed or None,
-                "checkpoint": None,
-                "dims": dims.as_dict(),
-                "num_parameters": int(axes.num_parameters(dims)),
-                "num_parameters_non_embedding": int(axes.num_parameters_non_embedding(dims)),
-                "bytes": None,
-                "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
-                "cost": {
-                    "seconds": sum(read_cost(folder)["seconds"] for folder in one.folders),
-                    "flops": None,
-                    "money": None,
-                },
-                "stages": {"cut": None, "repaired": losses["repaired"], "recovered": losses["recovered"]},
-                "metrics": [],
-                "speed": {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None},
-            }
-        )
-    return rows

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,14 +217,15 @@ def evaluate_model(
         limit=limit,
         vocab_size=common,
     )
+    metrics = [asdict(metric) for metric in result.metrics]
     if result.failed:
-        told = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
-        raise RunError(f"{told}. The others: {json.dumps(result.metrics)}")
+        failures = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
+        raise RunError(f"{failures}. The others: {json.dumps(metrics)}")
     return {
         "checkpoint": source.reference,
         "text": told_text(data),
         **framing.record(),
-        "metrics": result.metrics,
+        "metrics": metrics,
         "speed": result.speed,
     }
 

@@ -263,11 +263,11 @@ def test_metrics_of_a_classifier_are_those_of_its_probabilities():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.5, 0.0]])
     examples = Examples({"index": torch.arange(4)}, torch.tensor([0, 1, 1, 0]))
     metrics, items, _ = class_metrics(Fixed(logits), Fixed(logits.flip(1)), examples, batch_size=3)
-    found = {one["metric"]: one for one in metrics}
-    assert found["accuracy"]["value"] == 0.75 and items["heldout/accuracy/None"] == [1, 1, 0, 1]
-    assert found["accuracy"]["chance"] == 0.5 and found["top1_agreement"]["value"] == 0.0
+    found = {metric.metric: metric for metric in metrics}
+    assert found["accuracy"].value == 0.75 and items["heldout/accuracy/None"] == [1, 1, 0, 1]
+    assert found["accuracy"].chance == 0.5 and found["top1_agreement"].value == 0.0
     wanted = torch.nn.functional.cross_entropy(logits, examples.labels)
-    assert found["loss"]["value"] == pytest.approx(wanted.item(), rel=1e-6)
+    assert found["loss"].value == pytest.approx(wanted.item(), rel=1e-6)
 
 
 @given(st.integers(1, 40), st.integers(0, 5))

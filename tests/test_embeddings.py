@@ -61,12 +61,12 @@ def test_a_student_that_is_its_teacher_has_no_distance_and_one_that_learns_comes
     before = embedding_metrics(student, teacher, batch)
     distill(student, teacher, batch, num_tokens=640, batch_size=16, learning_rate=2e-3, selection=batch.take(8))
     after = embedding_metrics(student, teacher, batch)
-    names = [one["metric"] for one in after]
+    names = [metric.metric for metric in after]
     assert names == ["cosine_distance", "similarity_correlation", "same_neighbour"]
-    assert after[0]["value"] < 0.5 * before[0]["value"] and after[1]["value"] > before[1]["value"]
+    assert after[0].value < 0.5 * before[0].value and after[1].value > before[1].value
     assert embedding_metrics(teacher, None, batch) == []
     (distance, correlation, same) = embedding_metrics(teacher, teacher, batch)
-    assert abs(distance["value"]) < 1e-6 and correlation["value"] == pytest.approx(1) and same["value"] == 1
+    assert abs(distance.value) < 1e-6 and correlation.value == pytest.approx(1) and same.value == 1
 
 
 def test_the_split_into_microbatches_changes_no_gradient():

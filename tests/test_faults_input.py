@@ -22,7 +22,7 @@ from cascade import secrets
 from cascade.cli import main
 from cascade.errors import RecipeError, RunError, UserError
 from cascade.recipe.load import load_recipe
-from cascade.report.records import load_family
+from cascade.report.records import family_of, load_family
 from cascade.run import run_recipe
 from cascade.yaml_reader import parse_yaml, write_yaml
 
@@ -300,7 +300,7 @@ def test_F29_task_files_run_no_code_unless_it_is_allowed_and_then_apart_and_with
     monkeypatch.setenv("HF_TOKEN", "hf_" + "z" * 34)
     monkeypatch.setenv("MY_API_KEY", "a-key-of-mine")
     found = evaluate(str(tiny_parent), tasks=["mine"], task_folders=[tmp_path], measure_speed=False)
-    assert found.failed == {} and any(one["task"] == "mine" for one in found.metrics)
+    assert found.failed == {} and any(metric.task == "mine" for metric in found.metrics)
     seen = json.loads(canary.read_text())
     assert seen["pid"] != os.getpid() and not {"HF_TOKEN", "MY_API_KEY"} & set(seen["env"])
 
@@ -458,7 +458,7 @@ def test_F33_a_card_keeps_texts_from_outside_in_their_places(tiny_family):
     from cascade.report.card import member_card
     from cascade.report.provenance import Provenance
 
-    rows = load_family(tiny_family)["rows"]
+    rows = family_of(load_family(tiny_family)).rows
     evil = "x`\n---\nlicense: mit\n<script>alert(1)</script>\n```"
     lineage = json.loads((tiny_family / "members" / "big" / "cascade.json").read_text()) | {"parent": evil}
     origins = ({"name": evil, "licence": "", "terms": ""},)

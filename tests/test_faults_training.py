@@ -323,7 +323,7 @@ def test_F21_out_of_memory_while_measuring_halves_the_batch_and_the_numbers_stay
             return [float(value.double().sum()) for value in found.__dict__.values() if isinstance(value, torch.Tensor)]
         tasks = ["python_minimal_pairs"] if what == "evaluation" else []
         found = evaluate(source, tasks=tasks, heldout=blocks, limit=6, measure_speed=False)
-        return [one["value"] for one in found.metrics]
+        return [metric.value for metric in found.metrics]
 
     plain = measured()
     armed(f"{'task/' if what == 'evaluation' else ''}{what}.part:oom")

@@ -64,7 +64,7 @@ def test_the_thresholds_known_are_the_metrics_that_held_out_text_gives():
     from cascade.evaluation.heldout import BLOCK_METRICS, block_metrics
 
     measured, _ = block_metrics(make_model(seed=1), make_model(seed=2), make_blocks(2))
-    assert {one["metric"] for one in measured} == set(BLOCK_METRICS)
+    assert {metric.metric for metric in measured} == set(BLOCK_METRICS)
 
 
 def test_a_task_whose_dataset_is_not_on_the_machine_is_refused_where_the_hub_is_not_asked(plan, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from cascade.errors import UserError
 from cascade.evaluation.drift import lengths, uncertainty, unlikeness
 from cascade.recipe.load import load_recipe
 from cascade.report.production import wrong_diet
+from cascade.report.records import Metric, Row
 from cascade.run import run_recipe
 
 
@@ -39,9 +40,10 @@ def drift(*, jsd=0.1, loss=3.0):
 
 
 def row(heldout, production):
-    metrics = [{"task": task, "metric": "kl_to_teacher", "filter": None, "value": value}
-               for task, value in (("heldout", heldout), ("production", production))]  # fmt: skip
-    return {"name": "small", "role": "member", "metrics": metrics}
+    values = {"heldout": heldout, "production": production}
+    metrics = tuple(Metric(task=task, metric="kl_to_teacher", value=value) for task, value in values.items())
+    return Row(name="small", role="member", status="done", dims={}, num_parameters=1, num_parameters_non_embedding=1,
+               metrics=metrics)  # fmt: skip
 
 
 def test_the_wrong_diet_is_said_for_what_it_is():

@@ -23,7 +23,7 @@ from cascade.report.provenance import (
     sentence,
     tags,
 )
-from cascade.report.records import load_family
+from cascade.report.records import Tokens, load_family
 from cascade.rows import RoundedCopy
 
 PARENT, WRITER, STUDENT = "org/parent", "org/writer", "org/student"
@@ -83,7 +83,7 @@ def made(start="cut from the parent", *, distill=None, parent=None, copy_of=None
         for one in recipe.members
     ]
     reference = f"{PARENT}@{COMMIT}" if parent is None else parent if isinstance(parent, str) else "f"
-    tokens = {"hop": num_trained, "cumulative": 1024}
+    tokens = Tokens(hop=num_trained, cumulative=1024)
     if copy_of is None:
         return provenance_of(recipe, members, members[-1], reference, tokens)
     copy = RoundedCopy(f"{copy_of}-int8", "int8", Path(), Path(), num_trained)

@@ -5,15 +5,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from jinja2 import UndefinedError
 
 from cascade.errors import UserError
 from cascade.report import trackers
 from cascade.report.plots import short_number, size_quality_curve
-from cascade.report.records import family_csv, family_json, load_family
+from cascade.report.records import Family, Metric, Row, family_csv, family_json, family_of, load_family
+from cascade.report.render import render
 from cascade.report.trackers import require_trackers, tracked
 from cascade.report.verdicts import judge, verdict_table
 from cascade.report.write import report_html, report_markdown
@@ -41,13 +45,29 @@ def test_a_browser_renders_the_report_with_its_tables_and_curves(tiny_family, tm
 
 
 def test_F33_names_from_outside_cannot_inject_markup(tiny_family):
-    family = load_family(tiny_family)
     evil = '<script>alert(1)</script>|"'
-    for row in family["rows"]:
-        row["name"] += evil
-    html = report_html(evil, family["rows"], {evil: [{"num_tokens": 1, "selection_kl": 0.5}]})
+    rows = [replace(row, name=row.name + evil) for row in family_of(load_family(tiny_family)).rows]
+    html = report_html(evil, rows, {evil: [{"num_tokens": 1, "selection_kl": 0.5}]})
     assert "<script" not in html
-    assert "<script" not in report_markdown(evil, family["rows"])
+    assert "<script" not in report_markdown(evil, rows)
+
+
+def test_every_text_on_a_page_is_escaped_and_a_missing_one_is_an_error():
+    evil = "<script>alert(1)</script>"
+    sections = [(evil, [[evil], [evil]], [evil])]
+    values = {"title": evil, "intro": [evil], "charts_by_account": {evil: []}, "sections": sections}
+    page = render("experiment.html.jinja", values)
+    assert "<script" not in page and page.count("&lt;script&gt;") == 8
+    with pytest.raises(UndefinedError, match="'intro' is undefined"):
+        render("experiment.html.jinja", {"title": "", "charts_by_account": {}, "sections": []})
+
+
+def test_the_package_brings_its_templates_along():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["cascade"]
+    templates = list((ROOT / "cascade" / "report" / "templates").iterdir())
+    assert len(templates) >= 5
+    for path in templates:
+        assert any(path.relative_to(ROOT / "cascade").match(pattern) for pattern in data), path
 
 
 def test_the_csv_has_one_line_per_row_and_the_same_values(tiny_family):
@@ -63,8 +83,29 @@ def test_the_csv_has_one_line_per_row_and_the_same_values(tiny_family):
 
 
 def test_family_json_is_strict_and_refuses_nan():
+    row = Row(name="a", role="member", status="done", dims={}, num_parameters=1, num_parameters_non_embedding=1)
+    assert json.loads(family_json("x", [row]))["rows"][0]["cost"] == {"seconds": None, "flops": None, "money": None}
+    metric = Metric(task="heldout", metric="loss", value=float("nan"))
     with pytest.raises(ValueError):
-        family_json("x", [{"value": float("nan")}])
+        family_json("x", [replace(row, metrics=(metric,))])
+
+
+def test_records_write_the_family_json_that_they_were_read_from(tiny_family):
+    family = family_of(load_family(tiny_family))
+    assert {row.role for row in family.rows} == {"teacher", "member", "baseline", "candidate"}
+    assert family_json(family.name, family.rows) == (tiny_family / "family.json").read_text()
+
+
+def test_what_an_older_family_json_lacks_counts_as_not_measured(tiny_family):
+    family = load_family(tiny_family)
+    row, whole = family["rows"][1], family_of(family).rows[1]
+    for key in ("bytes", "speed", "cost", "seed"):
+        del row[key]
+    del row["metrics"][0]["retention_interval"], row["stages"]["cut"]
+    found = family_of(family).rows[1]
+    assert found.bytes is found.seed is found.cost.seconds is found.speed.peak_memory_bytes is found.stages.cut is None
+    assert found.tokens == whole.tokens and found.metrics == whole.metrics
+    assert found.stages.recovered == whole.stages.recovered
 
 
 def test_a_file_that_is_no_family_is_refused(tmp_path):
@@ -76,8 +117,8 @@ def test_a_file_that_is_no_family_is_refused(tmp_path):
 
 
 def test_several_families_share_one_chart(tiny_family):
-    first = load_family(tiny_family)
-    second = json.loads(json.dumps(first)) | {"name": "second"}
+    first = family_of(load_family(tiny_family))
+    second = Family("second", first.rows)
     chart = size_quality_curve([first, second], "heldout/kl_to_teacher")
     assert "second" in chart and chart.count("<polyline") == 2
     assert size_quality_curve([first], "no/such_metric") == ""
@@ -88,19 +129,19 @@ def test_numbers_are_shortened_for_axes():
 
 
 def test_rows_without_metrics_still_make_a_csv(tiny_family):
-    rows = load_family(tiny_family)["rows"]
-    rows[1]["metrics"] = []
+    rows = family_of(load_family(tiny_family)).rows
+    rows[1] = replace(rows[1], metrics=())
     assert family_csv(rows).count("\n") == len(rows) + 1
 
 
 def test_verdicts_follow_the_metrics_direction_and_say_what_was_not_measured(tiny_family):
-    rows = load_family(tiny_family)["rows"]
-    metric = next(one for one in rows[1]["metrics"] if one["metric"] == "loss")
-    wanted = {"heldout/loss": metric["value"] + 10, "heldout/top1_agreement": 0.9999, "heldout/none": 1.0}
+    rows = family_of(load_family(tiny_family)).rows
+    metric = next(metric for metric in rows[1].metrics if metric.metric == "loss")
+    wanted = {"heldout/loss": metric.value + 10, "heldout/top1_agreement": 0.9999, "heldout/none": 1.0}
     found = {one["metric"]: one for one in judge(rows, wanted) if one["row"] == "big"}
     assert {name: one["good"] for name, one in found.items()} == dict(zip(wanted, [True, False, None], strict=True))
     assert {one["row"] for one in judge(rows, wanted)} == {"parent", "big", "small"}  # no baselines
-    table = verdict_table([found["heldout/loss"] | {"wanted": metric["value"] - metric["stderr"], "good": False}])
+    table = verdict_table([found["heldout/loss"] | {"wanted": metric.value - metric.stderr, "good": False}])
     assert table[1][-1] == "no, but within two standard errors"
     assert "Good enough" in report_markdown("f", rows, [("Good enough", verdict_table(list(found.values())))])
     assert "Good enough" not in report_markdown("f", rows)

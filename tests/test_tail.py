@@ -48,11 +48,11 @@ def test_a_student_that_is_its_teacher_loses_nothing_anywhere():
     assert all(one["loss"] == pytest.approx(one["teacher_loss"], rel=1e-6) for one in tail["deciles"] + tail["slices"])
     assert sum(one["count"] for one in tail["deciles"]) == blocks.num_counted()
     assert block_metrics(model, None, blocks)[1] is None
-    error = next(one for one in metrics if one["metric"] == "calibration_error")
+    error = next(metric for metric in metrics if metric.metric == "calibration_error")
     logits = model(input_ids=blocks.input_ids).logits[:, :-1].double().softmax(-1)
     # With 15 bins no gap is larger than the mean gap taken within finer ones; at least the overall gap.
     overall = (logits.amax(-1) - (logits.argmax(-1) == blocks.labels[:, 1:]).double()).mean().abs().item()
-    assert overall - 1e-6 <= error["value"] <= 1
+    assert overall - 1e-6 <= error.value <= 1
 
 
 def test_slices_of_conversations_are_told_with_their_prompts(tiny_parent):

@@ -55,7 +55,7 @@ def test_stock_lm_eval_gives_from_the_copies_what_the_run_measured(task_folder, 
     )
     found = simple_evaluate(model=adapter, tasks=names, limit=10, bootstrap_iters=0, task_manager=manager)
     for name in names:
-        ours = next(one["value"] for one in measured.metrics if (one["task"], one["metric"]) == (name, "acc"))
+        ours = next(metric.value for metric in measured.metrics if (metric.task, metric.metric) == (name, "acc"))
         assert found["results"][name]["acc,none"] == ours
 
 

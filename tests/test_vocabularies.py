@@ -151,7 +151,7 @@ def test_a_student_writes_no_id_that_its_teacher_cannot_read(padded):
 def test_held_out_loss_is_the_models_own_over_all_its_rows_and_kl_is_over_the_common_ids(padded):
     student, teacher = padded
     blocks = make_blocks(3, vocabulary=60)
-    found = {one["metric"]: one["value"] for one in block_metrics(student, teacher, blocks, vocab_size=60)[0]}
+    found = {metric.metric: metric.value for metric in block_metrics(student, teacher, blocks, vocab_size=60)[0]}
     with torch.no_grad():
         ours, theirs = (model(input_ids=blocks.input_ids).logits[:, :-1].double() for model in (student, teacher))
     loss = F.cross_entropy(ours.flatten(0, 1), blocks.input_ids[:, 1:].flatten())
@@ -160,7 +160,7 @@ def test_held_out_loss_is_the_models_own_over_all_its_rows_and_kl_is_over_the_co
     assert found["kl_to_teacher"] == pytest.approx(((log_p.exp() * (log_p - log_q)).sum(-1)).mean().item(), rel=1e-5)
     agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     assert found["top1_agreement"] == pytest.approx(agreement)
-    alone = {one["metric"]: one["value"] for one in block_metrics(student, None, blocks)[0]}
+    alone = {metric.metric: metric.value for metric in block_metrics(student, None, blocks)[0]}
     assert alone["loss"] == pytest.approx(loss.item(), rel=1e-5)
     selection = selection_losses(student, teacher, blocks, 2, vocab_size=60)
     assert selection["selection_kl"] == pytest.approx(found["kl_to_teacher"], rel=1e-5)

@@ -4,6 +4,7 @@ Shapes: N = examples, C = classes.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,40 +13,42 @@ from torch import Tensor, nn
 from cascade.data.examples import Examples
 from cascade.distillation.classes import class_losses
 from cascade.distillation.fused import Objective
-from cascade.evaluation.record import heldout_record
+from cascade.evaluation.record import heldout_metric
 from cascade.evaluation.tail import calibration_error, long_tail
+from cascade.report.records import Metric
 
 
 @torch.no_grad()
 def class_metrics(
     model: Any, teacher: nn.Module | None, examples: Examples, *, batch_size: int = 64
-) -> tuple[list[dict[str, Any]], dict[str, list[float]], dict[str, Any] | None]:
-    """(records as in family.json, 'task/metric/filter' -> score of each example, `long_tail` by class with a teacher).
+) -> tuple[list[Metric], dict[str, list[float]], dict[str, Any] | None]:
+    """(metrics, 'task/metric/filter' -> score of each example, `long_tail` by class with a teacher).
 
     Accuracy (chance: always the commonest class), loss in nats, expected calibration error, and with a teacher the KL
     to it and how often both say the same.
     """
     examples = examples.labelled()
-    ours = class_logits(model, examples, batch_size=batch_size)
-    theirs = None if teacher is None else class_logits(teacher, examples, batch_size=batch_size)
-    found = class_losses(ours, theirs, examples.labels, Objective())
-    right = (ours.argmax(1) == examples.labels).double()
-    sure = torch.softmax(ours.double(), 1).amax(1)
+    logits_NC = class_logits(model, examples, batch_size=batch_size)
+    teacher_NC = None if teacher is None else class_logits(teacher, examples, batch_size=batch_size)
+    losses = class_losses(logits_NC, teacher_NC, examples.labels, Objective())
+    correct_N = (logits_NC.argmax(1) == examples.labels).double()
+    confidence_N = torch.softmax(logits_NC.double(), 1).amax(1)
     chance = float(torch.bincount(examples.labels).max() / len(examples))
+    error = calibration_error(confidence_N, correct_N)
     metrics = [
-        _mean("accuracy", right, higher=True) | {"chance": chance},
-        _mean("loss", found.cross_entropy.double()),
-        _mean("calibration_error", right) | {"value": calibration_error(sure, right), "stderr": None},
+        replace(_mean("accuracy", correct_N, higher=True), chance=chance),
+        _mean("loss", losses.cross_entropy.double()),
+        heldout_metric("calibration_error", error, None, len(correct_N), higher=False),
     ]
     tail = None
-    if theirs is not None:
-        losses = torch.nn.functional.cross_entropy(theirs, examples.labels, reduction="none")
-        known = getattr(getattr(model, "config", None), "id2label", {})
-        names = [str(known.get(one, one)) for one in range(ours.shape[1])]
-        tail = long_tail(found.teacher_entropy, losses, found.cross_entropy, examples.labels, names)
-        metrics.append(_mean("kl_to_teacher", found.divergence.double()))
-        metrics.append(_mean("top1_agreement", found.agrees.double(), higher=True))
-    return metrics, {"heldout/accuracy/None": right.tolist()}, tail
+    if teacher_NC is not None:
+        teacher_losses_N = torch.nn.functional.cross_entropy(teacher_NC, examples.labels, reduction="none")
+        classes = getattr(getattr(model, "config", None), "id2label", {})
+        names = [str(classes.get(number, number)) for number in range(logits_NC.shape[1])]
+        tail = long_tail(losses.teacher_entropy, teacher_losses_N, losses.cross_entropy, examples.labels, names)
+        metrics.append(_mean("kl_to_teacher", losses.divergence.double()))
+        metrics.append(_mean("top1_agreement", losses.agrees.double(), higher=True))
+    return metrics, {"heldout/accuracy/None": correct_N.tolist()}, tail
 
 
 @torch.no_grad()
@@ -55,7 +58,7 @@ def class_logits(model: Any, examples: Examples, *, batch_size: int = 64) -> Ten
     return torch.cat([model(**part.inputs(device)).logits.float().cpu() for part in examples.split(batch_size)])
 
 
-def _mean(name: str, values: Tensor, *, higher: bool = False) -> dict[str, Any]:
+def _mean(name: str, values: Tensor, *, higher: bool = False) -> Metric:
     count = len(values)
     stderr = float(values.std() / math.sqrt(count)) if count > 1 else None
-    return heldout_record(name, float(values.mean()), stderr, count, higher=higher)
+    return heldout_metric(name, float(values.mean()), stderr, count, higher=higher)

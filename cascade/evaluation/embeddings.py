@@ -12,7 +12,8 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from cascade.data.examples import Examples
 from cascade.distillation.embeddings import embed
-from cascade.evaluation.record import heldout_record
+from cascade.evaluation.record import heldout_metric
+from cascade.report.records import Metric
 
 _MOST_COMPARED = 2000
 """Texts whose similarities to each other are compared."""
@@ -21,8 +22,8 @@ _MOST_COMPARED = 2000
 @torch.no_grad()
 def embedding_metrics(
     model: Any, teacher: nn.Module | None, examples: Examples, *, batch_size: int = 64
-) -> list[dict[str, Any]]:
-    """Records as in family.json; nothing without a teacher.
+) -> list[Metric]:
+    """Metrics of the embeddings; nothing without a teacher.
 
     cosine_distance to the teacher's embeddings; similarity_correlation: Pearson's of all pairs' cosine similarities;
     same_neighbour: how often a text's nearest other is the one that the teacher finds.
@@ -39,7 +40,7 @@ def embedding_metrics(
     same = (nearest[0] == nearest[1]).double()
     return [
         _mean("cosine_distance", distance, higher=False),
-        heldout_record("similarity_correlation", correlation, None, len(places), higher=True),
+        heldout_metric("similarity_correlation", correlation, None, len(places), higher=True),
         _mean("same_neighbour", same, higher=True),
     ]
 
@@ -50,6 +51,6 @@ def _embeddings(model: Any, examples: Examples, batch_size: int) -> Tensor:
     return torch.cat([embed(model, part.inputs(device)).double().cpu() for part in examples.split(batch_size)])
 
 
-def _mean(name: str, values: Tensor, *, higher: bool) -> dict[str, Any]:
+def _mean(name: str, values: Tensor, *, higher: bool) -> Metric:
     stderr = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-    return heldout_record(name, float(values.mean()), stderr, len(values), higher=higher)
+    return heldout_metric(name, float(values.mean()), stderr, len(values), higher=higher)

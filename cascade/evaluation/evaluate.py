@@ -16,6 +16,7 @@ from cascade.evaluation.reload import check_reload, start_fresh_process
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
 from cascade.models.positions import usable_context
+from cascade.report.records import Metric
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 32
 """What speed is measured on: read, and written."""
@@ -25,8 +26,8 @@ PROMPT_TOKENS, NEW_TOKENS = 256, 32
 class Evaluation:
     """Numbers about one checkpoint."""
 
-    metrics: list[dict[str, Any]]
-    """Records as in family.json; task 'heldout' first, then lm-eval's."""
+    metrics: list[Metric]
+    """Task 'heldout' first, then lm-eval's."""
     items: dict[str, list[float]]
     """'task/metric/filter' -> score of each item"""
     raw: dict[str, Any]
@@ -70,13 +71,13 @@ def evaluate(
         ReloadError: the checkpoint gives other logits in a fresh process.
     """
     source = checkpoint if isinstance(checkpoint, ModelSource) else resolve_model(str(checkpoint))
-    measured = measure_speed and source.gguf_file is None
-    if measured:
+    measures_speed = measure_speed and source.gguf_file is None
+    if measures_speed:
         start_fresh_process()
     model = load_model(source).to(default_device())
-    found = HeldoutReport([], {}, None)
+    report = HeldoutReport(metrics=[], items={}, tail=None)
     if heldout is not None:
-        found = in_parts_that_fit(
+        report = in_parts_that_fit(
             lambda size: heldout_report(model, teacher, heldout, batch_size=size, vocab_size=vocab_size), 8, "heldout"
         )
     tokenizer = load_tokenizer(source) if tasks else None
@@ -93,7 +94,7 @@ def evaluate(
         kept=kept,
     )
     speed: dict[str, float] = {}
-    if measured:
+    if measures_speed:
         speed = check_reload(
             source.folder,
             reference,
@@ -102,13 +103,13 @@ def evaluate(
             new_tokens=NEW_TOKENS,
         )
     return Evaluation(
-        found.metrics + results.metrics,
-        found.items | results.items,
-        results.raw,
-        found.tail,
-        results.failed,
-        speed,
-        found.blocks,
+        metrics=report.metrics + results.metrics,
+        items=report.items | results.items,
+        raw=results.raw,
+        tail=report.tail,
+        failed=results.failed,
+        speed=speed,
+        blocks=report.blocks,
     )
 
 

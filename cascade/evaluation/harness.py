@@ -27,6 +27,7 @@ from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource
 from cascade.models.positions import usable_context
 from cascade.plain_json import plain
+from cascade.report.records import metrics_of
 from cascade.store import make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -83,29 +84,29 @@ def run_tasks(
         _tell_suffix(tokenizer, model)
     options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed}
     for name, task in zip(tasks, find_tasks(tasks, task_folders), strict=True):
-        own = None if kept is None else kept / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+        path = None if kept is None else kept / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
         try:
-            found = None if own is None else _kept(own)
-            if found is None:
+            result = None if path is None else _kept(path)
+            if result is None:
                 with at("task"):
-                    found = in_parts_that_fit(
+                    result = in_parts_that_fit(
                         partial(_one, task, model, tokenizer, source, options),
                         batch_size,
                         "evaluation",
                     )
-                if own is not None:
-                    make_folder(own.parent)
-                    text = json.dumps(found)
-                    write_atomically(own, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+                if path is not None:
+                    make_folder(path.parent)
+                    text = json.dumps(result)
+                    write_atomically(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         except (DiskError, UserError):
             raise
         except RunError as error:
             logger.warning("%s: could not be measured; the other tasks are. %s", name, error)
             results.failed[name] = str(error)
             continue
-        results.metrics.extend(found["metrics"])
-        results.items.update(found["items"])
-        for key, value in found["raw"].items():
+        results.metrics.extend(metrics_of(result["metrics"]))
+        results.items.update(result["items"])
+        for key, value in result["raw"].items():
             if isinstance(value, dict) and isinstance(results.raw.get(key), dict):
                 results.raw[key] = results.raw[key] | value
             else:

@@ -22,10 +22,11 @@ from cascade.distillation.fused import FusedLoss, Objective, fused_loss
 from cascade.distillation.memory import teacher_hidden
 from cascade.evaluation.classes import class_metrics
 from cascade.evaluation.embeddings import embedding_metrics
-from cascade.evaluation.record import heldout_record
+from cascade.evaluation.record import heldout_metric
 from cascade.evaluation.tail import calibration_error, confidences, long_tail
 from cascade.models.architecture import is_body
 from cascade.models.head import Head, head_of, last_hidden
+from cascade.report.records import Metric
 
 
 def heldout_blocks(
@@ -137,7 +138,7 @@ def heldout_metrics(
     *,
     batch_size: int = 8,
     vocab_size: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Metric]:
     """The metrics of `heldout_report` alone."""
     return heldout_report(model, teacher, data, batch_size=batch_size, vocab_size=vocab_size).metrics
 
@@ -145,7 +146,7 @@ def heldout_metrics(
 class HeldoutReport(NamedTuple):
     """What held-out text says of a model."""
 
-    metrics: list[dict[str, Any]]
+    metrics: list[Metric]
     """Of task 'heldout', with standard errors."""
     items: dict[str, list[float]]
     """Scores of each item, of labelled examples."""
@@ -181,15 +182,15 @@ def block_metrics(
     *,
     batch_size: int = 8,
     vocab_size: int | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+) -> tuple[list[Metric], dict[str, Any] | None]:
     """Loss and KL in nats per token, bits per byte, expected calibration error; with a teacher also the long tail.
 
     Every token counts equally; the blocks' own means only give the standard error. Slices of the tail are blocks, by
     their numbers. KL and agreement are over the ids that both models have in common (`Objective.vocab_size`); loss and
     calibration are those of the model itself, over all its rows.
     """
-    found = _block_report(model, teacher, blocks, batch_size, vocab_size)
-    return found.metrics, found.tail
+    report = _block_report(model, teacher, blocks, batch_size, vocab_size)
+    return report.metrics, report.tail
 
 
 @torch.no_grad()
@@ -198,54 +199,50 @@ def _block_report(
 ) -> HeldoutReport:
     device = next(model.parameters()).device
     columns: dict[str, list[Tensor]] = {"loss": [], "kl_to_teacher": [], "top1_agreement": []}
-    counts, sure, tail = [], [], []
+    counts, confidence, difficulty = [], [], []
     for part in blocks.split(batch_size):
         inputs = part.inputs(device)
         targets = part.targets().to(device)
         valid = targets != IGNORE_INDEX
-        ours = part.predicting(last_hidden(model, **inputs, use_cache=False)).float()[valid]
-        theirs, expert = None, None
+        hidden = part.predicting(last_hidden(model, **inputs, use_cache=False)).float()[valid]
+        expert_hidden, expert = None, None
         if teacher is not None:
-            theirs, expert = part.predicting(teacher_hidden(teacher, inputs)).float()[valid], head_of(teacher)
+            expert_hidden, expert = part.predicting(teacher_hidden(teacher, inputs)).float()[valid], head_of(teacher)
         head = head_of(model)
-        found = _losses(ours, head, targets[valid], theirs, expert, vocab_size)
-        sure.append(confidences(ours, head, targets[valid]))
-        if theirs is not None and expert is not None:
-            own = fused_loss(theirs, expert, targets[valid], Objective()).cross_entropy
-            tail.append(torch.stack([found.teacher_entropy, own, found.cross_entropy]).cpu())
-        values = {"loss": found.cross_entropy}
+        losses = _losses(hidden, head, targets[valid], expert_hidden, expert, vocab_size)
+        confidence.append(confidences(hidden, head, targets[valid]))
+        if expert_hidden is not None and expert is not None:
+            expert_loss = fused_loss(expert_hidden, expert, targets[valid], Objective()).cross_entropy
+            difficulty.append(torch.stack([losses.teacher_entropy, expert_loss, losses.cross_entropy]).cpu())
+        values = {"loss": losses.cross_entropy}
         if teacher is not None:
-            values |= {"kl_to_teacher": found.divergence, "top1_agreement": found.agrees}
+            values |= {"kl_to_teacher": losses.divergence, "top1_agreement": losses.agrees}
         for name, value in values.items():
             by_block = torch.zeros(valid.shape, dtype=torch.float64, device=device).masked_scatter_(
                 valid, value.double()
             )
             columns[name].append(by_block.sum(1))
         counts.append(valid.double().sum(1))
-    tokens = torch.cat(counts)
-    metrics = [
-        _metric(name, torch.cat(sums), tokens, higher=name == "top1_agreement")
-        for name, sums in columns.items()
-        if sums
-    ]
-    right = torch.cat(sure, 1)
-    error = heldout_record("calibration_error", calibration_error(*right), None, right.shape[1], higher=False)
-    metrics.insert(1, error)
-    rest = None
-    if tail:
+    tokens, confidence_2N = torch.cat(counts), torch.cat(confidence, 1)
+    sums = {name: torch.cat(values) for name, values in columns.items() if values}
+    loss, *others = [_metric(name, values, tokens, higher=name == "top1_agreement") for name, values in sums.items()]
+    error = calibration_error(*confidence_2N)
+    calibration = heldout_metric("calibration_error", error, None, confidence_2N.shape[1], higher=False)
+    bits = [_bits_per_byte(loss, blocks.bytes_per_token)] if blocks.bytes_per_token else []
+    tail = None
+    if difficulty:
         numbers = torch.arange(len(blocks)).repeat_interleave(tokens.long().cpu())
-        entropy, theirs, ours = torch.cat(tail, 1)
-        rest = long_tail(entropy, theirs, ours, numbers, [str(number) for number in range(len(blocks))])
-    loss, sums = metrics[0], block_sums(blocks, tokens, {name: torch.cat(one) for name, one in columns.items() if one})
-    if not blocks.bytes_per_token:
-        return HeldoutReport(metrics, {}, rest, sums)
-    nats_to_bits_per_byte = 1 / (math.log(2) * blocks.bytes_per_token)
-    bits = {
-        "metric": "bits_per_byte",
-        "value": loss["value"] * nats_to_bits_per_byte,
-        "stderr": None if loss["stderr"] is None else loss["stderr"] * nats_to_bits_per_byte,
-    }
-    return HeldoutReport([loss, loss | bits, *metrics[1:]], {}, rest, sums)
+        entropy, expert_loss, student_loss = torch.cat(difficulty, 1)
+        names = [str(number) for number in range(len(blocks))]
+        tail = long_tail(entropy, expert_loss, student_loss, numbers, names)
+    return HeldoutReport([loss, *bits, calibration, *others], {}, tail, block_sums(blocks, tokens, sums))
+
+
+def _bits_per_byte(loss: Metric, bytes_per_token: float) -> Metric:
+    """The loss, in nats per token, as bits per byte of text."""
+    bits = 1 / (math.log(2) * bytes_per_token)
+    value, stderr = (None if nats is None else nats * bits for nats in (loss.value, loss.stderr))
+    return replace(loss, metric="bits_per_byte", value=value, stderr=stderr)
 
 
 def block_sums(blocks: TokenBlocks, tokens: Tensor, sums: dict[str, Tensor]) -> dict[str, Any]:
@@ -273,10 +270,10 @@ def _losses(
     return found._replace(cross_entropy=fused_loss(ours, head, targets, Objective()).cross_entropy)
 
 
-def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> dict[str, Any]:
+def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> Metric:
     value = float(sums.sum() / tokens.sum())
     # Ratio estimator: blocks with more counted tokens weigh more.
     residuals = (sums - value * tokens) / tokens.mean()
     count = len(sums)
     stderr = float((residuals.square().sum() / (count * (count - 1))).sqrt()) if count > 1 else None
-    return heldout_record(name, value, stderr, int(tokens.sum()), higher=higher)
+    return heldout_metric(name, value, stderr, int(tokens.sum()), higher=higher)

@@ -1,21 +1,8 @@
 """One metric of the held-out split, as family.json has it."""
 
-from typing import Any
+from cascade.report.records import Metric
 
 
-def heldout_record(name: str, value: float, stderr: float | None, count: int, *, higher: bool) -> dict[str, Any]:
-    """A record without chance level and retention; `count` tokens or examples."""
-    return {
-        "task": "heldout",
-        "metric": name,
-        "filter": None,
-        "value": value,
-        "stderr": stderr,
-        "n": count,
-        "higher_is_better": higher,
-        "chance": None,
-        "num_fewshot": None,
-        "limit": None,
-        "retention": None,
-        "retention_interval": None,
-    }
+def heldout_metric(name: str, value: float, stderr: float | None, count: int, *, higher: bool) -> Metric:
+    """A metric without chance level and retention; `count` tokens or examples."""
+    return Metric(task="heldout", metric=name, value=value, stderr=stderr, n=count, higher_is_better=higher)

@@ -1,16 +1,18 @@
-"""lm-eval's results as records of family.json: a value, its standard error, what guessing would score."""
+"""lm-eval's results as metrics of family.json: a value, its standard error, what guessing would score."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from cascade.report.records import Metric
 
 
 @dataclass(frozen=True)
 class TaskResults:
     """What lm-eval measured."""
 
-    metrics: list[dict[str, Any]]
-    """One record per task, metric and filter, as in family.json."""
+    metrics: list[Metric]
+    """One per task, metric and filter."""
     items: dict[str, list[float]]
     """'task/metric/filter' -> the score of each item in order, for paired comparisons."""
     raw: dict[str, Any]
@@ -32,11 +34,11 @@ def results_of(raw: dict[str, Any], limit: int | None) -> TaskResults:
             if scores and not math.isclose(sum(scores) / len(scores), values[key], rel_tol=1e-6, abs_tol=1e-9):
                 scores = []  # the metric is no mean of its items' numbers (perplexity, for one)
             items[f"{task}/{metric}/{filter_name}"] = scores
-            metrics.append(_record(raw, task, metric, filter_name, scores, samples.get(task, []), limit))
+            metrics.append(_metric(raw, task, metric, filter_name, scores, samples.get(task, []), limit))
     return TaskResults(metrics, items, raw)
 
 
-def _record(
+def _metric(
     raw: dict[str, Any],
     task: str,
     metric: str,
@@ -44,23 +46,20 @@ def _record(
     scores: list[float],
     samples: list[Any],
     limit: Any,
-) -> dict[str, Any]:
+) -> Metric:
     values = raw["results"][task]
-    higher = raw.get("higher_is_better", {}).get(task, {}).get(metric)
-    return {
-        "task": task,
-        "metric": metric,
-        "filter": filter_name,
-        "value": _number(values[f"{metric},{filter_name}"]),
-        "stderr": _standard_error(scores) if scores else _number(values.get(f"{metric}_stderr,{filter_name}")),
-        "n": raw["n-samples"].get(task, {}).get("effective"),
-        "higher_is_better": higher,
-        "chance": _chance(raw["configs"].get(task, {}), metric, samples),
-        "num_fewshot": raw.get("n-shot", {}).get(task),
-        "limit": limit,
-        "retention": None,
-        "retention_interval": None,
-    }
+    return Metric(
+        task=task,
+        metric=metric,
+        filter=filter_name,
+        value=_number(values[f"{metric},{filter_name}"]),
+        stderr=_standard_error(scores) if scores else _number(values.get(f"{metric}_stderr,{filter_name}")),
+        n=raw["n-samples"].get(task, {}).get("effective"),
+        higher_is_better=raw.get("higher_is_better", {}).get(task, {}).get(metric),
+        chance=_chance(raw["configs"].get(task, {}), metric, samples),
+        num_fewshot=raw.get("n-shot", {}).get(task),
+        limit=limit,
+    )
 
 
 def _chance(config: dict[str, Any], metric: str, samples: list[Any]) -> float | None:

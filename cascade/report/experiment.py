@@ -7,7 +7,6 @@ import json
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,8 +15,8 @@ from cascade.plain_json import plain
 from cascade.recipe.experiment import Experiment
 from cascade.report.paired import RESAMPLES, paired_difference
 from cascade.report.plots import Point, Series, line_chart, minutes, short_number
+from cascade.report.render import render
 from cascade.report.tables import Table, markdown_table, plain_table
-from cascade.report.write import html_page, html_table
 from cascade.store import write_atomically
 
 VERSION = 1
@@ -73,14 +72,13 @@ def write_experiment(folder: Path, summary: dict[str, Any]) -> None:
     text = json.dumps(plain(summary), indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "experiment.json", text)
     title = f"Experiment {summary['name']}"
-    parts = [f"# {title}", *(line for line in _intro(summary))]
-    body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(line)}</p>" for line in _intro(summary)), *_charts(summary)]
-    for heading, table, lines in _sections(summary):
+    intro, sections = _intro(summary), _sections(summary)
+    parts = [f"# {title}", *intro]
+    for heading, table, lines in sections:
         parts += [f"## {heading}", *([markdown_table(table)] if table else []), *lines]
-        body += [f"<h2>{escape(heading)}</h2>", *([html_table(table)] if table else [])]
-        body += [f"<p>{escape(line)}</p>" for line in lines]
     write_atomically(folder / "experiment.md", "\n\n".join(parts) + "\n")
-    write_atomically(folder / "experiment.html", html_page(title, body))
+    values = {"title": title, "intro": intro, "charts_by_account": _charts(summary), "sections": sections}
+    write_atomically(folder / "experiment.html", render("experiment.html.jinja", values))
 
 
 def experiment_texts(folder: Path) -> str:
@@ -402,33 +400,31 @@ def _span(values: Sequence[int]) -> str:
     return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,} to {values[-1]:,}"
 
 
-def _charts(summary: dict[str, Any]) -> list[str]:
-    """Each metric against size, and against tokens where there are several budgets."""
+def _charts(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """For each heading: each metric against size, and against tokens where there are several budgets, as SVG."""
+    accounts = {heading: summary["accounts"][account]["rows"] for account, heading in _ACCOUNTS.items()}
+    return {heading: _account_charts(rows, summary["tokens"]) for heading, rows in accounts.items() if rows}
+
+
+def _account_charts(rows: Sequence[Entry], budgets: Sequence[int]) -> list[str]:
     charts = []
-    for account, heading in _ACCOUNTS.items():
-        rows = summary["accounts"][account]["rows"]
-        if not rows:
-            continue
-        charts.append(f"<h2>{escape(heading)}</h2>")
-        for metric, title in METRICS.items():
-            for budget in summary["tokens"]:
-                some = [row for row in rows if row["budget"] == budget]
-                name = f"{title}, {short_number(budget)} tokens"
-                charts.append(_chart(some, metric, name, "parameters", lambda row: row["num_parameters"][0]))
-            if len(summary["tokens"]) > 1:
-                for size in dict.fromkeys(row["size"] for row in rows):
-                    some = [row for row in rows if row["size"] == size]
-                    charts.append(
-                        _chart(some, metric, f"{title}, {size}", "new tokens", lambda row: row["tokens"]["hop"][0])
-                    )
-    return charts
+    for metric, title in METRICS.items():
+        for budget in budgets:
+            entries = [row for row in rows if row["budget"] == budget]
+            name = f"{title}, {short_number(budget)} tokens"
+            charts.append(_chart(entries, metric, name, "parameters", lambda row: row["num_parameters"][0]))
+        if len(budgets) > 1:
+            for size in dict.fromkeys(row["size"] for row in rows):
+                entries = [row for row in rows if row["size"] == size]
+                name = f"{title}, {size}"
+                charts.append(_chart(entries, metric, name, "new tokens", lambda row: row["tokens"]["hop"][0]))
+    return [chart for chart in charts if chart]
 
 
 def _chart(rows: Sequence[Entry], metric: str, y_title: str, x_title: str, x_of: Any) -> str:
     series = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == arm and row[metric] is not None]
-        points = [Point(x_of(row), row[metric], None, "") for row in sorted(mine, key=x_of)]
+        entries = [row for row in rows if row["arm"] == arm and row[metric] is not None]
+        points = [Point(x_of(row), row[metric], None, "") for row in sorted(entries, key=x_of)]
         series.append(Series(arm, points))
-    chart = line_chart(series, x_title=x_title, y_title=y_title, log_x=True)
-    return f"<figure>{chart}</figure>" if chart else ""
+    return line_chart(series, x_title=x_title, y_title=y_title, log_x=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from cascade.report.records import Row, find_metric
+from cascade.report.records import Family, Row, find_metric
 
 _WIDTH, _HEIGHT = 640, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 30, 48
@@ -33,16 +33,16 @@ class Series:
     joined: bool = True
 
 
-def size_quality_curve(families: Sequence[dict[str, Any]], metric: str) -> str:
+def size_quality_curve(families: Sequence[Family], metric: str) -> str:
     """A metric against parameters, one series per family and role, with 95% error bars; '' if no row has the metric.
 
     Members are joined with the parent; baselines stand beside them unjoined.
     """
     series = []
     for family in families:
-        prefix = f"{family['name']} " if len(families) > 1 else ""
+        prefix = f"{family.name} " if len(families) > 1 else ""
         groups: dict[str, list[Row]] = {}
-        for row in family["rows"]:
+        for row in family.rows:
             groups.setdefault(_group(row), []).append(row)
         for group, rows in groups.items():
             points = [point for row in rows if (point := _point(row, metric)) is not None]
@@ -57,9 +57,9 @@ def candidate_chart(rows: Sequence[Row]) -> str:
     series = []
     for name, stage in (("cut and repaired", "repaired"), ("recovered shortly", "recovered")):
         points = [
-            Point(row["num_parameters_non_embedding"], losses["kl_to_teacher"], None, _shape_label(row))
+            Point(row.num_parameters_non_embedding, losses.kl_to_teacher, None, _shape_label(row))
             for row in rows
-            if row["role"] == "candidate" and (losses := row["stages"][stage])
+            if row.role == "candidate" and (losses := getattr(row.stages, stage)) and losses.kl_to_teacher is not None
         ]
         series.append(Series(name, sorted(points, key=lambda point: point.x), joined=False))
     return line_chart(
@@ -71,7 +71,7 @@ def candidate_chart(rows: Sequence[Row]) -> str:
 
 
 def _shape_label(row: Row) -> str:
-    dims, mark = row["dims"], "*" if row["status"] == "chosen" else ""
+    dims, mark = row.dims, "*" if row.status == "chosen" else ""
     return f"{dims['num_hidden_layers']}x{dims['hidden_size']}x{dims['intermediate_size']}{mark}"
 
 
@@ -113,24 +113,23 @@ def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: b
 
 
 def _group(row: Row) -> str:
-    if row["role"] in ("teacher", "member"):
+    if row.role in ("teacher", "member"):
         return ""
-    if row["role"] == "quantised":
-        return str(row["status"])
-    if row["role"] == "baseline":
-        return {"cut only": "without recovery", "cut and repaired": "repaired only"}.get(row["status"], "cross-entropy")
+    if row.role == "quantised":
+        return row.status
+    if row.role == "baseline":
+        return {"cut only": "without recovery", "cut and repaired": "repaired only"}.get(row.status, "cross-entropy")
     return "other"
 
 
-def _point(row: Row, metric: str) -> Point | None:
-    found = find_metric(row, metric)
-    value = found["value"] if found else None
+def _point(row: Row, name: str) -> Point | None:
+    metric = find_metric(row, name)
+    if metric is not None and metric.value is not None:
+        return Point(row.num_parameters, metric.value, 1.96 * metric.stderr if metric.stderr else None, row.name)
     # The teacher's divergence from itself is 0 by definition and is not measured.
-    if value is None and row["role"] == "teacher" and metric == "heldout/kl_to_teacher":
-        value, found = 0.0, {"stderr": None}
-    if value is None or found is None:
-        return None
-    return Point(row["num_parameters"], value, 1.96 * found["stderr"] if found["stderr"] else None, row["name"])
+    if row.role == "teacher" and name == "heldout/kl_to_teacher":
+        return Point(row.num_parameters, 0.0, None, row.name)
+    return None
 
 
 def _axis_value(x: float, log_x: bool) -> float:

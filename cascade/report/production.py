@@ -35,14 +35,14 @@ def production_table(drift: dict[str, Any], rows: Sequence[Row]) -> Table:
     table.append(["teacher's entropy", *(f"{drift['teacher'][kind]['entropy']:.3f}" for kind in kinds)])
     table.append(["letters of a document, median", *(f"{drift['letters'][kind]['median']:,.0f}" for kind in kinds)])
     table.append(["… 90th percentile", *(f"{drift['letters'][kind]['p90']:,.0f}" for kind in kinds)])
-    text = [drift["text"][kind] for kind in kinds]
-    table.append(["tokens unlike training text (JSD, nats)", *(f"{one['unigram_jsd']:.3f}" for one in text)])
-    table.append(["runs of 3 tokens not in training text", *(f"{one['new_trigrams']:.0%}" for one in text)])
+    texts = [drift["text"][kind] for kind in kinds]
+    table.append(["tokens unlike training text (JSD, nats)", *(f"{text['unigram_jsd']:.3f}" for text in texts)])
+    table.append(["runs of 3 tokens not in training text", *(f"{text['new_trigrams']:.0%}" for text in texts)])
     for row in rows:
         for name, title in (("loss", "loss"), ("kl_to_teacher", "KL to the teacher")):
-            found = [find_metric(row, f"{kind}/{name}") for kind in kinds]
-            if all(found) and row["role"] in ("member", "quantised"):
-                table.append([f"{row['name']}: {title}", *(f"{one['value']:.3f}" for one in found if one)])
+            values = [metric.value for kind in kinds if (metric := find_metric(row, f"{kind}/{name}"))]
+            if len(values) == len(kinds) and row.role in ("member", "quantised"):
+                table.append([f"{row.name}: {title}", *(f"{value:.3f}" for value in values)])
     return table
 
 
@@ -50,25 +50,25 @@ def wrong_diet(drift: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     """What the user should know about the recipe's text; nothing if it will do."""
     if not drift:
         return []
-    said = []
+    warnings = []
     ratio = drift["text"]["production"]["unigram_jsd"] / max(drift["text"]["heldout"]["unigram_jsd"], 1e-9)
     if ratio > UNLIKE:
-        said.append(
+        warnings.append(
             f"Production text is {ratio:.1f} times as unlike the training text as held-out text is: the recipe's text "
             "is the wrong diet; add some like data.production to data.train."
         )
     here, there = (drift["teacher"][kind]["loss"] for kind in ("heldout", "production"))
     if there > WORSE * here:
-        said.append(
+        warnings.append(
             f"The teacher itself does worse on production text (loss {there:.3f}) than on held-out text ({here:.3f}): "
             "its students can only be as good; look for a teacher that knows such text."
         )
     for row in rows:
-        found = [find_metric(row, f"{kind}/kl_to_teacher") for kind in ("heldout", "production")]
-        values = [one["value"] for one in found if one is not None]
-        if row["role"] == "member" and len(values) == 2 and values[1] > FARTHER * values[0]:
-            said.append(
-                f"{row['name']} is {values[1] / values[0]:.1f} times as far from its teacher on production text (KL "
+        metrics = [find_metric(row, f"{kind}/kl_to_teacher") for kind in ("heldout", "production")]
+        values = [metric.value for metric in metrics if metric is not None and metric.value is not None]
+        if row.role == "member" and len(values) == 2 and values[1] > FARTHER * values[0]:
+            warnings.append(
+                f"{row.name} is {values[1] / values[0]:.1f} times as far from its teacher on production text (KL "
                 f"{values[1]:.3f}) as on held-out text ({values[0]:.3f}): it has learned from other text than it meets."
             )
-    return said
+    return warnings

@@ -1,20 +1,133 @@
-"""family.json: the rows of a family, as other programs read them (schema: family.schema.json beside this file)."""
+"""The rows of a family as records, and family.json and family.csv, which hold them for other programs.
+
+The schema of family.json is family.schema.json beside this file.
+"""
 
 import csv
 import io
 import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cascade.errors import UserError
 
 VERSION = 1
 
-Row = dict[str, Any]
+Role = Literal["teacher", "member", "candidate", "baseline", "quantised"]
+"""candidate: a shape that a search tried; baseline: a model that a member is compared with; quantised: a copy of a
+member, or of the teacher, in fewer bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number about one model, and what a reader needs to judge it; None: not known or not measured."""
+
+    task: str
+    """'heldout', 'production' or the name of an lm-eval task."""
+    metric: str
+    filter: str | None = None
+    """lm-eval's filter of the answers; None for other tasks."""
+    value: float | None
+    stderr: float | None = None
+    """Standard error of the value."""
+    n: int | None = None
+    """Tokens, examples or items that the value is taken over."""
+    higher_is_better: bool | None = None
+    chance: float | None = None
+    """What guessing scores."""
+    num_fewshot: int | None = None
+    limit: float | None = None
+    """Items that a task was cut to."""
+    retention: float | None = None
+    """(member - chance) / (parent - chance)."""
+    retention_interval: tuple[float, float] | None = None
+    """The retention's 95% interval: its lower and its upper end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What a model was trained on, in tokens, or in examples where a task counts those."""
+
+    hop: int = 0
+    """Of the model's own training."""
+    cumulative: int = 0
+    """Of its own training and of those of the members that it is cut from."""
+    teacher_labelled: int = 0
+    """Those that the teacher gave probabilities for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What making and measuring a model took; None: not measured."""
+
+    seconds: float | None = None
+    flops: float | None = None
+    money: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Losses on selection text, in nats per token or example; None: not finite or not measured."""
+
+    loss: float | None = None
+    kl_to_teacher: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLosses:
+    """Losses after each stage of making a member; None: it did not go through that stage."""
+
+    cut: Losses | None = None
+    repaired: Losses | None = None
+    recovered: Losses | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Speed and memory of a batch of one in a process of its own; None: not measured."""
+
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    peak_memory_bytes: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model of a family. The order of the fields is that of family.json."""
+
+    name: str
+    role: Role
+    status: str
+    """done; of candidates, baselines and copies which kind of them it is."""
+    seed: str | None = None
+    """'parent' or the member that it is cut from; None: it is not cut."""
+    checkpoint: str | None = None
+    """Its folder inside the run directory; None: it is not published."""
+    dims: dict[str, int]
+    """The architecture's sizes, by the names that its config has."""
+    num_parameters: int
+    num_parameters_non_embedding: int
+    bytes: int | None = None
+    """Of its weight files."""
+    tokens: Tokens = Tokens()
+    cost: Cost = Cost()
+    stages: StageLosses = StageLosses()
+    metrics: tuple[Metric, ...] = ()
+    speed: Speed = Speed()
+
+
+@dataclass(frozen=True)
+class Family:
+    """The rows of one family.json: the teacher, members, copies, baselines and candidates."""
+
+    name: str
+    rows: list[Row]
 
 
 def load_family(path: str | Path) -> dict[str, Any]:
-    """A family.json, or that of a run directory.
+    """A family.json, or that of a run directory, as JSON has it; `family_of` makes records of it.
 
     Raises:
         UserError: there is none, or it is not one.
@@ -30,31 +143,55 @@ def load_family(path: str | Path) -> dict[str, Any]:
     return family
 
 
-def family_json(name: str, rows: list[Row]) -> str:
+def family_of(family: Mapping[str, Any]) -> Family:
+    """The records of a family.json that `load_family` has read."""
+    return Family(family["name"], [row_of(row) for row in family["rows"]])
+
+
+def row_of(row: Mapping[str, Any]) -> Row:
+    """The record of one row of a family.json; keys that it lacks count as not measured."""
+    values = _known_values(Row, row)
+    stages = _known_values(StageLosses, row.get("stages", {}))
+    values["stages"] = StageLosses(**{stage: losses_of(losses) for stage, losses in stages.items()})
+    values["metrics"] = metrics_of(row.get("metrics", []))
+    values["tokens"] = Tokens(**_known_values(Tokens, row.get("tokens", {})))
+    values["cost"] = Cost(**_known_values(Cost, row.get("cost", {})))
+    values["speed"] = speed_of(row.get("speed", {}))
+    return Row(**values)
+
+
+def losses_of(losses: Mapping[str, Any] | None) -> Losses | None:
+    """The record of what a stage's losses.json, or family.json, says of one stage."""
+    return None if losses is None else Losses(**_known_values(Losses, losses))
+
+
+def speed_of(speed: Mapping[str, Any]) -> Speed:
+    """The record of the speed in a stage's cost.json or in family.json; empty: not measured."""
+    return Speed(**_known_values(Speed, speed))
+
+
+def metrics_of(metrics: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
+    """The records of the metrics in an eval.json or family.json."""
+    records = []
+    for metric in metrics:
+        interval = metric.get("retention_interval")
+        values = _known_values(Metric, metric) | {"retention_interval": tuple(interval) if interval else None}
+        records.append(Metric(**values))
+    return tuple(records)
+
+
+def family_json(name: str, rows: Iterable[Row]) -> str:
     """Strict JSON: null, never NaN."""
-    return json.dumps({"version": VERSION, "name": name, "rows": rows}, indent=1, allow_nan=False) + "\n"
+    family = {"version": VERSION, "name": name, "rows": [asdict(row) for row in rows]}
+    return json.dumps(family, indent=1, allow_nan=False) + "\n"
 
 
-def family_csv(rows: list[Row]) -> str:
+def family_csv(rows: Iterable[Row]) -> str:
     """One line per row; metrics as task/metric columns with their standard errors and retentions."""
     columns: list[str] = []
     lines = []
     for row in rows:
-        line: Row = {key: row[key] for key in ("name", "role", "status", "seed", "checkpoint")}
-        line |= {key: row[key] for key in ("num_parameters", "num_parameters_non_embedding", "bytes")}
-        line |= row["dims"]
-        line |= {f"tokens_{key}": value for key, value in row["tokens"].items()}
-        line |= {f"cost_{key}": value for key, value in row["cost"].items()}
-        for stage, losses in row["stages"].items():
-            line |= {f"{stage}_{key}": value for key, value in (losses or {}).items()}
-        for metric in row["metrics"]:
-            name = metric_name(metric)
-            line |= {
-                name: metric["value"],
-                f"{name}_stderr": metric["stderr"],
-                f"{name}_retention": metric["retention"],
-            }
-        line |= row["speed"]
+        line = _csv_line(row)
         columns += [column for column in line if column not in columns]
         lines.append(line)
     text = io.StringIO()
@@ -64,17 +201,35 @@ def family_csv(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def metric_name(metric: dict[str, Any]) -> str:
+def metric_name(metric: Metric) -> str:
     """'task/metric', with the filter where lm-eval has one that is not 'none'."""
-    suffix = "" if metric["filter"] in (None, "none") else f"/{metric['filter']}"
-    return f"{metric['task']}/{metric['metric']}{suffix}"
+    suffix = "" if metric.filter in (None, "none") else f"/{metric.filter}"
+    return f"{metric.task}/{metric.metric}{suffix}"
 
 
-def find_metric(row: Row, name: str) -> dict[str, Any] | None:
+def find_metric(row: Row, name: str) -> Metric | None:
     """The metric of that name, or None."""
-    return next((metric for metric in row["metrics"] if metric_name(metric) == name), None)
+    return next((metric for metric in row.metrics if metric_name(metric) == name), None)
 
 
-def metric_names(rows: list[Row]) -> list[str]:
+def metric_names(rows: Iterable[Row]) -> list[str]:
     """All metrics that any row has, in order of first appearance."""
-    return list(dict.fromkeys(metric_name(metric) for row in rows for metric in row["metrics"]))
+    return list(dict.fromkeys(metric_name(metric) for row in rows for metric in row.metrics))
+
+
+def _known_values(record: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that the record has a field for."""
+    return {field.name: values[field.name] for field in fields(record) if field.name in values}
+
+
+def _csv_line(row: Row) -> dict[str, Any]:
+    keys = ("name", "role", "status", "seed", "checkpoint", "num_parameters", "num_parameters_non_embedding", "bytes")
+    line: dict[str, Any] = {key: getattr(row, key) for key in keys} | row.dims
+    line |= {f"tokens_{key}": value for key, value in vars(row.tokens).items()}
+    line |= {f"cost_{key}": value for key, value in vars(row.cost).items()}
+    for stage, losses in vars(row.stages).items():
+        line |= {f"{stage}_{key}": value for key, value in (vars(losses) if losses else {}).items()}
+    for metric in row.metrics:
+        name = metric_name(metric)
+        line |= {name: metric.value, f"{name}_stderr": metric.stderr, f"{name}_retention": metric.retention}
+    return line | vars(row.speed)

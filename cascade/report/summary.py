@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.report.production import load_drift, wrong_diet
-from cascade.report.records import load_family
+from cascade.report.records import family_of, load_family
 from cascade.report.tables import plain_table, quality_table, size_table
 from cascade.report.targets import load_targets, targets_sentence
 from cascade.report.verdicts import load_verdicts, verdict_table
@@ -22,7 +22,7 @@ def run_summary(folder: Path) -> dict[str, Any]:
 
 def run_texts(folder: Path) -> str:
     """Sizes, quality, verdicts, what was kept of the teacher, and where the report is."""
-    rows, verdicts, targets = load_family(folder)["rows"], load_verdicts(folder), load_targets(folder)
+    rows, verdicts, targets = family_of(load_family(folder)).rows, load_verdicts(folder), load_targets(folder)
     tables = [size_table(rows), quality_table(rows), *([verdict_table(verdicts)] if verdicts else [])]
     parts = [plain_table(table) for table in tables]
     parts += [targets_sentence(targets)] if targets else []

@@ -1,10 +1,9 @@
 """The family's tables, once as text cells; Markdown and HTML only dress them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from cascade.report.plots import short_number
-from cascade.report.records import Row, find_metric, metric_names
+from cascade.report.records import Losses, Metric, Row, find_metric, metric_names
 
 Table = list[list[str]]
 """Rows of cells; the first is the head."""
@@ -12,7 +11,7 @@ Table = list[list[str]]
 
 def size_table(rows: Sequence[Row]) -> Table:
     """Shape, size and speed of each row."""
-    teacher = next((row for row in rows if row["role"] == "teacher"), None)
+    teacher = next((row for row in rows if row.role == "teacher"), None)
     head = [
         "",
         "parameters",
@@ -28,24 +27,24 @@ def size_table(rows: Sequence[Row]) -> Table:
     ]
     table = [head]
     for row in rows:
-        if row["role"] in ("baseline", "candidate"):
+        if row.role in ("baseline", "candidate"):
             continue
-        dims, speed = row["dims"], row["speed"]
-        share = row["num_parameters"] / teacher["num_parameters"] if teacher else None
+        dims, speed = row.dims, row.speed
+        share = row.num_parameters / teacher.num_parameters if teacher else None
         heads = f"{dims['num_attention_heads']}/{dims['num_key_value_heads']}"
         table.append(
             [
-                row["name"],
-                f"{row['num_parameters']:,}",
+                row.name,
+                f"{row.num_parameters:,}",
                 "" if share is None else f"{share:.0%}",
                 str(dims["num_hidden_layers"]),
                 str(dims["hidden_size"]),
                 str(dims["intermediate_size"]),
                 heads,
-                _number(row["bytes"], 1e6),
-                _number(speed["prefill_tokens_per_s"]),
-                _number(speed["decode_tokens_per_s"]),
-                _number(speed["peak_memory_bytes"], 1e6),
+                _number(row.bytes, 1e6),
+                _number(speed.prefill_tokens_per_s),
+                _number(speed.decode_tokens_per_s),
+                _number(speed.peak_memory_bytes, 1e6),
             ]
         )
     return table
@@ -53,11 +52,11 @@ def size_table(rows: Sequence[Row]) -> Table:
 
 def quality_table(rows: Sequence[Row]) -> Table:
     """Every metric of every row as value ± standard error, with the retention where it is defined."""
-    rows = [row for row in rows if row["role"] != "candidate"]
+    rows = [row for row in rows if row.role != "candidate"]
     names = metric_names(list(rows))
     table = [["", *names]]
     for row in rows:
-        table.append([row["name"], *(_metric_cell(find_metric(row, name)) for name in names)])
+        table.append([row.name, *(_metric_cell(find_metric(row, name)) for name in names)])
     return table
 
 
@@ -79,23 +78,19 @@ def stage_table(rows: Sequence[Row]) -> Table:
     ]
     table = [head]
     for row in rows:
-        if row["role"] != "member":
+        if row.role != "member":
             continue
-        cut, repaired, recovered = (row["stages"][name] or {} for name in ("cut", "repaired", "recovered"))
+        stages = [losses or Losses() for losses in (row.stages.cut, row.stages.repaired, row.stages.recovered)]
         table.append(
             [
-                row["name"],
-                row["seed"] or "",
-                _loss(cut.get("loss")),
-                _loss(repaired.get("loss")),
-                _loss(recovered.get("loss")),
-                _loss(cut.get("kl_to_teacher")),
-                _loss(repaired.get("kl_to_teacher")),
-                _loss(recovered.get("kl_to_teacher")),
-                f"{row['tokens']['hop'] or 0:,}",
-                f"{row['tokens']['cumulative'] or 0:,}",
-                _number(row["cost"]["seconds"]),
-                "" if row["cost"]["flops"] is None else short_number(row["cost"]["flops"]),
+                row.name,
+                row.seed or "",
+                *(_loss(losses.loss) for losses in stages),
+                *(_loss(losses.kl_to_teacher) for losses in stages),
+                f"{row.tokens.hop:,}",
+                f"{row.tokens.cumulative:,}",
+                _number(row.cost.seconds),
+                "" if row.cost.flops is None else short_number(row.cost.flops),
             ]
         )
     return table
@@ -105,21 +100,21 @@ def shape_table(rows: Sequence[Row]) -> Table:
     """The shapes that a search tried, the chosen one first for each member; only the head where none was searched."""
     table = [["", "", "layers", "hidden", "MLP", "heads", "parameters", "KL: repaired", "recovered shortly", "seconds"]]
     for row in rows:
-        if row["role"] != "candidate":
+        if row.role != "candidate":
             continue
-        dims, recovered = row["dims"], row["stages"]["recovered"] or {}
+        dims, repaired, recovered = row.dims, row.stages.repaired or Losses(), row.stages.recovered or Losses()
         table.append(
             [
-                row["name"],
-                row["status"],
+                row.name,
+                row.status,
                 str(dims["num_hidden_layers"]),
                 str(dims["hidden_size"]),
                 str(dims["intermediate_size"]),
                 f"{dims['num_attention_heads']}/{dims['num_key_value_heads']}",
-                f"{row['num_parameters']:,}",
-                _loss(row["stages"]["repaired"]["kl_to_teacher"]),
-                _loss(recovered.get("kl_to_teacher")),
-                _number(row["cost"]["seconds"]),
+                f"{row.num_parameters:,}",
+                _loss(repaired.kl_to_teacher),
+                _loss(recovered.kl_to_teacher),
+                _number(row.cost.seconds),
             ]
         )
     return table
@@ -148,15 +143,15 @@ def plain_table(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _metric_cell(metric: dict[str, Any] | None) -> str:
-    if metric is None or metric["value"] is None:
+def _metric_cell(metric: Metric | None) -> str:
+    if metric is None or metric.value is None:
         return ""
-    text = f"{metric['value']:.4g}"
-    if metric["stderr"]:
-        text += f" ± {metric['stderr']:.2g}"
-    if metric["retention"] is not None:
-        text += f" ({metric['retention']:.0%}"
-        interval = metric["retention_interval"]
+    text = f"{metric.value:.4g}"
+    if metric.stderr:
+        text += f" ± {metric.stderr:.2g}"
+    if metric.retention is not None:
+        text += f" ({metric.retention:.0%}"
+        interval = metric.retention_interval
         text += f", {interval[0]:.0%} to {interval[1]:.0%})" if interval else ")"
     return text
 

@@ -16,28 +16,27 @@ Verdict = dict[str, Any]
 
 def judge(rows: Sequence[Row], wanted: Mapping[str, float]) -> list[Verdict]:
     """A verdict for the teacher and each member on each threshold: at least it, or at most where lower is better."""
-    found = []
+    verdicts: list[Verdict] = []
     for row in rows:
-        if row["role"] not in ("teacher", "member", "quantised"):
+        if row.role not in ("teacher", "member", "quantised"):
             continue
         for name, threshold in wanted.items():
             metric = find_metric(row, name)
-            value = None if metric is None else metric["value"]
+            value = None if metric is None else metric.value
             good = None
             if metric is not None and value is not None:
-                good = bool(value >= threshold if metric["higher_is_better"] else value <= threshold)
-            stderr = None if metric is None else metric["stderr"]
-            found.append(
+                good = bool(value >= threshold if metric.higher_is_better else value <= threshold)
+            verdicts.append(
                 {
-                    "row": row["name"],
+                    "row": row.name,
                     "metric": name,
                     "wanted": threshold,
                     "value": value,
-                    "stderr": stderr,
+                    "stderr": None if metric is None else metric.stderr,
                     "good": good,
                 }
             )
-    return found
+    return verdicts
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:

@@ -4,9 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from html import escape
 from pathlib import Path
-from typing import Any
 
 from cascade.carrying import free_name
 from cascade.errors import UserError
@@ -17,7 +15,8 @@ from cascade.report.plots import candidate_chart, size_quality_curve, training_c
 from cascade.report.production import load_drift, production_table, wrong_diet
 from cascade.report.provenance import load_provenances, provenance_table
 from cascade.report.rates import load_rates, rates_table
-from cascade.report.records import Row, family_csv, family_json, metric_names
+from cascade.report.records import Family, Row, family_csv, family_json, metric_names
+from cascade.report.render import render
 from cascade.report.skipped import load_skipped, skipped_table
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
 from cascade.report.tail import decile_table, load_tails, slice_table
@@ -41,14 +40,6 @@ DERIVED = ("family.csv", "report.md", "report.html")
 """What is made of the other files alone."""
 
 _SEALED = (".json", ".csv", ".md", ".html", ".yaml")
-
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;margin:1rem 0}"
-    "td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right;white-space:nowrap}"
-    "td:first-child,th:first-child{text-align:left}"
-    "figure{margin:.5rem 0;display:inline-block;width:48%;min-width:26rem}h2{margin-top:2rem}"
-)
 
 
 def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> None:
@@ -117,35 +108,23 @@ def report_html(
     name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]], further: Sequence[Titled] = ()
 ) -> str:
     """One HTML file with tables and curves; nothing is loaded from anywhere."""
-    family = {"name": name, "rows": rows}
-    body = [f"<h1>Family {escape(name)}</h1>", f"<p>{escape(_NOTES)}</p>", "<h2>Size against quality</h2>"]
-    body += [f"<figure>{chart}</figure>" for chart in _charts(family)]
-    for title, table in _tables(rows, further):
-        body += [f"<h2>{escape(title)}</h2>", html_table(table)]
-    chart = candidate_chart(rows)
-    if chart:
-        body.append(f"<figure>{chart}</figure>")
-    chart = training_curves(curves)
-    if chart:
-        body += ["<h2>Training</h2>", f"<figure>{chart}</figure>"]
-    return html_page(name, body)
-
-
-def html_page(title: str, body: list[str]) -> str:
-    """A page that loads nothing from anywhere."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    values = {
+        "title": name,
+        "notes": _NOTES,
+        "quality_charts": _charts(Family(name, rows)),
+        "tables": _tables(rows, further),
+        "shape_chart": candidate_chart(rows),
+        "training_chart": training_curves(curves),
+    }
+    return render("report.html.jinja", values)
 
 
 def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     """What a run has written besides its rows."""
-    verdicts, tails, made = load_verdicts(run_folder), load_tails(run_folder), load_provenances(run_folder)
+    verdicts, tails, provenances = load_verdicts(run_folder), load_tails(run_folder), load_provenances(run_folder)
     tables = [("Good enough", verdict_table(verdicts))] if verdicts else []
-    said = [[name, one] for name, log in training_logs(run_folder).items() for one in findings(log)]
-    tables += [("Trainings to look at", [["member", "found"], *said])] if said else []
+    faults = [[name, fault] for name, log in training_logs(run_folder).items() for fault in findings(log)]
+    tables += [("Trainings to look at", [["member", "found"], *faults])] if faults else []
     rates = load_rates(run_folder)
     tables += [("Learning rates", rates_table(rates))] if rates else []
     skipped = load_skipped(run_folder)
@@ -153,17 +132,17 @@ def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
     targets = load_targets(run_folder)
     if targets.get("members"):
         tables.append((f"Teacher's targets: {targets['kind']}", targets_table(targets)))
-    published = [made[row["name"]] for row in rows if row["name"] in made]
+    published = [provenances[row.name] for row in rows if row.name in provenances]
     tables += [("Where they come from", provenance_table(published))] if published else []
     drift = load_drift(run_folder)
     if drift:
-        said = [[one] for one in wrong_diet(drift, rows)]
+        warnings = [[warning] for warning in wrong_diet(drift, rows)]
         tables += [("Production", production_table(drift, rows))]
-        tables += [("The recipe's diet", [["found"], *said])] if said else []
+        tables += [("The recipe's diet", [["found"], *warnings])] if warnings else []
     if tails:
-        members = {row["name"] for row in rows if row["role"] == "member"}
-        own = {name: tail for name, tail in tails.items() if name in members}
-        tables += [("The long tail", decile_table(tails)), ("Where most was lost", slice_table(own))]
+        members = {row.name for row in rows if row.role == "member"}
+        member_tails = {name: tail for name, tail in tails.items() if name in members}
+        tables += [("The long tail", decile_table(tails)), ("Where most was lost", slice_table(member_tails))]
     return tables
 
 
@@ -178,20 +157,12 @@ def _tables(rows: list[Row], further: Sequence[Titled]) -> list[Titled]:
     return [*tables, ("Shapes tried", shapes)] if len(shapes) > 1 else tables
 
 
-def _charts(family: dict[str, Any]) -> list[str]:
+def _charts(family: Family) -> list[str]:
     """One chart per metric, the most telling first; loss and bits per byte have the same shape."""
-    names = [name for name in metric_names(family["rows"]) if name != "heldout/loss"]
+    names = [name for name in metric_names(family.rows) if name != "heldout/loss"]
     first = [name for name in ("heldout/kl_to_teacher", "heldout/bits_per_byte") if name in names]
     ordered = first + [name for name in names if name not in first]
     return [chart for name in ordered if (chart := size_quality_curve([family], name))]
-
-
-def html_table(table: Table) -> str:
-    """The table in HTML, cells escaped."""
-    head, *rows = table
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>" + "".join(lines) + "</tbody></table>"
 
 
 def _plain(text: str) -> str:

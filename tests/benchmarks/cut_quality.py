@@ -184,7 +184,7 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
     }
     for tokens in [0, *options.budgets]:
         metrics = heldout_metrics(recovered(start, tokens) if tokens else start, teacher, heldout)
-        found = {metric["metric"]: metric["value"] for metric in metrics}
+        found = {metric.metric: metric.value for metric in metrics}
         row["loss"][str(tokens)], row["kl"][str(tokens)] = found["loss"], found["kl_to_teacher"]
     return row
 
