@@ -78,7 +78,7 @@ def test_the_teacher_labels_once_for_the_whole_family(make, kind):
     if kind == "hidden":
         assert 0 < big["rounding_kl"] < 1e-4
     report = (folder / "report.html").read_text()
-    assert f"Teacher&#x27;s targets: {kind}" in report and "labelled for it" in report
+    assert f"Teacher&#39;s targets: {kind}" in report and "labelled for it" in report
 
 
 def test_members_from_hidden_states_are_as_those_of_a_live_teacher(make):
