@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,18 +250,25 @@ def distill(
 ) -> None:
     """Train STUDENT to predict what a teacher predicts."""
     quiet_libraries()
-    from cascade.distillation.fused import Objective
+    from cascade.distillation.options import Objective, Optimization
     from cascade.single import distill_model
 
-    options = {
-        "num_tokens": tokens,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "objective": Objective(loss, temperature),
-        "seed": seed,
-    }
+    optimization = Optimization(batch_size=batch_size, seed=seed)
+    if learning_rate is not None:
+        optimization = replace(optimization, learning_rate=learning_rate)
     with interruptible(NOTHING_KEPT):
-        finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)
+        result = distill_model(
+            student,
+            teacher,
+            Path(output),
+            data,
+            block_size,
+            num_tokens=tokens,
+            objective=Objective(loss, temperature),
+            optimization=optimization,
+            search_rate=learning_rate is None,
+        )
+        finish(result, as_json)
 
 
 @main.command()

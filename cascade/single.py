@@ -12,7 +12,9 @@ import torch
 from cascade.data.blocks import TokenBlocks, pack_documents
 from cascade.data.framing import Framing, framing_of
 from cascade.data.sources import TextData, read_documents
+from cascade.distillation.options import Hooks, Objective, Optimization
 from cascade.distillation.range_test import find_learning_rate
+from cascade.distillation.supervision import Selection, Supervision
 from cascade.distillation.trainer import distill
 from cascade.errors import RunError, UserError
 from cascade.evaluation.evaluate import default_device, evaluate
@@ -135,18 +137,30 @@ def prune_model_on_disk(reference: str, plan_path: Path, output: Path) -> dict[s
 
 
 def distill_model(
-    student: str, teacher: str, output: Path, data: str | None, block_size: int, options: dict[str, Any]
+    student: str,
+    teacher: str,
+    output: Path,
+    data: str | None,
+    block_size: int,
+    *,
+    num_tokens: int,
+    objective: Objective,
+    optimization: Optimization,
+    search_rate: bool,
 ) -> dict[str, Any]:
-    """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl."""
+    """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl.
+
+    With `search_rate` the learning rate is found by short trainings first, instead of that of `optimization`.
+    """
     output = require_empty(output)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
     data = named_text(data, teacher)
-    for one in (source, teacher_source):
-        config = load_config(one)
-        check_weights(one, config)
-        require_language(config, one.reference)
+    for model_source in (source, teacher_source):
+        config = load_config(model_source)
+        check_weights(model_source, config)
+        require_language(config, model_source.reference)
     common = _common_ids(source, teacher_source, block_size)
-    options = options | {"objective": replace(options["objective"], vocab_size=common)}
+    supervision = Supervision(objective=replace(objective, vocab_size=common))
     framing = _framing(teacher_source, data, block_size)
     train = _blocks(data, "train", teacher_source, block_size, framing, common)
     selection = _blocks(data, "selection", teacher_source, block_size, framing, common).take(16)
@@ -155,23 +169,33 @@ def distill_model(
         output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
     ) as folder:
         learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
-        if options["learning_rate"] is None:
-            found = find_learning_rate(learner, expert, train, selection=selection, **options)
-            options = options | {"learning_rate": found.learning_rate}
+        if search_rate:
+            search = find_learning_rate(
+                learner,
+                expert,
+                train,
+                num_tokens=num_tokens,
+                selection=selection,
+                supervision=supervision,
+                optimization=optimization,
+            )
+            optimization = replace(optimization, learning_rate=search.learning_rate)
         metrics = distill(
             learner,
             expert,
             train,
-            selection=selection,
-            log_path=folder / "log.jsonl",
-            **options,
+            num_tokens=num_tokens,
+            supervision=supervision,
+            optimization=optimization,
+            selection=Selection(blocks=selection),
+            hooks=Hooks(log_path=folder / "log.jsonl"),
         )
         _save(learner, folder, source)
     return {
         "output": str(output),
         "text": told_text(data),
         **framing.record(),
-        "learning_rate": options["learning_rate"],
+        "learning_rate": optimization.learning_rate,
         "num_steps": metrics.num_steps,
         "num_tokens": metrics.num_tokens,
         "seconds": round(metrics.seconds, 1),

@@ -16,7 +16,7 @@ from cascade.data.messages import chat_documents, conversation_tokens
 from cascade.data.prepare import mixed, prepare_blocks
 from cascade.data.sources import TextData
 from cascade.distillation.batch import batch_losses
-from cascade.distillation.fused import Objective
+from cascade.distillation.options import Objective
 from cascade.errors import UserError
 from cascade.models.checkpoint import load_tokenizer, resolve_model
 from cascade.models.packing import require_document_masks
