@@ -17,7 +17,6 @@ from cascade.cli_options import (
     BLOCK,
     DATA,
     JSON,
-    LOSSES,
     NOTHING_KEPT,
     OUTPUT,
     POSITIVE,
@@ -32,6 +31,7 @@ from cascade.cli_options import (
     quiet_libraries,
 )
 from cascade.cli_runs import doctor, report, verify
+from cascade.distillation.divergences import DIVERGENCES
 from cascade.errors import UserError
 from cascade.failpoints import arm
 from cascade.secrets import Redacting, redact_tracebacks
@@ -225,7 +225,7 @@ def prune(
 @click.option(
     "--loss",
     default="forward_kl",
-    type=click.Choice(LOSSES),
+    type=click.Choice(list(DIVERGENCES)),
     show_default=True,
     help="The divergence from the teacher.",
 )
