@@ -21,6 +21,7 @@ from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.framing import choose_framing
 from cascade.evaluation.harness import find_tasks, require_datasets
 from cascade.evaluation.heldout import heldout_blocks
+from cascade.evaluation.task_options import HarnessOptions, TaskOptions
 from cascade.evaluation.tokenizer_files import require_same_ids
 from cascade.family import score_for_dims
 from cascade.importance.offload import blocks_at_once, offloaded
@@ -234,11 +235,9 @@ def evaluate_model(
         expert = load_model(teacher_source).to(default_device())
     result = evaluate(
         source,
-        tasks=tasks,
+        tasks=TaskOptions(names=tasks, folders=task_folders, harness=HarnessOptions(limit=limit)),
         teacher=expert,
         heldout=heldout,
-        task_folders=task_folders,
-        limit=limit,
         vocab_size=common,
     )
     if result.failed:

@@ -309,6 +309,7 @@ def test_F21_out_of_memory_while_measuring_halves_the_batch_and_the_numbers_stay
     tiny_parent, recipe_folder, what, armed, caplog
 ):
     from cascade.evaluation.evaluate import evaluate
+    from cascade.evaluation.task_options import HarnessOptions, TaskOptions
     from cascade.importance.statistics import collect_statistics
     from cascade.models.checkpoint import load_model, resolve_model
 
@@ -321,8 +322,9 @@ def test_F21_out_of_memory_while_measuring_halves_the_batch_and_the_numbers_stay
                 lambda size: collect_statistics(load_model(source), blocks, batch_size=size), 8, "statistics"
             )
             return [float(value.double().sum()) for value in found.__dict__.values() if isinstance(value, torch.Tensor)]
-        tasks = ["python_minimal_pairs"] if what == "evaluation" else []
-        found = evaluate(source, tasks=tasks, heldout=blocks, limit=6, measure_speed=False)
+        names = ["python_minimal_pairs"] if what == "evaluation" else []
+        tasks = TaskOptions(names=names, harness=HarnessOptions(limit=6))
+        found = evaluate(source, tasks=tasks, heldout=blocks, measure_speed=False)
         return [one["value"] for one in found.metrics]
 
     plain = measured()
