@@ -83,8 +83,8 @@ def make_evaluation(
         model = load_model(checkpoint).to(default_device())
         production = _production(recipe, checkpoint, bad, vocab_size=vocab_size)
         metrics, _ = block_metrics(model, teacher, production, vocab_size=vocab_size)
-        kept = [one for one in metrics if one["metric"] in PRODUCTION_METRICS]
-        result.metrics.extend(one | {"task": "production"} for one in kept)
+        rows = [row for row in metrics if row["metric"] in PRODUCTION_METRICS]
+        result.metrics.extend(row | {"task": "production"} for row in rows)
     if parent_evaluation is None:
         parent: dict[str, Any] = {"metrics": result.metrics, "items": result.items}
     else:

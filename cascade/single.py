@@ -15,7 +15,7 @@ from cascade.data.sources import TextData, read_documents
 from cascade.distillation.options import Hooks, Objective, Optimization
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.supervision import Selection, Supervision
-from cascade.distillation.trainer import distill
+from cascade.distillation.trainer import TrainingMetrics, distill
 from cascade.errors import RunError, UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.framing import choose_framing
@@ -156,19 +156,15 @@ def distill_model(
     output = require_empty(output)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
     data = named_text(data, teacher)
-    for model_source in (source, teacher_source):
-        config = load_config(model_source)
-        check_weights(model_source, config)
-        require_language(config, model_source.reference)
+    _require_language_models(source, teacher_source)
     common = _common_ids(source, teacher_source, block_size)
     supervision = Supervision(objective=replace(objective, vocab_size=common))
     framing = _framing(teacher_source, data, block_size)
     train = _blocks(data, "train", teacher_source, block_size, framing, common)
     selection = _blocks(data, "selection", teacher_source, block_size, framing, common).take(16)
     learner, expert = load_model(source), load_model(teacher_source)
-    with staged(
-        output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
-    ) as folder:
+    provenance = {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
+    with staged(output, provenance) as folder:
         learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
         if search_rate:
             search = find_learning_rate(
@@ -197,6 +193,12 @@ def distill_model(
         "text": told_text(data),
         **framing.record(),
         "learning_rate": optimization.learning_rate,
+        **_training_figures(metrics),
+    }
+
+
+def _training_figures(metrics: TrainingMetrics) -> dict[str, Any]:
+    return {
         "num_steps": metrics.num_steps,
         "num_tokens": metrics.num_tokens,
         "seconds": round(metrics.seconds, 1),
@@ -219,11 +221,7 @@ def evaluate_model(
     source, expert = resolve_model(checkpoint), None
     teacher_source = None if teacher is None else resolve_model(teacher)
     data = named_text(data, checkpoint)
-    for one in (source, teacher_source):
-        if one is not None:
-            config = load_config(one)
-            check_weights(one, config)
-            require_language(config, one.reference)
+    _require_language_models(source, teacher_source)
     common = _common_ids(source, teacher_source, block_size)
     require_datasets(find_tasks(tasks, task_folders))
     tokenizer = load_tokenizer(source)
@@ -241,8 +239,8 @@ def evaluate_model(
         vocab_size=common,
     )
     if result.failed:
-        told = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
-        raise RunError(f"{told}. The others: {json.dumps(result.metrics)}")
+        failures = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
+        raise RunError(f"{failures}. The others: {json.dumps(result.metrics)}")
     return {
         "checkpoint": source.reference,
         "text": told_text(data),
@@ -270,6 +268,19 @@ def named_text(data: str | None, reference: str) -> str:
 def told_text(data: str) -> str:
     """The text as results name it."""
     return f"{STDLIB} (source code of Python's standard library)" if data == STDLIB else data
+
+
+def _require_language_models(*sources: ModelSource | None) -> None:
+    """Refuse checkpoints whose weights are not those of their config, or that are no language models.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    for source in sources:
+        if source is not None:
+            config = load_config(source)
+            check_weights(source, config)
+            require_language(config, source.reference)
 
 
 def _common_ids(source: ModelSource, teacher: ModelSource | None, block_size: int) -> int:

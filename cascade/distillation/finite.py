@@ -69,24 +69,24 @@ def leave_out(
     for parameter in trained.student.parameters():
         parameter.grad = None
     step = progress.step
-    told = f"step {step}: loss {losses['loss']}, gradient norm {losses['grad_norm']}"
+    message = f"step {step}: loss {losses['loss']}, gradient norm {losses['grad_norm']}"
     if safekeeping.on_nan == "stop" or progress.skips >= safekeeping.max_skipped:
-        kept = _record(None if states is None else states.folder, progress, rows, losses)
-        often = f" after {progress.skips} that were left out" if progress.skips else ""
+        place = _record(None if states is None else states.folder, progress, rows, losses)
+        skips = f" after {progress.skips} that were left out" if progress.skips else ""
         raise NotFiniteError(
-            f"{told}; stopped before the optimizer step{often}. Blocks of this batch: {rows.tolist()}{kept}. "
+            f"{message}; stopped before the optimizer step{skips}. Blocks of this batch: {rows.tolist()}{place}. "
             "Try a lower learning_rate, look at those blocks, or on_nan: skip"
         )
     if safekeeping.on_nan == "rollback" and states is not None:
-        found = load_state(states.folder, trained, progress.settings)
-        if found is not None:
-            logger.warning("%s; back to step %d, and steps up to this one are left out", told, found.step)
-            found.left_out = sorted({*found.left_out, *range(found.step, step + 1)})
-            found.skips = progress.skips + 1
-            states.save(trained, found)
-            log.again(found.curve)
-            return found
-    logger.warning("%s; the step is left out (%d of %d)", told, progress.skips + 1, safekeeping.max_skipped)
+        earlier = load_state(states.folder, trained, progress.settings)
+        if earlier is not None:
+            logger.warning("%s; back to step %d, and steps up to this one are left out", message, earlier.step)
+            earlier.left_out = sorted({*earlier.left_out, *range(earlier.step, step + 1)})
+            earlier.skips = progress.skips + 1
+            states.save(trained, earlier)
+            log.again(earlier.curve)
+            return earlier
+    logger.warning("%s; the step is left out (%d of %d)", message, progress.skips + 1, safekeeping.max_skipped)
     progress.left_out = [*progress.left_out, step]
     progress.skips += 1
     return progress

@@ -109,12 +109,10 @@ def find_learning_rate(
     if not math.isfinite(losses[best]):
         rates = ", ".join(f"{first * _FACTOR**power:g}" for power in sorted(losses))
         raise TrainingError(f"learning_rate: auto: the loss ran off at every rate tried ({rates}); give a rate")
+    figures = ((first * _FACTOR**power, loss if math.isfinite(loss) else None) for power, loss in losses.items())
     return RangeTest(
         learning_rate=usual_rate(num_steps, optimization.optimizer) * _FACTOR ** (best + _vertex(losses, best)),
-        tried=[
-            {"learning_rate": first * _FACTOR**power, "loss": loss if math.isfinite(loss) else None}
-            for power, loss in losses.items()
-        ],
+        tried=[{"learning_rate": rate, "loss": loss} for rate, loss in figures],
         num_tokens=tokens * len(losses),
         seconds=time.perf_counter() - started,
     )

@@ -1,6 +1,5 @@
 """What every section of a recipe is: closed, strict, and unchanged once read."""
 
-import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -9,8 +8,6 @@ from pydantic_core import core_schema
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def as_list(value: object) -> object:
