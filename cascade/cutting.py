@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,10 @@ from cascade.caching import TeacherCache, training_rows
 from cascade.data.blocks import TokenBlocks, load_blocks
 from cascade.data.examples import load_training
 from cascade.distillation.batch import selection_losses
-from cascade.distillation.divergences import Options
-from cascade.distillation.features import FeatureLoss, Features
-from cascade.distillation.fused import Objective
-from cascade.distillation.on_policy import OnPolicy
+from cascade.distillation.features import FeatureLoss
+from cascade.distillation.options import Features, Hooks
 from cascade.distillation.origin import Origin, even_origin, origin_of
 from cascade.distillation.range_test import usual_rate
-from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
 from cascade.errors import DivergedError, NotFiniteError
 from cascade.evaluation.evaluate import default_device
@@ -39,6 +36,7 @@ from cascade.pruning.repair import Repair, repair
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
 from cascade.starts import plan_layers
+from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,50 +45,6 @@ REPAIRS = {
     "independent": Repair(sequential=False),
 }
 """What the recipe's prune.repair.method names."""
-
-
-def training_options(
-    settings: Distill, learning_rate: float, vocab_size: int | None = None, *, optimizer: str
-) -> dict[str, Any]:
-    """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found.
-
-    `vocab_size` is that of `Objective`, `optimizer` what the section's comes to for the student.
-    """
-    of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
-    of_schedule = {"schedule", "warmup_fraction", "final_learning_rate_fraction", "decay_fraction"}
-    elsewhere = {
-        "tokens",
-        "examples",
-        "teacher",
-        "selection_blocks",
-        "selection_examples",
-        "features",
-        "on_policy",
-        "trackers",
-        "compile",
-        "cache",
-    }
-    schedule = Schedule(
-        settings.schedule, settings.warmup_fraction, settings.final_learning_rate_fraction, settings.decay_fraction
-    )
-    objective = Objective(
-        settings.loss,
-        settings.temperature,
-        settings.temperature_scale,
-        settings.cross_entropy_weight,
-        Options(settings.beta, settings.skew, settings.top_k),
-        vocab_size,
-    )
-    own = settings.on_policy
-    on_policy = own and OnPolicy(**own.model_dump(exclude={"loss"}), divergence=own.loss)
-    return settings.model_dump(exclude=elsewhere | of_objective | of_schedule) | {
-        "objective": objective,
-        "schedule": schedule,
-        "learning_rate": learning_rate,
-        "optimizer": optimizer,
-        "on_policy": on_policy,
-        "compiled": settings.compile,
-    }
 
 
 def feature_loss(
@@ -109,19 +63,18 @@ def feature_loss(
         raise ValueError("a recipe with members has a distill section")
     if teacher is None:
         return None
-    asked = settings.features
-    weights = {str(name): weight for name, weight in asked.weights.items()}
-    wanted = settings.hidden_features(bool(plans))
-    hidden, embedding = (None if name == "none" else name for name in (wanted, asked.embedding))
+    section = settings.features
+    forms = (settings.hidden_features(bool(plans)), section.embedding)
+    hidden, embedding = (None if form == "none" else form for form in forms)
     num_parameters, of_teacher = (sum(each.numel() for each in model.parameters()) for model in (student, teacher))
     length = 0.0 if recipe.counts_examples else num_tokens / num_parameters
     features = Features(
         hidden=hidden,
         embedding=embedding,
-        relations=tuple(asked.relations),
-        relation_heads=asked.relation_heads,
-        weights=weights,
-        balanced=asked.balanced,
+        relations=tuple(section.relations),
+        relation_heads=section.relation_heads,
+        weights={str(name): weight for name, weight in section.weights.items()},
+        balanced=section.balanced,
         fade_fraction=settings.fade_fraction(length, num_parameters / of_teacher),
     )
     if not features.names():
@@ -270,13 +223,13 @@ def make_candidate(
     before = load_plans(lineage)
     if num_tokens and recipe.distill is not None:
         expert = teacher if recipe.distill.teacher == "parent" else None
-        train, targets = load_training(data / "train.safetensors"), None
+        train = load_training(data / "train.safetensors")
         rate = _finalist_rate(recipe.distill, num_tokens / train.block_size, optimizer)
-        options = training_options(recipe.distill, rate, vocab_size, optimizer=optimizer)
+        supervision = supervision_of(recipe.distill, vocab_size)
         if cache is not None and expert is not None and isinstance(train, TokenBlocks):
-            options["objective"] = cache.objective(options["objective"])
             num_steps = math.ceil(num_tokens / (recipe.distill.batch_size * train.block_size))
             targets = cache.targets(expert, train, training_rows(recipe, 0, num_steps, len(train)))
+            supervision = replace(supervision, objective=cache.objective(supervision.objective), targets=targets)
         features = feature_loss(recipe, None if before is None else [*before, plan], student, expert, num_tokens)
         try:
             distill(
@@ -284,11 +237,11 @@ def make_candidate(
                 expert,
                 train,
                 num_tokens=num_tokens,
-                seed=recipe.seed,
-                on_step=on_step,
-                features=features,
-                targets=targets,
-                **options,
+                supervision=replace(supervision, features=features),
+                optimization=optimization_of(recipe.distill, learning_rate=rate, optimizer=optimizer, seed=recipe.seed),
+                execution=execution_of(recipe.distill),
+                safekeeping=safekeeping_of(recipe.distill),
+                hooks=Hooks(on_step=on_step),
             )
             losses["recovered"] = _selection(student, teacher, recipe, data, vocab_size)
         except (NotFiniteError, DivergedError) as error:  # of one shape among several: it is the last of them

@@ -26,6 +26,7 @@ from cascade.evaluation.heldout import (
     sample_blocks,
 )
 from cascade.evaluation.retention import with_retention
+from cascade.evaluation.task_options import HarnessOptions, TaskOptions
 from cascade.inputs import as_guessed, framing_settings, text_data
 from cascade.models.architecture import reads_images
 from cascade.models.checkpoint import (
@@ -68,21 +69,15 @@ def make_evaluation(
     of held-out text adds to the metrics.
     """
     bad = text_data(recipe.data).bad_row_counter()
-    settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)
+    heldout = _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)
     result = evaluate(
         checkpoint,
-        tasks=settings.tasks,
+        tasks=_task_options(recipe, partial_of(folder) / "tasks"),
         teacher=teacher,
         heldout=heldout,
-        task_folders=[Path(task_folder) for task_folder in settings.task_folders],
-        limit=settings.limit,
-        num_fewshot=settings.num_fewshot,
-        batch_size=settings.batch_size,
+        vocab_size=vocab_size,
         reference=reference,
         trained_tokenizer=None if reads_images(load_config(trained_with)) else load_tokenizer(trained_with),
-        seed=recipe.seed,
-        kept=partial_of(folder) / "tasks",
-        vocab_size=vocab_size,
     )
     if result.failed and parent_evaluation is None:  # before anything is trained: nothing is lost by stopping here
         raise RunError(f"the parent's evaluation: {failures(result.failed)}")
@@ -108,6 +103,15 @@ def make_evaluation(
         write_json(folder / SKIPPED, bad.record())
     if result.failed:
         write_json(folder / INCOMPLETE, redact_all(result.failed))
+
+
+def _task_options(recipe: Recipe, results_folder: Path) -> TaskOptions:
+    settings = recipe.evaluate
+    harness = HarnessOptions(
+        limit=settings.limit, num_fewshot=settings.num_fewshot, seed=recipe.seed, batch_size=settings.batch_size
+    )
+    folders = [Path(folder) for folder in settings.task_folders]
+    return TaskOptions(names=settings.tasks, folders=folders, harness=harness, results_folder=results_folder)
 
 
 def failures(failed: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Copies of finished members in fewer bits: trained with rounded weights if asked, rounded, evaluated as any row."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from cascade.cutting import selection_size, training_options
+from cascade.cutting import selection_size
 from cascade.data.examples import load_training
+from cascade.distillation.options import Hooks
 from cascade.distillation.range_test import find_learning_rate
+from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import distill
 from cascade.estimates import flops_of
 from cascade.evaluating import evaluation_settings, make_evaluation
@@ -38,6 +41,7 @@ from cascade.rows import RoundedCopy
 from cascade.runner import StageRunner
 from cascade.seeding import Shared
 from cascade.store import COST_FILE, output_digest, partial_of, write_atomically
+from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
 
 
 def make_copies(
@@ -141,37 +145,38 @@ def _train(folder: Path, recipe: Recipe, entry: Finish, student: nn.Module, shar
     selection = load_training(shared.data / "selection.safetensors").take(selection_size(recipe))
     # Rounded weights were not measured with Muon: what is settled for recoveries is not for them.
     optimizer = "adamw" if recipe.distill.optimizer == "auto" else recipe.distill.optimizer
-    options = training_options(recipe.distill, 0.0, vocab_size, optimizer=optimizer)
-    options |= {"on_policy": None, "compiled": False}
-    kept = partial_of(folder) / "rate.json"  # a run that was killed goes on at the rate that it had found
+    supervision = replace(supervision_of(recipe.distill, vocab_size), on_policy=None)
+    optimization = optimization_of(recipe.distill, learning_rate=0.0, optimizer=optimizer, seed=recipe.seed)
+    execution = replace(execution_of(recipe.distill), compiled=False)
+    rate_file = partial_of(folder) / "rate.json"  # a run that was killed goes on at the rate that it had found
     rate = entry.learning_rate
-    if rate == "auto" and kept.exists():
-        rate = float(json.loads(kept.read_text(encoding="utf-8")))
+    if rate == "auto" and rate_file.exists():
+        rate = float(json.loads(rate_file.read_text(encoding="utf-8")))
     if rate == "auto":
-        found = find_learning_rate(
+        rate = find_learning_rate(
             student,
             teacher,
             blocks,
             num_tokens=entry.budget,
             selection=selection,
-            seed=recipe.seed,
+            supervision=supervision,
+            optimization=optimization,
+            execution=execution,
             on_try=on_step,
-            **options,
-        )
-        rate = found.learning_rate
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(rate))
+        ).learning_rate
+        rate_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(rate_file, json.dumps(rate))
     metrics = distill(
         student,
         teacher,
         blocks,
         num_tokens=entry.budget,
-        seed=recipe.seed,
-        selection=selection,
-        log_path=folder / "log.jsonl",
-        state_folder=partial_of(folder),
-        on_step=on_step,
-        **options | {"learning_rate": rate},
+        supervision=supervision,
+        optimization=replace(optimization, learning_rate=rate),
+        execution=execution,
+        selection=Selection(blocks=selection, every=recipe.distill.selection_every),
+        safekeeping=safekeeping_of(recipe.distill, partial_of(folder)),
+        hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step),
     )
-    found_losses = {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl, "learning_rate": rate}
-    (folder / "losses.json").write_text(json.dumps(found_losses) + "\n", encoding="utf-8")
+    losses = {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl, "learning_rate": rate}
+    (folder / "losses.json").write_text(json.dumps(losses) + "\n", encoding="utf-8")

@@ -14,12 +14,14 @@ from cascade.cache.angle import gradient_angle
 from cascade.cache.reader import CachedTargets
 from cascade.caching import LABELS, TeacherCache, member_rows, step_rows, taught_steps
 from cascade.classifier import examples_of
-from cascade.cutting import feature_loss, load_plans, selection_size, training_options
+from cascade.cutting import feature_loss, load_plans, selection_size
 from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.framing import framing_of
 from cascade.data.prepare import prepare_blocks
+from cascade.distillation.options import Hooks, Objective
 from cascade.distillation.range_test import find_learning_rate
+from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import distill
 from cascade.estimates import flops_of
 from cascade.evaluation.evaluate import default_device
@@ -45,6 +47,7 @@ from cascade.recipe.schema import Recipe
 from cascade.report.skipped import SKIPPED
 from cascade.report.trackers import tracked
 from cascade.store import COST_FILE, partial_of
+from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
 
 logger = logging.getLogger(__name__)
 
@@ -130,14 +133,14 @@ def make_recovered(
     blocks, selection = _texts(recipe, data, teacher, stage)
     _check_computable(student, recipe, member, parent, selection)
     vocab_size = None if recipe.counts_examples else member.vocab_size
-    options = training_options(settings, learning_rate, vocab_size, optimizer=member.optimizer)
-    targets, angles = None, []
+    supervision, angles = supervision_of(settings, vocab_size), []
     if teacher is None:
-        options["on_policy"] = None
+        supervision = replace(supervision, on_policy=None)
     elif cache is not None and isinstance(blocks, TokenBlocks):
-        options["objective"] = cache.objective(options["objective"])
         targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
-        angles = _angles(student, teacher, blocks, targets, recipe, member, options)
+        supervision = replace(supervision, objective=cache.objective(supervision.objective), targets=targets)
+        angles = _angles(student, teacher, blocks, targets, recipe, member, supervision.objective)
+    features = feature_loss(recipe, load_plans(lineage), student, teacher, member.num_tokens)
     with tracked(
         settings.trackers if parallel.rank() == 0 else [],
         project=recipe.name,
@@ -150,16 +153,18 @@ def make_recovered(
             teacher,
             blocks,
             num_tokens=member.num_tokens,
-            seed=recipe.seed,
-            first_position=member.first_position,
-            selection=selection,
-            log_path=folder / "log.jsonl",
-            state_folder=partial_of(folder),
-            on_step=on_step,
-            on_log=on_log,
-            features=feature_loss(recipe, load_plans(lineage), student, teacher, member.num_tokens),
-            targets=targets,
-            **options,
+            supervision=replace(supervision, features=features),
+            optimization=optimization_of(
+                settings,
+                learning_rate=learning_rate,
+                optimizer=member.optimizer,
+                seed=recipe.seed,
+                first_position=member.first_position,
+            ),
+            execution=execution_of(settings),
+            selection=Selection(blocks=selection, every=settings.selection_every),
+            safekeeping=safekeeping_of(settings, partial_of(folder)),
+            hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step, on_log=on_log),
         )
     if parallel.world_size() > 1:
         student = parallel.gathered(student, load_model(start))
@@ -234,7 +239,7 @@ def _angles(
     targets: CachedTargets,
     recipe: Recipe,
     member: ResolvedMember,
-    options: dict[str, Any],
+    objective: Objective,
 ) -> list[float]:
     """Degrees between the gradient of a sample and the exact one, in the first steps."""
     if targets.layout.kind != "sampled" or parallel.world_size() > 1:
@@ -245,7 +250,7 @@ def _angles(
     ]
     steps = [replace(blocks.rows(rows), known=targets.of(rows)) for rows in batches]
     try:
-        return [gradient_angle(student, teacher, step, options["objective"], microbatch_size=1) for step in steps]
+        return [gradient_angle(student, teacher, step, objective, microbatch_size=1) for step in steps]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -275,30 +280,34 @@ def make_rate(
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
     vocab_size = None if recipe.counts_examples else member.vocab_size
-    options = training_options(settings, 0.0, vocab_size, optimizer=member.optimizer)
+    supervision = supervision_of(settings, vocab_size)
     student = load_model(start).to(default_device())
     teacher = None if teacher is None else _own_teacher(teacher, parent)
     blocks, selection = _texts(recipe, data, teacher, stage)
-    targets = None
     if teacher is None:
-        options["on_policy"] = None
+        supervision = replace(supervision, on_policy=None)
     elif cache is not None and isinstance(blocks, TokenBlocks):
-        options["objective"] = cache.objective(options["objective"])
         targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
-    found = find_learning_rate(
+        supervision = replace(supervision, objective=cache.objective(supervision.objective), targets=targets)
+    features = feature_loss(recipe, load_plans(lineage), student, teacher, member.num_tokens)
+    search = find_learning_rate(
         student,
         teacher,
         blocks,
         num_tokens=member.num_tokens,
         selection=selection,
-        seed=recipe.seed,
-        first_position=member.first_position,
+        supervision=replace(supervision, features=features),
+        optimization=optimization_of(
+            settings,
+            learning_rate=0.0,  # what is searched for
+            optimizer=member.optimizer,
+            seed=recipe.seed,
+            first_position=member.first_position,
+        ),
+        execution=execution_of(settings),
         on_try=on_step,
-        features=feature_loss(recipe, load_plans(lineage), student, teacher, member.num_tokens),
-        targets=targets,
-        **options,
     )
-    write_json(folder / "rate.json", {name: value for name, value in asdict(found).items() if name != "seconds"})
+    write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})
 
 
 def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHARED, make_model, needs_shared
+from conftest import SHARED, distill_with, make_model, needs_shared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +15,6 @@ from cascade.data.masking import masked_blocks
 from cascade.data.messages import conversation_tokens
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData
-from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.framing import choose_framing
 from cascade.evaluation.heldout import heldout_blocks
@@ -240,7 +239,7 @@ def test_a_model_that_was_trained_with_the_prefix_in_every_block_and_an_end_toke
     model, tokenizer = load_model(source), load_tokenizer(source)
     framing = framing_of(tokenizer, "text", begin_blocks=True, end_token=True)
     train = pack_documents(stories("train", 300), tokenizer, block_size=32, framing=framing)
-    distill(model, None, train, num_tokens=60_000, learning_rate=2e-3, batch_size=32, microbatch_size=32)
+    distill_with(model, None, train, num_tokens=60_000, learning_rate=2e-3, batch_size=32, microbatch_size=32)
 
     def pack(wanted):
         return pack_documents(stories("valid", 100), tokenizer, block_size=32, framing=wanted)

@@ -1,22 +1,25 @@
 """The learning rate is found by short trainings that leave no trace."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 
 from cascade.distillation import range_test
+from cascade.distillation.options import Optimization
 from cascade.distillation.range_test import FIRST_RATE, GROWTH, find_learning_rate
-from cascade.distillation.trainer import TrainingMetrics, distill
+from cascade.distillation.trainer import TrainingMetrics
 from cascade.errors import DivergedError, NotFiniteError, TrainingError
 
 
 def pretending(best, curvature=1.0, runs_off_above=math.inf):
     """A training whose loss is a parabola over the logarithm of the rate, lowest at `best`."""
 
-    def train(student, teacher, blocks, *, learning_rate, **options):
+    def train(student, teacher, blocks, *, optimization, **options):
+        learning_rate = optimization.learning_rate
         if learning_rate > runs_off_above:
             raise NotFiniteError("loss nan")
         loss = 1 + curvature * math.log2(learning_rate / best) ** 2
@@ -58,19 +61,20 @@ def test_a_try_that_diverges_is_a_bad_rate_whatever_a_whole_training_would_do(mo
 
     def train(student, teacher, blocks, **options):
         given.append(options)
-        if options["learning_rate"] > 5e-4:
+        if options["optimization"].learning_rate > 5e-4:
             raise DivergedError("the loss has climbed")
         return pretending(2e-4)(student, teacher, blocks, **options)
 
     monkeypatch.setattr(range_test, "distill", train)
     model = torch.nn.Linear(1, 1)
-    whole = {"on_divergence": "stop", "on_nan": "rollback", "max_skipped": 1, "keep_states": 2, "ema_decay": 0.9,
-             "save_every_minutes": 0.0, "learning_rate": 0.0}  # fmt: skip
+    whole = Optimization(learning_rate=0.0, ema_decay=0.9, weight_decay=0.1)
     found = find_learning_rate(
-        model, model, make_blocks(), num_tokens=8 * 16 * 8, selection=make_blocks(), weight_decay=0.1, **whole
+        model, model, make_blocks(), num_tokens=8 * 16 * 8, selection=make_blocks(), optimization=whole
     )
     assert 1e-4 < found.learning_rate < 4e-4
-    assert all(one["weight_decay"] == 0.1 and not whole.keys() & one.keys() - {"learning_rate"} for one in given)
+    assert not any({"safekeeping", "hooks"} & options.keys() for options in given)
+    for trial in (options["optimization"] for options in given):
+        assert trial == replace(whole, learning_rate=trial.learning_rate, ema_decay=None)
 
 
 def test_what_stops_a_training_otherwise_stops_the_search(monkeypatch):
@@ -92,7 +96,7 @@ def test_the_tries_leave_the_student_as_it_is_and_the_found_rate_beats_far_ones(
 
     def after(rate):
         model = make_model(seed=2)
-        return distill(model, teacher, blocks, learning_rate=rate, **options).selection_kl
+        return distill_with(model, teacher, blocks, learning_rate=rate, **options).selection_kl
 
     best = after(found.learning_rate)
     assert best < after(found.learning_rate / 16) and best < after(found.learning_rate * 16)
