@@ -1,6 +1,5 @@
 """Rows of family.json from the folders of finished stages."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from cascade.models.dims import dims_of
 from cascade.recipe.schema import Recipe
 from cascade.report.rates import Rate
 from cascade.report.records import Row
-from cascade.runner import read_cost
+from cascade.stage_output import Made
 
 _BASELINES = {"cut": "cut only", "repaired": "cut and repaired", "ce": "cross-entropy"}
 
@@ -21,48 +20,48 @@ _BASELINES = {"cut": "cut only", "repaired": "cut and repaired", "ce": "cross-en
 _NO_SPEED = {"prefill_tokens_per_s": None, "decode_tokens_per_s": None, "peak_memory_bytes": None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundedCopy:
     """A copy of a member, or of the parent, in fewer bits."""
 
     name: str
     kind: str
     """int8 or int4"""
-    made: Path
-    evaluation: Path
+    rounded: Made
+    """Its checkpoint."""
+    evaluation: Made
     num_tokens: int
     """Trained with rounded weights; 0: not at all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinishedMember:
-    """The folders of a member whose stages are all committed."""
+    """What the stages of a member have left, all of them committed; published in this order as where it comes from."""
 
-    cut: Path | None
-    repaired: Path | None
-    rate: Path | None
+    cut: Made | None
+    repaired: Made | None
+    rate: Made | None
     """The search for the learning rate."""
-    distilled: Path
-    evaluation: Path
-    baselines: list[Row]
-    lineage: list[Path] | None
-    """The folders of the cuts from the parent to it; None where it was not cut from the parent."""
-    labels: Path | None = None
+    distilled: Made
+    evaluation: Made
+    labels: Made | None = None
     """What it took to have the teacher's targets; None where it was asked each time."""
+    lineage: list[Made] | None
+    """The cuts from the parent to it; None where it was not cut from the parent."""
+    baselines: list[Row] = field(default_factory=list)
     candidates: list[Row] = field(default_factory=list)
     """Shapes that a search tried."""
     copies: list[RoundedCopy] = field(default_factory=list)
     rates: dict[str, Rate] = field(default_factory=dict)
     """Row's name -> the learning rate it was trained at, of the member and of its cross-entropy baseline."""
-    measured: dict[str, Path] = field(default_factory=dict)
-    """Row's name -> the folder of its evaluation, of the member and of its baselines."""
+    measured: dict[str, Made] = field(default_factory=dict)
+    """Row's name -> its evaluation, of the member and of its baselines."""
 
 
-def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
+def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Made) -> Row:
     """The parent's row."""
     config = load_config(parent)
     axes, dims = probe_axes(config), dims_of(config)
-    cost = read_cost(evaluation)
     return {
         "name": "parent",
         "role": "teacher",
@@ -74,9 +73,9 @@ def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
         "num_parameters_non_embedding": int(axes.num_parameters_non_embedding(dims)),
         "bytes": weight_bytes(parent.folder),
         "tokens": {"hop": 0, "cumulative": 0, "teacher_labelled": 0},
-        "cost": {"seconds": cost["seconds"], "flops": None, "money": None},
+        "cost": {"seconds": evaluation.cost()["seconds"], "flops": None, "money": None},
         "stages": {"cut": None, "repaired": None, "recovered": None},
-        "metrics": read_json(evaluation / "eval.json")["metrics"],
+        "metrics": evaluation.json("eval.json")["metrics"],
         "speed": _speed(evaluation),
     }
 
@@ -84,8 +83,7 @@ def teacher_row(recipe: Recipe, parent: ModelSource, evaluation: Path) -> Row:
 def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMember, finished: FinishedMember) -> Row:
     """A finished member's row."""
     stages = (finished.cut, finished.repaired, finished.labels, finished.rate, finished.distilled, finished.evaluation)
-    folders = [folder for folder in stages if folder]
-    teacher_flops = read_cost(finished.distilled)["teacher_flops_per_token"]
+    teacher_flops = finished.distilled.cost()["teacher_flops_per_token"]
     labelled = _labelled(recipe, member, finished)
     chain, seed = member.num_tokens, member.seed
     by_name = {other.name: other for other in members}
@@ -94,25 +92,25 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
         seed = by_name[seed].seed
     return _row(member, "member", "done") | {
         "checkpoint": f"members/{member.name}",
-        "bytes": weight_bytes(finished.distilled / CHECKPOINT),
+        "bytes": weight_bytes(finished.distilled.folder / CHECKPOINT),
         "tokens": {"hop": member.num_tokens, "cumulative": chain, "teacher_labelled": labelled},
         "cost": {
-            "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
+            "seconds": sum(stage.cost()["seconds"] for stage in stages if stage),
             "flops": member.num_tokens * 3 * member.flops_per_token + labelled * teacher_flops,
             "money": None,
         },
         "stages": {
-            "cut": read_json(finished.cut / "losses.json") if finished.cut else None,
-            "repaired": read_json(finished.repaired / "losses.json") if finished.repaired else None,
-            "recovered": read_json(finished.distilled / "losses.json"),
+            "cut": finished.cut.json("losses.json") if finished.cut else None,
+            "repaired": finished.repaired.json("losses.json") if finished.repaired else None,
+            "recovered": finished.distilled.json("losses.json"),
         },
-        "metrics": read_json(finished.evaluation / "eval.json")["metrics"],
+        "metrics": finished.evaluation.json("eval.json")["metrics"],
         "speed": _speed(finished.evaluation),
     }
 
 
-def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
-    """A row to compare a member with, from its evaluation's folder and, if trained, its training's.
+def baseline_row(member: ResolvedMember, kind: str, stages: list[Made]) -> Row:
+    """A row to compare a member with, from its evaluation and, if trained, its training and the search for its rate.
 
     Its weights stay inside the run. Tokens count from the cut that the member itself starts from.
     """
@@ -121,11 +119,11 @@ def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
         "name": f"{member.name}-{kind}",
         "tokens": {"hop": tokens, "cumulative": tokens, "teacher_labelled": 0},
         "cost": {
-            "seconds": sum(read_cost(folder)["seconds"] for folder in folders),
+            "seconds": sum(stage.cost()["seconds"] for stage in stages),
             "flops": tokens * 3 * member.flops_per_token,
             "money": None,
         },
-        "metrics": read_json(folders[0] / "eval.json")["metrics"],
+        "metrics": stages[0].json("eval.json")["metrics"],
     }
 
 
@@ -137,15 +135,15 @@ def copy_row(owner: Row, copy: RoundedCopy) -> Row:
         "role": "quantised",
         "status": copy.kind,
         "checkpoint": f"members/{copy.name}",
-        "bytes": weight_bytes(copy.made / CHECKPOINT),
+        "bytes": weight_bytes(copy.rounded.folder / CHECKPOINT),
         "tokens": {"hop": copy.num_tokens, "cumulative": cumulative, "teacher_labelled": labelled},
         "cost": {
-            "seconds": sum(read_cost(folder)["seconds"] for folder in (copy.made, copy.evaluation)),
+            "seconds": sum(stage.cost()["seconds"] for stage in (copy.rounded, copy.evaluation)),
             "flops": None,
             "money": None,
         },
         "stages": {"cut": None, "repaired": None, "recovered": None},
-        "metrics": read_json(copy.evaluation / "eval.json")["metrics"],
+        "metrics": copy.evaluation.json("eval.json")["metrics"],
         "speed": _speed(copy.evaluation),
     }
 
@@ -159,7 +157,7 @@ def _labelled(recipe: Recipe, member: ResolvedMember, finished: FinishedMember) 
     """Tokens whose probabilities the teacher has given for this member."""
     if finished.labels is not None:
         taught = len(taught_steps(recipe, member.num_steps)) / max(1, member.num_steps)
-        return int(read_json(finished.labels / LABELS)["tokens"]) + round((1 - taught) * member.num_tokens)
+        return int(finished.labels.json(LABELS)["tokens"]) + round((1 - taught) * member.num_tokens)
     return member.num_tokens if recipe.distill and recipe.distill.teacher == "parent" else 0
 
 
@@ -182,11 +180,6 @@ def _row(member: ResolvedMember, role: str, status: str) -> Row:
     }
 
 
-def _speed(evaluation: Path) -> dict[str, Any]:
-    measured = read_cost(evaluation).get("speed", {})
+def _speed(evaluation: Made) -> dict[str, Any]:
+    measured = evaluation.cost().get("speed", {})
     return {name: measured.get(name) for name in _NO_SPEED}
-
-
-def read_json(path: Path) -> Any:
-    """What a stage has written."""
-    return json.loads(path.read_text(encoding="utf-8"))
