@@ -206,12 +206,12 @@ def _with_beginnings(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource
     if not isinstance(heldout, TokenBlocks):
         return tail
     tokenizer = load_tokenizer(checkpoint)
-    shown = []
+    slices = []
     for block in tail["slices"]:
         row = torch.tensor([int(block["slice"])])
         text = tokenizer.decode(_ids(heldout.rows(row))[:_SHOWN_TOKENS])
-        shown.append(block | {"slice": " ".join(text.split())[:_SHOWN_LETTERS]})
-    return tail | {"slices": shown}
+        slices.append(block | {"slice": " ".join(text.split())[:_SHOWN_LETTERS]})
+    return tail | {"slices": slices}
 
 
 def _heldout(

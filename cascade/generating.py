@@ -27,7 +27,7 @@ from cascade.recipe.generate import HOW_ASKED, Generate
 from cascade.recipe.places import PUBLIC, served_model, shown_model
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
-from cascade.stage_output import Made
+from cascade.stage_output import Made, read_json
 from cascade.store import COST_FILE, MANIFEST, file_sha256, is_committed
 from cascade.teacher.answers import AnswerLog
 from cascade.teacher.filters import Keep
@@ -71,13 +71,13 @@ def missing_answers(
     path = run_folder / ANSWERS / "answers.jsonl"
     if not path.is_file():
         return len(prompts) * settings.answers
-    asked, inputs = _stage(recipe, settings, prompts, parent)
-    expected = json.loads(json.dumps({"settings": asked, "inputs": inputs}))
+    key_settings, inputs = _stage(recipe, settings, prompts, parent)
+    expected = json.loads(json.dumps({"settings": key_settings, "inputs": inputs}))
     for folder in run_folder.glob("stages/parent.generate-*"):
         if is_committed(folder):
-            made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            made_of = {name: value for name, value in made.get("inputs", {}).items() if name != "filter"}
-            if {"settings": made.get("settings"), "inputs": made_of} == expected:
+            manifest = read_json(folder / MANIFEST)
+            digests = {name: value for name, value in manifest.get("inputs", {}).items() if name != "filter"}
+            if {"settings": manifest.get("settings"), "inputs": digests} == expected:
                 return 0
     source = _source(settings, parent)
     local = {} if settings.endpoint else {"tokenizer": load_tokenizer(source), "digest": fingerprint(source)}

@@ -11,6 +11,7 @@ from cascade.evaluating import evaluation_settings
 from cascade.family import FoundShape, ResolvedMember
 from cascade.pruning.plan import load_plan
 from cascade.recipe.schema import Recipe
+from cascade.stage_output import read_json
 from cascade.stage_table import STAGES
 from cascade.store import INCOMPLETE, MANIFEST, is_committed, stage_key
 
@@ -69,7 +70,7 @@ def _is_done(run_folder: Path, recipe: Recipe, name: str, stage: str) -> bool:
         if folder.name.rpartition("-")[0] != f"{name}.{stage}" or not is_committed(folder):
             continue
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(folder / MANIFEST)
             same = stage_key(stage, STAGES[stage].format, manifest["settings"], manifest["inputs"]) == manifest["key"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
