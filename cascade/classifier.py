@@ -152,7 +152,7 @@ def new_padding(recipe: Recipe) -> str:
     return str(tokenizer.pad_token) if changed else ""
 
 
-def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
+def make_fitted(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
     """The parent with its classes learned from the labels alone; its log as JSON lines."""
     settings = recipe.parent.fit
     if settings is None:

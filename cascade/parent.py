@@ -60,7 +60,7 @@ def parent_config(recipe: Recipe) -> Any:
     return as_masked(config, "parent.pretrain.config") if recipe.task == "masked_language" else config
 
 
-def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
+def make_pretrained(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
     """Tokenizer and model trained on the recipe's training text; the log as JSON lines."""
     settings = recipe.parent.pretrain
     if settings is None:
@@ -108,7 +108,7 @@ def _optimization(settings: Pretrain, seed: int) -> Optimization:
     )
 
 
-def make_converted(folder: Path, source: ModelSource) -> None:
+def make_converted(source: ModelSource, folder: Path, on_step: OnStep) -> None:
     """A GGUF parent as a safetensors checkpoint, in float32: exactly the values that the file stands for."""
     save_checkpoint(load_model(source), folder / CHECKPOINT, companions=None, dtype=torch.float32)
     load_tokenizer(source).save_pretrained(folder / CHECKPOINT)

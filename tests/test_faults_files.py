@@ -316,11 +316,13 @@ def test_F31_nothing_in_the_package_reads_or_writes_pickles():
 def test_F35_a_run_of_another_version_is_gone_on_with_or_refused_and_never_misread(
     run, tiny_recipe, change, monkeypatch
 ):
+    from dataclasses import replace
+
     from cascade import runner
 
     before = weights(run)
     if change == "format":  # this stage's output means something else now: it is made again
-        monkeypatch.setitem(runner.STAGE_FORMATS, "distill", 99)
+        monkeypatch.setitem(runner.STAGES, "distill", replace(runner.STAGES["distill"], format=99))
         run_recipe(tiny_recipe, output=run, only=["big"])
         assert len(list(run.glob("stages/big.distill-*"))) == 2 and weights(run)["big"] == before["big"]
         return

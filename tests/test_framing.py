@@ -211,7 +211,8 @@ def test_texts_that_are_read_one_by_one_are_calibrated_as_they_are_read(tmp_path
     model = make_model("llama", vocab_size=16)
     model.save_pretrained(tmp_path / "none")
     recipe = load_recipe(tmp_path / "r.yaml")
-    make_data(folder, recipe, SimpleNamespace(folder=tmp_path / "none", gguf_file=None, reference="x"), tokenizer)
+    parent = SimpleNamespace(folder=tmp_path / "none", gguf_file=None, reference="x")
+    make_data(recipe, parent, tokenizer, folder, lambda *_: None)
     assert set(load_blocks(folder / "calibration.safetensors").input_ids[:, 0].tolist()) == {BEGIN}
 
 

@@ -104,8 +104,11 @@ def test_the_tries_leave_the_student_as_it_is_and_the_found_rate_beats_far_ones(
 
 def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_folder, tmp_path, monkeypatch):
     from cascade import cutting
+    from cascade.context import Run
+    from cascade.models.checkpoint import ModelSource
     from cascade.recipe.load import load_recipe
     from cascade.search import Candidate
+    from cascade.stage_output import Checkpoint, Made
 
     recipe = load_recipe(recipe_folder / "tiny.yaml", ["prune.repair.method=none", "distill.on_divergence=stop"])
 
@@ -117,10 +120,13 @@ def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_
                         ("load_training", SimpleNamespace(block_size=16)), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
         monkeypatch.setattr(cutting, name, lambda *args, value=value, **options: value)
     monkeypatch.setattr(cutting, "distill", runs_off)
-    options = {"optimizer": "adamw", "hidden": "pca", "lineage": None, "cache": None, "on_step": None}
+    parent = Checkpoint(ModelSource(tmp_path, "parent"), "")
+    texts = {"source": "", "tasks": "", "production": "", "data": Made(tmp_path, "")}
+    run = Run(recipe=recipe, runner=None, parent=parent, teachers=[model], **texts)
+    base, member = cutting.Base(model=parent, lineage=None), SimpleNamespace(optimizer="adamw")
     (tmp_path / "ran-off").mkdir()
-    cutting.make_candidate(tmp_path / "ran-off", recipe, None, None, None, tmp_path, model, num_tokens=64, **options)
+    cutting.make_candidate(run, member, base, None, 64, tmp_path / "ran-off", None)
     (tmp_path / "poor").mkdir()
     (tmp_path / "poor" / "losses.json").write_text('{"repaired": {"kl_to_teacher": 9.0}, "recovered": null}')
-    tried = [Candidate(None, None, [tmp_path / name]) for name in ("ran-off", "poor")]
-    assert [one.folders[0].name for one in sorted(tried, key=Candidate.score)] == ["poor", "ran-off"]
+    tried = [Candidate(None, None, [Made(tmp_path / name, "")]) for name in ("ran-off", "poor")]
+    assert [shape.stages[0].folder.name for shape in sorted(tried, key=Candidate.score)] == ["poor", "ran-off"]

@@ -84,7 +84,7 @@ class Setting:
             runner = StageRunner(Path(folder), progress)
             parent = make_parent(runner, recipe)
             recipe = framed(runner, recipe, parent)
-            data = prepare(runner, recipe, parent).data
+            data = prepare(runner, recipe, parent).data.folder
             self.train, self.calibration, self.selection = (
                 load_blocks(data / f"{split}.safetensors") for split in ("train", "calibration", "selection")
             )
