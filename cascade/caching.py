@@ -19,8 +19,8 @@ from cascade.cache.usage import note_usage
 from cascade.cache_choice import Choice, bytes_per_token
 from cascade.data.blocks import TokenBlocks
 from cascade.data.order import blocks_at
-from cascade.distillation.fused import Objective
 from cascade.distillation.on_policy import is_due
+from cascade.distillation.options import Objective
 from cascade.errors import DiskError, UserError
 from cascade.family import ResolvedMember
 from cascade.models.checkpoint import ModelSource, load_config, load_tokenizer

@@ -9,7 +9,9 @@ import torch
 from cascade.data.bad_rows import BadRows
 from cascade.data.examples import Examples, image_examples, read_examples, text_examples
 from cascade.data.labels import is_number, require_known_labels
+from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
 from cascade.distillation.schedule import Schedule
+from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.heldout import require_known_heldout_labels
@@ -150,7 +152,7 @@ def new_padding(recipe: Recipe) -> str:
     return str(tokenizer.pad_token) if changed else ""
 
 
-def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
+def make_fitted(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
     """The parent with its classes learned from the labels alone; its log as JSON lines."""
     settings = recipe.parent.fit
     if settings is None:
@@ -167,27 +169,37 @@ def make_fitted(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
     train, selection = (
         examples_of(recipe, config, split, tokenizer, for_parent=True) for split in ("train", "selection")
     )
-    rate = settings.learning_rate
     distill(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         None,
         train.labelled(),
         num_tokens=settings.examples,
-        batch_size=settings.batch_size,
-        microbatch_size=settings.microbatch_size,
-        learning_rate=(1e-3 if settings.config else 5e-5) if rate == "auto" else rate,
-        schedule=Schedule("cosine", settings.warmup_fraction, settings.final_learning_rate_fraction),
-        weight_decay=settings.weight_decay,
-        seed=recipe.seed,
-        selection=selection,
-        log_path=folder / "log.jsonl",
-        state_folder=partial_of(folder),
-        on_step=on_step,
+        optimization=_optimization(settings, recipe.seed),
+        execution=Execution(microbatch_size=settings.microbatch_size),
+        selection=Selection(blocks=selection),
+        safekeeping=Safekeeping(state_folder=partial_of(folder)),
+        hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step),
     )
     companions = None if settings.config else source.folder
     save_checkpoint(model, folder / CHECKPOINT, companions=companions, dtype=config.dtype)
     if padded:
         write_padding(folder / CHECKPOINT, tokenizer)
+
+
+def _optimization(settings: Fit, seed: int) -> Optimization:
+    rate = settings.learning_rate
+    schedule = Schedule(
+        kind="cosine",
+        warmup_fraction=settings.warmup_fraction,
+        final_fraction=settings.final_learning_rate_fraction,
+    )
+    return Optimization(
+        batch_size=settings.batch_size,
+        seed=seed,
+        learning_rate=(1e-3 if settings.config else 5e-5) if rate == "auto" else rate,
+        schedule=schedule,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def examples_of(

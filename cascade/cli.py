@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from cascade.cli_options import (
     BLOCK,
     DATA,
     JSON,
-    LOSSES,
     NOTHING_KEPT,
     OUTPUT,
     POSITIVE,
@@ -31,6 +31,7 @@ from cascade.cli_options import (
     quiet_libraries,
 )
 from cascade.cli_runs import doctor, report, verify
+from cascade.distillation.divergences import DIVERGENCES
 from cascade.errors import UserError
 from cascade.failpoints import arm
 from cascade.secrets import Redacting, redact_tracebacks
@@ -224,7 +225,7 @@ def prune(
 @click.option(
     "--loss",
     default="forward_kl",
-    type=click.Choice(LOSSES),
+    type=click.Choice(list(DIVERGENCES)),
     show_default=True,
     help="The divergence from the teacher.",
 )
@@ -249,18 +250,25 @@ def distill(
 ) -> None:
     """Train STUDENT to predict what a teacher predicts."""
     quiet_libraries()
-    from cascade.distillation.fused import Objective
+    from cascade.distillation.options import Objective, Optimization
     from cascade.single import distill_model
 
-    options = {
-        "num_tokens": tokens,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "objective": Objective(loss, temperature),
-        "seed": seed,
-    }
+    optimization = Optimization(batch_size=batch_size, seed=seed)
+    if learning_rate is not None:
+        optimization = replace(optimization, learning_rate=learning_rate)
     with interruptible(NOTHING_KEPT):
-        finish(distill_model(student, teacher, Path(output), data, block_size, options), as_json)
+        result = distill_model(
+            student,
+            teacher,
+            Path(output),
+            data,
+            block_size,
+            num_tokens=tokens,
+            objective=Objective(loss, temperature),
+            optimization=optimization,
+            search_rate=learning_rate is None,
+        )
+        finish(result, as_json)
 
 
 @main.command()

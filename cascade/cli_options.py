@@ -64,8 +64,6 @@ TASK_CODE = _permission(
 PRIVATE = _permission(
     "--allow-private", "cascade.teacher.address", "allow_private", "Ask an endpoint that is on a private network."
 )
-LOSSES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "ghost_top_k")
-"""The divergences by name; those of `cascade.distillation.divergences`, which needs torch."""
 BLOCK = click.option(
     "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
 )

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,33 @@ import torch
 from torch import nn
 
 from cascade import parallel
-from cascade.caching import TeacherCache, training_rows
+from cascade.caching import training_rows
+from cascade.context import Run
 from cascade.data.blocks import TokenBlocks, load_blocks
-from cascade.data.examples import load_training
+from cascade.data.examples import Examples, load_training
 from cascade.distillation.batch import selection_losses
-from cascade.distillation.divergences import Options
-from cascade.distillation.features import FeatureLoss, Features
-from cascade.distillation.fused import Objective
-from cascade.distillation.on_policy import OnPolicy
+from cascade.distillation.features import FeatureLoss
+from cascade.distillation.options import Features, Hooks
 from cascade.distillation.origin import Origin, even_origin, origin_of
 from cascade.distillation.range_test import usual_rate
-from cascade.distillation.schedule import Schedule
 from cascade.distillation.trainer import distill
 from cascade.errors import DivergedError, NotFiniteError
 from cascade.evaluation.evaluate import default_device
-from cascade.family import ResolvedMember
+from cascade.family import FoundShape, ResolvedMember
 from cascade.fitting import in_parts_that_fit
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import Statistics, collect_statistics, load_statistics, save_statistics
-from cascade.models.checkpoint import CHECKPOINT, ModelSource, load_model, save_checkpoint
-from cascade.models.dims import ModelDims, dims_of
+from cascade.models.checkpoint import CHECKPOINT, load_model, save_checkpoint
+from cascade.models.dims import dims_of
 from cascade.progress import OnStep
 from cascade.pruning.cut import prune
 from cascade.pruning.plan import PruningPlan, load_plan, plan_pruning, save_plan
 from cascade.pruning.repair import Repair, repair
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
+from cascade.stage_output import Checkpoint, Input, Made
 from cascade.starts import plan_layers
+from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,48 +49,15 @@ REPAIRS = {
 """What the recipe's prune.repair.method names."""
 
 
-def training_options(
-    settings: Distill, learning_rate: float, vocab_size: int | None = None, *, optimizer: str
-) -> dict[str, Any]:
-    """The recipe's distill section as keyword arguments of `distill`, at a rate that may have been found.
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The model that a member is cut from."""
 
-    `vocab_size` is that of `Objective`, `optimizer` what the section's comes to for the student.
-    """
-    of_objective = {"loss", "temperature", "temperature_scale", "cross_entropy_weight", "beta", "skew", "top_k"}
-    of_schedule = {"schedule", "warmup_fraction", "final_learning_rate_fraction", "decay_fraction"}
-    elsewhere = {
-        "tokens",
-        "examples",
-        "teacher",
-        "selection_blocks",
-        "selection_examples",
-        "features",
-        "on_policy",
-        "trackers",
-        "compile",
-        "cache",
-    }
-    schedule = Schedule(
-        settings.schedule, settings.warmup_fraction, settings.final_learning_rate_fraction, settings.decay_fraction
-    )
-    objective = Objective(
-        settings.loss,
-        settings.temperature,
-        settings.temperature_scale,
-        settings.cross_entropy_weight,
-        Options(settings.beta, settings.skew, settings.top_k),
-        vocab_size,
-    )
-    own = settings.on_policy
-    on_policy = own and OnPolicy(**own.model_dump(exclude={"loss"}), divergence=own.loss)
-    return settings.model_dump(exclude=elsewhere | of_objective | of_schedule) | {
-        "objective": objective,
-        "schedule": schedule,
-        "learning_rate": learning_rate,
-        "optimizer": optimizer,
-        "on_policy": on_policy,
-        "compiled": settings.compile,
-    }
+    model: Checkpoint
+    lineage: list[Made] | None
+    """The cuts from the parent to it; None where it was not cut from the parent."""
+    statistics: Made | None = None
+    """What its importance scores are computed from; None where nothing is scored."""
 
 
 def feature_loss(
@@ -109,19 +76,18 @@ def feature_loss(
         raise ValueError("a recipe with members has a distill section")
     if teacher is None:
         return None
-    asked = settings.features
-    weights = {str(name): weight for name, weight in asked.weights.items()}
-    wanted = settings.hidden_features(bool(plans))
-    hidden, embedding = (None if name == "none" else name for name in (wanted, asked.embedding))
+    section = settings.features
+    forms = (settings.hidden_features(bool(plans)), section.embedding)
+    hidden, embedding = (None if form == "none" else form for form in forms)
     num_parameters, of_teacher = (sum(each.numel() for each in model.parameters()) for model in (student, teacher))
     length = 0.0 if recipe.counts_examples else num_tokens / num_parameters
     features = Features(
         hidden=hidden,
         embedding=embedding,
-        relations=tuple(asked.relations),
-        relation_heads=asked.relation_heads,
-        weights=weights,
-        balanced=asked.balanced,
+        relations=tuple(section.relations),
+        relation_heads=section.relation_heads,
+        weights={str(name): weight for name, weight in section.weights.items()},
+        balanced=section.balanced,
         fade_fraction=settings.fade_fraction(length, num_parameters / of_teacher),
     )
     if not features.names():
@@ -135,21 +101,20 @@ def feature_loss(
     return FeatureLoss(features, origin, student, teacher)
 
 
-def make_statistics(
-    folder: Path, recipe: Recipe, seed: ModelSource, data: Path, on_step: OnStep, hidden_choices: Sequence[str]
-) -> None:
-    """Statistics of the seed on calibration blocks."""
-    model = load_model(seed).to(default_device())
-    blocks = load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks)
-    options = statistics_options(recipe, hidden_choices)
+def make_statistics(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
+    """Statistics of the model that a member is cut from, on calibration blocks."""
+    calibration = run.recipe.calibration
+    model = load_model(base.model.source).to(default_device())
+    blocks = _calibration(run, calibration.num_blocks)
+    options = statistics_options(run.recipe, member.hidden_choices)
 
     def collected(size: int) -> Statistics:
         return collect_statistics(model, blocks, batch_size=size, on_batch=on_step, **options)
 
     if parallel.world_size() > 1:  # batches are shared out: one process alone cannot change their size
-        statistics = collected(recipe.calibration.batch_size)
+        statistics = collected(calibration.batch_size)
     else:
-        statistics = in_parts_that_fit(collected, recipe.calibration.batch_size, "statistics")
+        statistics = in_parts_that_fit(collected, calibration.batch_size, "statistics")
     save_statistics(statistics, folder / "statistics.safetensors")
 
 
@@ -163,143 +128,128 @@ def statistics_options(recipe: Recipe, hidden_choices: Sequence[str]) -> dict[st
     return options
 
 
-def make_cut(
-    folder: Path,
-    recipe: Recipe,
-    member: ResolvedMember,
-    seed: ModelSource,
-    statistics: Path,
-    data: Path,
-    teacher: nn.Module,
-) -> None:
+def make_cut(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
     """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
-    model = load_model(seed).to(default_device())
-    plan = _plan(recipe, model, member.dims, statistics, data, member.hidden)
-    _save_cut(folder, recipe, model, plan, data, teacher, member.vocab_size)
+    teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
+    plan = _plan(run, base, model, FoundShape(member.dims, member.hidden))
+    _save_cut(run, model, plan, teacher, folder)
 
 
-def make_layers(
-    folder: Path, recipe: Recipe, member: ResolvedMember, seed: ModelSource, data: Path, teacher: nn.Module
-) -> None:
+def make_layers(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
     """What make_cut writes, of whole layers that are spread evenly: no statistics, nothing scored."""
-    model = load_model(seed).to(default_device())
+    teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
     plan = plan_layers(model.config, member.dims, member.name)
-    _save_cut(folder, recipe, model, plan, data, teacher, member.vocab_size)
+    _save_cut(run, model, plan, teacher, folder)
 
 
-def _save_cut(
-    folder: Path,
-    recipe: Recipe,
-    model: nn.Module,
-    plan: PruningPlan,
-    data: Path,
-    teacher: nn.Module,
-    vocab_size: int | None,
-) -> None:
+def _save_cut(run: Run, model: nn.Module, plan: PruningPlan, teacher: nn.Module, folder: Path) -> None:
     save_plan(plan, folder / "plan.json")
     pruned = prune(model, plan).to(default_device())
     save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)
-    _write(folder / "losses.json", _selection(pruned, teacher, recipe, data, vocab_size))
+    _write(folder / "losses.json", _selection(run, pruned, teacher))
 
 
-def make_repaired(
-    folder: Path,
-    recipe: Recipe,
-    seed: ModelSource,
-    cut: Path,
-    data: Path,
-    teacher: nn.Module,
-    on_step: OnStep,
-    *,
-    vocab_size: int | None = None,
-) -> None:
-    """The repaired checkpoint in float32, its losses on selection blocks, and what was tried (repair.json).
-
-    `vocab_size` is that of `Objective`.
-    """
-    settings = recipe.prune.repair
-    device = default_device()
-    model, plan = load_model(seed).to(device), load_plan(cut / "plan.json")
-    blocks = load_blocks(data / "calibration.safetensors").take(settings.num_blocks)
-    best = load_model(ModelSource(cut / CHECKPOINT, str(cut))).to(device)
-    losses = json.loads((cut / "losses.json").read_text(encoding="utf-8"))
-    tried: dict[str, Any] = {"none": losses}
+def make_repaired(run: Run, base: Base, cut: Made, folder: Path, on_step: OnStep) -> None:
+    """The repaired checkpoint in float32, its losses on selection blocks, and what was tried (repair.json)."""
+    settings, batch_size = run.recipe.prune.repair, run.recipe.calibration.batch_size
+    device, teacher = default_device(), run.teacher()
+    model, plan = load_model(base.model.source).to(device), load_plan(cut.folder / "plan.json")
+    blocks = _calibration(run, settings.num_blocks)
+    source = cut.model(str(cut.folder)).source
+    best = load_model(source).to(device)
+    losses = cut.json("losses.json")
+    trials: dict[str, Any] = {"none": losses}
     chosen = "none"
     names = list(REPAIRS) if settings.method == "auto" else [settings.method]
     for number, name in enumerate(names):
-        student = load_model(ModelSource(cut / CHECKPOINT, str(cut))).to(device)
-        report = repair(student, model, plan, blocks, REPAIRS[name], batch_size=recipe.calibration.batch_size)
-        found = _selection(student, teacher, recipe, data, vocab_size)
-        tried[name] = found | asdict(report)
-        if settings.method != "auto" or found["kl_to_teacher"] < losses["kl_to_teacher"]:
-            best, losses, chosen = student, found, name
+        student = load_model(source).to(device)
+        report = repair(student, model, plan, blocks, REPAIRS[name], batch_size=batch_size)
+        repaired = _selection(run, student, teacher)
+        trials[name] = repaired | asdict(report)
+        if settings.method != "auto" or repaired["kl_to_teacher"] < losses["kl_to_teacher"]:
+            best, losses, chosen = student, repaired, name
         on_step(number + 1, len(names))
     save_checkpoint(best, folder / CHECKPOINT, companions=None, dtype=torch.float32)
     _write(folder / "losses.json", losses)
-    _write(folder / "repair.json", {"chosen": chosen, "tried": tried})
+    _write(folder / "repair.json", {"chosen": chosen, "tried": trials})
 
 
 def make_candidate(
-    folder: Path,
-    recipe: Recipe,
-    dims: ModelDims,
-    seed: ModelSource,
-    statistics: Path,
-    data: Path,
-    teacher: nn.Module,
-    *,
-    hidden: str,
-    lineage: Sequence[Path] | None,
+    run: Run,
+    member: ResolvedMember,
+    base: Base,
+    shape: FoundShape,
     num_tokens: int,
-    optimizer: str,
-    cache: TeacherCache | None,
+    folder: Path,
     on_step: OnStep,
-    vocab_size: int | None = None,
 ) -> None:
     """losses.json of one shape on selection blocks: cut and repaired, then recovered on `num_tokens` tokens (or 0)."""
-    device = default_device()
-    model = load_model(seed).to(device)
-    plan = _plan(recipe, model, dims, statistics, data, hidden)
+    teacher, device = run.teacher(), default_device()
+    model = load_model(base.model.source).to(device)
+    plan = _plan(run, base, model, shape)
     student = prune(model, plan).to(device)
-    settings = recipe.prune.repair
+    settings = run.recipe.prune.repair
     if settings.method != "none":
-        blocks = load_blocks(data / "calibration.safetensors").take(settings.num_blocks)
+        blocks = _calibration(run, settings.num_blocks)
         how = REPAIRS["independent" if settings.method == "independent" else "sequential"]
-        repair(student, model, plan, blocks, how, batch_size=recipe.calibration.batch_size)
-    losses: dict[str, Any] = {"repaired": _selection(student, teacher, recipe, data, vocab_size), "recovered": None}
-    before = load_plans(lineage)
-    if num_tokens and recipe.distill is not None:
-        expert = teacher if recipe.distill.teacher == "parent" else None
-        train, targets = load_training(data / "train.safetensors"), None
-        rate = _finalist_rate(recipe.distill, num_tokens / train.block_size, optimizer)
-        options = training_options(recipe.distill, rate, vocab_size, optimizer=optimizer)
-        if cache is not None and expert is not None and isinstance(train, TokenBlocks):
-            options["objective"] = cache.objective(options["objective"])
-            num_steps = math.ceil(num_tokens / (recipe.distill.batch_size * train.block_size))
-            targets = cache.targets(expert, train, training_rows(recipe, 0, num_steps, len(train)))
-        features = feature_loss(recipe, None if before is None else [*before, plan], student, expert, num_tokens)
-        try:
-            distill(
-                student,
-                expert,
-                train,
-                num_tokens=num_tokens,
-                seed=recipe.seed,
-                on_step=on_step,
-                features=features,
-                targets=targets,
-                **options,
-            )
-            losses["recovered"] = _selection(student, teacher, recipe, data, vocab_size)
-        except (NotFiniteError, DivergedError) as error:  # of one shape among several: it is the last of them
-            logger.warning("a shape that was tried ran off when it was recovered shortly: %s", error)
-            losses["recovered"] = {"loss": None, "kl_to_teacher": None}
+        repair(student, model, plan, blocks, how, batch_size=run.recipe.calibration.batch_size)
+    losses: dict[str, Any] = {"repaired": _selection(run, student, teacher), "recovered": None}
+    if num_tokens and run.recipe.distill is not None:
+        before = load_plans(base.lineage)
+        plans = None if before is None else [*before, plan]
+        losses["recovered"] = _recover_shortly(run, member, student, plans, num_tokens, on_step)
     _write(folder / "losses.json", losses)
 
 
-def load_plans(lineage: Sequence[Path] | None) -> list[PruningPlan] | None:
-    """The plans in these folders of prune stages; None where a model was not cut from the parent."""
-    return None if lineage is None else [load_plan(folder / "plan.json") for folder in lineage]
+def _recover_shortly(
+    run: Run,
+    member: ResolvedMember,
+    student: nn.Module,
+    plans: Sequence[PruningPlan] | None,
+    num_tokens: int,
+    on_step: OnStep,
+) -> dict[str, Any]:
+    """Losses of a candidate after a short recovery, None where it diverged; `plans` lead from the teacher to it."""
+    recipe, settings = run.recipe, run.recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
+    expert = run.expert()
+    train = load_training(run.data.folder / "train.safetensors")
+    rate = _finalist_rate(settings, num_tokens / train.block_size, member.optimizer)
+    supervision = supervision_of(settings, run.vocab_size)
+    if run.cache is not None and expert is not None and isinstance(train, TokenBlocks):
+        num_steps = math.ceil(num_tokens / (settings.batch_size * train.block_size))
+        targets = run.cache.targets(expert, train, training_rows(recipe, 0, num_steps, len(train)))
+        supervision = replace(supervision, objective=run.cache.objective(supervision.objective), targets=targets)
+    features = feature_loss(recipe, plans, student, expert, num_tokens)
+    try:
+        distill(
+            student,
+            expert,
+            train,
+            num_tokens=num_tokens,
+            supervision=replace(supervision, features=features),
+            optimization=optimization_of(settings, learning_rate=rate, optimizer=member.optimizer, seed=recipe.seed),
+            execution=execution_of(settings),
+            safekeeping=safekeeping_of(settings),
+            hooks=Hooks(on_step=on_step),
+        )
+        return _selection(run, student, run.teacher())
+    except (NotFiniteError, DivergedError) as error:  # of one shape among several: it is the last of them
+        logger.warning("a shape that was tried ran off when it was recovered shortly: %s", error)
+        return {"loss": None, "kl_to_teacher": None}
+
+
+def cut_inputs(run: Run, base: Base) -> dict[str, Input]:
+    """What a cut by scores reads."""
+    if base.statistics is None:
+        raise ValueError("a cut by scores needs statistics")
+    return {"statistics": base.statistics, "seed": base.model, "teacher": run.parent, "data": run.data}
+
+
+def load_plans(lineage: Sequence[Made] | None) -> list[PruningPlan] | None:
+    """The plans of these prune stages; None where a model was not cut from the parent."""
+    return None if lineage is None else [load_plan(cut.folder / "plan.json") for cut in lineage]
 
 
 def _finalist_rate(settings: Distill, num_blocks: float, optimizer: str) -> float:
@@ -309,20 +259,26 @@ def _finalist_rate(settings: Distill, num_blocks: float, optimizer: str) -> floa
     return settings.learning_rate
 
 
-def _plan(recipe: Recipe, model: nn.Module, dims: ModelDims, statistics: Path, data: Path, hidden: str) -> PruningPlan:
-    found = load_statistics(statistics / "statistics.safetensors")
-    wanted = recipe.prune
+def _plan(run: Run, base: Base, model: nn.Module, shape: FoundShape) -> PruningPlan:
+    if base.statistics is None:
+        raise ValueError("a cut by scores needs statistics")
+    settings = run.recipe.prune
+    statistics = load_statistics(base.statistics.folder / "statistics.safetensors")
     scores = score_importance(
-        found,
-        layers=wanted.layers,
-        heads=wanted.heads,
-        neurons=wanted.neurons,
-        hidden=hidden,
+        statistics,
+        layers=settings.layers,
+        heads=settings.heads,
+        neurons=settings.neurons,
+        hidden=shape.hidden,
         model=model,
-        blocks=load_blocks(data / "calibration.safetensors").take(recipe.calibration.num_blocks),
-        num_removed=dims_of(model.config).num_hidden_layers - dims.num_hidden_layers,
+        blocks=_calibration(run, run.recipe.calibration.num_blocks),
+        num_removed=dims_of(model.config).num_hidden_layers - shape.dims.num_hidden_layers,
     )
-    return plan_pruning(scores, model.config, dims, statistics=found, merge_heads=wanted.merge_heads)
+    return plan_pruning(scores, model.config, shape.dims, statistics=statistics, merge_heads=settings.merge_heads)
+
+
+def _calibration(run: Run, num_blocks: int) -> TokenBlocks:
+    return load_blocks(run.data.folder / "calibration.safetensors").take(num_blocks)
 
 
 def selection_size(recipe: Recipe) -> int:
@@ -332,14 +288,16 @@ def selection_size(recipe: Recipe) -> int:
     return recipe.distill.selection_examples if recipe.counts_examples else recipe.distill.selection_blocks
 
 
-def _selection(
-    model: nn.Module, teacher: nn.Module, recipe: Recipe, data: Path, vocab_size: int | None
-) -> dict[str, Any]:
-    settings = recipe.distill
+def load_selection(run: Run) -> TokenBlocks | Examples:
+    """The blocks, or the labelled examples, that choices are made on."""
+    return load_training(run.data.folder / "selection.safetensors").take(selection_size(run.recipe))
+
+
+def _selection(run: Run, model: nn.Module, teacher: nn.Module) -> dict[str, Any]:
+    settings = run.recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
-    blocks = load_training(data / "selection.safetensors").take(selection_size(recipe))
-    losses = selection_losses(model, teacher, blocks, settings.microbatch_size, vocab_size=vocab_size)
+    losses = selection_losses(model, teacher, load_selection(run), settings.microbatch_size, vocab_size=run.vocab_size)
     model.eval()
     return {"loss": losses["selection_loss"], "kl_to_teacher": losses.get("selection_kl")}
 

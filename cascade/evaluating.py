@@ -1,14 +1,15 @@
 """The stages that measure: what each reads, and what it writes."""
 
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cascade.classifier import examples_of
+from cascade.context import Run
 from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import load_training
@@ -26,6 +27,7 @@ from cascade.evaluation.heldout import (
     sample_blocks,
 )
 from cascade.evaluation.retention import with_retention
+from cascade.evaluation.task_options import HarnessOptions, TaskOptions
 from cascade.inputs import as_guessed, framing_settings, text_data
 from cascade.models.architecture import reads_images
 from cascade.models.checkpoint import (
@@ -36,11 +38,14 @@ from cascade.models.checkpoint import (
 )
 from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
+from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
 from cascade.report.block_sums import BLOCK_SUMS
+from cascade.report.production import DRIFT
 from cascade.report.records import metrics_of
 from cascade.report.skipped import SKIPPED
 from cascade.secrets import redact_all
+from cascade.stage_output import Made
 from cascade.store import COST_FILE, INCOMPLETE, partial_of
 
 _TRAINING_BLOCKS = 2048
@@ -49,42 +54,31 @@ _TRAINING_BLOCKS = 2048
 _SHOWN_TOKENS, _SHOWN_LETTERS = 64, 80
 
 
-def make_evaluation(
-    folder: Path,
-    recipe: Recipe,
-    checkpoint: ModelSource,
-    *,
-    teacher: nn.Module | None,
-    parent_evaluation: Path | None,
-    reference: Path | None,
-    trained_with: ModelSource,
-    vocab_size: int | None = None,
-) -> None:
+def make_evaluation(run: Run, checkpoint: ModelSource, reference: Path | None, folder: Path, on_step: OnStep) -> None:
     """eval.json (metrics with retention, item scores), lm_eval.json (lm-eval's own result), the speed in cost.json.
 
-    `trained_with` is the model whose tokenizer wrote the training text: the parent. `vocab_size` are the ids that it
-    and its teacher are compared over, where those are not all rows of both. Of the parent's own evaluation also
-    skipped.json, the rows of held-out and production text that were left out. In heldout_blocks.json is what each block
-    of held-out text adds to the metrics.
+    In heldout_blocks.json is what each block of held-out text adds to the metrics. The checkpoint's logits must be
+    those in the file `reference`; None: nothing is compared. Before the parent's own evaluation is made, the checkpoint
+    is the parent: it has no teacher, and skipped.json lists the rows of held-out and production text that were left
+    out.
+
+    Raises:
+        RunError: something about the parent cannot be measured.
     """
+    recipe, vocab_size, trained_with = run.recipe, run.vocab_size, run.parent.source
+    teacher = None if run.parent_evaluation is None else run.teacher()
     bad = text_data(recipe.data).bad_row_counter()
-    settings, heldout = recipe.evaluate, _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)
+    heldout = _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)
     result = evaluate(
         checkpoint,
-        tasks=settings.tasks,
+        tasks=_task_options(recipe, partial_of(folder) / "tasks"),
         teacher=teacher,
         heldout=heldout,
-        task_folders=[Path(task_folder) for task_folder in settings.task_folders],
-        limit=settings.limit,
-        num_fewshot=settings.num_fewshot,
-        batch_size=settings.batch_size,
+        vocab_size=vocab_size,
         reference=reference,
         trained_tokenizer=None if reads_images(load_config(trained_with)) else load_tokenizer(trained_with),
-        seed=recipe.seed,
-        kept=partial_of(folder) / "tasks",
-        vocab_size=vocab_size,
     )
-    if result.failed and parent_evaluation is None:  # before anything is trained: nothing is lost by stopping here
+    if result.failed and run.parent_evaluation is None:  # before anything is trained: nothing is lost by stopping here
         raise RunError(f"the parent's evaluation: {failures(result.failed)}")
     if recipe.data.production:
         model = load_model(checkpoint).to(default_device())
@@ -94,20 +88,40 @@ def make_evaluation(
             replace(metric, task="production") for metric in metrics if metric.metric in PRODUCTION_METRICS
         )
     parent_metrics, parent_items = result.metrics, result.items
-    if parent_evaluation is not None:
-        parent = json.loads((parent_evaluation / "eval.json").read_text(encoding="utf-8"))
+    if run.parent_evaluation is not None:
+        parent = run.parent_evaluation.json("eval.json")
         parent_metrics, parent_items = list(metrics_of(parent["metrics"])), parent["items"]
     metrics = with_retention(result.metrics, parent_metrics, result.items, parent_items, seed=recipe.seed)
-    tail = None if result.tail is None else _told(result.tail, heldout, checkpoint)
+    tail = None if result.tail is None else _with_beginnings(result.tail, heldout, checkpoint)
     write_json(folder / "eval.json", {"metrics": metrics, "items": result.items, "tail": tail})
     write_json(folder / "lm_eval.json", redact_all(result.raw))
     write_json(folder / COST_FILE, {"speed": result.speed})
     if result.blocks is not None:
         write_json(folder / BLOCK_SUMS, result.blocks)
-    if parent_evaluation is None:
+    if run.parent_evaluation is None:
         write_json(folder / SKIPPED, bad.record())
     if result.failed:
         write_json(folder / INCOMPLETE, redact_all(result.failed))
+
+
+def _task_options(recipe: Recipe, results_folder: Path) -> TaskOptions:
+    settings = recipe.evaluate
+    harness = HarnessOptions(
+        limit=settings.limit, num_fewshot=settings.num_fewshot, seed=recipe.seed, batch_size=settings.batch_size
+    )
+    folders = [Path(folder) for folder in settings.task_folders]
+    return TaskOptions(names=settings.tasks, folders=folders, harness=harness, results_folder=results_folder)
+
+
+def evaluate_checkpoint(run: Run, stage: str, owner: str, output: Made, reference: str) -> Made:
+    """The evaluation of the checkpoint that a stage has left, with its reload gate; messages call it `reference`."""
+    return run.make(
+        stage,
+        owner,
+        settings=evaluation_settings(run.recipe) | run.comparison_settings(),
+        inputs=run.evaluation_inputs() | {"checkpoint": output},
+        write=partial(make_evaluation, run, output.model(reference).source, output.folder / "reference.safetensors"),
+    )
 
 
 def failures(failed: dict[str, str]) -> str:
@@ -138,10 +152,11 @@ def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[s
     return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}
 
 
-def make_drift(folder: Path, recipe: Recipe, parent: ModelSource, teacher: nn.Module, data: Path) -> None:
+def make_drift(run: Run, folder: Path, on_step: OnStep) -> None:
     """drift.json: production text beside the recipe's held-out text, against the training text and for the teacher."""
+    recipe, parent, teacher = run.recipe, run.parent.source, run.teacher()
     texts = {"heldout": _heldout(recipe, parent), "production": _production(recipe, parent)}
-    train = load_training(data / "train.safetensors")
+    train = load_training(run.data.folder / "train.safetensors")
     if not isinstance(train, TokenBlocks):
         raise ValueError("production text is compared with blocks of tokens")
     # Of both texts as many tokens, or the longer would have more that is new; of the training text many more.
@@ -150,16 +165,16 @@ def make_drift(folder: Path, recipe: Recipe, parent: ModelSource, teacher: nn.Mo
     known = _ids(train.take(max(count, _TRAINING_BLOCKS)))
     vocab_size = int(load_config(parent).get_text_config().vocab_size)
     source = text_data(recipe.data)
-    read = {
+    documents = {
         "heldout": read_documents(source, "selection"),
         "production": production_documents(source, recipe.data.production),
     }
-    found = {
+    record = {
         "text": {kind: unlikeness(known, ids, vocab_size) for kind, ids in zip(texts, others, strict=True)},
         "teacher": {kind: uncertainty(teacher, blocks) for kind, blocks in texts.items()},
-        "letters": {kind: lengths(documents) for kind, documents in read.items()},
+        "letters": {kind: lengths(texts_of_kind) for kind, texts_of_kind in documents.items()},
     }
-    write_json(folder / "drift.json", found)
+    write_json(folder / DRIFT, record)
 
 
 def _ids(blocks: TokenBlocks) -> Tensor:
@@ -184,33 +199,27 @@ def _production(
     return as_guessed(recipe, blocks, "heldout", tokenizer, vocab_size or rows)
 
 
-def make_baseline(
-    folder: Path,
-    recipe: Recipe,
-    checkpoint: ModelSource,
-    parent: ModelSource,
-    teacher: nn.Module,
-    vocab_size: int | None = None,
-) -> None:
+def make_baseline(run: Run, checkpoint: ModelSource, folder: Path, on_step: OnStep) -> None:
     """Held-out metrics of a model that is only there to be compared with, and its heldout_blocks.json."""
-    model = load_model(checkpoint).to(default_device())
-    report = heldout_report(model, teacher, _heldout(recipe, parent, vocab_size=vocab_size), vocab_size=vocab_size)
+    teacher, model = run.teacher(), load_model(checkpoint).to(default_device())
+    heldout = _heldout(run.recipe, run.parent.source, vocab_size=run.vocab_size)
+    report = heldout_report(model, teacher, heldout, vocab_size=run.vocab_size)
     write_json(folder / "eval.json", {"metrics": report.metrics, "items": {}})
     if report.blocks is not None:
         write_json(folder / BLOCK_SUMS, report.blocks)
 
 
-def _told(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[str, Any]:
+def _with_beginnings(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[str, Any]:
     """The long tail with blocks by how they begin, instead of by their numbers."""
     if not isinstance(heldout, TokenBlocks):
         return tail
     tokenizer = load_tokenizer(checkpoint)
-    shown = []
-    for one in tail["slices"]:
-        row = torch.tensor([int(one["slice"])])
+    slices = []
+    for block in tail["slices"]:
+        row = torch.tensor([int(block["slice"])])
         text = tokenizer.decode(_ids(heldout.rows(row))[:_SHOWN_TOKENS])
-        shown.append(one | {"slice": " ".join(text.split())[:_SHOWN_LETTERS]})
-    return tail | {"slices": shown}
+        slices.append(block | {"slice": " ".join(text.split())[:_SHOWN_LETTERS]})
+    return tail | {"slices": slices}
 
 
 def _heldout(

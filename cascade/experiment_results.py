@@ -21,8 +21,8 @@ from cascade.recipe.schema import Calibration, Recipe
 from cascade.report.block_sums import load_block_sums
 from cascade.report.rates import is_at_edge, load_rates
 from cascade.report.records import Row, family_of, load_family
-from cascade.rows import read_json
-from cascade.runner import STAGE_FORMATS
+from cascade.stage_output import read_json
+from cascade.stage_table import STAGES
 from cascade.store import MANIFEST, read_manifest, write_atomically
 
 VERSION = 1
@@ -80,9 +80,7 @@ def collect_result(cell: Cell, folder: Path, inputs: dict[str, str]) -> Result:
         "recipe": settings_of(cell.recipe),
         "inputs": inputs,
         "formats": {
-            manifest["stage"]: STAGE_FORMATS[manifest["stage"]]
-            for manifest in manifests
-            if manifest["stage"] in STAGE_FORMATS
+            manifest["stage"]: STAGES[manifest["stage"]].format for manifest in manifests if manifest["stage"] in STAGES
         },
         "made_with": {key: value for key, value in made_with.items() if key != "process"} | code_version(),
         "weights": {name: _weights_sha256(folder / "members" / name) for name in names},
@@ -111,10 +109,11 @@ def read_result(path: Path, cell: Cell, inputs: dict[str, str]) -> tuple[Result 
             return None, f"is of version {result['version']}; this program reads {VERSION}"
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None, "is cut off or no result"
+    formats = {stage.name: stage.format for stage in STAGES.values()}
     different = [
         *_differences("recipe", result["recipe"], json.loads(json.dumps(settings_of(cell.recipe)))),
         *_differences("inputs", result["inputs"], inputs),
-        *_differences("formats", result["formats"], {stage: STAGE_FORMATS.get(stage) for stage in result["formats"]}),
+        *_differences("formats", result["formats"], {stage: formats.get(stage) for stage in result["formats"]}),
     ]
     if different:
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""

@@ -1,7 +1,7 @@
 """The stage that finds how the parent's text is framed, and the recipe that says so."""
 
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cascade.models.checkpoint import ModelSource, fingerprint, load_config, loa
 from cascade.models.dims import dims_of
 from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
+from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
 
@@ -41,18 +42,18 @@ def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
     settings = data.model_dump(
         include={"source", "text_field", "messages_field", "template", "block_size", "begin_token", "end_token"}
     )
-    folder = runner.run(
-        "parent",
+    framing = runner.make(
         "framing",
-        settings | {"document_masks": data.masks_documents},
-        {"source": data_fingerprint(data), "parent": fingerprint(parent)},
-        lambda folder, on_step: make_framing(folder, recipe, parent),
+        "parent",
+        settings=settings | {"document_masks": data.masks_documents},
+        inputs={"source": data_fingerprint(data), "parent": fingerprint(parent)},
+        write=partial(make_framing, recipe, parent),
     )
-    record = json.loads((folder / FRAMING).read_text(encoding="utf-8"))
+    record = framing.json(FRAMING)
     return _with(recipe, record["begin_token"], record["end_token"])
 
 
-def make_framing(folder: Path, recipe: Recipe, parent: ModelSource) -> None:
+def make_framing(recipe: Recipe, parent: ModelSource, folder: Path, on_step: OnStep) -> None:
     """framing.json: where the begin and end tokens stand, and the parent's losses by which that was chosen."""
     data, tokenizer = recipe.data, load_tokenizer(parent)
     source, rows = text_data(data), dims_of(load_config(parent)).vocab_size

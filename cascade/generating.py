@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cascade.recipe.generate import HOW_ASKED, Generate
 from cascade.recipe.places import PUBLIC, served_model, shown_model
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
+from cascade.stage_output import Made, read_json
 from cascade.store import COST_FILE, MANIFEST, file_sha256, is_committed
 from cascade.teacher.answers import AnswerLog
 from cascade.teacher.filters import Keep
@@ -45,22 +47,20 @@ ANSWERS = "answers"
 """The folder of a run that keeps every answer as it came, whatever is asked for later."""
 
 
-def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, filter_path: str = "") -> Path:
-    """The stage's folder: dataset.jsonl, provenance.json."""
+def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, filter_path: str = "") -> Made:
+    """The generated text: dataset.jsonl, provenance.json."""
     settings = recipe.generate
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
     prompts = collect_prompts(settings, recipe.data.text_field, text_data(recipe.data).bad_row_counter())
     check_generation(recipe, settings, prompts, parent)
-    asked, inputs = _stage(recipe, settings, prompts, parent)
-    return runner.run(
-        "parent",
+    key_settings, inputs = _stage(recipe, settings, prompts, parent)
+    return runner.make(
         "generate",
-        asked,
-        inputs | {"filter": _filter_digest(filter_path)},
-        lambda folder, on_step: make_generated(
-            folder, recipe, settings, prompts, parent, runner.folder / ANSWERS, filter_path, on_step
-        ),
+        "parent",
+        settings=key_settings,
+        inputs=inputs | {"filter": _filter_digest(filter_path)},
+        write=partial(make_generated, recipe, prompts, parent, runner.folder / ANSWERS, filter_path),
     )
 
 
@@ -71,13 +71,13 @@ def missing_answers(
     path = run_folder / ANSWERS / "answers.jsonl"
     if not path.is_file():
         return len(prompts) * settings.answers
-    asked, inputs = _stage(recipe, settings, prompts, parent)
-    expected = json.loads(json.dumps({"settings": asked, "inputs": inputs}))
+    key_settings, inputs = _stage(recipe, settings, prompts, parent)
+    expected = json.loads(json.dumps({"settings": key_settings, "inputs": inputs}))
     for folder in run_folder.glob("stages/parent.generate-*"):
         if is_committed(folder):
-            made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            made_of = {name: value for name, value in made.get("inputs", {}).items() if name != "filter"}
-            if {"settings": made.get("settings"), "inputs": made_of} == expected:
+            manifest = read_json(folder / MANIFEST)
+            digests = {name: value for name, value in manifest.get("inputs", {}).items() if name != "filter"}
+            if {"settings": manifest.get("settings"), "inputs": digests} == expected:
                 return 0
     source = _source(settings, parent)
     local = {} if settings.endpoint else {"tokenizer": load_tokenizer(source), "digest": fingerprint(source)}
@@ -125,16 +125,18 @@ def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], 
 
 
 def make_generated(
-    folder: Path,
     recipe: Recipe,
-    settings: Generate,
     prompts: list[Prompt],
     parent: ModelSource,
     answers: Path,
     filter_path: str,
+    folder: Path,
     on_step: OnStep,
 ) -> None:
     """The dataset and where it comes from; `answers` is the folder that keeps what was answered."""
+    settings = recipe.generate
+    if settings is None:
+        raise ValueError("the recipe has no `generate` section")
     teacher = None if settings.endpoint else _teacher(_source(settings, parent))
     judge = _teacher(parent) if settings.filters.max_perplexity else None
     dataset = generate(
@@ -162,13 +164,13 @@ def make_generated(
     (folder / COST_FILE).write_text(json.dumps({"money": dataset.spent["money"]}), encoding="utf-8")
 
 
-def reading(recipe: Recipe, generated: Path) -> Recipe:
+def reading(recipe: Recipe, generated: Made) -> Recipe:
     """The recipe with the generated conversations as its text."""
-    chat = json.loads((generated / "provenance.json").read_text(encoding="utf-8"))["chat"]
+    chat = generated.json("provenance.json")["chat"]
     data = recipe.data.model_copy(
         update={
             "source": "files",
-            "train": [str(generated / "dataset.jsonl")],
+            "train": [str(generated.folder / "dataset.jsonl")],
             "messages_field": "messages",
             "template": recipe.data.template if chat else "none",
         }

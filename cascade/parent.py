@@ -8,7 +8,9 @@ import torch
 from cascade.classifier import checked_classes, fitted_config, made_dtype
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
+from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
 from cascade.distillation.schedule import Schedule
+from cascade.distillation.supervision import Selection
 from cascade.inputs import as_guessed, text_data
 from cascade.models.architecture import as_masked, require_body, require_masked
 from cascade.models.checkpoint import (
@@ -25,7 +27,7 @@ from cascade.models.checkpoint import (
 from cascade.models.positions import usable_context
 from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
 from cascade.progress import OnStep
-from cascade.recipe.schema import Recipe
+from cascade.recipe.schema import Pretrain, Recipe
 from cascade.store import partial_of
 
 
@@ -58,7 +60,7 @@ def parent_config(recipe: Recipe) -> Any:
     return as_masked(config, "parent.pretrain.config") if recipe.task == "masked_language" else config
 
 
-def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
+def make_pretrained(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
     """Tokenizer and model trained on the recipe's training text; the log as JSON lines."""
     settings = recipe.parent.pretrain
     if settings is None:
@@ -72,26 +74,41 @@ def make_pretrained(folder: Path, recipe: Recipe, on_step: OnStep) -> None:
         model_max_length=usable_context(config) or config.max_position_embeddings,
         masks=recipe.task == "masked_language",
     )
-    own = {"config", "tokenizer", "tokens", "block_size", "warmup_fraction", "final_learning_rate_fraction"}
     packing: dict[str, Any] = {"block_size": settings.block_size, "document_masks": recipe.data.masks_documents}
     selection = prepare_blocks(data, "selection", tokenizer, **packing)
     model, _ = pretrain(
         config,
         as_guessed(recipe, prepare_blocks(data, "train", tokenizer, **packing), "train", tokenizer),
         num_tokens=settings.tokens,
-        seed=recipe.seed,
-        selection=as_guessed(recipe, selection.take(48), "selection", tokenizer),
-        log_path=folder / "log.jsonl",
-        state_folder=partial_of(folder),
-        on_step=on_step,
-        schedule=Schedule("cosine", settings.warmup_fraction, settings.final_learning_rate_fraction),
-        **{name: value for name, value in settings.model_dump().items() if name not in own},
+        optimization=_optimization(settings, recipe.seed),
+        execution=Execution(microbatch_size=settings.microbatch_size),
+        selection=Selection(
+            blocks=as_guessed(recipe, selection.take(48), "selection", tokenizer), every=settings.selection_every
+        ),
+        safekeeping=Safekeeping(state_folder=partial_of(folder)),
+        hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step),
     )
     save_checkpoint(model, folder / CHECKPOINT, companions=None, dtype=made_dtype(recipe))
     tokenizer.save_pretrained(folder / CHECKPOINT)
 
 
-def make_converted(folder: Path, source: ModelSource) -> None:
+def _optimization(settings: Pretrain, seed: int) -> Optimization:
+    schedule = Schedule(
+        kind="cosine",
+        warmup_fraction=settings.warmup_fraction,
+        final_fraction=settings.final_learning_rate_fraction,
+    )
+    return Optimization(
+        batch_size=settings.batch_size,
+        seed=seed,
+        optimizer=settings.optimizer,
+        learning_rate=settings.learning_rate,
+        schedule=schedule,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def make_converted(source: ModelSource, folder: Path, on_step: OnStep) -> None:
     """A GGUF parent as a safetensors checkpoint, in float32: exactly the values that the file stands for."""
     save_checkpoint(load_model(source), folder / CHECKPOINT, companions=None, dtype=torch.float32)
     load_tokenizer(source).save_pretrained(folder / CHECKPOINT)

@@ -1,15 +1,16 @@
 """The stages that all members share: the parent, the text, the parent's evaluation, production text."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cascade import parallel
 from cascade.classifier import make_fitted, new_padding
+from cascade.context import Run
 from cascade.evaluating import evaluation_settings, make_drift, make_evaluation
 from cascade.inputs import data_fingerprint, framing_settings, production_fingerprint, task_fingerprint
 from cascade.models.checkpoint import (
-    CHECKPOINT,
     ModelSource,
     fingerprint,
     load_config,
@@ -23,15 +24,27 @@ from cascade.report.production import DRIFT
 from cascade.report.skipped import SKIPPED, merged_skipped
 from cascade.report.write import resealed
 from cascade.runner import StageRunner
-from cascade.seeding import Shared
+from cascade.stage_output import Checkpoint, Made
 from cascade.stages import CLASSIFYING, make_data, reads_logprobs
-from cascade.store import output_digest, write_atomically
+from cascade.store import write_atomically
+
+_PACKING = {
+    "source",
+    "text_field",
+    "messages_field",
+    "template",
+    "weights",
+    "streaming",
+    "block_size",
+    "max_tokens",
+}
+"""Keys of data that the packed text depends on, besides those that have a say in some tasks alone."""
 
 
 def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
     """The parent as a folder of safetensors: found, trained, or converted."""
-    found = existing_parent(recipe)
-    if found is None and recipe.parent.pretrain is not None:
+    existing = existing_parent(recipe)
+    if existing is None and recipe.parent.pretrain is not None:
         settings = recipe.parent.pretrain.model_dump(exclude={"microbatch_size"}) | {
             "seed": recipe.seed,
             "dtype": recipe.save.dtype,
@@ -43,28 +56,28 @@ def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
             del settings["optimizer"]
         if recipe.task == "masked_language":
             settings |= {"task": recipe.task, "mask_copies": recipe.data.mask_copies}
-        folder = runner.run(
-            "parent",
+        pretrained = runner.make(
             "pretrain",
-            settings,
-            {"source": data_fingerprint(recipe.data)},
-            lambda folder, on_step: make_pretrained(folder, recipe, on_step),
+            "parent",
+            settings=settings,
+            inputs={"source": data_fingerprint(recipe.data)},
+            write=partial(make_pretrained, recipe),
         )
-        return ModelSource(folder / CHECKPOINT, recipe.name)
+        return pretrained.model(recipe.name).source
     if recipe.parent.fit is not None:
         return _fitted(runner, recipe)
-    if found is None:
+    if existing is None:
         raise ValueError("a parent is either found or trained")
-    if not found.gguf_file:
-        return found
-    folder = runner.run(
-        "parent",
+    if not existing.gguf_file:
+        return existing
+    converted = runner.make(
         "convert",
-        {},
-        {"gguf": fingerprint(found)},
-        lambda folder, on_step: make_converted(folder, found),
+        "parent",
+        settings={},
+        inputs={"gguf": fingerprint(existing)},
+        write=partial(make_converted, existing),
     )
-    return ModelSource(folder / CHECKPOINT, found.reference)
+    return converted.model(existing.reference).source
 
 
 def _fitted(runner: StageRunner, recipe: Recipe) -> ModelSource:
@@ -73,80 +86,85 @@ def _fitted(runner: StageRunner, recipe: Recipe) -> ModelSource:
     settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
     token = new_padding(recipe)
     settings |= {"pad_token": token} if token else {}
-    folder = runner.run(
-        "parent",
+    fitted = runner.make(
         "fit",
-        settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
-        {
+        "parent",
+        settings=settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
+        inputs={
             "source": data_fingerprint(data.model_copy(update={"unlabelled": []})),
             "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
         },
-        lambda folder, on_step: make_fitted(folder, recipe, on_step),
+        write=partial(make_fitted, recipe),
     )
-    return ModelSource(folder / CHECKPOINT, model or recipe.name)
+    return fitted.model(model or recipe.name).source
 
 
-def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Shared:
-    """The stages that all members share: data, the parent's evaluation."""
-    source = data_fingerprint(recipe.data)
-    vocab_size = dims_of(load_config(parent)).vocab_size
-    tokenizer = load_tokenizer(parent, vocab_size=vocab_size) if vocab_size else None
-    digests = {"source": source, "parent": fingerprint(parent), "tasks": task_fingerprint(recipe)}
-    digests |= {"production": production_fingerprint(recipe.data)} if recipe.data.production else {}
-    data = runner.run(
-        "parent",
-        "data",
-        recipe.data.model_dump(
-            include={
-                "source",
-                "text_field",
-                "messages_field",
-                "template",
-                "weights",
-                "streaming",
-                "block_size",
-                "max_tokens",
-            }
-        )  # fmt: skip
-        | {"document_masks": recipe.data.masks_documents}
-        | framing_settings(recipe)
-        | ({"mask_copies": recipe.data.mask_copies, "seed": recipe.seed} if recipe.task == "masked_language" else {})
-        | ({"listed": True} if reads_logprobs(recipe) else {})
-        | ({"turns": recipe.data.turns} if recipe.data.turns != "all" else {})
-        | (_classifying(recipe) if recipe.counts_examples else {}),
-        {name: digests[name] for name in ("source", "parent")},
-        lambda folder, on_step: make_data(folder, recipe, parent, tokenizer),
+def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Run:
+    """What all members of a run read, but for the parent's evaluation: above all the packed text."""
+    model, source = Checkpoint(parent, fingerprint(parent)), data_fingerprint(recipe.data)
+    return Run(
+        recipe=recipe,
+        runner=runner,
+        parent=model,
+        source=source,
+        tasks=task_fingerprint(recipe),
+        production=production_fingerprint(recipe.data) if recipe.data.production else "",
+        data=_pack_text(runner, recipe, model, source),
     )
-    evaluation = runner.run(
-        "parent",
+
+
+def evaluate_parent(run: Run) -> Made:
+    """The parent's own evaluation; skipped.json in the run directory lists the rows of text that were left out."""
+    evaluation = run.make(
         "evaluate",
-        evaluation_settings(recipe),
-        digests,
-        lambda folder, on_step: make_evaluation(
-            folder, recipe, parent, teacher=None, parent_evaluation=None, reference=None, trained_with=parent
-        ),
-    )
-    if parallel.rank() == 0:
-        skipped = merged_skipped({"training text": data, "held-out text": evaluation})
-        _write_beside(runner.folder, SKIPPED, json.dumps(skipped, indent=1) + "\n" if skipped else "")
-    return Shared(parent, data, evaluation, digests | {"data": output_digest(data)}, [])
-
-
-def compare_with_production(runner: StageRunner, recipe: Recipe, shared: Shared) -> None:
-    """drift.json in the run directory; none without production text."""
-    if not recipe.data.production:
-        if parallel.rank() == 0:
-            _write_beside(runner.folder, DRIFT, "")
-        return
-    folder = runner.run(
         "parent",
-        "drift",
-        evaluation_settings(recipe, heldout_only=True),
-        {name: shared.digests[name] for name in ("source", "parent", "data", "production")},
-        lambda folder, on_step: make_drift(folder, recipe, shared.parent, shared.teacher(), shared.data),
+        settings=evaluation_settings(run.recipe),
+        inputs=run.evaluation_inputs(),
+        write=partial(make_evaluation, run, run.parent.source, None),
     )
     if parallel.rank() == 0:
-        _write_beside(runner.folder, DRIFT, (folder / DRIFT).read_text(encoding="utf-8"))
+        skipped = merged_skipped({"training text": run.data.folder, "held-out text": evaluation.folder})
+        _write_beside(run.folder, SKIPPED, json.dumps(skipped, indent=1) + "\n" if skipped else "")
+    return evaluation
+
+
+def _pack_text(runner: StageRunner, recipe: Recipe, parent: Checkpoint, source: str) -> Made:
+    """The recipe's text as the parent's tokens; `source` is the digest of its files."""
+    vocab_size = dims_of(load_config(parent.source)).vocab_size
+    tokenizer = load_tokenizer(parent.source, vocab_size=vocab_size) if vocab_size else None
+    data = recipe.data
+    settings = data.model_dump(include=_PACKING) | {"document_masks": data.masks_documents} | framing_settings(recipe)
+    if recipe.task == "masked_language":
+        settings |= {"mask_copies": data.mask_copies, "seed": recipe.seed}
+    if reads_logprobs(recipe):
+        settings |= {"listed": True}
+    if data.turns != "all":
+        settings |= {"turns": data.turns}
+    if recipe.counts_examples:
+        settings |= _classifying(recipe)
+    return runner.make(
+        "data",
+        "parent",
+        settings=settings,
+        inputs={"source": source, "parent": parent},
+        write=partial(make_data, recipe, parent.source, tokenizer),
+    )
+
+
+def compare_with_production(run: Run) -> None:
+    """drift.json in the run directory; none without production text."""
+    text = ""
+    if run.production:
+        drift = run.make(
+            "drift",
+            "parent",
+            settings=evaluation_settings(run.recipe, heldout_only=True),
+            inputs={"source": run.source, "parent": run.parent, "data": run.data, "production": run.production},
+            write=partial(make_drift, run),
+        )
+        text = (drift.folder / DRIFT).read_text(encoding="utf-8")
+    if parallel.rank() == 0:
+        _write_beside(run.folder, DRIFT, text)
 
 
 def _write_beside(run_folder: Path, name: str, text: str) -> None:

@@ -1,7 +1,5 @@
 """A parent from nothing: a byte-level BPE tokenizer and a model trained by cross-entropy alone."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +7,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from cascade.data.blocks import TokenBlocks
+from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
+from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import TrainingMetrics, distill
 from cascade.models.architecture import config_from_values, model_from_config
 
@@ -63,14 +63,14 @@ def pretrain(
     blocks: TokenBlocks,
     *,
     num_tokens: int,
-    seed: int,
-    selection: TokenBlocks,
-    log_path: Path | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-    **options: Any,
+    optimization: Optimization,
+    execution: Execution,
+    selection: Selection,
+    safekeeping: Safekeeping,
+    hooks: Hooks,
 ) -> tuple[nn.Module, TrainingMetrics]:
-    """A model of `config`, trained on `num_tokens` tokens; `options` are those of `distill`."""
-    torch.manual_seed(seed)
+    """A model of `config` with random weights, trained on `num_tokens` tokens by cross-entropy, as `distill` does."""
+    torch.manual_seed(optimization.seed)
     model: nn.Module = model_from_config(config)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = distill(
@@ -78,10 +78,10 @@ def pretrain(
         None,
         blocks,
         num_tokens=num_tokens,
-        seed=seed,
+        optimization=optimization,
+        execution=execution,
         selection=selection,
-        log_path=log_path,
-        on_step=on_step,
-        **options,
+        safekeeping=safekeeping,
+        hooks=hooks,
     )
     return model, metrics

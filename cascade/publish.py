@@ -30,9 +30,9 @@ from cascade.report.tail import TAIL, load_tails
 from cascade.report.targets import TARGETS, load_targets
 from cascade.report.verdicts import VERDICTS, judge
 from cascade.report.write import resealed, write_family
-from cascade.rows import FinishedMember, RoundedCopy, copy_row, member_row, read_json
-from cascade.runner import read_cost
-from cascade.store import output_digest, staged, verify_folder, write_atomically
+from cascade.rows import FinishedMember, RoundedCopy, copy_row, member_row
+from cascade.stage_output import Made, read_json
+from cascade.store import staged, verify_folder, write_atomically
 from cascade.yaml_reader import write_yaml
 
 
@@ -54,16 +54,18 @@ def publish_copies(
             "seed": None,
             "copy_of": owner.name,
             "quantised": copy.kind,
-            "auto_class": auto_class_of(load_config(ModelSource(copy.made / CHECKPOINT, copy.name))),
+            "auto_class": auto_class_of(load_config(copy.rounded.model(copy.name).source)),
             "tokens": vars(row.tokens),
             "stages": {
-                name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
-                for name, folder in (("quantised", copy.made), ("evaluation", copy.evaluation))
+                name: {"folder": f"stages/{stage.folder.name}", "sha256": stage.digest}
+                for name, stage in (("quantised", copy.rounded), ("evaluation", copy.evaluation))
             },
         }
         card = member_card(row, teacher, provenance, lineage, _public_recipe(recipe, members))
         final = run_folder / "members" / copy.name
-        _publish(final, copy.made / CHECKPOINT, copy.evaluation, lineage, card, _sentences(recipe, parent))
+        _publish(
+            final, copy.rounded.folder / CHECKPOINT, copy.evaluation.folder, lineage, card, _sentences(recipe, parent)
+        )
 
 
 def publish_member(
@@ -84,15 +86,16 @@ def publish_member(
         "auto_class": auto_class_of(member.config),
         "tokens": vars(row.tokens),
         "stages": {
-            name: {"folder": f"stages/{folder.name}", "sha256": output_digest(folder)}
-            for name, folder in vars(finished).items()
-            if isinstance(folder, Path)
+            name: {"folder": f"stages/{stage.folder.name}", "sha256": stage.digest}
+            for name, stage in vars(finished).items()
+            if isinstance(stage, Made)
         },
-        "plan": f"stages/{finished.cut.name}/plan.json" if finished.cut else None,
+        "plan": f"stages/{finished.cut.folder.name}/plan.json" if finished.cut else None,
     }
     card = member_card(row, teacher, provenance, lineage, _public_recipe(recipe, members))
     final = run_folder / "members" / member.name
-    _publish(final, finished.distilled / CHECKPOINT, finished.evaluation, lineage, card, _sentences(recipe, parent))
+    checkpoint, evaluation = finished.distilled.folder / CHECKPOINT, finished.evaluation.folder
+    _publish(final, checkpoint, evaluation, lineage, card, _sentences(recipe, parent))
     publish_copies(run_folder, recipe, members, row, finished.copies, teacher, parent)
 
 
@@ -165,11 +168,12 @@ def write_report(
     copies = [*(copy for stages in finished.values() for copy in stages.copies), *parent_copies]
     evaluations = {name: stages.evaluation for name, stages in finished.items()}
     evaluations |= {copy.name: copy.evaluation for copy in copies}
-    tails = load_tails(run_folder) | {name: tail for name, folder in evaluations.items() if (tail := _tail(folder))}
+    tails = load_tails(run_folder)
+    tails |= {name: tail for name, stage in evaluations.items() if (tail := stage.json("eval.json").get("tail"))}
     tails = {row.name: tails[row.name] for row in ordered if row.name in tails}
     blocks = load_block_sums(run_folder)
     for stages in finished.values():
-        paths = {name: folder / BLOCK_SUMS for name, folder in stages.measured.items()}
+        paths = {name: stage.folder / BLOCK_SUMS for name, stage in stages.measured.items()}
         blocks |= {name: read_json(path) for name, path in paths.items() if path.exists()}
     blocks = {row.name: blocks[row.name] for row in ordered if row.name in blocks}
     with resealed(run_folder):
@@ -197,9 +201,9 @@ def _write_targets(
         labelling.pop(member.name, None)
         if stages.labels is None:
             continue
-        about = read_json(stages.labels / LABELS)
-        searched = read_json(stages.rate / "rate.json")["num_tokens"] if stages.rate else 0
-        angles = read_cost(stages.distilled).get("angles_degrees", [])
+        about = stages.labels.json(LABELS)
+        searched = stages.rate.json("rate.json")["num_tokens"] if stages.rate else 0
+        angles = stages.distilled.cost().get("angles_degrees", [])
         figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
         search = recipe.prune.search if member.member.start == "prune" else None
         tried = search.tokens * sum(row.status != "candidate" for row in stages.candidates) if search else 0
@@ -228,7 +232,3 @@ def _earlier_rows(run_folder: Path, names: set[str], suffixes: tuple[str, ...]) 
         elif row.role in ("quantised", "baseline", "candidate") and (owner := owner_of(row.name, rows)):
             rows[owner].append(row)
     return rows
-
-
-def _tail(evaluation: Path) -> Any:
-    return read_json(evaluation / "eval.json").get("tail")

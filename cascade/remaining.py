@@ -11,13 +11,12 @@ from cascade.evaluating import evaluation_settings
 from cascade.family import FoundShape, ResolvedMember
 from cascade.pruning.plan import load_plan
 from cascade.recipe.schema import Recipe
-from cascade.runner import STAGE_FORMATS
+from cascade.stage_output import read_json
+from cascade.stage_table import STAGES
 from cascade.store import INCOMPLETE, MANIFEST, is_committed, stage_key
 
 _FOUND_IN_THE_RUN = ("begin_token", "end_token", "vocab_size")
 """Settings that a recipe may leave to the run."""
-
-_BEFORE_TRAINING = ("statistics", "prune", "repair", "candidate", "finalist", "rate", "label")
 
 
 def shapes_on_disk(run_folder: Path, names: Sequence[str]) -> dict[str, FoundShape]:
@@ -50,9 +49,9 @@ def remaining_members(run_folder: Path, recipe: Recipe, members: Sequence[Resolv
 
 def remaining_seconds(run_folder: Path, recipe: Recipe, name: str, seconds: Mapping[str, float]) -> dict[str, float]:
     """Of a member's stages, or the parent's, those that are not done."""
-    done = {stage for stage in STAGE_FORMATS if _is_done(run_folder, recipe, name, stage)}
+    done = {stage for stage in STAGES if _is_done(run_folder, recipe, name, stage)}
     if "distill" in done:
-        done |= set(_BEFORE_TRAINING)
+        done |= {stage.name for stage in STAGES.values() if stage.before_training}
     elif "distill" in seconds:
         done.discard("evaluate")
     if recipe.ce_learning_rate == "auto" and "ce-rate" not in done:
@@ -71,11 +70,11 @@ def _is_done(run_folder: Path, recipe: Recipe, name: str, stage: str) -> bool:
         if folder.name.rpartition("-")[0] != f"{name}.{stage}" or not is_committed(folder):
             continue
         try:
-            made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            same = stage_key(stage, STAGE_FORMATS[stage], made["settings"], made["inputs"]) == made["key"]
+            manifest = read_json(folder / MANIFEST)
+            same = stage_key(stage, STAGES[stage].format, manifest["settings"], manifest["inputs"]) == manifest["key"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if same and _as_asked(recipe, stage, made["settings"]) and not (folder / INCOMPLETE).exists():
+        if same and _as_asked(recipe, stage, manifest["settings"]) and not (folder / INCOMPLETE).exists():
             return True
     return False
 

@@ -1,10 +1,8 @@
 """Rows of family.json from the folders of finished stages."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cascade.caching import LABELS, taught_steps
 from cascade.family import ResolvedMember
@@ -25,51 +23,52 @@ from cascade.report.records import (
     metrics_of,
     speed_of,
 )
-from cascade.runner import read_cost
 from cascade.search import Candidate
+from cascade.stage_output import Made
 
 _BASELINES = {"cut": "cut only", "repaired": "cut and repaired", "ce": "cross-entropy"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundedCopy:
     """A copy of a member, or of the parent, in fewer bits."""
 
     name: str
     kind: str
     """int8 or int4"""
-    made: Path
-    evaluation: Path
+    rounded: Made
+    """Its checkpoint."""
+    evaluation: Made
     num_tokens: int
     """Trained with rounded weights; 0: not at all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinishedMember:
-    """The folders of a member whose stages are all committed."""
+    """What the stages of a member have left, all of them committed; published in this order as where it comes from."""
 
-    cut: Path | None
-    repaired: Path | None
-    rate: Path | None
+    cut: Made | None
+    repaired: Made | None
+    rate: Made | None
     """The search for the learning rate."""
-    distilled: Path
-    evaluation: Path
-    baselines: list[Row]
-    lineage: list[Path] | None
-    """The folders of the cuts from the parent to it; None where it was not cut from the parent."""
-    labels: Path | None = None
+    distilled: Made
+    evaluation: Made
+    labels: Made | None = None
     """What it took to have the teacher's targets; None where it was asked each time."""
+    lineage: list[Made] | None
+    """The cuts from the parent to it; None where it was not cut from the parent."""
+    baselines: list[Row] = field(default_factory=list)
     candidates: list[Row] = field(default_factory=list)
     """Shapes that a search tried."""
     copies: list[RoundedCopy] = field(default_factory=list)
     rates: dict[str, Rate] = field(default_factory=dict)
     """Row's name -> the learning rate it was trained at, of the member and of its cross-entropy baseline."""
-    measured: dict[str, Path] = field(default_factory=dict)
-    """Row's name -> the folder of its evaluation, of the member and of its baselines."""
+    measured: dict[str, Made] = field(default_factory=dict)
+    """Row's name -> its evaluation, of the member and of its baselines."""
 
 
-def teacher_row(parent: ModelSource, evaluation: Path) -> Row:
-    """The parent's row; `evaluation` is the folder of its evaluation."""
+def teacher_row(parent: ModelSource, evaluation: Made) -> Row:
+    """The parent's row."""
     config = load_config(parent)
     axes, dims = probe_axes(config), dims_of(config)
     return Row(
@@ -80,7 +79,7 @@ def teacher_row(parent: ModelSource, evaluation: Path) -> Row:
         num_parameters=int(axes.num_parameters(dims)),
         num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),
         bytes=weight_bytes(parent.folder),
-        cost=Cost(seconds=read_cost(evaluation)["seconds"]),
+        cost=Cost(seconds=evaluation.cost()["seconds"]),
         metrics=_metrics(evaluation),
         speed=_speed(evaluation),
     )
@@ -89,7 +88,7 @@ def teacher_row(parent: ModelSource, evaluation: Path) -> Row:
 def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMember, finished: FinishedMember) -> Row:
     """A finished member's row."""
     stages = (finished.cut, finished.repaired, finished.labels, finished.rate, finished.distilled, finished.evaluation)
-    teacher_flops = read_cost(finished.distilled)["teacher_flops_per_token"]
+    teacher_flops = finished.distilled.cost()["teacher_flops_per_token"]
     labelled = _labelled(recipe, member, finished)
     return Row(
         name=member.name,
@@ -100,12 +99,12 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
         dims=member.dims.as_dict(),
         num_parameters=member.num_parameters,
         num_parameters_non_embedding=member.num_parameters_non_embedding,
-        bytes=weight_bytes(finished.distilled / CHECKPOINT),
+        bytes=weight_bytes(finished.distilled.folder / CHECKPOINT),
         tokens=Tokens(
             hop=member.num_tokens, cumulative=_tokens_along_chain(members, member), teacher_labelled=labelled
         ),
         cost=Cost(
-            seconds=_seconds(folder for folder in stages if folder),
+            seconds=_seconds(stage for stage in stages if stage),
             flops=member.num_tokens * 3 * member.flops_per_token + labelled * teacher_flops,
         ),
         stages=StageLosses(
@@ -116,8 +115,8 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
     )
 
 
-def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
-    """A row to compare a member with, from its evaluation's folder and, if trained, its training's.
+def baseline_row(member: ResolvedMember, kind: str, stages: list[Made]) -> Row:
+    """A row to compare a member with, from its evaluation and, if trained, its training and the search for its rate.
 
     Its weights stay inside the run. Tokens count from the cut that the member itself starts from.
     """
@@ -131,8 +130,8 @@ def baseline_row(member: ResolvedMember, kind: str, folders: list[Path]) -> Row:
         num_parameters=member.num_parameters,
         num_parameters_non_embedding=member.num_parameters_non_embedding,
         tokens=Tokens(hop=num_tokens, cumulative=num_tokens),
-        cost=Cost(seconds=_seconds(folders), flops=num_tokens * 3 * member.flops_per_token),
-        metrics=_metrics(folders[0]),
+        cost=Cost(seconds=_seconds(stages), flops=num_tokens * 3 * member.flops_per_token),
+        metrics=_metrics(stages[0]),
     )
 
 
@@ -147,12 +146,12 @@ def _candidate_row(member: ResolvedMember, candidate: Candidate, number: int) ->
     return Row(
         name=f"{member.name}-shape{number}{suffix}",
         role="candidate",
-        status="chosen" if number == 1 else "finalist" if len(candidate.folders) > 1 else "candidate",
+        status="chosen" if number == 1 else "finalist" if len(candidate.stages) > 1 else "candidate",
         seed=member.seed or None,
         dims=dims.as_dict(),
         num_parameters=int(axes.num_parameters(dims)),
         num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),
-        cost=Cost(seconds=_seconds(candidate.folders)),
+        cost=Cost(seconds=_seconds(candidate.stages)),
         stages=StageLosses(repaired=losses_of(losses["repaired"]), recovered=losses_of(losses["recovered"])),
     )
 
@@ -165,13 +164,13 @@ def copy_row(owner: Row, copy: RoundedCopy) -> Row:
         role="quantised",
         status=copy.kind,
         checkpoint=f"members/{copy.name}",
-        bytes=weight_bytes(copy.made / CHECKPOINT),
+        bytes=weight_bytes(copy.rounded.folder / CHECKPOINT),
         tokens=Tokens(
             hop=copy.num_tokens,
             cumulative=owner.tokens.cumulative + copy.num_tokens,
             teacher_labelled=copy.num_tokens,
         ),
-        cost=Cost(seconds=_seconds([copy.made, copy.evaluation])),
+        cost=Cost(seconds=_seconds([copy.rounded, copy.evaluation])),
         stages=StageLosses(),
         metrics=_metrics(copy.evaluation),
         speed=_speed(copy.evaluation),
@@ -187,7 +186,7 @@ def _labelled(recipe: Recipe, member: ResolvedMember, finished: FinishedMember) 
     """Tokens whose probabilities the teacher has given for this member."""
     if finished.labels is not None:
         taught = len(taught_steps(recipe, member.num_steps)) / max(1, member.num_steps)
-        return int(read_json(finished.labels / LABELS)["tokens"]) + round((1 - taught) * member.num_tokens)
+        return int(finished.labels.json(LABELS)["tokens"]) + round((1 - taught) * member.num_tokens)
     return member.num_tokens if recipe.distill and recipe.distill.teacher == "parent" else 0
 
 
@@ -201,22 +200,17 @@ def _tokens_along_chain(members: list[ResolvedMember], member: ResolvedMember) -
     return num_tokens
 
 
-def _seconds(folders: Iterable[Path]) -> float:
-    return sum((float(read_cost(folder)["seconds"]) for folder in folders), 0.0)
+def _seconds(stages: Iterable[Made]) -> float:
+    return sum((float(stage.cost()["seconds"]) for stage in stages), 0.0)
 
 
-def _losses(stage: Path | None) -> Losses | None:
-    return losses_of(read_json(stage / "losses.json")) if stage else None
+def _losses(stage: Made | None) -> Losses | None:
+    return losses_of(stage.json("losses.json")) if stage else None
 
 
-def _metrics(evaluation: Path) -> tuple[Metric, ...]:
-    return metrics_of(read_json(evaluation / "eval.json")["metrics"])
+def _metrics(evaluation: Made) -> tuple[Metric, ...]:
+    return metrics_of(evaluation.json("eval.json")["metrics"])
 
 
-def _speed(evaluation: Path) -> Speed:
-    return speed_of(read_cost(evaluation).get("speed", {}))
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file that a stage has written."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def _speed(evaluation: Made) -> Speed:
+    return speed_of(evaluation.cost().get("speed", {}))

@@ -1,6 +1,5 @@
 """The loop over members: knows the stages and what each depends on, and no mathematics."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from cascade.models.checkpoint import load_config
 from cascade.origins import check_licences
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import parent_config
-from cascade.preparing import compare_with_production, make_parent, prepare
+from cascade.preparing import compare_with_production, evaluate_parent, make_parent, prepare
 from cascade.progress import RunProgress
 from cascade.pruning.latency import DecodeLatency
 from cascade.publish import publish_copies, publish_member, write_report
@@ -40,8 +39,9 @@ from cascade.recipe.schema import Recipe
 from cascade.report.write import resealed, set_damaged_aside
 from cascade.room import require_room_for
 from cascade.rows import FinishedMember, candidate_rows, teacher_row
-from cascade.runner import STAGES, StageRunner
+from cascade.runner import StageRunner
 from cascade.seeding import find_shape
+from cascade.stage_table import REMAKE_POINTS
 from cascade.store import MANIFEST, write_atomically
 from cascade.yaml_reader import write_yaml
 
@@ -65,8 +65,8 @@ def run_recipe(
         TrainingError: training met a non-finite number.
         ReloadError: a saved member does not reload.
     """
-    if from_stage is not None and from_stage not in STAGES:
-        raise UserError(f"--from {from_stage}: no such stage; known: {', '.join(STAGES)}")
+    if from_stage is not None and from_stage not in REMAKE_POINTS:
+        raise UserError(f"--from {from_stage}: no such stage; known: {', '.join(REMAKE_POINTS)}")
     parallel.join()
     folder = run_folder_of(recipe, output)
     check_ownership(folder, recipe)
@@ -83,9 +83,9 @@ def run_recipe(
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
-    wanted = _with_seeds(members, only)
+    scope = _with_seeds(members, only)
     with locked(folder):
-        require_room_for(folder, wanted)
+        require_room_for(folder, scope)
         if (folder / MANIFEST).exists():
             set_damaged_aside(folder)
         with resealed(folder):
@@ -94,20 +94,18 @@ def run_recipe(
         keep_latencies(recipe, config, folder, latencies)
         parallel.barrier()
         settle(folder, choice)
-        append_event(folder, "started", members=[member.name for member in wanted])
-        estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}
-        for member in wanted:
-            estimates |= {(member.name, stage): seconds for stage, seconds in member.seconds.items()}
+        append_event(folder, "started", members=[member.name for member in scope])
+        estimates = _estimates(recipe, config, scope)
         with RunProgress(console or Console(stderr=True), recipe.name, estimates) as progress:
             forced = forced_stages(folder, from_stage, only or [member.name for member in members])
             runner = StageRunner(folder, progress, forced, known=known)
-            _make_family(runner, recipe, members, wanted, latencies)
+            _make_family(runner, recipe, members, scope, latencies)
         if forced is not None:
             forced.end()
         if runner.incomplete:
             missing = "\n  ".join(runner.incomplete)
             raise RunError(f"the family is made, but not all of it could be measured:\n  {missing}")
-        append_event(folder, "done", members=[member.name for member in wanted])
+        append_event(folder, "done", members=[member.name for member in scope])
     return folder
 
 
@@ -131,13 +129,25 @@ def run_generate(
         if not (folder / "recipe.yaml").exists():
             write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, [])))
         runner = StageRunner(folder, progress)
-        made = run_generation(runner, recipe, make_parent(runner, recipe), filter_path)
-    record: dict[str, Any] = json.loads((made / "provenance.json").read_text(encoding="utf-8"))
-    shown = {"dataset": str(made / "dataset.jsonl"), "teacher": record["teacher"], "prompts": record["prompts"]}
+        generated = run_generation(runner, recipe, make_parent(runner, recipe), filter_path)
+    record: dict[str, Any] = generated.json("provenance.json")
+    dataset = {
+        "dataset": str(generated.folder / "dataset.jsonl"),
+        "teacher": record["teacher"],
+        "prompts": record["prompts"],
+    }
     counts = {name: record[name] for name in ("answers", "rows")}
     dropped = {f"dropped ({reason})": count for reason, count in record["dropped"].items()}
-    found: dict[str, Any] = shown | counts | dropped | record["spent"]
-    return found
+    summary: dict[str, Any] = dataset | counts | dropped | record["spent"]
+    return summary
+
+
+def _estimates(recipe: Recipe, config: Any, scope: list[ResolvedMember]) -> dict[tuple[str, str], float]:
+    """Seconds of each stage that is to be made, by (owner, stage)."""
+    estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}
+    for member in scope:
+        estimates |= {(member.name, stage): seconds for stage, seconds in member.seconds.items()}
+    return estimates
 
 
 def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str]) -> Path:
@@ -155,33 +165,36 @@ def _make_family(
     runner: StageRunner,
     recipe: Recipe,
     members: list[ResolvedMember],
-    wanted: list[ResolvedMember],
+    scope: list[ResolvedMember],
     latencies: dict[str, DecodeLatency],
 ) -> None:
-    parent, given = make_parent(runner, recipe), recipe
+    """Make the members of `scope`, each after the one that it is cut from, and publish each as soon as it is made."""
+    parent, published = make_parent(runner, recipe), recipe
     if recipe.generate is not None:
         recipe = reading(recipe, run_generation(runner, recipe, parent))
     recipe = framed(runner, recipe, parent)
-    given = given.model_copy(update={"data": given.data.model_copy(update=framing_settings(recipe))})
+    published = published.model_copy(update={"data": published.data.model_copy(update=framing_settings(recipe))})
     choice = choose_cache(recipe, load_config(parent), members, run_folder=runner.folder)
-    shared = replace(prepare(runner, recipe, parent), cache=open_cache(recipe, choice, parent))
-    teacher = teacher_row(shared.parent, shared.evaluation)
-    compare_with_production(runner, recipe, shared)
-    copies = make_copies(runner, recipe, shared, "parent", shared.parent, shared.digests["parent"])
+    run = prepare(runner, recipe, parent)
+    evaluation = evaluate_parent(run)
+    run = replace(run, parent_evaluation=evaluation, cache=open_cache(recipe, choice, parent))
+    teacher = teacher_row(parent, evaluation)
+    compare_with_production(run)
+    copies = make_copies(run, "parent", run.parent)
     finished: dict[str, FinishedMember] = {}
     shapes: dict[str, FoundShape] = {}
     writes = parallel.rank() == 0
     if writes:
-        publish_copies(runner.folder, given, members, teacher, copies, teacher, shared.parent)
-        write_report(runner.folder, given, members, teacher, finished, copies)
-    for name in [member.name for member in wanted]:
+        publish_copies(runner.folder, published, members, teacher, copies, teacher, parent)
+        write_report(runner.folder, published, members, teacher, finished, copies)
+    for name in [member.name for member in scope]:
         member = next(member for member in members if member.name == name)
         seed = finished.get(member.seed)
-        labels = make_label_stage(runner, recipe, shared, member)
-        tried = find_shape(runner, recipe, shared, member, seed)
-        if tried:
+        labels = make_label_stage(run, member)
+        candidates = find_shape(run, member, seed)
+        if candidates:
             # From here on the member, and what is cut from it, has the shape that was found.
-            shapes[name] = tried[0].shape
+            shapes[name] = candidates[0].shape
             members = resolve_family(
                 recipe,
                 member.parent_config,
@@ -190,13 +203,12 @@ def _make_family(
                 latencies=latencies,
             )
             member = next(member for member in members if member.name == name)
-        made = make_member(runner, recipe, shared, member, seed, labels)
-        finished[name] = replace(made, candidates=candidate_rows(member, tried))
+        finished[name] = replace(make_member(run, member, seed, labels), candidates=candidate_rows(member, candidates))
         if not writes:
             continue
         with at("report"), runner.progress.stage(member.name, "report"):
-            publish_member(runner.folder, given, members, member, finished[member.name], teacher, shared.parent)
-            write_report(runner.folder, given, members, teacher, finished, copies)
+            publish_member(runner.folder, published, members, member, finished[member.name], teacher, parent)
+            write_report(runner.folder, published, members, teacher, finished, copies)
 
 
 def _with_seeds(members: list[ResolvedMember], only: Sequence[str]) -> list[ResolvedMember]:

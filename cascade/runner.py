@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.forcing import Forced
 from cascade.progress import OnStep, RunProgress
+from cascade.stage_output import Input, Made, committed, digest_of, read_cost, read_json
+from cascade.stage_table import REMAKE_POINTS, STAGES, Stage
 from cascade.store import (
     COST_FILE,
     INCOMPLETE,
@@ -35,61 +37,10 @@ from cascade.store import (
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("statistics", "prune", "repair", "label", "distill", "quantise", "evaluate", "report")
-"""A member's stages in order, as --from takes them."""
-
-STAGE_FORMATS = {
-    "pretrain": 1,
-    "fit": 2,
-    "convert": 1,
-    "generate": 2,
-    "framing": 1,
-    "data": 2,
-    "statistics": 3,
-    "candidate": 2,
-    "finalist": 2,
-    "init": 1,
-    "prune": 3,
-    "repair": 2,
-    "label": 1,
-    "rate": 1,
-    "ce-rate": 1,
-    "distill": 2,
-    "evaluate": 3,
-    "drift": 1,
-    "baseline-ce": 3,
-    "heldout-cut": 3,
-    "heldout-repaired": 3,
-    "heldout-ce": 3,
-    "quantise": 1,
-    "evaluate-quantised": 2,
-}
-"""Raised by hand when what a stage writes changes its meaning; older outputs are then made again."""
-
-_TOGETHER = ("statistics", "label", "rate", "distill", "ce-rate", "baseline-ce")
-"""Stages that several processes make together; the others are the first one's."""
-
-_SEVERAL = ("candidate", "finalist", "quantise", "evaluate-quantised")
-"""Stages that a member can have several of, with a key each."""
-
-_READ_BY_USERS = ("generate",)
-"""Stages whose folder is given to users to work with: what they changed in it is not lost where it is made again."""
-
 _DONE, _JOIN = 0, 1
 
-_MADE_WITH = {
-    "init": "prune",
-    "candidate": "prune",
-    "finalist": "prune",
-    "rate": "distill",
-    "ce-rate": "distill",
-    "baseline-ce": "distill",
-    "drift": "evaluate",
-    "heldout-cut": "evaluate",
-    "heldout-repaired": "evaluate",
-    "heldout-ce": "evaluate",
-    "evaluate-quantised": "evaluate",
-}
+Write = Callable[[Path, OnStep], None]
+"""Writes a stage's output into a folder, and tells (steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -105,109 +56,107 @@ class StageRunner:
     known: Sequence[Path] = ()
     """Other run directories: a stage that they have finished with the same inputs and settings is taken over."""
 
-    def run(
+    def make(
         self,
-        member: str,
         stage: str,
-        settings: Any,
-        inputs: dict[str, str],
-        make: Callable[[Path, OnStep], None],
+        owner: str,
         *,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Input],
+        write: Write,
         label: str = "",
-    ) -> Path:
-        """The committed folder of a stage: as an earlier run left it, or made now by `make(folder, on_step)`.
+    ) -> Made:
+        """The output of a stage: as an earlier run has left it, or made now by `write(folder, on_step)`.
 
-        `label` names the folder where it is not the member's own (statistics are the seed's).
+        `settings` and the digests of `inputs` are what it depends on. `label` names the folder where it is not its
+        owner's (statistics are those of the model that a member is cut from).
         """
-        key = stage_key(stage, STAGE_FORMATS[stage], settings, inputs)
-        final = self.folder / "stages" / f"{label or member}.{stage}-{key[:16]}"
+        digests = {name: digest_of(value) for name, value in inputs.items()}
+        key = stage_key(stage, STAGES[stage].format, dict(settings), digests)
+        final = self.folder / "stages" / f"{label or owner}.{stage}-{key[:16]}"
         if parallel.rank() > 0:
-            return self._follow(final, make)
-        forced = self.forced if self._is_forced(member, stage, final.name) else None
+            self._follow(final, write)
+            return committed(final)
+        forced = self.forced if self._is_forced(owner, stage, final.name) else None
         if forced is None and not final.exists():
-            self._take_over(final, member, stage)
-        if forced is None and self._is_whole(final, member, stage):
+            self._take_over(final, owner, stage)
+        if forced is None and self._is_whole(final, owner, stage):
             drop_partials(final)  # a death right after the commit has left them
             parallel.tell(_DONE)
-            self.progress.skip(member, stage, "already done with the same inputs and settings")
-            append_event(self.folder, "skipped", member=member, stage=stage, key=key)
-            return final
-        provenance = {
-            "stage": stage,
-            "key": key,
-            "settings": settings,
-            "inputs": inputs,
-            "made_with": _versions(),
-        }
+            self.progress.skip(owner, stage, "already done with the same inputs and settings")
+            append_event(self.folder, "skipped", member=owner, stage=stage, key=key)
+            return committed(final)
         if forced is not None and forced.begin(final.name):
             drop_partials(final)
-        together = stage in _TOGETHER
-        if together:
-            parallel.tell(_JOIN)
-        place = staged(final, provenance, carry=carry_over if stage in _READ_BY_USERS else None)
-        with at(stage), self.progress.stage(member, stage) as on_step, place as staging:
-            started = time.perf_counter()
-            with nullcontext() if together else parallel.alone():
-                make(staging, on_step)
-            cost = read_cost(staging) | {"seconds": time.perf_counter() - started}
-            (staging / COST_FILE).write_text(json.dumps(cost), encoding="utf-8")
-        if (final / INCOMPLETE).exists():
-            failed = json.loads((final / INCOMPLETE).read_text(encoding="utf-8"))
-            self.incomplete.extend(f"{member}: {name}: {why.splitlines()[0]}" for name, why in failed.items())
-            append_event(self.folder, "incomplete", member=member, stage=stage, failed=sorted(failed))
-        else:
-            drop_partials(final, others=stage not in _SEVERAL)
+        depends_on = {"stage": stage, "key": key, "settings": settings, "inputs": digests}
+        seconds = self._commit(final, owner, STAGES[stage], depends_on, write)
+        self._note_incomplete(final, owner, stage)
         if forced is not None:
             forced.done(final.name)
         parallel.tell(_DONE)
-        append_event(self.folder, "finished", member=member, stage=stage, key=key, seconds=round(cost["seconds"], 3))
-        return final
+        append_event(self.folder, "finished", member=owner, stage=stage, key=key, seconds=round(seconds, 3))
+        return committed(final)
 
-    def _follow(self, final: Path, make: Callable[[Path, OnStep], None]) -> Path:
+    def _commit(self, final: Path, owner: str, stage: Stage, depends_on: dict[str, Any], write: Write) -> float:
+        """Make a stage; the seconds that this took."""
+        if stage.every_rank:
+            parallel.tell(_JOIN)
+        provenance = depends_on | {"made_with": _versions()}
+        place = staged(final, provenance, carry=carry_over if stage.read_by_users else None)
+        with at(stage.name), self.progress.stage(owner, stage.name) as on_step, place as staging:
+            started = time.perf_counter()
+            with nullcontext() if stage.every_rank else parallel.alone():
+                write(staging, on_step)
+            cost = read_cost(staging) | {"seconds": time.perf_counter() - started}
+            (staging / COST_FILE).write_text(json.dumps(cost), encoding="utf-8")
+        return float(cost["seconds"])
+
+    def _note_incomplete(self, final: Path, owner: str, stage: str) -> None:
+        """Remember what of a stage could not be measured; where all was, what its tries have left goes."""
+        if not (final / INCOMPLETE).exists():
+            drop_partials(final, others=not STAGES[stage].several)
+            return
+        failed = read_json(final / INCOMPLETE)
+        self.incomplete.extend(f"{owner}: {name}: {reason.splitlines()[0]}" for name, reason in failed.items())
+        append_event(self.folder, "incomplete", member=owner, stage=stage, failed=sorted(failed))
+
+    def _follow(self, final: Path, write: Write) -> None:
         """What a process other than the first does: wait, or take part and leave the writing to the first."""
         if parallel.told() == _JOIN:
             # Beside the first one's, so that both find the same training state; nothing in it is kept.
             staging = final.with_name(f".staging-{final.name}-{os.getpid()}r{parallel.rank()}")
             staging.mkdir()
             try:
-                make(staging, lambda done, total: None)
+                write(staging, lambda done, total: None)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
             parallel.told()
-        return final
 
-    def _take_over(self, final: Path, member: str, stage: str) -> None:
+    def _take_over(self, final: Path, owner: str, stage: str) -> None:
         """Have a stage's output as another run has made it: the folder's name is that of its inputs and settings."""
         for folder in self.known:
             if take_over(folder / "stages" / final.name, final):
-                append_event(self.folder, "taken over", member=member, stage=stage, run=str(folder))
+                append_event(self.folder, "taken over", member=owner, stage=stage, run=str(folder))
                 return
 
-    def _is_whole(self, final: Path, member: str, stage: str) -> bool:
+    def _is_whole(self, final: Path, owner: str, stage: str) -> bool:
         """Whether an earlier run left this output, and every byte of it is still as it was."""
         if not final.exists():
             return False
         damaged = verify_folder(final)
         if damaged:
             logger.warning("%s: damaged (%s); it is made again", final, ", ".join(damaged[:3]))
-            append_event(self.folder, "damaged", member=member, stage=stage, files=damaged)
+            append_event(self.folder, "damaged", member=owner, stage=stage, files=damaged)
         added = [] if damaged else added_weights(final)
         if added:
             raise UserError(f"{final / added[0]}: no run has written this, and it would be loaded; remove it")
         return not damaged and not (final / INCOMPLETE).exists()
 
-    def _is_forced(self, member: str, stage: str, name: str) -> bool:
-        if self.forced is None or member not in self.forced.members or name in self.forced.made:
+    def _is_forced(self, owner: str, stage: str, name: str) -> bool:
+        if self.forced is None or owner not in self.forced.members or name in self.forced.made:
             return False
-        stage = _MADE_WITH.get(stage, stage)
-        return stage in STAGES and STAGES.index(stage) >= STAGES.index(self.forced.stage)
-
-
-def read_cost(folder: Path) -> dict[str, Any]:
-    """A stage's cost.json; empty where it has none."""
-    path = folder / COST_FILE
-    cost: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return cost
+        point = STAGES[stage].remade_from
+        return bool(point) and REMAKE_POINTS.index(point) >= REMAKE_POINTS.index(self.forced.stage)
 
 
 def _versions() -> dict[str, Any]:

@@ -12,13 +12,16 @@ import torch
 from cascade.data.blocks import TokenBlocks, pack_documents
 from cascade.data.framing import Framing, framing_of
 from cascade.data.sources import TextData, read_documents
+from cascade.distillation.options import Hooks, Objective, Optimization
 from cascade.distillation.range_test import find_learning_rate
-from cascade.distillation.trainer import distill
+from cascade.distillation.supervision import Selection, Supervision
+from cascade.distillation.trainer import TrainingMetrics, distill
 from cascade.errors import RunError, UserError
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.framing import choose_framing
 from cascade.evaluation.harness import find_tasks, require_datasets
 from cascade.evaluation.heldout import heldout_blocks
+from cascade.evaluation.task_options import HarnessOptions, TaskOptions
 from cascade.evaluation.tokenizer_files import require_same_ids
 from cascade.family import score_for_dims
 from cascade.importance.offload import blocks_at_once, offloaded
@@ -135,43 +138,67 @@ def prune_model_on_disk(reference: str, plan_path: Path, output: Path) -> dict[s
 
 
 def distill_model(
-    student: str, teacher: str, output: Path, data: str | None, block_size: int, options: dict[str, Any]
+    student: str,
+    teacher: str,
+    output: Path,
+    data: str | None,
+    block_size: int,
+    *,
+    num_tokens: int,
+    objective: Objective,
+    optimization: Optimization,
+    search_rate: bool,
 ) -> dict[str, Any]:
-    """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl."""
+    """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl.
+
+    With `search_rate` the learning rate is found by short trainings first, instead of that of `optimization`.
+    """
     output = require_empty(output)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
     data = named_text(data, teacher)
-    for one in (source, teacher_source):
-        config = load_config(one)
-        check_weights(one, config)
-        require_language(config, one.reference)
+    _require_language_models(source, teacher_source)
     common = _common_ids(source, teacher_source, block_size)
-    options = options | {"objective": replace(options["objective"], vocab_size=common)}
+    supervision = Supervision(objective=replace(objective, vocab_size=common))
     framing = _framing(teacher_source, data, block_size)
     train = _blocks(data, "train", teacher_source, block_size, framing, common)
     selection = _blocks(data, "selection", teacher_source, block_size, framing, common).take(16)
     learner, expert = load_model(source), load_model(teacher_source)
-    with staged(
-        output, {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
-    ) as folder:
+    provenance = {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
+    with staged(output, provenance) as folder:
         learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
-        if options["learning_rate"] is None:
-            found = find_learning_rate(learner, expert, train, selection=selection, **options)
-            options = options | {"learning_rate": found.learning_rate}
+        if search_rate:
+            search = find_learning_rate(
+                learner,
+                expert,
+                train,
+                num_tokens=num_tokens,
+                selection=selection,
+                supervision=supervision,
+                optimization=optimization,
+            )
+            optimization = replace(optimization, learning_rate=search.learning_rate)
         metrics = distill(
             learner,
             expert,
             train,
-            selection=selection,
-            log_path=folder / "log.jsonl",
-            **options,
+            num_tokens=num_tokens,
+            supervision=supervision,
+            optimization=optimization,
+            selection=Selection(blocks=selection),
+            hooks=Hooks(log_path=folder / "log.jsonl"),
         )
         _save(learner, folder, source)
     return {
         "output": str(output),
         "text": told_text(data),
         **framing.record(),
-        "learning_rate": options["learning_rate"],
+        "learning_rate": optimization.learning_rate,
+        **_training_figures(metrics),
+    }
+
+
+def _training_figures(metrics: TrainingMetrics) -> dict[str, Any]:
+    return {
         "num_steps": metrics.num_steps,
         "num_tokens": metrics.num_tokens,
         "seconds": round(metrics.seconds, 1),
@@ -194,11 +221,7 @@ def evaluate_model(
     source, expert = resolve_model(checkpoint), None
     teacher_source = None if teacher is None else resolve_model(teacher)
     data = named_text(data, checkpoint)
-    for one in (source, teacher_source):
-        if one is not None:
-            config = load_config(one)
-            check_weights(one, config)
-            require_language(config, one.reference)
+    _require_language_models(source, teacher_source)
     common = _common_ids(source, teacher_source, block_size)
     require_datasets(find_tasks(tasks, task_folders))
     tokenizer = load_tokenizer(source)
@@ -210,11 +233,9 @@ def evaluate_model(
         expert = load_model(teacher_source).to(default_device())
     result = evaluate(
         source,
-        tasks=tasks,
+        tasks=TaskOptions(names=tasks, folders=task_folders, harness=HarnessOptions(limit=limit)),
         teacher=expert,
         heldout=heldout,
-        task_folders=task_folders,
-        limit=limit,
         vocab_size=common,
     )
     metrics = [asdict(metric) for metric in result.metrics]
@@ -248,6 +269,19 @@ def named_text(data: str | None, reference: str) -> str:
 def told_text(data: str) -> str:
     """The text as results name it."""
     return f"{STDLIB} (source code of Python's standard library)" if data == STDLIB else data
+
+
+def _require_language_models(*sources: ModelSource | None) -> None:
+    """Refuse checkpoints whose weights are not those of their config, or that are no language models.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    for source in sources:
+        if source is not None:
+            config = load_config(source)
+            check_weights(source, config)
+            require_language(config, source.reference)
 
 
 def _common_ids(source: ModelSource, teacher: ModelSource | None, block_size: int) -> int:

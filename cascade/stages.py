@@ -1,7 +1,6 @@
 """What each stage of a run does: read its inputs' folders, write its own. No stage knows about another's keys."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ from cascade.cache.angle import gradient_angle
 from cascade.cache.reader import CachedTargets
 from cascade.caching import LABELS, TeacherCache, member_rows, step_rows, taught_steps
 from cascade.classifier import examples_of
-from cascade.cutting import feature_loss, load_plans, selection_size, training_options
+from cascade.context import Run
+from cascade.cutting import feature_loss, load_plans, load_selection
 from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.framing import framing_of
 from cascade.data.prepare import prepare_blocks
+from cascade.distillation.options import Hooks, Objective
 from cascade.distillation.range_test import find_learning_rate
+from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import distill
 from cascade.estimates import flops_of
 from cascade.evaluation.evaluate import default_device
@@ -44,7 +46,9 @@ from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
 from cascade.report.skipped import SKIPPED
 from cascade.report.trackers import tracked
+from cascade.seeding import Start
 from cascade.store import COST_FILE, partial_of
+from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ CLASSIFYING = {"label_field", "image_field", "train_examples", "max_length"}
 """Keys of data that only a recipe that classifies reads."""
 
 
-def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any) -> None:
+def make_data(recipe: Recipe, parent: ModelSource, tokenizer: Any, folder: Path, on_step: OnStep) -> None:
     """train, calibration and selection blocks, or labelled examples, and skipped.json, the rows that were left out.
 
     The held-out split is not touched here.
@@ -68,7 +72,7 @@ def make_data(folder: Path, recipe: Recipe, parent: ModelSource, tokenizer: Any)
             save_examples(examples, folder / f"{split}.safetensors")
         write_json(folder / SKIPPED, bad.record())
         if tokenizer is not None:  # what statistics are taken on: the same texts, packed
-            texts = [one.content for one in read_examples(labelled_data(data, recipe.task), "train", bad)]
+            texts = [example.content for example in read_examples(labelled_data(data, recipe.task), "train", bad)]
             framing = framing_of(tokenizer, "data.train", begin_blocks=data.begin_token != "documents")
             packed = pack_documents(texts, tokenizer, block_size=data.max_length, framing=framing, name="data.train")
             require_ids(packed.input_ids, vocab_size, tokenizer, "data.train")
@@ -101,43 +105,37 @@ def reads_logprobs(recipe: Recipe) -> bool:
 
 
 def make_recovered(
-    folder: Path,
-    recipe: Recipe,
+    run: Run,
     member: ResolvedMember,
-    start: ModelSource,
-    parent: ModelSource,
-    data: Path,
-    teacher: nn.Module | None,
-    on_step: OnStep,
-    *,
-    cache: TeacherCache | None,
+    start: Start,
     stage: str,
-    lineage: Sequence[Path] | None,
     learning_rate: float,
+    folder: Path,
+    on_step: OnStep,
 ) -> None:
     """The recovered member as a stock checkpoint, its training log, and logits for the reload gate.
 
-    `lineage` are the folders of the cuts that lead from the parent to it, None where it was not cut from it. With a
-    `cache` it learns from what is kept of the teacher, who then only judges it on selection text. Without a teacher it
-    learns from the text alone, as the cross-entropy baseline does. `stage` names the training's log.
+    `stage` is distill, or baseline-ce, which learns from the text alone. Where the run keeps the teacher's targets, a
+    member learns from those, and the teacher only judges it on selection text.
     """
-    settings = recipe.distill
+    recipe, cache, parent, settings = run.recipe, run.cache, run.parent.source, run.recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
-    student = load_model(start).to(default_device())
+    teacher = run.expert() if stage == "distill" else None
+    student = load_model(start.model.source).to(default_device())
     if teacher is not None:
         teacher = _own_teacher(teacher, parent)
-    blocks, selection = _texts(recipe, data, teacher, stage)
-    _check_computable(student, recipe, member, parent, selection)
+    blocks, selection = _texts(run, teacher, stage)
+    _check_computable(run, member, student, selection)
     vocab_size = None if recipe.counts_examples else member.vocab_size
-    options = training_options(settings, learning_rate, vocab_size, optimizer=member.optimizer)
-    targets, angles = None, []
+    supervision, angles = supervision_of(settings, vocab_size), []
     if teacher is None:
-        options["on_policy"] = None
+        supervision = replace(supervision, on_policy=None)
     elif cache is not None and isinstance(blocks, TokenBlocks):
-        options["objective"] = cache.objective(options["objective"])
         targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
-        angles = _angles(student, teacher, blocks, targets, recipe, member, options)
+        supervision = replace(supervision, objective=cache.objective(supervision.objective), targets=targets)
+        angles = _angles(student, teacher, blocks, targets, recipe, member, supervision.objective)
+    features = feature_loss(recipe, load_plans(start.lineage), student, teacher, member.num_tokens)
     with tracked(
         settings.trackers if parallel.rank() == 0 else [],
         project=recipe.name,
@@ -150,28 +148,36 @@ def make_recovered(
             teacher,
             blocks,
             num_tokens=member.num_tokens,
-            seed=recipe.seed,
-            first_position=member.first_position,
-            selection=selection,
-            log_path=folder / "log.jsonl",
-            state_folder=partial_of(folder),
-            on_step=on_step,
-            on_log=on_log,
-            features=feature_loss(recipe, load_plans(lineage), student, teacher, member.num_tokens),
-            targets=targets,
-            **options,
+            supervision=replace(supervision, features=features),
+            optimization=optimization_of(
+                settings,
+                learning_rate=learning_rate,
+                optimizer=member.optimizer,
+                seed=recipe.seed,
+                first_position=member.first_position,
+            ),
+            execution=execution_of(settings),
+            selection=Selection(blocks=selection, every=settings.selection_every),
+            safekeeping=safekeeping_of(settings, partial_of(folder)),
+            hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step, on_log=on_log),
         )
     if parallel.world_size() > 1:
-        student = parallel.gathered(student, load_model(start))
+        student = parallel.gathered(student, load_model(start.model.source))
     if parallel.rank() > 0:
         return
     write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
-    _check_computable(student, recipe, member, parent, selection)
-    dtype = _saved_dtype(recipe, parent)
-    rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
-    write_reference(rounded, folder / "reference.safetensors", folder=folder / CHECKPOINT)
+    _check_computable(run, member, student, selection)
+    _save_member(run, student, folder)
     per_token = flops_of(recipe, load_config(parent)) if teacher is not None else 0.0
     write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token, "angles_degrees": angles})
+
+
+def _save_member(run: Run, student: nn.Module, folder: Path) -> None:
+    """The checkpoint with the parent's tokenizer beside it, and logits for the reload gate."""
+    parent = run.parent.source
+    dtype = _saved_dtype(run.recipe, parent)
+    rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
+    write_reference(rounded, folder / "reference.safetensors", folder=folder / CHECKPOINT)
 
 
 def _saved_dtype(recipe: Recipe, parent: ModelSource) -> torch.dtype:
@@ -179,52 +185,40 @@ def _saved_dtype(recipe: Recipe, parent: ModelSource) -> torch.dtype:
     return dtype
 
 
-def _check_computable(
-    student: nn.Module, recipe: Recipe, member: ResolvedMember, parent: ModelSource, selection: TokenBlocks | Examples
-) -> None:
+def _check_computable(run: Run, member: ResolvedMember, student: nn.Module, selection: TokenBlocks | Examples) -> None:
     """Refuse a student that its users could not run in float16, before its training and once more before it is saved.
 
     Where float16 is the parent's own dtype it is told only: then the parent is as it is, too.
     """
-    dtype = _saved_dtype(recipe, parent)
+    dtype = _saved_dtype(run.recipe, run.parent.source)
     if dtype != torch.float16 or parallel.world_size() > 1:
         return
     sample = selection.rows(torch.arange(min(8, len(selection))))
-    refuse, place = recipe.save.dtype != "parent", f"members: {member.name}"
-    told = require_computable(student.eval(), sample.inputs(), dtype, place, refuse=refuse)
-    if told:
-        tell_once(told)
+    refuse, place = run.recipe.save.dtype != "parent", f"members: {member.name}"
+    warning = require_computable(student.eval(), sample.inputs(), dtype, place, refuse=refuse)
+    if warning:
+        tell_once(warning)
 
 
-def _texts(
-    recipe: Recipe, data: Path, teacher: nn.Module | None, stage: str
-) -> tuple[TokenBlocks | Examples, TokenBlocks | Examples]:
+def _texts(run: Run, teacher: nn.Module | None, stage: str) -> tuple[TokenBlocks | Examples, TokenBlocks | Examples]:
     """What a training reads, and what it is judged on; a baseline's without what a teacher has said of it."""
-    blocks = load_training(data / "train.safetensors")
+    blocks = load_training(run.data.folder / "train.safetensors")
     if teacher is None and isinstance(blocks, Examples):
         blocks = blocks.labelled()  # the others have nothing to say
-    selection = load_training(data / "selection.safetensors").take(selection_size(recipe))
+    selection = load_selection(run)
     if stage != "distill" and isinstance(blocks, TokenBlocks) and isinstance(selection, TokenBlocks):
         blocks, selection = replace(blocks, known=None), replace(selection, known=None)
     return blocks, selection
 
 
-def make_labels(
-    folder: Path,
-    recipe: Recipe,
-    member: ResolvedMember,
-    parent: ModelSource,
-    data: Path,
-    teacher: nn.Module,
-    cache: TeacherCache,
-    on_step: OnStep,
-) -> None:
+def make_labels(run: Run, member: ResolvedMember, cache: TeacherCache, folder: Path, on_step: OnStep) -> None:
     """label.json: what it took to have the teacher's targets of all that a member reads."""
-    blocks = load_training(data / "train.safetensors")
+    teacher = run.teacher()
+    blocks = load_training(run.data.folder / "train.safetensors")
     if isinstance(blocks, Examples):
         raise ValueError("what a teacher says of single examples is not kept")
-    found = cache.label(_own_teacher(teacher, parent), blocks, member_rows(recipe, member, len(blocks)), on_step)
-    write_json(folder / LABELS, found)
+    rows = member_rows(run.recipe, member, len(blocks))
+    write_json(folder / LABELS, cache.label(_own_teacher(teacher, run.parent.source), blocks, rows, on_step))
 
 
 def _angles(
@@ -234,7 +228,7 @@ def _angles(
     targets: CachedTargets,
     recipe: Recipe,
     member: ResolvedMember,
-    options: dict[str, Any],
+    objective: Objective,
 ) -> list[float]:
     """Degrees between the gradient of a sample and the exact one, in the first steps."""
     if targets.layout.kind != "sampled" or parallel.world_size() > 1:
@@ -245,7 +239,7 @@ def _angles(
     ]
     steps = [replace(blocks.rows(rows), known=targets.of(rows)) for rows in batches]
     try:
-        return [gradient_angle(student, teacher, step, options["objective"], microbatch_size=1) for step in steps]
+        return [gradient_angle(student, teacher, step, objective, microbatch_size=1) for step in steps]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -253,52 +247,44 @@ def _angles(
         return []
 
 
-def make_rate(
-    folder: Path,
-    recipe: Recipe,
-    member: ResolvedMember,
-    start: ModelSource,
-    parent: ModelSource,
-    data: Path,
-    teacher: nn.Module | None,
-    on_step: OnStep,
-    *,
-    cache: TeacherCache | None,
-    stage: str,
-    lineage: Sequence[Path] | None,
-) -> None:
+def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder: Path, on_step: OnStep) -> None:
     """rate.json: the learning rate found for a member's recovery, or for its baseline's, and what was tried.
 
     `stage` is that of the training; both are searched for in the same way, each by its own loss on selection text.
     """
-    settings = recipe.distill
+    recipe, cache, settings = run.recipe, run.cache, run.recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
+    teacher = run.expert() if stage == "distill" else None
     vocab_size = None if recipe.counts_examples else member.vocab_size
-    options = training_options(settings, 0.0, vocab_size, optimizer=member.optimizer)
-    student = load_model(start).to(default_device())
-    teacher = None if teacher is None else _own_teacher(teacher, parent)
-    blocks, selection = _texts(recipe, data, teacher, stage)
-    targets = None
+    supervision = supervision_of(settings, vocab_size)
+    student = load_model(start.model.source).to(default_device())
+    teacher = None if teacher is None else _own_teacher(teacher, run.parent.source)
+    blocks, selection = _texts(run, teacher, stage)
     if teacher is None:
-        options["on_policy"] = None
+        supervision = replace(supervision, on_policy=None)
     elif cache is not None and isinstance(blocks, TokenBlocks):
-        options["objective"] = cache.objective(options["objective"])
         targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
-    found = find_learning_rate(
+        supervision = replace(supervision, objective=cache.objective(supervision.objective), targets=targets)
+    features = feature_loss(recipe, load_plans(start.lineage), student, teacher, member.num_tokens)
+    search = find_learning_rate(
         student,
         teacher,
         blocks,
         num_tokens=member.num_tokens,
         selection=selection,
-        seed=recipe.seed,
-        first_position=member.first_position,
+        supervision=replace(supervision, features=features),
+        optimization=optimization_of(
+            settings,
+            learning_rate=0.0,  # what is searched for
+            optimizer=member.optimizer,
+            seed=recipe.seed,
+            first_position=member.first_position,
+        ),
+        execution=execution_of(settings),
         on_try=on_step,
-        features=feature_loss(recipe, load_plans(lineage), student, teacher, member.num_tokens),
-        targets=targets,
-        **options,
     )
-    write_json(folder / "rate.json", {name: value for name, value in asdict(found).items() if name != "seconds"})
+    write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})
 
 
 def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:

@@ -21,6 +21,7 @@ from cascade.models.architecture import (
 )
 from cascade.models.checkpoint import CHECKPOINT, save_checkpoint
 from cascade.models.dims import ModelDims, dims_of
+from cascade.progress import OnStep
 from cascade.pruning.plan import PruningPlan, plan_pruning
 
 _OF_THE_TEXT = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "dtype")
@@ -65,7 +66,7 @@ def require_same_classes(config: Any, parent_config: Any, name: str) -> None:
             raise UserError(f"members: {name}: the student's {key} is {ours}, the teacher's {theirs}")
 
 
-def make_random(folder: Path, config: Any, seed: int) -> None:
+def make_random(config: Any, seed: int, folder: Path, on_step: OnStep) -> None:
     """A checkpoint of the config in float32, its weights as transformers initialises them."""
     torch.manual_seed(seed)
     save_checkpoint(model_from_config(config), folder / CHECKPOINT, companions=None, dtype=torch.float32)

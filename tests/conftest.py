@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models with the built-in tokenizer, small texts, the shared folder where it is."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -59,6 +60,28 @@ def make_model(architecture="llama", *, tied=False, seed=0, **changes):
 def make_blocks(count=8, size=16, vocabulary=64, seed=0):
     ids = torch.randint(0, vocabulary, (count, size), generator=torch.Generator().manual_seed(seed))
     return TokenBlocks(ids, ids, 3.0)
+
+
+def training_options(*, selection=None, selection_every=25, **options):
+    """Options of `distill` by their own names, each in the record that declares it."""
+    from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
+    from cascade.distillation.supervision import Selection, Supervision
+
+    records = {"supervision": Supervision, "optimization": Optimization, "execution": Execution,
+               "safekeeping": Safekeeping, "hooks": Hooks}  # fmt: skip
+    arguments = {}
+    for name, record in records.items():
+        names = [field.name for field in dataclasses.fields(record) if field.name in options]
+        arguments[name] = record(**{name: options.pop(name) for name in names})
+    assert not options, f"no options of a training: {options}"
+    return arguments | {"selection": selection and Selection(blocks=selection, every=selection_every)}
+
+
+def distill_with(student, teacher, blocks, *, num_tokens, **options):
+    """`distill` with options by their own names."""
+    from cascade.distillation.trainer import distill
+
+    return distill(student, teacher, blocks, num_tokens=num_tokens, **training_options(**options))
 
 
 def write_texts(path, count, *, seed=0):

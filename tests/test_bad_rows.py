@@ -10,7 +10,8 @@ from test_documents import Killed, assert_same
 from cascade.cli import main
 from cascade.data import streaming
 from cascade.data.bad_rows import BadRows
-from cascade.data.blocks import IGNORE_INDEX
+from cascade.data.blocks import IGNORE_INDEX, BlockFormat
+from cascade.data.framing import framing_of
 from cascade.data.look import example_text, look_at
 from cascade.data.messages import conversation_examples, conversation_tokens, shown_tokens
 from cascade.data.prepare import prepare_blocks
@@ -185,13 +186,14 @@ def test_a_stopped_stream_goes_on_with_its_count_of_bad_rows(tmp_path, monkeypat
             raise Killed
         return tokens(*args)
 
-    options = {"block_size": 32, "max_blocks": 10_000, "document_masks": False, "folder": tmp_path / "cursor"}
-    whole = streaming.stream_blocks(data, "heldout", tokenizer, **options | {"folder": tmp_path / "other"})
+    block_format = BlockFormat(block_size=32, max_blocks=10_000, framing=framing_of(tokenizer, "data"))
+    arguments, folder = (data, "heldout", tokenizer, block_format), tmp_path / "cursor"
+    whole = streaming.stream_blocks(*arguments, folder=tmp_path / "other")
     monkeypatch.setattr(streaming, "_tokens", dies)
     with pytest.raises(Killed):
-        streaming.stream_blocks(data, "heldout", tokenizer, shard_tokens=3000, **options)
+        streaming.stream_blocks(*arguments, folder=folder, shard_tokens=3000)
     bad = BadRows()
-    assert_same(streaming.stream_blocks(data, "heldout", tokenizer, shard_tokens=3000, bad=bad, **options), whole)
+    assert_same(streaming.stream_blocks(*arguments, folder=folder, shard_tokens=3000, bad=bad), whole)
     assert [row["place"] for row in bad.named()] == [f"{path}:6", f"{path}:1501"]
 
 

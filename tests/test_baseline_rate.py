@@ -27,7 +27,13 @@ def searches(monkeypatch):
     seen, original = [], range_test.distill
 
     def spied(student, teacher, blocks, **options):
-        seen.append({"teacher": teacher is not None, "tokens": options["num_tokens"], "rate": options["learning_rate"]})
+        seen.append(
+            {
+                "teacher": teacher is not None,
+                "tokens": options["num_tokens"],
+                "rate": options["optimization"].learning_rate,
+            }
+        )
         return original(student, teacher, blocks, **options)
 
     monkeypatch.setattr(range_test, "distill", spied)

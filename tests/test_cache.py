@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_blocks, make_model
+from conftest import ROOT, distill_with, make_blocks, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,10 +27,10 @@ from cascade.cache.record import Layout
 from cascade.cache.shards import damaged_shards, root_folder
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation.batch import batch_losses
-from cascade.distillation.features import FeatureLoss, Features
-from cascade.distillation.fused import Objective, fused_loss
+from cascade.distillation.features import FeatureLoss
+from cascade.distillation.fused import fused_loss
+from cascade.distillation.options import Features, Objective
 from cascade.distillation.origin import even_origin
-from cascade.distillation.trainer import distill
 from cascade.errors import RunError, UserError
 from cascade.models.dims import dims_of
 from cascade.models.head import Head, head_of, last_hidden, logits_of
@@ -422,7 +422,7 @@ def test_a_window_that_is_lost_while_training_stops_it_with_what_to_do(tmp_path)
     teacher, blocks = make_model(), make_blocks(4)
     targets = CachedTargets(labelled(tmp_path, SAMPLED, teacher, blocks.rows(torch.arange(3))), SAMPLED, blocks)
     with pytest.raises(RunError, match=r"block 3 is missing.*same command again"):
-        distill(make_model(seed=1), None, blocks, num_tokens=64, batch_size=4, targets=targets)
+        distill_with(make_model(seed=1), None, blocks, num_tokens=64, batch_size=4, targets=targets)
 
 
 def test_a_good_copy_serves_where_another_shard_is_damaged(tmp_path):
@@ -452,7 +452,7 @@ def test_each_window_of_a_training_is_read_once_and_beside_the_step(tmp_path, mo
         return unpack(*arguments)
 
     monkeypatch.setattr(reader, "unpack_sample", noted)
-    distill(make_model(seed=1), None, blocks, num_tokens=16 * 24, batch_size=4, microbatch_size=2, targets=targets)
+    distill_with(make_model(seed=1), None, blocks, num_tokens=16 * 24, batch_size=4, microbatch_size=2, targets=targets)
     assert not any(read) and 24 <= len(read) <= 28  # and the step after the last, which does not come about
 
 
@@ -493,7 +493,7 @@ def test_training_from_the_cache_needs_no_teacher_and_follows_it(tmp_path, kind)
                 )
         first.append(batch_losses(student, teacher, other, Objective()).fused.loss.item())
         how = {"teacher": own} if own is not None else {"teacher": None, "targets": targets}
-        distill(student, blocks=blocks, num_tokens=16 * 400, batch_size=8, microbatch_size=3, **how)
+        distill_with(student, blocks=blocks, num_tokens=16 * 400, batch_size=8, microbatch_size=3, **how)
         last.append(batch_losses(student, teacher, other, Objective()).fused.loss.item())
     assert last[1] == pytest.approx(last[0], rel=0.1)
     assert last[0] < 0.5 * first[0]
@@ -541,12 +541,12 @@ def test_a_killed_training_from_the_cache_goes_on_to_the_same_bits(tmp_path):
             raise Killed
 
     whole, broken = make_model(seed=1), make_model(seed=1)
-    distill(whole, None, blocks, **options | {"state_folder": None})
+    distill_with(whole, None, blocks, **options | {"state_folder": None})
     with pytest.raises(Killed):
-        distill(broken, None, blocks, **options, save_every_minutes=0, on_step=dies)
+        distill_with(broken, None, blocks, **options, save_every_minutes=0, on_step=dies)
     resumed = make_model(seed=1)
     steps = []
-    distill(resumed, None, blocks, **options, on_step=lambda step, total: steps.append(step))
+    distill_with(resumed, None, blocks, **options, on_step=lambda step, total: steps.append(step))
     assert steps[0] > 1
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])

@@ -116,15 +116,15 @@ def test_a_finished_run_skips_all_and_a_cache_that_is_gone_is_labelled_again_whe
 
 def test_a_run_that_is_killed_between_labels_and_training_ends_with_the_same_weights(make, monkeypatch):
     whole, _ = make("whole", "distill.cache.kind=sampled", *PLAIN, cache="one")
-    run = StageRunner.run
+    original = StageRunner.make
 
-    def dying(self, member, stage, *arguments, **options):
-        if (member, stage) == ("small", "distill"):
+    def dying(self, stage, owner, **options):
+        if (owner, stage) == ("small", "distill"):
             raise KeyboardInterrupt
-        return run(self, member, stage, *arguments, **options)
+        return original(self, stage, owner, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StageRunner, "run", dying)
+        patch.setattr(StageRunner, "make", dying)
         with pytest.raises(KeyboardInterrupt):
             make("broken", "distill.cache.kind=sampled", *PLAIN, cache="two")
     for path in (whole.parent / "two").glob("*/*.safetensors"):  # and damage what was kept meanwhile

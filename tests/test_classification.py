@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, distill_with
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -32,8 +32,7 @@ from cascade.data.examples import (
 from cascade.data.images import open_image
 from cascade.data.sources import TextData
 from cascade.distillation.classes import class_losses
-from cascade.distillation.fused import Objective
-from cascade.distillation.trainer import distill
+from cascade.distillation.options import Objective
 from cascade.errors import UserError
 from cascade.evaluation.classes import class_metrics
 from cascade.evaluation.tail import calibration_error
@@ -226,8 +225,8 @@ def test_classifiers_train_the_same_however_a_step_is_split_and_go_on_to_the_sam
     import copy
 
     split = copy.deepcopy(still)
-    whole = distill(still, teacher, data, microbatch_size=8, **options)
-    parts = distill(split, teacher, data, microbatch_size=3, **options)
+    whole = distill_with(still, teacher, data, microbatch_size=8, **options)
+    parts = distill_with(split, teacher, data, microbatch_size=3, **options)
     assert [e["loss"] for e in whole.curve] == pytest.approx([e["loss"] for e in parts.curve], rel=1e-4, abs=1e-6)
     assert whole.num_tokens == 96 and whole.num_steps == 12
 
@@ -240,11 +239,11 @@ def test_classifiers_train_the_same_however_a_step_is_split_and_go_on_to_the_sam
 
     options |= {"microbatch_size": 8, "save_every_minutes": 0.0}
     unbroken, broken = tiny_vit(2), tiny_vit(2)
-    distill(unbroken, teacher, data, **options)
+    distill_with(unbroken, teacher, data, **options)
     with pytest.raises(Killed):
-        distill(broken, teacher, data, state_folder=tmp_path / "state", on_step=dies, **options)
+        distill_with(broken, teacher, data, state_folder=tmp_path / "state", on_step=dies, **options)
     resumed = tiny_vit(3)
-    distill(resumed, teacher, data, state_folder=tmp_path / "state", **options)
+    distill_with(resumed, teacher, data, state_folder=tmp_path / "state", **options)
     for name, value in unbroken.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_architectures import DECODERS, config_of
@@ -18,7 +18,6 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.order import blocks_at
 from cascade.distillation.batch import selection_losses
 from cascade.distillation.schedule import Schedule
-from cascade.distillation.trainer import distill
 from cascade.errors import TrainingError, UserError
 from cascade.models.head import head_of, last_hidden, logits_of
 from cascade.models.twin import twin_of
@@ -50,7 +49,7 @@ def test_a_model_whose_logits_are_made_otherwise_is_refused(monkeypatch):
 
 def train(student, teacher, blocks, **options):
     settings = {"num_tokens": 8 * 16 * 3, "batch_size": 8, "microbatch_size": 8, "learning_rate": 1e-2}
-    return distill(student, teacher, blocks, **(settings | options))
+    return distill_with(student, teacher, blocks, **(settings | options))
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 2, 4])

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from test_architectures import DECODERS, config_of
 
 from cascade.data import streaming
-from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks, pack_tokens, save_blocks
+from cascade.data.blocks import IGNORE_INDEX, BlockFormat, TokenBlocks, load_blocks, pack_tokens, save_blocks
+from cascade.data.framing import framing_of
 from cascade.data.messages import chat_documents, conversation_tokens
 from cascade.data.prepare import mixed, prepare_blocks
 from cascade.data.sources import TextData
 from cascade.distillation.batch import batch_losses
-from cascade.distillation.fused import Objective
+from cascade.distillation.options import Objective
 from cascade.errors import UserError
 from cascade.models.checkpoint import load_tokenizer, resolve_model
 from cascade.models.packing import require_document_masks
@@ -222,10 +223,11 @@ def test_streamed_text_gives_the_blocks_of_text_read_at_once_and_goes_on_where_i
         return tokens(documents, *args)
 
     monkeypatch.setattr(streaming, "_tokens", dies)
-    own = {**options, "folder": tmp_path / "cursor", "shard_tokens": 3000}
+    block_format = BlockFormat(**options, framing=framing_of(tokenizer, "data"))
+    own = {"folder": tmp_path / "cursor", "shard_tokens": 3000}
     with pytest.raises(Killed):
-        streaming.stream_blocks(streamed, "train", tokenizer, **own)
-    resumed = streaming.stream_blocks(streamed, "train", tokenizer, **own)
+        streaming.stream_blocks(streamed, "train", tokenizer, block_format, **own)
+    resumed = streaming.stream_blocks(streamed, "train", tokenizer, block_format, **own)
     assert_same(resumed, whole)
     assert read[4] in read[1:4]  # after the last whole shard, not from the start
 
@@ -236,9 +238,9 @@ def test_F17_a_damaged_shard_of_streamed_text_is_read_again(tokenizer, tmp_path,
         for number in range(900):
             file.write(json.dumps({"text": f"document {number} has these words"}) + "\n")
     data = TextData("files", {"train": (str(tmp_path / "a.jsonl"),)}, streaming=True)
-    options = {"block_size": 32, "max_blocks": 200, "document_masks": False}
-    own = {**options, "folder": tmp_path / "cursor", "shard_tokens": 2000}
-    whole = streaming.stream_blocks(data, "train", tokenizer, **own)
+    block_format = BlockFormat(block_size=32, max_blocks=200, framing=framing_of(tokenizer, "data"))
+    own = {"folder": tmp_path / "cursor", "shard_tokens": 2000}
+    whole = streaming.stream_blocks(data, "train", tokenizer, block_format, **own)
     shard = sorted((tmp_path / "cursor").glob("*.safetensors"))[0]
     if damage == "bit":
         content = bytearray(shard.read_bytes())
@@ -248,7 +250,7 @@ def test_F17_a_damaged_shard_of_streamed_text_is_read_again(tokenizer, tmp_path,
         shard.unlink()
     else:
         (tmp_path / "cursor" / "train-cursor.json").write_text('{"shards": 1')
-    assert_same(streaming.stream_blocks(data, "train", tokenizer, **own), whole)
+    assert_same(streaming.stream_blocks(data, "train", tokenizer, block_format, **own), whole)
     assert "what an earlier try left cannot be used" in caplog.text
 
 

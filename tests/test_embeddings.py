@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, needs_shared
+from conftest import ROOT, SHARED, distill_with, needs_shared
 from transformers import AutoModel, BertConfig, BertModel
 
 from cascade.data.blocks import IGNORE_INDEX
 from cascade.data.examples import Examples
 from cascade.distillation.batch import batch_losses, sums_of
 from cascade.distillation.embeddings import embed
-from cascade.distillation.fused import Objective
-from cascade.distillation.trainer import distill
+from cascade.distillation.options import Objective
 from cascade.errors import UserError
 from cascade.evaluation.embeddings import embedding_metrics
 from cascade.models.architecture import auto_class_of, is_body
@@ -59,7 +58,7 @@ def test_a_student_that_is_its_teacher_has_no_distance_and_one_that_learns_comes
     assert set(same) == {"loss", "divergence"} and abs(same["loss"]) < 1e-3
     student = encoder(seed=1)
     before = embedding_metrics(student, teacher, batch)
-    distill(student, teacher, batch, num_tokens=640, batch_size=16, learning_rate=2e-3, selection=batch.take(8))
+    distill_with(student, teacher, batch, num_tokens=640, batch_size=16, learning_rate=2e-3, selection=batch.take(8))
     after = embedding_metrics(student, teacher, batch)
     names = [metric.metric for metric in after]
     assert names == ["cosine_distance", "similarity_correlation", "same_neighbour"]

@@ -19,6 +19,7 @@ from cascade.evaluation.heldout import heldout_metrics
 from cascade.evaluation.items import TASK_FOLDER
 from cascade.evaluation.reload import ReloadError, check_reload, write_reference
 from cascade.evaluation.retention import retention_interval, with_retention
+from cascade.evaluation.task_options import HarnessOptions, TaskOptions
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model, save_checkpoint
 from cascade.report.records import Metric
 
@@ -91,7 +92,8 @@ def test_the_items_are_the_ones_that_the_script_writes_from_its_seed(tmp_path, m
 def test_lm_eval_scores_the_built_in_model_and_keeps_each_items_score():
     source = resolve_model(PICO)
     model, tokenizer = load_model(source), load_tokenizer(source)
-    results = run_tasks(model, tokenizer, ["python_minimal_pairs", "python_next_line"], limit=40)
+    names = ["python_minimal_pairs", "python_next_line"]
+    results = run_tasks(model, tokenizer, TaskOptions(names=names, harness=HarnessOptions(limit=40)))
     by_name = {(metric.task, metric.metric): metric for metric in results.metrics}
     pairs = by_name["python_minimal_pairs", "acc"]
     scores = results.items["python_minimal_pairs/acc/none"]
@@ -123,7 +125,8 @@ def test_a_metric_that_is_no_mean_of_its_items_has_no_standard_error_made_up(tmp
         "metric_list: [{metric: acc}, {metric: perplexity}]\n"
     )
     source = resolve_model(PICO)
-    results = run_tasks(load_model(source), load_tokenizer(source), ["words"], task_folders=[tmp_path])
+    tasks = TaskOptions(names=["words"], folders=[tmp_path])
+    results = run_tasks(load_model(source), load_tokenizer(source), tasks)
     by_name = {metric.metric: metric for metric in results.metrics}
     assert by_name["acc"].stderr is not None and by_name["acc"].chance == 0
     assert by_name["perplexity"].stderr is None and by_name["perplexity"].chance is None

@@ -316,11 +316,13 @@ def test_F31_nothing_in_the_package_reads_or_writes_pickles():
 def test_F35_a_run_of_another_version_is_gone_on_with_or_refused_and_never_misread(
     run, tiny_recipe, change, monkeypatch
 ):
+    from dataclasses import replace
+
     from cascade import runner
 
     before = weights(run)
     if change == "format":  # this stage's output means something else now: it is made again
-        monkeypatch.setitem(runner.STAGE_FORMATS, "distill", 99)
+        monkeypatch.setitem(runner.STAGES, "distill", replace(runner.STAGES["distill"], format=99))
         run_recipe(tiny_recipe, output=run, only=["big"])
         assert len(list(run.glob("stages/big.distill-*"))) == 2 and weights(run)["big"] == before["big"]
         return
@@ -336,10 +338,9 @@ def test_F35_a_run_of_another_version_is_gone_on_with_or_refused_and_never_misre
 
 
 def test_F35_a_training_state_of_another_torch_is_told_and_of_another_format_not_used(tmp_path, caplog):
-    from conftest import make_blocks, make_model
+    from conftest import distill_with, make_blocks, make_model
 
     from cascade.distillation import state
-    from cascade.distillation.trainer import distill
 
     class Killed(BaseException):
         pass
@@ -350,17 +351,17 @@ def test_F35_a_training_state_of_another_torch_is_told_and_of_another_format_not
 
     options = {"num_tokens": 8 * 16 * 8, "state_folder": tmp_path, "save_every_minutes": 0}
     with pytest.raises(Killed):
-        distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options, on_step=dies)
+        distill_with(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options, on_step=dies)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9.0")
         steps = []
-        distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options,
+        distill_with(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options,
                 on_step=lambda done, total: steps.append(done))  # fmt: skip
         assert steps[0] in (4, 5) and "another torch; the result may differ in the bits" in caplog.text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "FORMAT", 2)
         steps = []
-        distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options,
+        distill_with(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **options,
                 on_step=lambda done, total: steps.append(done))  # fmt: skip
         assert steps[0] == 1
 

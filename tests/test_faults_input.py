@@ -280,6 +280,7 @@ def test_F29_task_files_run_no_code_unless_it_is_allowed_and_then_apart_and_with
     from cascade.evaluation import task_code
     from cascade.evaluation.evaluate import evaluate
     from cascade.evaluation.harness import find_tasks
+    from cascade.evaluation.task_options import TaskOptions
 
     canary = tmp_path / "canary"
     (tmp_path / "rows.jsonl").write_text('{"q": "def f(): return", "a": " 1"}\n' * 4)
@@ -299,7 +300,8 @@ def test_F29_task_files_run_no_code_unless_it_is_allowed_and_then_apart_and_with
     monkeypatch.setattr(task_code, "_allowed", True)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "z" * 34)
     monkeypatch.setenv("MY_API_KEY", "a-key-of-mine")
-    found = evaluate(str(tiny_parent), tasks=["mine"], task_folders=[tmp_path], measure_speed=False)
+    tasks = TaskOptions(names=["mine"], folders=[tmp_path])
+    found = evaluate(str(tiny_parent), tasks=tasks, measure_speed=False)
     assert found.failed == {} and any(metric.task == "mine" for metric in found.metrics)
     seen = json.loads(canary.read_text())
     assert seen["pid"] != os.getpid() and not {"HF_TOKEN", "MY_API_KEY"} & set(seen["env"])
@@ -348,6 +350,7 @@ def test_F29_task_files_cannot_have_code_fetched_or_imported_by_name(tmp_path, c
 
 def test_F29_a_tasks_templates_cannot_reach_python(tiny_parent, tmp_path):
     from cascade.evaluation.evaluate import evaluate
+    from cascade.evaluation.task_options import TaskOptions
 
     canary = tmp_path / "canary"
     (tmp_path / "rows.jsonl").write_text('{"q": "x", "a": " 1"}\n' * 4)
@@ -356,7 +359,8 @@ def test_F29_a_tasks_templates_cannot_reach_python(tiny_parent, tmp_path):
         "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
         f'output_type: loglikelihood\ndoc_to_text: "{evil}"\ndoc_to_target: "{{{{a}}}}"\nmetric_list: [{{metric: acc}}]\n'
     )
-    found = evaluate(str(tiny_parent), tasks=["mine"], task_folders=[tmp_path], measure_speed=False)
+    tasks = TaskOptions(names=["mine"], folders=[tmp_path])
+    found = evaluate(str(tiny_parent), tasks=tasks, measure_speed=False)
     assert "mine" in found.failed and not canary.exists()
 
 

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 
 from cascade import failpoints
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation import trainer
-from cascade.distillation.trainer import distill
+from cascade.distillation.schedule import Schedule
 from cascade.errors import DivergedError, NotFiniteError, RunError
 from cascade.fitting import in_parts_that_fit
 from cascade.health import findings
@@ -40,7 +40,7 @@ def armed(monkeypatch, tmp_path):
 
 def trained(start, teacher, blocks, **options):
     student = copy.deepcopy(start)
-    metrics = distill(student, teacher, blocks, **(OPTIONS | options))
+    metrics = distill_with(student, teacher, blocks, **(OPTIONS | options))
     return {name: value.clone() for name, value in student.state_dict().items()}, metrics
 
 
@@ -247,7 +247,7 @@ def test_F20_a_loss_that_climbs_and_gradients_that_are_zero_are_told(models, cap
         frozen = copy.deepcopy(start)
         for parameter in frozen.parameters():
             parameter.data.zero_()  # a model that is dead: nothing flows
-        distill(frozen, teacher, blocks, **OPTIONS)
+        distill_with(frozen, teacher, blocks, **OPTIONS)
     assert "steps had gradients that are all zero" in caplog.text or "nothing was learned" in caplog.text
 
 
@@ -256,7 +256,7 @@ def test_F20_a_training_that_diverges_says_so_in_its_log_and_in_the_report(model
     with caplog.at_level(logging.WARNING):
         metrics = trained(
             start, teacher, blocks, num_tokens=8 * 16 * 60, learning_rate=3.0, max_grad_norm=1e9,
-            schedule=trainer.Schedule("wsd", warmup_fraction=0.5, decay_fraction=0.05),
+            schedule=Schedule("wsd", warmup_fraction=0.5, decay_fraction=0.05),
         )[1]  # fmt: skip
     assert findings(metrics.curve) and "the loss has climbed" in caplog.text
     shown = report_html(
@@ -269,7 +269,7 @@ def test_F20_a_training_that_diverges_is_stopped_where_the_recipe_says_so(models
     start, teacher, blocks = models
     climbing = {
         "num_tokens": 8 * 16 * 200, "learning_rate": 3.0, "max_grad_norm": 1e9,
-        "schedule": trainer.Schedule("wsd", warmup_fraction=0.15, decay_fraction=0.05),
+        "schedule": Schedule("wsd", warmup_fraction=0.15, decay_fraction=0.05),
     }  # fmt: skip
     seen = []
     with pytest.raises(
@@ -309,6 +309,7 @@ def test_F21_out_of_memory_while_measuring_halves_the_batch_and_the_numbers_stay
     tiny_parent, recipe_folder, what, armed, caplog
 ):
     from cascade.evaluation.evaluate import evaluate
+    from cascade.evaluation.task_options import HarnessOptions, TaskOptions
     from cascade.importance.statistics import collect_statistics
     from cascade.models.checkpoint import load_model, resolve_model
 
@@ -321,8 +322,9 @@ def test_F21_out_of_memory_while_measuring_halves_the_batch_and_the_numbers_stay
                 lambda size: collect_statistics(load_model(source), blocks, batch_size=size), 8, "statistics"
             )
             return [float(value.double().sum()) for value in found.__dict__.values() if isinstance(value, torch.Tensor)]
-        tasks = ["python_minimal_pairs"] if what == "evaluation" else []
-        found = evaluate(source, tasks=tasks, heldout=blocks, limit=6, measure_speed=False)
+        names = ["python_minimal_pairs"] if what == "evaluation" else []
+        tasks = TaskOptions(names=names, harness=HarnessOptions(limit=6))
+        found = evaluate(source, tasks=tasks, heldout=blocks, measure_speed=False)
         return [metric.value for metric in found.metrics]
 
     plain = measured()

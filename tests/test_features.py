@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 from test_architectures import ALL, config_of
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation.batch import batch_losses, visible
-from cascade.distillation.features import FeatureLoss, Features
-from cascade.distillation.fused import Objective
+from cascade.distillation.features import FeatureLoss
+from cascade.distillation.options import Features, Objective
 from cascade.distillation.origin import Origin, even_origin, origin_of
-from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
@@ -146,7 +145,7 @@ def test_feature_losses_reach_the_student_alone_and_are_learned():
     student, plan = cut(teacher, hidden_size=32, num_hidden_layers=2)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     features = FeatureLoss(EVERYTHING, origin_of([plan]), student, teacher)
-    metrics = distill(
+    metrics = distill_with(
         student, teacher, make_blocks(count=24), num_tokens=8 * 16 * 60, learning_rate=3e-3, features=features
     )
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -166,7 +165,7 @@ def test_balanced_features_do_not_see_how_a_step_is_split(microbatch_size):
     for student, size in zip(students, (8, microbatch_size), strict=True):
         features = FeatureLoss(EVERYTHING, origin_of([plan]), student, teacher)
         options = {"num_tokens": 8 * 16 * 3, "microbatch_size": size, "learning_rate": 1e-2, "features": features}
-        curves.append(distill(student, teacher, blocks, **options).curve)
+        curves.append(distill_with(student, teacher, blocks, **options).curve)
     for one, other in zip(*curves, strict=True):
         assert one["hidden_loss"] == pytest.approx(other["hidden_loss"], rel=1e-4)
     for one, other in zip(students[0].parameters(), students[1].parameters(), strict=True):
@@ -203,7 +202,7 @@ def test_a_training_whose_losses_have_faded_at_half_ends_as_two_trainings_do(tmp
             student,
             teacher,
         )
-        curve = distill(student, teacher, blocks, num_tokens=steps * 2 * blocks.block_size, batch_size=2,
+        curve = distill_with(student, teacher, blocks, num_tokens=steps * 2 * blocks.block_size, batch_size=2,
                         microbatch_size=2, learning_rate=1e-3, features=features).curve  # fmt: skip
         return curve
 

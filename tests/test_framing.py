@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHARED, make_model, needs_shared
+from conftest import SHARED, distill_with, make_model, needs_shared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +15,6 @@ from cascade.data.masking import masked_blocks
 from cascade.data.messages import conversation_tokens
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData
-from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.framing import choose_framing
 from cascade.evaluation.heldout import heldout_blocks
@@ -212,7 +211,8 @@ def test_texts_that_are_read_one_by_one_are_calibrated_as_they_are_read(tmp_path
     model = make_model("llama", vocab_size=16)
     model.save_pretrained(tmp_path / "none")
     recipe = load_recipe(tmp_path / "r.yaml")
-    make_data(folder, recipe, SimpleNamespace(folder=tmp_path / "none", gguf_file=None, reference="x"), tokenizer)
+    parent = SimpleNamespace(folder=tmp_path / "none", gguf_file=None, reference="x")
+    make_data(recipe, parent, tokenizer, folder, lambda *_: None)
     assert set(load_blocks(folder / "calibration.safetensors").input_ids[:, 0].tolist()) == {BEGIN}
 
 
@@ -240,7 +240,7 @@ def test_a_model_that_was_trained_with_the_prefix_in_every_block_and_an_end_toke
     model, tokenizer = load_model(source), load_tokenizer(source)
     framing = framing_of(tokenizer, "text", begin_blocks=True, end_token=True)
     train = pack_documents(stories("train", 300), tokenizer, block_size=32, framing=framing)
-    distill(model, None, train, num_tokens=60_000, learning_rate=2e-3, batch_size=32, microbatch_size=32)
+    distill_with(model, None, train, num_tokens=60_000, learning_rate=2e-3, batch_size=32, microbatch_size=32)
 
     def pack(wanted):
         return pack_documents(stories("valid", 100), tokenizer, block_size=32, framing=wanted)

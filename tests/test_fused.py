@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cascade.distillation.divergences import DIVERGENCES, Options
-from cascade.distillation.fused import Objective, chunk_rule, fused_loss
+from cascade.distillation.fused import chunk_rule, fused_loss
+from cascade.distillation.options import Objective
 from cascade.errors import UserError
 from cascade.models.head import Head
 

@@ -17,7 +17,8 @@ from cascade.data.messages import conversation_tokens
 from cascade.data.targets import ListedTargets
 from cascade.data.vocabulary import token_bytes
 from cascade.distillation.divergences import ghost
-from cascade.distillation.fused import Objective, fused_loss
+from cascade.distillation.fused import fused_loss
+from cascade.distillation.options import Objective
 from cascade.errors import UserError
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
 from cascade.models.head import Head

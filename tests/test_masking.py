@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM
 from cascade.data.blocks import IGNORE_INDEX, load_blocks, save_blocks
 from cascade.data.masking import SHARE, masked_blocks
 from cascade.distillation.batch import batch_losses
-from cascade.distillation.fused import Objective
+from cascade.distillation.options import Objective
 from cascade.errors import UserError
 from cascade.models.twin import twin_of
 from cascade.pretraining import train_tokenizer

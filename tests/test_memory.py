@@ -8,9 +8,9 @@ from conftest import make_blocks, make_model
 
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation.batch import batch_losses
-from cascade.distillation.features import FeatureLoss, Features
-from cascade.distillation.fused import Objective
+from cascade.distillation.features import FeatureLoss
 from cascade.distillation.memory import remember
+from cascade.distillation.options import Features, Objective
 from cascade.distillation.origin import Origin
 from cascade.distillation.range_test import find_learning_rate
 

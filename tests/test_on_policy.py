@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 
 from cascade.data.blocks import IGNORE_INDEX
-from cascade.distillation.fused import Objective
-from cascade.distillation.on_policy import OnPolicy, Rollouts, generate
-from cascade.distillation.trainer import distill
+from cascade.distillation.on_policy import Rollouts, generate
+from cascade.distillation.options import Objective, OnPolicy
 from cascade.errors import UserError
 
 SETTINGS = OnPolicy(0.5, prompt_tokens=5, max_new_tokens=7)
@@ -103,10 +102,10 @@ def test_training_on_its_own_text_brings_the_student_to_its_teacher():
     teacher, student = make_model(seed=1), make_model(seed=2)
     blocks = make_blocks(count=24)
     options = {"num_tokens": 8 * 16 * 50, "learning_rate": 1e-2, "selection": make_blocks(count=8, seed=9)}
-    metrics = distill(student, teacher, blocks, on_policy=OnPolicy(1.0, 4, 12), selection_every=1, **options)
+    metrics = distill_with(student, teacher, blocks, on_policy=OnPolicy(1.0, 4, 12), selection_every=1, **options)
     assert metrics.selection_kl < 0.5 * metrics.curve[0]["selection_kl"]
 
 
 def test_without_a_teacher_there_is_no_one_to_judge():
     with pytest.raises(UserError, match="need a teacher"):
-        distill(make_model(), None, make_blocks(), num_tokens=100, on_policy=SETTINGS)
+        distill_with(make_model(), None, make_blocks(), num_tokens=100, on_policy=SETTINGS)

@@ -15,7 +15,8 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from cascade.distillation.on_policy import OnPolicy, generate
+from cascade.distillation.on_policy import generate
+from cascade.distillation.options import OnPolicy
 from cascade.errors import UserError
 from cascade.models.architecture import model_from_config
 from cascade.models.positions import require_context, usable_context

@@ -86,7 +86,7 @@ def made(start="cut from the parent", *, distill=None, parent=None, copy_of=None
     tokens = Tokens(hop=num_trained, cumulative=1024)
     if copy_of is None:
         return provenance_of(recipe, members, members[-1], reference, tokens)
-    copy = RoundedCopy(f"{copy_of}-int8", "int8", Path(), Path(), num_trained)
+    copy = RoundedCopy(name=f"{copy_of}-int8", kind="int8", rounded=None, evaluation=None, num_tokens=num_trained)
     return provenance_of_copy(recipe, members, copy_of, copy, reference, tokens)
 
 

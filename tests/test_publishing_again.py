@@ -165,15 +165,16 @@ def test_what_a_user_changed_in_a_generated_dataset_is_not_lost_when_it_is_made_
     from cascade.progress import RunProgress
     from cascade.runner import StageRunner
 
-    def make(folder, on_step):
+    def write(folder, on_step):
         (folder / "dataset.jsonl").write_text("as it was written\n")
 
     with RunProgress(Console(quiet=True), "r", {}) as progress:
         runner = StageRunner(tmp_path, progress)
-        folder = runner.run("parent", "generate", {}, {}, make)
+        generated = runner.make("generate", "parent", settings={}, inputs={}, write=write)
+        folder = generated.folder
         (folder / "dataset.jsonl").write_text("cleaned by hand\n")
         (folder / "notes.txt").write_text("mine")
-        assert runner.run("parent", "generate", {}, {}, make) == folder
+        assert runner.make("generate", "parent", settings={}, inputs={}, write=write) == generated
     assert (folder / "dataset.jsonl").read_text() == "as it was written\n"
     assert (folder / "dataset.jsonl.before").read_text() == "cleaned by hand\n"
     assert (folder / "notes.txt").read_text() == "mine" and verify_folder(folder) == []

@@ -5,11 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from cascade.checks import check_family
-from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.models.checkpoint import ModelSource, load_config, load_model, save_checkpoint
 from cascade.models.quantised import group_size, is_rounded, load_rounded, round_while_training
@@ -83,7 +82,7 @@ def test_training_with_rounded_weights_makes_the_rounded_copy_better(tmp_path):
     student = copy.deepcopy(teacher)
     round_while_training(student, "int4")
     before = selection_losses(student, teacher, blocks.take(16), 8)["selection_kl"]
-    distill(student, teacher, blocks, num_tokens=8 * 64 * 16, learning_rate=3e-3)
+    distill_with(student, teacher, blocks, num_tokens=8 * 64 * 16, learning_rate=3e-3)
     assert selection_losses(student, teacher, blocks.take(16), 8)["selection_kl"] < 0.7 * before
 
 

@@ -1,22 +1,25 @@
 """The learning rate is found by short trainings that leave no trace."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 
 from cascade.distillation import range_test
+from cascade.distillation.options import Optimization
 from cascade.distillation.range_test import FIRST_RATE, GROWTH, find_learning_rate
-from cascade.distillation.trainer import TrainingMetrics, distill
+from cascade.distillation.trainer import TrainingMetrics
 from cascade.errors import DivergedError, NotFiniteError, TrainingError
 
 
 def pretending(best, curvature=1.0, runs_off_above=math.inf):
     """A training whose loss is a parabola over the logarithm of the rate, lowest at `best`."""
 
-    def train(student, teacher, blocks, *, learning_rate, **options):
+    def train(student, teacher, blocks, *, optimization, **options):
+        learning_rate = optimization.learning_rate
         if learning_rate > runs_off_above:
             raise NotFiniteError("loss nan")
         loss = 1 + curvature * math.log2(learning_rate / best) ** 2
@@ -58,19 +61,20 @@ def test_a_try_that_diverges_is_a_bad_rate_whatever_a_whole_training_would_do(mo
 
     def train(student, teacher, blocks, **options):
         given.append(options)
-        if options["learning_rate"] > 5e-4:
+        if options["optimization"].learning_rate > 5e-4:
             raise DivergedError("the loss has climbed")
         return pretending(2e-4)(student, teacher, blocks, **options)
 
     monkeypatch.setattr(range_test, "distill", train)
     model = torch.nn.Linear(1, 1)
-    whole = {"on_divergence": "stop", "on_nan": "rollback", "max_skipped": 1, "keep_states": 2, "ema_decay": 0.9,
-             "save_every_minutes": 0.0, "learning_rate": 0.0}  # fmt: skip
+    whole = Optimization(learning_rate=0.0, ema_decay=0.9, weight_decay=0.1)
     found = find_learning_rate(
-        model, model, make_blocks(), num_tokens=8 * 16 * 8, selection=make_blocks(), weight_decay=0.1, **whole
+        model, model, make_blocks(), num_tokens=8 * 16 * 8, selection=make_blocks(), optimization=whole
     )
     assert 1e-4 < found.learning_rate < 4e-4
-    assert all(one["weight_decay"] == 0.1 and not whole.keys() & one.keys() - {"learning_rate"} for one in given)
+    assert not any({"safekeeping", "hooks"} & options.keys() for options in given)
+    for trial in (options["optimization"] for options in given):
+        assert trial == replace(whole, learning_rate=trial.learning_rate, ema_decay=None)
 
 
 def test_what_stops_a_training_otherwise_stops_the_search(monkeypatch):
@@ -92,7 +96,7 @@ def test_the_tries_leave_the_student_as_it_is_and_the_found_rate_beats_far_ones(
 
     def after(rate):
         model = make_model(seed=2)
-        return distill(model, teacher, blocks, learning_rate=rate, **options).selection_kl
+        return distill_with(model, teacher, blocks, learning_rate=rate, **options).selection_kl
 
     best = after(found.learning_rate)
     assert best < after(found.learning_rate / 16) and best < after(found.learning_rate * 16)
@@ -100,8 +104,11 @@ def test_the_tries_leave_the_student_as_it_is_and_the_found_rate_beats_far_ones(
 
 def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_folder, tmp_path, monkeypatch):
     from cascade import cutting
+    from cascade.context import Run
+    from cascade.models.checkpoint import ModelSource
     from cascade.recipe.load import load_recipe
     from cascade.search import Candidate
+    from cascade.stage_output import Checkpoint, Made
 
     recipe = load_recipe(recipe_folder / "tiny.yaml", ["prune.repair.method=none", "distill.on_divergence=stop"])
 
@@ -113,10 +120,13 @@ def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_
                         ("load_training", SimpleNamespace(block_size=16)), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
         monkeypatch.setattr(cutting, name, lambda *args, value=value, **options: value)
     monkeypatch.setattr(cutting, "distill", runs_off)
-    options = {"optimizer": "adamw", "hidden": "pca", "lineage": None, "cache": None, "on_step": None}
+    parent = Checkpoint(ModelSource(tmp_path, "parent"), "")
+    texts = {"source": "", "tasks": "", "production": "", "data": Made(tmp_path, "")}
+    run = Run(recipe=recipe, runner=None, parent=parent, teachers=[model], **texts)
+    base, member = cutting.Base(model=parent, lineage=None), SimpleNamespace(optimizer="adamw")
     (tmp_path / "ran-off").mkdir()
-    cutting.make_candidate(tmp_path / "ran-off", recipe, None, None, None, tmp_path, model, num_tokens=64, **options)
+    cutting.make_candidate(run, member, base, None, 64, tmp_path / "ran-off", None)
     (tmp_path / "poor").mkdir()
     (tmp_path / "poor" / "losses.json").write_text('{"repaired": {"kl_to_teacher": 9.0}, "recovered": null}')
-    tried = [Candidate(None, None, [tmp_path / name]) for name in ("ran-off", "poor")]
-    assert [one.folders[0].name for one in sorted(tried, key=Candidate.score)] == ["poor", "ran-off"]
+    tried = [Candidate(None, None, [Made(tmp_path / name, "")]) for name in ("ran-off", "poor")]
+    assert [shape.stages[0].folder.name for shape in sorted(tried, key=Candidate.score)] == ["poor", "ran-off"]

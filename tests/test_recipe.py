@@ -261,8 +261,10 @@ def test_a_family_of_encoders_is_refused_before_anything_is_made(tmp_path):
 def test_where_a_head_of_its_own_is_too_large_only_the_cut_without_rotation_is_tried(tmp_path):
     import transformers
 
+    from cascade.cutting import Base
     from cascade.models.checkpoint import resolve_model
     from cascade.search import search_shape
+    from cascade.stage_output import Checkpoint, Made
 
     parent = _saved_config(
         transformers.LlamaConfig(
@@ -274,13 +276,18 @@ def test_where_a_head_of_its_own_is_too_large_only_the_cut_without_rotation_is_t
     (member,) = _family(tmp_path, parent, [{"name": "a", "target": {"params": 0.3}}])
     assert member.hidden_choices == ("activation_norm", "pca")
 
-    class Runner:
-        def run(self, name, stage, settings, inputs, make):
+    class Run:
+        recipe, parent, data = load_recipe(str(tmp_path / "recipe.json")), "p", "d"
+
+        def target_settings(self):
+            return {}
+
+        def make(self, stage, owner, *, settings, inputs, write):
             folder = tmp_path / settings["hidden"]
             folder.mkdir(exist_ok=True)
             (folder / "losses.json").write_text('{"repaired": {"kl_to_teacher": 1.0}, "recovered": null}')
-            return folder
+            return Made(folder, "")
 
-    recipe = load_recipe(str(tmp_path / "recipe.json"))
-    tried = search_shape(Runner(), recipe, member, resolve_model(str(parent)), {}, lambda *rest: None, {})
-    assert [one.shape.hidden for one in tried] == ["activation_norm"]
+    base = Base(model=Checkpoint(resolve_model(str(parent)), ""), lineage=[], statistics=Made(tmp_path, ""))
+    candidates = search_shape(Run(), member, base)
+    assert [candidate.shape.hidden for candidate in candidates] == ["activation_norm"]

@@ -6,13 +6,12 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 
 from cascade.distillation import step
-from cascade.distillation.features import FeatureLoss, Features
-from cascade.distillation.on_policy import OnPolicy
+from cascade.distillation.features import FeatureLoss
+from cascade.distillation.options import Features, OnPolicy
 from cascade.distillation.origin import Origin
-from cascade.distillation.trainer import distill
 from cascade.errors import TrainingError
 
 OPTIONS = {"num_tokens": 8 * 16 * 10, "batch_size": 8, "microbatch_size": 4, "learning_rate": 1e-2}
@@ -50,18 +49,18 @@ def test_F08_killed_and_gone_on_with_it_is_the_same_training_bit_for_bit_dropout
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     teacher.eval()
     unbroken = copy.deepcopy(start)
-    whole = distill(unbroken, teacher, blocks, **OPTIONS, log_path=tmp_path / "whole.jsonl")
+    whole = distill_with(unbroken, teacher, blocks, **OPTIONS, log_path=tmp_path / "whole.jsonl")
     for deaths in ((5,), (3, 7)):
         folder = tmp_path / f"state-{len(deaths)}"
         for death in deaths:
             with pytest.raises(Killed):
                 torch.manual_seed(death)  # what the process did before makes no difference
-                distill(
+                distill_with(
                     copy.deepcopy(start), teacher, blocks, **OPTIONS, state_folder=folder, save_every_minutes=0,
                     on_step=dies_after(death),
                 )  # fmt: skip
         student, steps = copy.deepcopy(start), []
-        metrics = distill(
+        metrics = distill_with(
             student, teacher, blocks, **OPTIONS, state_folder=folder, log_path=tmp_path / f"log-{len(deaths)}.jsonl",
             on_step=lambda done, total, steps=steps: steps.append(done),
         )  # fmt: skip
@@ -83,14 +82,14 @@ def test_averages_features_rollouts_and_every_optimizer_go_on_to_the_same_bits_t
         "on_policy": OnPolicy(0.7, prompt_tokens=4, max_new_tokens=6, buffer_size=2),
     }
     unbroken = copy.deepcopy(start)
-    whole = distill(unbroken, teacher, blocks, **options)
+    whole = distill_with(unbroken, teacher, blocks, **options)
     with pytest.raises(Killed):
-        distill(
+        distill_with(
             copy.deepcopy(start), teacher, blocks, **options, state_folder=tmp_path, save_every_minutes=0,
             on_step=dies_after(7),
         )  # fmt: skip
     student = copy.deepcopy(start)
-    metrics = distill(student, teacher, blocks, **options, state_folder=tmp_path)
+    metrics = distill_with(student, teacher, blocks, **options, state_folder=tmp_path)
     after = weights(student)
     assert all(torch.equal(after[name], value) for name, value in weights(unbroken).items())
     assert [entry["loss"] for entry in metrics.curve] == [entry["loss"] for entry in whole.curve]
@@ -103,7 +102,9 @@ def test_dropout_is_on_while_training_and_the_callers_random_numbers_are_left_al
     torch.manual_seed(7)
     first, second = with_dropout(), with_dropout().requires_grad_(True)
     torch.manual_seed(7)
-    losses = [distill(model, teacher, blocks, **OPTIONS, seed=seed).curve for model, seed in ((first, 1), (second, 2))]
+    losses = [
+        distill_with(model, teacher, blocks, **OPTIONS, seed=seed).curve for model, seed in ((first, 1), (second, 2))
+    ]
     assert torch.equal(torch.rand(3), expected)
     assert losses[0][0]["loss"] != losses[1][0]["loss"]
     assert losses[0][0]["loss"] > 1e-4  # the student is its teacher, but for dropout
@@ -114,8 +115,8 @@ def test_F21_a_smaller_microbatch_that_is_asked_for_when_going_on_is_used(tmp_pa
     blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)
     options = OPTIONS | {"microbatch_size": 4, "state_folder": tmp_path, "save_every_minutes": 0}
     with pytest.raises(Killed):
-        distill(copy.deepcopy(start), teacher, blocks, **options, on_step=dies_after(6))
-    found = distill(copy.deepcopy(start), teacher, blocks, **(options | {"microbatch_size": asked}))
+        distill_with(copy.deepcopy(start), teacher, blocks, **options, on_step=dies_after(6))
+    found = distill_with(copy.deepcopy(start), teacher, blocks, **(options | {"microbatch_size": asked}))
     assert {entry["microbatch_size"] for entry in found.curve[-2:]} == {used}
 
 
@@ -123,9 +124,9 @@ def test_F21_a_smaller_microbatch_that_is_asked_for_when_going_on_is_used(tmp_pa
 def test_F15_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog, name):
     blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)
     unbroken = copy.deepcopy(start)
-    distill(unbroken, teacher, blocks, **OPTIONS)
+    distill_with(unbroken, teacher, blocks, **OPTIONS)
     with pytest.raises(Killed):
-        distill(
+        distill_with(
             copy.deepcopy(start), teacher, blocks, **OPTIONS, state_folder=tmp_path, save_every_minutes=0,
             on_step=dies_after(6),
         )  # fmt: skip
@@ -135,7 +136,9 @@ def test_F15_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, caplog,
     data[-5] ^= 1
     newest.write_bytes(bytes(data))
     student, steps = copy.deepcopy(start), []
-    distill(student, teacher, blocks, **OPTIONS, state_folder=tmp_path, on_step=lambda done, total: steps.append(done))
+    distill_with(
+        student, teacher, blocks, **OPTIONS, state_folder=tmp_path, on_step=lambda done, total: steps.append(done)
+    )
     assert steps[0] == 6 and f"damaged ({name})" in caplog.text
     assert all(torch.equal(weights(student)[name], value) for name, value in weights(unbroken).items())
 
@@ -147,24 +150,24 @@ def test_F15_states_are_only_dropped_for_one_that_is_there_as_it_was_written(tmp
     blocks, start, teacher = make_blocks(count=24), make_model(seed=2), make_model(seed=1)
     options = OPTIONS | {"state_folder": tmp_path, "save_every_minutes": 0}
     with pytest.raises(Killed):
-        distill(copy.deepcopy(start), teacher, blocks, **options, on_step=dies_after(4))
+        distill_with(copy.deepcopy(start), teacher, blocks, **options, on_step=dies_after(4))
     before = sorted(path.name for path in tmp_path.glob("step-*"))
     monkeypatch.setattr(state, "is_committed", lambda folder: False)  # a disk that has lost what it took
     with pytest.raises(DiskError, match="was written and is not there as it was; the states before it are kept"):
-        distill(copy.deepcopy(start), teacher, blocks, **options)
+        distill_with(copy.deepcopy(start), teacher, blocks, **options)
     assert set(before) < {path.name for path in tmp_path.glob("step-*")}
 
 
 def test_a_state_of_a_training_with_other_settings_is_not_gone_on_with(tmp_path):
     blocks, teacher = make_blocks(count=24), make_model(seed=1)
     with pytest.raises(Killed):
-        distill(
+        distill_with(
             make_model(seed=2), teacher, blocks, **OPTIONS, state_folder=tmp_path, save_every_minutes=0,
             on_step=dies_after(4),
         )  # fmt: skip
     steps = []
     options = OPTIONS | {"learning_rate": 1e-3}
-    distill(
+    distill_with(
         make_model(seed=2), teacher, blocks, **options, state_folder=tmp_path,
         on_step=lambda done, total: steps.append(done),
     )  # fmt: skip
@@ -174,7 +177,7 @@ def test_a_state_of_a_training_with_other_settings_is_not_gone_on_with(tmp_path)
 def test_F21_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatch, caplog):
     blocks, teacher = make_blocks(count=24), make_model(seed=1)
     plain, squeezed = make_model(seed=2), make_model(seed=2)
-    expected = distill(plain, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
+    expected = distill_with(plain, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
     original = step.batch_losses
 
     def short_of_memory(student, teacher, batch, *rest, **options):
@@ -185,7 +188,7 @@ def test_F21_out_of_memory_halves_the_microbatch_and_the_result_stays(monkeypatc
         return original(student, teacher, batch, *rest, **options)
 
     monkeypatch.setattr(step, "batch_losses", short_of_memory)
-    found = distill(squeezed, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
+    found = distill_with(squeezed, teacher, blocks, **(OPTIONS | {"microbatch_size": 8}))
     assert {entry["microbatch_size"] for entry in found.curve} == {2}
     assert caplog.text.count("out of memory: going on with microbatch_size") == 2
     losses = [[entry["loss"] for entry in one.curve] for one in (expected, found)]
@@ -203,7 +206,7 @@ def test_a_block_that_does_not_fit_and_other_runtime_errors_stop_the_training(mo
     with pytest.raises(
         TrainingError, match="out of memory with a single block of 16 tokens; what would help: data.block_size 8"
     ):
-        distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **OPTIONS)
+        distill_with(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **OPTIONS)
     monkeypatch.setattr(step, "batch_losses", fails("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        distill(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **OPTIONS)
+        distill_with(make_model(seed=2), make_model(seed=1), make_blocks(count=24), **OPTIONS)

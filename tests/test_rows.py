@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from test_documents import Killed
 
 from cascade.data import streaming
+from cascade.data.blocks import BlockFormat
+from cascade.data.framing import framing_of
 from cascade.data.look import look_at, look_text
 from cascade.data.prepare import prepare_blocks
 from cascade.data.rows import Place, read_rows, require_fields
@@ -242,13 +244,8 @@ def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on
     tokenizer = load_tokenizer(resolve_model("builtin:pico-python"))
     whole = prepare_blocks(data, "heldout", tokenizer, block_size=32)
     streamed = dataclasses.replace(data, streaming=True)
-    options = {
-        "block_size": 32,
-        "max_blocks": 10_000,
-        "document_masks": False,
-        "folder": tmp_path,
-        "shard_tokens": 2000,
-    }
+    block_format = BlockFormat(block_size=32, max_blocks=10_000, framing=framing_of(tokenizer, "data"))
+    arguments, options = (streamed, "heldout", tokenizer, block_format), {"folder": tmp_path, "shard_tokens": 2000}
     tokens, calls = streaming._tokens, []
 
     def dies(*args):
@@ -259,9 +256,9 @@ def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on
 
     monkeypatch.setattr(streaming, "_tokens", dies)
     with pytest.raises(Killed):
-        streaming.stream_blocks(streamed, "heldout", tokenizer, **options)
+        streaming.stream_blocks(*arguments, **options)
     bad = streamed.bad_row_counter()
-    found = streaming.stream_blocks(streamed, "heldout", tokenizer, bad=bad, **options)
+    found = streaming.stream_blocks(*arguments, bad=bad, **options)
     assert found.input_ids.equal(whole.input_ids) and bad.record()["rows"] == 900
 
 

@@ -140,16 +140,16 @@ class Killed(BaseException):
 def test_killed_after_every_stage_and_started_again_the_family_is_the_same(
     tiny_family, tiny_recipe, tmp_path, monkeypatch
 ):
-    folder, original, deaths = tmp_path / "run", StageRunner.run, 0
+    folder, original, deaths = tmp_path / "run", StageRunner.make, 0
 
-    def dies_after_one_new_stage(self, member, stage, *rest, **named):
+    def dies_after_one_new_stage(self, stage, owner, **named):
         before = set(self.folder.glob("stages/*"))
-        result = original(self, member, stage, *rest, **named)
+        result = original(self, stage, owner, **named)
         if set(self.folder.glob("stages/*")) != before:
             raise Killed
         return result
 
-    monkeypatch.setattr(StageRunner, "run", dies_after_one_new_stage)
+    monkeypatch.setattr(StageRunner, "make", dies_after_one_new_stage)
     while True:
         try:
             run_recipe(tiny_recipe, output=folder)
@@ -202,7 +202,8 @@ def test_killed_while_training_it_goes_on_from_the_last_state_to_the_same_bits(
 def test_killed_inside_a_stage_leaves_nothing_half_done(tiny_recipe, tiny_family, tmp_path, monkeypatch):
     from cascade import member
 
-    def dies(folder, *rest, **named):
+    def dies(*rest):
+        folder, _ = rest[-2:]
         (folder / "checkpoint").mkdir()
         (folder / "checkpoint" / "config.json").write_text("{}")
         raise Killed
@@ -497,18 +498,18 @@ def test_a_searched_shape_is_the_best_of_those_recovered_and_nothing_is_tried_tw
     text = text.replace("tasks: [python_minimal_pairs], limit: 6, ", "")
     path = recipe_folder / "search.yaml"
     path.write_text(text + "prune: {search: {candidates: 4, finalists: 2, tokens: 256}, repair: {num_blocks: 4}}\n")
-    recipe, folder, original = load_recipe(path), tmp_path / "run", StageRunner.run
+    recipe, folder, original = load_recipe(path), tmp_path / "run", StageRunner.make
     stages = []
 
-    def dies_after_a_finalist(self, member, stage, *rest, **named):
-        result = original(self, member, stage, *rest, **named)
+    def dies_after_a_finalist(self, stage, owner, **named):
+        result = original(self, stage, owner, **named)
         stages.append(stage)
         if stages.count("finalist") == 1:
             raise Killed
         return result
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StageRunner, "run", dies_after_a_finalist)
+        patch.setattr(StageRunner, "make", dies_after_a_finalist)
         run_recipe(recipe, output=folder)
     run_recipe(recipe, output=folder)
     done, _ = skipped(folder)

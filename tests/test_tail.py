@@ -57,14 +57,14 @@ def test_a_student_that_is_its_teacher_loses_nothing_anywhere():
 
 def test_slices_of_conversations_are_told_with_their_prompts(tiny_parent):
     from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-    from cascade.evaluating import _told
+    from cascade.evaluating import _with_beginnings
     from cascade.models.checkpoint import ModelSource, load_tokenizer
 
     source = ModelSource(tiny_parent, "tiny")
     ids = torch.tensor([load_tokenizer(source)("the question is long, the answer short")["input_ids"]])
     labels = ids.masked_fill(torch.arange(ids.shape[1]) < 8, IGNORE_INDEX)
-    (told,) = _told({"slices": [{"slice": "0"}]}, TokenBlocks(ids, labels, 0.0), source)["slices"]
-    assert told["slice"].startswith("the question is long")
+    (block,) = _with_beginnings({"slices": [{"slice": "0"}]}, TokenBlocks(ids, labels, 0.0), source)["slices"]
+    assert block["slice"].startswith("the question is long")
 
 
 def test_texts_from_outside_are_no_links_in_markdown():

@@ -7,6 +7,7 @@ import pytest
 from cascade.errors import UserError
 from cascade.evaluation.harness import find_tasks, run_tasks
 from cascade.evaluation.task_files import write_task_files
+from cascade.evaluation.task_options import HarnessOptions, TaskOptions
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
 
 TASK = """\
@@ -44,7 +45,9 @@ def test_stock_lm_eval_gives_from_the_copies_what_the_run_measured(task_folder, 
     names = ["sums", "python_minimal_pairs"]
     source = resolve_model("builtin:pico-python")
     model, tokenizer = load_model(source), load_tokenizer(source)
-    measured = run_tasks(model, tokenizer, names, task_folders=[task_folder], limit=10)
+    measured = run_tasks(
+        model, tokenizer, TaskOptions(names=names, folders=[task_folder], harness=HarnessOptions(limit=10))
+    )
     run = tmp_path / "run"
     write_task_files(run, names, [task_folder])
     monkeypatch.chdir("/")

@@ -92,17 +92,19 @@ def test_weights_that_fit_and_activations_that_do_not_are_refused_with_their_pla
 
 def test_a_rounded_copy_that_float16_cannot_hold_is_refused(tmp_path):
     pytest.importorskip("torchao")
+    from cascade.context import Run
     from cascade.quantising import make_rounded
     from cascade.recipe.schema import Finish
-    from cascade.seeding import Shared
+    from cascade.stage_output import Checkpoint, Made
 
     scaled(make_model("llama"), 2.0**20).save_pretrained(tmp_path / "model")
     recipe = recipe_of(tmp_path / "model", save={"dtype": "float16"})
     entry = Finish.model_validate({"quantise": "int8"})
     source = resolve_model(str(tmp_path / "model"))
     with pytest.raises(UserError, match="finish: .*float16 cannot hold the weights"):
-        shared = Shared(source, tmp_path, tmp_path, {}, [])
-        make_rounded(tmp_path / "out", recipe, entry, source, shared, on_step=lambda *_: None)
+        texts = {"source": "", "tasks": "", "production": "", "data": Made(tmp_path, "")}
+        run = Run(recipe=recipe, runner=None, parent=Checkpoint(source, ""), **texts)
+        make_rounded(run, source, entry, tmp_path / "out", lambda *_: None)
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 

@@ -20,8 +20,9 @@ from cascade.data.masking import masked_blocks
 from cascade.data.targets import ListedTargets
 from cascade.distillation.batch import batch_losses, selection_losses
 from cascade.distillation.divergences import Options
-from cascade.distillation.fused import Objective, fused_loss
-from cascade.distillation.on_policy import OnPolicy, Rollouts, common_ids, generate
+from cascade.distillation.fused import fused_loss
+from cascade.distillation.on_policy import Rollouts, common_ids, generate
+from cascade.distillation.options import Objective, OnPolicy
 from cascade.errors import UserError
 from cascade.evaluation.heldout import block_metrics
 from cascade.models.checkpoint import load_config, load_tokenizer, resolve_model

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 from safetensors.torch import save_file
 
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.distillation.features import FeatureLoss, Features
+from cascade.distillation.features import FeatureLoss
 from cascade.distillation.optimizer import Optimizer
+from cascade.distillation.options import Features
 from cascade.distillation.origin import Origin
-from cascade.distillation.trainer import distill
 from cascade.importance.statistics import collect_statistics, save_statistics
 
 
@@ -55,7 +55,7 @@ def train(
     if parallel.rank() == 0:
         save_statistics(statistics, output / "statistics.safetensors")
     features = FeatureLoss(Features(hidden="cosine", relations=("vv",)), Origin((0, 1, 2, 3)), student, teacher)
-    metrics = distill(
+    metrics = distill_with(
         student, teacher, uneven_blocks(), num_tokens=8 * 16 * num_steps, batch_size=8, microbatch_size=microbatch,
         learning_rate=rate, selection=make_blocks(count=4, seed=9), selection_every=5, state_folder=state,
         save_every_minutes=0, on_step=on_step, features=features, ema_decay=0.5,

@@ -5,14 +5,13 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_blocks, make_model
+from conftest import distill_with, make_blocks, make_model
 from safetensors.torch import save_file
 from test_cache import KINDS, opened
 
 from cascade import parallel
 from cascade.cache.label import label
 from cascade.cache.reader import CachedTargets
-from cascade.distillation.trainer import distill
 from cascade.models.head import Head, head_of
 
 
@@ -26,7 +25,7 @@ def main(output: Path, kind: str) -> None:
     done = label(windows, layout, teacher, blocks)
     targets = CachedTargets(windows, layout, blocks, Head(weight, None))
     student = make_model(seed=2)
-    distill(student, teacher, blocks, num_tokens=8 * 16 * 4, batch_size=8, microbatch_size=2, targets=targets)
+    distill_with(student, teacher, blocks, num_tokens=8 * 16 * 4, batch_size=8, microbatch_size=2, targets=targets)
     weights = {name: value.clone().contiguous() for name, value in parallel.whole_weights(student)}
     if parallel.rank() == 0:
         save_file(weights, output / "weights.safetensors")

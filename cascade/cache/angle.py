@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation.batch import batch_losses
-from cascade.distillation.fused import Objective
+from cascade.distillation.options import Objective
 
 
 def gradient_angle(

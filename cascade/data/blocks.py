@@ -175,16 +175,32 @@ def pack_tokens(
     return blocks_of(
         stream,
         num_bytes,
-        block_size=block_size,
-        max_blocks=max_blocks,
-        document_masks=document_masks,
-        framing=framing or _UNFRAMED,
+        BlockFormat(
+            block_size=block_size,
+            max_blocks=max_blocks,
+            document_masks=document_masks,
+            framing=framing or _UNFRAMED,
+        ),
         name=name,
         listed=listed,
     )
 
 
 _UNFRAMED = Framing((), (), begin_blocks=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFormat:
+    """How a stream of documents is cut into blocks."""
+
+    block_size: int
+    """Tokens per block."""
+    max_blocks: int | None = None
+    """None: as many as the text fills."""
+    document_masks: bool = False
+    """Whether blocks say where each document starts, so that none sees the one before it."""
+    framing: Framing = _UNFRAMED
+    """The tokens that documents stand between, and whether blocks inside a document begin with them, too."""
 
 
 def append_document(rows: list[list[int]], ids: list[int], labels: list[int] | None) -> None:
@@ -197,11 +213,8 @@ def append_document(rows: list[list[int]], ids: list[int], labels: list[int] | N
 def blocks_of(
     stream: Tensor,
     num_bytes: int,
+    block_format: BlockFormat,
     *,
-    block_size: int,
-    max_blocks: int | None,
-    document_masks: bool,
-    framing: Framing,
     name: str,
     listed: Sequence[ListedTargets] = (),
 ) -> TokenBlocks:
@@ -210,7 +223,8 @@ def blocks_of(
     Raises:
         UserError: it does not fill one block, or no token counts.
     """
-    index, missing = _cut(stream, block_size, max_blocks, framing)
+    block_size, framing = block_format.block_size, block_format.framing
+    index, missing = _cut(stream, block_format)
     count = len(index)
     if count == 0:
         raise UserError(
@@ -225,32 +239,33 @@ def blocks_of(
         ids, labels, places = stream[:, index.clamp(min=0)].to(torch.int64).unbind(0)
     else:  # the stream in its order: no copy of it
         ids, labels, places = stream[:, : count * block_size].to(torch.int64).view(3, count, block_size)
-    if document_masks:  # nothing that a document's first token could be told from
+    if block_format.document_masks:  # nothing that a document's first token could be told from
         labels = labels.masked_fill(places == 0, IGNORE_INDEX)
     ids, labels, places = _with_prefix(ids, labels, places, index, missing, framing)
     blocks = TokenBlocks(
         ids,
         labels,
         num_bytes / int((all_labels != IGNORE_INDEX).sum()) if text_counts else 0.0,
-        from_block_start(places) if document_masks else None,
+        from_block_start(places) if block_format.document_masks else None,
         as_targets(listed, index) if listed else None,
     )
-    kept = (labels[:, 1:] != IGNORE_INDEX).any(1).nonzero()[:, 0]
-    if len(kept) == 0:
+    counting = (labels[:, 1:] != IGNORE_INDEX).any(1).nonzero()[:, 0]
+    if len(counting) == 0:
         raise UserError(
             f"{name}: no token of {count} blocks counts for the loss; give more text, or look whether the "
             "conversations have an answer of the assistant"
         )
-    return blocks if len(kept) == count else blocks.rows(kept)
+    return blocks if len(counting) == count else blocks.rows(counting)
 
 
-def _cut(stream: Tensor, block_size: int, max_blocks: int | None, framing: Framing) -> tuple[Tensor, Tensor]:
+def _cut(stream: Tensor, block_format: BlockFormat) -> tuple[Tensor, Tensor]:
     """(index [N, S] of each block's tokens in the stream, -1 where the prefix stands instead; [N] of such places).
 
     A block that starts inside a document begins with as much of the prefix as stands before it in the document, so that
     no block begins with it twice.
     """
     total, places = stream.shape[1], stream[2]
+    block_size, max_blocks, framing = block_format.block_size, block_format.max_blocks, block_format.framing
     if not framing.begin_blocks:
         count = total // block_size if max_blocks is None else min(total // block_size, max_blocks)
         return torch.arange(count * block_size).view(count, block_size), torch.zeros(count, dtype=torch.int64)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cascade.data.bad_rows import BadRows
-from cascade.data.blocks import TokenBlocks, pack_documents, pack_tokens
+from cascade.data.blocks import BlockFormat, TokenBlocks, pack_documents, pack_tokens
 from cascade.data.framing import framing_of
 from cascade.data.listed import ListedReader
 from cascade.data.messages import chat_documents
@@ -70,17 +70,13 @@ def prepare_blocks(
 
     if data.streaming and not cuts_passages(data):
         with nullcontext(stream_folder) if stream_folder else TemporaryDirectory() as folder:
-            return stream_blocks(
-                data,
-                split,
-                tokenizer,
+            block_format = BlockFormat(
                 block_size=block_size,
                 max_blocks=max_blocks or MOST_STREAMED,
                 document_masks=document_masks,
                 framing=framing,
-                folder=Path(folder),
-                bad=bad,
             )
+            return stream_blocks(data, split, tokenizer, block_format, folder=Path(folder), bad=bad)
     if split != "train" or not data.weights:
         return packed(None, max_blocks)
     shares = [weight / sum(data.weights) for weight in data.weights]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cascade.data.bad_rows import BadRows
-from cascade.data.blocks import TokenBlocks, append_document, batched, blocks_of, encoded
-from cascade.data.framing import Framing, framing_of
+from cascade.data.blocks import BlockFormat, TokenBlocks, append_document, batched, blocks_of, encoded
+from cascade.data.framing import Framing
 from cascade.data.messages import chat_documents
 from cascade.data.rows import Place, Row, without_padding
 from cascade.data.sources import (
@@ -43,40 +43,38 @@ def stream_blocks(
     data: TextData,
     split: str,
     tokenizer: Any,
+    block_format: BlockFormat,
     *,
-    block_size: int,
-    max_blocks: int,
-    document_masks: bool,
-    framing: Framing | None = None,
     folder: Path,
     shard_tokens: int = SHARD_TOKENS,
     bad: BadRows | None = None,
 ) -> TokenBlocks:
-    """The first `max_blocks` blocks of a split, in the order of its files; shards and cursor are kept in `folder`.
+    """The first blocks of a split, in the order of its files; shards and cursor are kept in `folder`.
 
-    Rows that cannot be used are counted in `bad`.
+    Another call with the same folder goes on where this one was stopped, after its last shard of at least
+    `shard_tokens` tokens. Rows that cannot be used are counted in `bad`.
 
     Raises:
         UserError: the text does not fill one block, no token in it counts, or too many rows cannot be used.
     """
-    framing = framing or framing_of(tokenizer, f"data.{split}")
+    limit = block_format.max_blocks and block_format.max_blocks * block_format.block_size
     folder.mkdir(parents=True, exist_ok=True)
     bad = data.bad_row_counter() if bad is None else bad
     place = folder / f"{split}-cursor.json"
     cursor: dict[str, Any] = {"file": 0, "reader": None, "shards": 0, "bytes": 0, "tokens": 0, "sha256": []}
-    found = _cursor(place, folder, split)
-    if found is not None:
-        cursor = found
+    resumed = _cursor(place, folder, split)
+    if resumed is not None:
+        cursor = resumed
         bad.restore(cursor["rows"])
         logger.warning("data.%s: going on after %d tokens", split, cursor["tokens"])
     shards = [load_file(_path(folder, split, number))["tokens"] for number in range(cursor["shards"])]
     waiting: list[Tensor] = []
     whole = True
     for documents, file, reader in _batches(data, split, cursor, bad):
-        if cursor["tokens"] + sum(part.shape[1] for part in waiting) >= max_blocks * block_size:
+        if limit is not None and cursor["tokens"] + sum(part.shape[1] for part in waiting) >= limit:
             whole = False
             break
-        waiting.append(_tokens(documents, data, tokenizer, split, framing, bad))
+        waiting.append(_tokens(documents, data, tokenizer, split, block_format.framing, bad))
         size = sum(_num_bytes(document) for _, document in documents)
         cursor |= {"file": file, "reader": reader, "bytes": cursor["bytes"] + size}
         if sum(part.shape[1] for part in waiting) >= shard_tokens:
@@ -90,15 +88,7 @@ def stream_blocks(
             write_atomically(place, json.dumps(cursor) + "\n")
     bad.require_few(data.places_of(data.names_of(split)), key=f"data.{split}", whole=whole)
     stream = torch.cat([*shards, *waiting], 1) if shards or waiting else torch.zeros(3, 0, dtype=torch.int32)
-    return blocks_of(
-        stream,
-        cursor["bytes"],
-        block_size=block_size,
-        max_blocks=max_blocks,
-        document_masks=document_masks,
-        framing=framing,
-        name=f"data.{split}",
-    )
+    return blocks_of(stream, cursor["bytes"], block_format, name=f"data.{split}")
 
 
 def _path(folder: Path, split: str, number: int) -> Path:

@@ -17,8 +17,9 @@ from cascade.data.targets import DrawnTargets, HiddenTargets, ListedTargets, Sto
 from cascade.distillation.classes import example_losses
 from cascade.distillation.embeddings import embedding_losses
 from cascade.distillation.features import FeatureLoss, Seen
-from cascade.distillation.fused import FusedLoss, Objective, fused_loss
+from cascade.distillation.fused import FusedLoss, fused_loss
 from cascade.distillation.memory import teacher_hidden
+from cascade.distillation.options import Objective
 from cascade.models.architecture import is_body, model_class_of
 from cascade.models.head import head_of, last_hidden
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from cascade.data.blocks import IGNORE_INDEX
 from cascade.data.examples import Examples
 from cascade.distillation.features import FeatureLoss, Seen
-from cascade.distillation.fused import FusedLoss, Objective, fused_loss
+from cascade.distillation.fused import FusedLoss, fused_loss
 from cascade.distillation.memory import remembered
+from cascade.distillation.options import Objective
 from cascade.models.head import Head
 
 

@@ -5,23 +5,24 @@ from contextlib import contextmanager
 from typing import Any
 
 from cascade.distillation.features import FeatureLoss
+from cascade.distillation.options import Execution
 from cascade.models.axes import probe_axes
 
 
 @contextmanager
-def computed(model: Any, gradient_checkpointing: bool, compiled: bool, features: FeatureLoss | None) -> Iterator[None]:
-    """How the model's layers are computed meanwhile."""
-    layers: Any = list(model.get_submodule(probe_axes(model.config).layers_prefix)) if compiled else []
-    if compiled and features is not None and features.features.relations:
+def computed(model: Any, execution: Execution, features: FeatureLoss | None) -> Iterator[None]:
+    """While this holds, the model's layers are computed as `execution` says."""
+    layers: Any = list(model.get_submodule(probe_axes(model.config).layers_prefix)) if execution.compiled else []
+    if execution.compiled and features is not None and features.features.relations:
         layers.pop()  # what is watched inside a layer cannot be seen once it is compiled
-    if gradient_checkpointing:
+    if execution.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in layers:
         layer.compile()
     try:
         yield
     finally:
-        if gradient_checkpointing:
+        if execution.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         for layer in layers:
             layer._compiled_call_impl = None

@@ -3,14 +3,19 @@
 Shapes: C = tokens, V = vocabulary. Every function takes log-probabilities log_q (student) and log_p (teacher), float32
 [C, V], already divided by the temperature, and returns (the divergence [C] in nats, its gradient [C, V] with respect to
 the student's tempered logits). Everything stays in log space: m is never formed where a logarithm of it is needed.
+
+torch is not imported here, so that a recipe takes the names of losses from the table at the end.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST_TAIL = 1e-8
 """The mass outside the top K is at least this: less cannot be told from rounding."""
@@ -18,7 +23,7 @@ SMALLEST_TAIL = 1e-8
 
 @dataclass(frozen=True)
 class Options:
-    """What some divergences take besides."""
+    """Parameters that some divergences have."""
 
     beta: float = 0.5
     """Generalised JSD: the teacher's share of the mixture, between 0 and 1 (the ends are forward and reverse KL)."""
@@ -117,10 +122,10 @@ def _centred(q: Tensor, inner: Tensor) -> Tensor:
 
 def _log_mixture(first: Tensor, share: float, second: Tensor) -> Tensor:
     """The log(share e^first + (1 - share) e^second)."""
-    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+    return (first + math.log(share)).logaddexp(second + math.log1p(-share))
 
 
 def _log_tail(listed: Tensor) -> Tensor:
     """Log of the mass that the listed ids [C, K] leave over."""
     mass = listed.logsumexp(-1).clamp(max=0.0)
-    return (-torch.expm1(mass)).clamp(min=SMALLEST_TAIL).log()
+    return (-mass.expm1()).clamp(min=SMALLEST_TAIL).log()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from cascade.distillation.memory import remembered
+from cascade.distillation.options import FORMS, RELATIONS, Features
 from cascade.distillation.origin import Origin
 from cascade.distillation.relations import attention_projections, fitting_heads, relation_loss, sides, splitting
 from cascade.errors import UserError
@@ -24,36 +25,6 @@ from cascade.models.axes import probe_axes
 from cascade.models.behaviour import first_tensor
 from cascade.models.dims import dims_of
 from cascade.models.head import last_hidden
-
-FORMS = ("cosine", "mse")
-RELATIONS = ("qq", "kk", "vv", "qk")
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a student's inside is asked for, besides its logits."""
-
-    hidden: str | None = None
-    """cosine: 1 - cosine similarity; mse: squared distance over the teacher's squared length. Of each token's hidden
-    state, averaged over layers."""
-    embedding: str | None = None
-    """The same of what enters the first layer."""
-    relations: tuple[str, ...] = ()
-    """qq, kk, vv: softmax of scaled products of the projections with themselves; qk: of queries with keys, as in
-    attention. KL from the teacher's, averaged over relation heads, in the last layer."""
-    relation_heads: int | None = None
-    """What all projections' widths are split into; the largest number up to the student's heads where not given."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """By 'hidden', 'embedding', 'relations'; 1 where not given."""
-    balanced: bool = True
-    """Their sum is first scaled to the size of the logit loss, as both were in the step before (ModelOpt)."""
-    fade_fraction: float | None = None
-    """Over this share of the steps the losses' weight falls evenly to nothing; None: it stays."""
-
-    def names(self) -> list[str]:
-        """The losses that are asked for."""
-        asked = {"hidden": self.hidden, "embedding": self.embedding, "relations": self.relations}
-        return [name for name, value in asked.items() if value]
 
 
 @dataclass

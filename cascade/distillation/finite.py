@@ -3,14 +3,13 @@
 import json
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor, nn
 
 from cascade import parallel
 from cascade.distillation.log import TrainingLog
+from cascade.distillation.options import Safekeeping
 from cascade.distillation.state import Progress, States, Trained, load_state
 from cascade.errors import DivergedError, NotFiniteError
 from cascade.health import CLIMBED, FIRST, LONG, diverged
@@ -19,17 +18,6 @@ from cascade.store import make_folder, write_atomically
 logger = logging.getLogger(__name__)
 
 RECORD = "not_finite.json"
-
-
-@dataclass(frozen=True)
-class OnNan:
-    """What to do."""
-
-    policy: Literal["stop", "skip", "rollback"] = "stop"
-    """stop: an error; skip: the step's gradients are thrown away; rollback: back to the last state, and from there on
-    all steps up to this one are left out, as PaLM (arXiv 2204.02311, 5.1) did. Without states it is skip."""
-    max_skipped: int = 3
-    """How often, before it is an error after all."""
 
 
 def gradient_norm(trained: Trained, max_grad_norm: float) -> float:
@@ -67,7 +55,7 @@ def require_no_divergence(progress: Progress) -> None:
 def leave_out(
     progress: Progress,
     trained: Trained,
-    on_nan: OnNan,
+    safekeeping: Safekeeping,
     states: States | None,
     rows: Tensor,
     losses: dict[str, float],
@@ -81,24 +69,24 @@ def leave_out(
     for parameter in trained.student.parameters():
         parameter.grad = None
     step = progress.step
-    told = f"step {step}: loss {losses['loss']}, gradient norm {losses['grad_norm']}"
-    if on_nan.policy == "stop" or progress.skips >= on_nan.max_skipped:
-        kept = _record(None if states is None else states.folder, progress, rows, losses)
-        often = f" after {progress.skips} that were left out" if progress.skips else ""
+    message = f"step {step}: loss {losses['loss']}, gradient norm {losses['grad_norm']}"
+    if safekeeping.on_nan == "stop" or progress.skips >= safekeeping.max_skipped:
+        place = _record(None if states is None else states.folder, progress, rows, losses)
+        skips = f" after {progress.skips} that were left out" if progress.skips else ""
         raise NotFiniteError(
-            f"{told}; stopped before the optimizer step{often}. Blocks of this batch: {rows.tolist()}{kept}. "
+            f"{message}; stopped before the optimizer step{skips}. Blocks of this batch: {rows.tolist()}{place}. "
             "Try a lower learning_rate, look at those blocks, or on_nan: skip"
         )
-    if on_nan.policy == "rollback" and states is not None:
-        found = load_state(states.folder, trained, progress.settings)
-        if found is not None:
-            logger.warning("%s; back to step %d, and steps up to this one are left out", told, found.step)
-            found.left_out = sorted({*found.left_out, *range(found.step, step + 1)})
-            found.skips = progress.skips + 1
-            states.save(trained, found)
-            log.again(found.curve)
-            return found
-    logger.warning("%s; the step is left out (%d of %d)", told, progress.skips + 1, on_nan.max_skipped)
+    if safekeeping.on_nan == "rollback" and states is not None:
+        earlier = load_state(states.folder, trained, progress.settings)
+        if earlier is not None:
+            logger.warning("%s; back to step %d, and steps up to this one are left out", message, earlier.step)
+            earlier.left_out = sorted({*earlier.left_out, *range(earlier.step, step + 1)})
+            earlier.skips = progress.skips + 1
+            states.save(trained, earlier)
+            log.again(earlier.curve)
+            return earlier
+    logger.warning("%s; the step is left out (%d of %d)", message, progress.skips + 1, safekeeping.max_skipped)
     progress.left_out = [*progress.left_out, step]
     progress.skips += 1
     return progress

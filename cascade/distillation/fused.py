@@ -3,44 +3,23 @@
 Shapes: N = tokens, C = tokens of a chunk, D = hidden size (each model its own), V = vocabulary.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cascade.data.targets import DrawnTargets, ListedTargets
-from cascade.distillation.divergences import DIVERGENCES, Options
+from cascade.distillation.divergences import DIVERGENCES
 from cascade.distillation.drawn import drawn_kl
 from cascade.distillation.listed import listed_kl
+from cascade.distillation.options import Objective
 from cascade.errors import UserError
 from cascade.models.head import Head
 
 CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 25, 1 << 29
 CPU_ROWS_BYTES = 1 << 20
 """What is worked on between two matrix products on a CPU at a time: it stays in the cache."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a student's logits are asked for."""
-
-    divergence: str = "forward_kl"
-    """A name from `DIVERGENCES`."""
-    temperature: float = 1.0
-    """Divides both models' logits, for the divergence alone."""
-    temperature_scale: str = "tsq"
-    """tsq: the divergence is multiplied by the squared temperature, which keeps the gradient on cross-entropy's
-    scale; none: it is not."""
-    cross_entropy_weight: float = 0.0
-    """Share of the cross-entropy with the text; the divergence has the rest."""
-    options: Options = field(default_factory=Options)
-    vocab_size: int | None = field(default=None, repr=False)
-    """Ids, from 0 on, that the models are compared over; None: all rows that both heads have."""
-
-    def common_rows(self, *rows: int) -> int:
-        """The ids that models with heads of so many rows are compared over."""
-        return min(*rows, self.vocab_size or min(rows))
 
 
 class FusedLoss(NamedTuple):

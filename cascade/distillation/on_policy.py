@@ -6,7 +6,7 @@ a step is one of these, what it draws, and what it takes from the buffer are fun
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,26 +16,9 @@ from transformers import GenerationConfig
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
-from cascade.distillation.fused import Objective
+from cascade.distillation.options import Objective, OnPolicy
 from cascade.errors import UserError
 from cascade.models.positions import usable_context
-
-
-@dataclass(frozen=True)
-class OnPolicy:
-    """When and how the student writes its own batches."""
-
-    fraction: float
-    """Share of the steps."""
-    prompt_tokens: int = 32
-    """Of each block, where the block has no prompt of its own (labels that do not count at its start)."""
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    divergence: str = "reverse_kl"
-    buffer_size: int = 0
-    """Batches that are kept; 0: each is used once."""
-    replay_fraction: float = 0.5
-    """Share of these steps that take a batch from a full buffer instead of writing one."""
 
 
 class Rollouts:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from cascade import parallel
+from cascade.distillation.options import OPTIMIZERS
 from cascade.errors import UserError
 from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
-
-OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
 
 
 class Optimizer:

@@ -8,14 +8,22 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
-from cascade.distillation.trainer import distill
+from cascade.distillation.options import Execution, Optimization
+from cascade.distillation.supervision import Selection, Supervision
+from cascade.distillation.trainer import (
+    DEFAULT_EXECUTION,
+    DEFAULT_OPTIMIZATION,
+    DEFAULT_SUPERVISION,
+    TrainingMetrics,
+    distill,
+)
 from cascade.errors import DivergedError, NotFiniteError, TrainingError
 
 FIRST_RATE = 1e-3
@@ -34,12 +42,6 @@ the stories family 1.4 to 1.9 times the tries' best rate costs 3 to 7% of the KL
 """
 
 _FACTOR, _MOST_TRIES = 2.0, 6
-
-_OF_WHOLE_TRAININGS = (
-    *("learning_rate", "selection_every", "ema_decay"),
-    *("save_every_minutes", "keep_states", "on_nan", "max_skipped", "on_divergence"),
-)
-"""Options of `distill` that a try has no use for, some of which would end it."""
 
 
 @dataclass(frozen=True)
@@ -62,69 +64,79 @@ def find_learning_rate(
     *,
     num_tokens: int,
     selection: TokenBlocks | Examples,
-    batch_size: int = 8,
+    supervision: Supervision = DEFAULT_SUPERVISION,
+    optimization: Optimization = DEFAULT_OPTIMIZATION,
+    execution: Execution = DEFAULT_EXECUTION,
     on_try: Callable[[int, int], None] | None = None,
-    **options: Any,
 ) -> RangeTest:
     """The peak rate for a `distill` of `num_tokens` tokens with these options; `student` is left as it is.
 
-    Those that only a whole training has a use for, such as what to do where it diverges, are passed over.
-
     Rates are doubled, or halved, as long as that helps; a parabola through the best and its neighbours (over the
-    logarithm of the rate) gives the minimum.
+    logarithm of the rate) gives the minimum. `optimization.learning_rate` and `ema_decay` have no part in it.
+    `on_try(done, most)` is called after each try.
 
     Raises:
         TrainingError: the loss is finite at none of them.
     """
     started = time.perf_counter()
-    options = {name: value for name, value in options.items() if name not in _OF_WHOLE_TRAININGS}
-    num_steps = math.ceil(num_tokens / (batch_size * blocks.block_size))
-    steps, optimizer = _steps_of_a_try(num_steps), options.get("optimizer", "adamw")
-    first = _first_rate(optimizer)
-    tokens = steps * batch_size * blocks.block_size
-    found: dict[int, float] = {}
+    num_steps = math.ceil(num_tokens / (optimization.batch_size * blocks.block_size))
+    steps = _steps_of_a_try(num_steps)
+    tokens = steps * optimization.batch_size * blocks.block_size
+    first = _first_rate(optimization.optimizer)
+    execution = replace(execution, remember_teacher=True)
+    losses: dict[int, float] = {}
 
-    def selection_after(rate: float) -> float:
-        try:
-            metrics = distill(
-                copy.deepcopy(student),
-                teacher,
-                blocks,
-                num_tokens=tokens,
-                batch_size=batch_size,
-                learning_rate=rate,
-                selection=selection,
-                selection_every=steps,
-                keep=True,
-                **options,
-            )
-        except (NotFiniteError, DivergedError):  # it ran off; what else stops a training stops the search
-            return math.inf
-        loss = metrics.selection_loss if teacher is None else metrics.selection_kl
-        return math.inf if loss is None or not math.isfinite(loss) else loss
+    def training_at(power: int) -> TrainingMetrics:
+        return distill(
+            copy.deepcopy(student),
+            teacher,
+            blocks,
+            num_tokens=tokens,
+            supervision=supervision,
+            optimization=replace(optimization, learning_rate=first * _FACTOR**power, ema_decay=None),
+            execution=execution,
+            selection=Selection(blocks=selection, every=steps),
+        )
 
-    def tried(power: int) -> float:
-        if power not in found:
-            found[power] = selection_after(first * _FACTOR**power)
+    def loss_at(power: int) -> float:
+        if power not in losses:
+            losses[power] = _loss_after(partial(training_at, power), with_teacher=teacher is not None)
             if on_try is not None:
-                on_try(len(found), _MOST_TRIES)
-        return found[power]
+                on_try(len(losses), _MOST_TRIES)
+        return losses[power]
 
+    best = _lowest(losses, loss_at)
+    if not math.isfinite(losses[best]):
+        rates = ", ".join(f"{first * _FACTOR**power:g}" for power in sorted(losses))
+        raise TrainingError(f"learning_rate: auto: the loss ran off at every rate tried ({rates}); give a rate")
+    figures = ((first * _FACTOR**power, loss if math.isfinite(loss) else None) for power, loss in losses.items())
+    return RangeTest(
+        learning_rate=usual_rate(num_steps, optimization.optimizer) * _FACTOR ** (best + _vertex(losses, best)),
+        tried=[{"learning_rate": rate, "loss": loss} for rate, loss in figures],
+        num_tokens=tokens * len(losses),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _lowest(losses: dict[int, float], loss_at: Callable[[int], float]) -> int:
+    """The power whose loss is lowest, from 0 upwards or downwards as long as that helps; each try is in `losses`."""
     best = 0
     for direction in (1, -1):
-        while len(found) < _MOST_TRIES and tried(best) > tried(best + direction):
+        while len(losses) < _MOST_TRIES and loss_at(best) > loss_at(best + direction):
             best += direction
         if best > 0:
             break  # upwards it got better, so downwards it does not
-    rate = usual_rate(num_steps, optimizer) * _FACTOR ** (best + _vertex(found, best))
-    if not math.isfinite(found[best]):
-        rates = ", ".join(f"{first * _FACTOR**power:g}" for power in sorted(found))
-        raise TrainingError(f"learning_rate: auto: the loss ran off at every rate tried ({rates}); give a rate")
-    record = [
-        {"learning_rate": first * _FACTOR**power, "loss": loss if math.isfinite(loss) else None}
-        for power, loss in found.items()
-    ]
-    return RangeTest(rate, record, tokens * len(found), time.perf_counter() - started)
+    return best
+
+
+def _loss_after(training: Callable[[], TrainingMetrics], *, with_teacher: bool) -> float:
+    """A try's loss on selection text: KL to the teacher, or cross-entropy without one; infinite where it ran off."""
+    try:
+        metrics = training()
+    except (NotFiniteError, DivergedError):  # what else stops a training stops the search
+        return math.inf
+    loss = metrics.selection_kl if with_teacher else metrics.selection_loss
+    return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
 def usual_rate(num_steps: int, optimizer: str = "adamw") -> float:
@@ -140,9 +152,9 @@ def _steps_of_a_try(num_steps: int) -> int:
     return min(num_steps, MOST_STEPS, max(FEWEST_STEPS, round(SHARE * num_steps)))
 
 
-def _vertex(found: dict[int, float], best: int) -> float:
+def _vertex(losses: dict[int, float], best: int) -> float:
     """Where the parabola through the best try and its two neighbours is lowest, from the best, within half a step."""
-    low, middle, high = (found.get(power, math.inf) for power in (best - 1, best, best + 1))
+    low, middle, high = (losses.get(power, math.inf) for power in (best - 1, best, best + 1))
     bend = low - 2 * middle + high
     if not math.isfinite(bend) or bend <= 0:
         return 0.0

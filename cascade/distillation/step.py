@@ -15,7 +15,7 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
 from cascade.distillation.batch import batch_losses, sums_of
 from cascade.distillation.features import FeatureLoss
-from cascade.distillation.fused import Objective
+from cascade.distillation.options import Objective
 from cascade.errors import TrainingError
 from cascade.failpoints import failpoint
 from cascade.fitting import is_out_of_memory

@@ -9,18 +9,19 @@ from pathlib import Path
 
 from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.harness import measure_code_task
+from cascade.evaluation.task_options import HarnessOptions
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer
 from cascade.plain_json import write_json
 
 
 def main() -> None:
     """One task."""
-    asked = json.load(sys.stdin)
-    source = ModelSource(Path(asked["folder"]), asked["reference"], asked["gguf_file"])
-    found = measure_code_task(
-        load_model(source).to(default_device()), load_tokenizer(source), Path(asked["path"]), asked["options"]
-    )
-    write_json(Path(asked["answer"]), found)
+    request = json.load(sys.stdin)
+    source = ModelSource(Path(request["folder"]), request["reference"], request["gguf_file"])
+    model, tokenizer = load_model(source).to(default_device()), load_tokenizer(source)
+    options = HarnessOptions(**request["options"])
+    result = measure_code_task(model, tokenizer, Path(request["path"]), options)
+    write_json(Path(request["answer"]), result)
 
 
 if __name__ == "__main__":

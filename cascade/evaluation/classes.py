@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cascade.data.examples import Examples
 from cascade.distillation.classes import class_losses
-from cascade.distillation.fused import Objective
+from cascade.distillation.options import Objective
 from cascade.evaluation.record import heldout_metric
 from cascade.evaluation.tail import calibration_error, long_tail
 from cascade.report.records import Metric

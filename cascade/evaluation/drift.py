@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.distillation.fused import Objective, fused_loss
+from cascade.distillation.fused import fused_loss
+from cascade.distillation.options import Objective
 from cascade.models.head import head_of, last_hidden
 
 

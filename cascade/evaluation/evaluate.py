@@ -1,6 +1,5 @@
 """Everything that is measured about one finished checkpoint."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from cascade.data.examples import Examples
 from cascade.evaluation.harness import run_tasks
 from cascade.evaluation.heldout import HeldoutReport, heldout_report
 from cascade.evaluation.reload import check_reload, start_fresh_process
+from cascade.evaluation.task_options import TaskOptions
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
 from cascade.models.positions import usable_context
@@ -20,6 +20,7 @@ from cascade.report.records import Metric
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 32
 """What speed is measured on: read, and written."""
+_NO_TASKS = TaskOptions()
 
 
 @dataclass(frozen=True)
@@ -45,34 +46,27 @@ class Evaluation:
 def evaluate(
     checkpoint: Path | str | ModelSource,
     *,
-    tasks: Sequence[str] = (),
+    tasks: TaskOptions = _NO_TASKS,
     teacher: nn.Module | None = None,
     heldout: TokenBlocks | Examples | None = None,
-    task_folders: Sequence[Path] = (),
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 16,
+    vocab_size: int | None = None,
     measure_speed: bool = True,
     reference: Path | None = None,
     trained_tokenizer: Any | None = None,
-    seed: int = 0,
-    kept: Path | None = None,
-    vocab_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a saved checkpoint as its users will load it: from disk, rounded as saved, computed in float32.
 
-    `reference` is what `write_reference` wrote when the checkpoint was saved; with it the reload gate compares. With
-    `trained_tokenizer` the checkpoint's own must write text as that does. Tasks' results lie in the folder `kept` until
-    all is done, so that another try finds them. `vocab_size` are the ids, from 0 on, that the teacher is compared over,
-    where those are not all rows that both models have.
+    `vocab_size` are the ids, from 0 on, that the teacher is compared over, where those are not all rows that both
+    models have. `reference` is what `write_reference` wrote when the checkpoint was saved; with it the reload gate
+    compares, while speed is measured. With `trained_tokenizer` the checkpoint's own must write text as that does.
 
     Raises:
         UserError: no such checkpoint, or an unknown task.
         ReloadError: the checkpoint gives other logits in a fresh process.
     """
     source = checkpoint if isinstance(checkpoint, ModelSource) else resolve_model(str(checkpoint))
-    measures_speed = measure_speed and source.gguf_file is None
-    if measures_speed:
+    reloads = measure_speed and source.gguf_file is None
+    if reloads:
         start_fresh_process()
     model = load_model(source).to(default_device())
     report = HeldoutReport(metrics=[], items={}, tail=None)
@@ -80,21 +74,10 @@ def evaluate(
         report = in_parts_that_fit(
             lambda size: heldout_report(model, teacher, heldout, batch_size=size, vocab_size=vocab_size), 8, "heldout"
         )
-    tokenizer = load_tokenizer(source) if tasks else None
-    results = run_tasks(
-        model,
-        tokenizer,
-        tasks,
-        task_folders=task_folders,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        seed=seed,
-        source=source,
-        kept=kept,
-    )
+    tokenizer = load_tokenizer(source) if tasks.names else None
+    results = run_tasks(model, tokenizer, tasks, source=source)
     speed: dict[str, float] = {}
-    if measures_speed:
+    if reloads:
         speed = check_reload(
             source.folder,
             reference,

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cascade.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.evaluation.items import TASK_FOLDER
 from cascade.evaluation.results import TaskResults, results_of
 from cascade.evaluation.task_code import DATA_BUILDERS, CodeTask, measure_apart, read_task
+from cascade.evaluation.task_options import HarnessOptions, TaskOptions
 from cascade.failpoints import at, failpoint
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource
@@ -59,45 +60,21 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> list[Task]:
 
 
 def run_tasks(
-    model: nn.Module,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    task_folders: Sequence[Path] = (),
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    source: ModelSource | None = None,
-    kept: Path | None = None,
+    model: nn.Module, tokenizer: Any, tasks: TaskOptions, *, source: ModelSource | None = None
 ) -> TaskResults:
     """Evaluate with `lm_eval.simple_evaluate`, task by task: one that fails does not take the others with it.
 
-    `source` is where tasks with code of their own find the model. Results lie in the folder `kept` as soon as they are
-    there, and are taken from it.
+    `source` is where tasks with code of their own find the model.
 
     Raises:
         UserError: a task is unknown, or may not run.
     """
     results = TaskResults([], {}, {})
-    if tasks:
+    if tasks.names:
         _tell_suffix(tokenizer, model)
-    options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed}
-    for name, task in zip(tasks, find_tasks(tasks, task_folders), strict=True):
-        path = None if kept is None else kept / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    for name, task in zip(tasks.names, find_tasks(tasks.names, tasks.folders), strict=True):
         try:
-            result = None if path is None else _kept(path)
-            if result is None:
-                with at("task"):
-                    result = in_parts_that_fit(
-                        partial(_one, task, model, tokenizer, source, options),
-                        batch_size,
-                        "evaluation",
-                    )
-                if path is not None:
-                    make_folder(path.parent)
-                    text = json.dumps(result)
-                    write_atomically(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+            result = _task_result(name, task, model, tokenizer, source, tasks)
         except (DiskError, UserError):
             raise
         except RunError as error:
@@ -112,6 +89,28 @@ def run_tasks(
             else:
                 results.raw.setdefault(key, value)
     return results
+
+
+def _task_result(
+    name: str, task: Task, model: nn.Module, tokenizer: Any, source: ModelSource | None, tasks: TaskOptions
+) -> dict[str, Any]:
+    """{'metrics', 'items', 'raw'} of one task, from the results' folder where it was measured before."""
+    folder = tasks.results_folder
+    path = None if folder is None else folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    saved = None if path is None else _saved_result(path)
+    if saved is not None:
+        return saved
+    with at("task"):
+        result = in_parts_that_fit(
+            partial(_measure_task, task, model, tokenizer, source, tasks.harness),
+            tasks.harness.batch_size,
+            "evaluation",
+        )
+    if path is not None:
+        make_folder(path.parent)
+        text = json.dumps(result)
+        write_atomically(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    return result
 
 
 def _tell_suffix(tokenizer: Any, model: Any) -> None:
@@ -131,40 +130,40 @@ def _tell_once(token: str) -> None:
     )
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
+def _saved_result(path: Path) -> dict[str, Any] | None:
     """What an earlier try has measured; None if there is nothing, or it is no longer what was written."""
     sha256, _, text = (
         path.read_text(encoding="utf-8", errors="replace").partition("\n") if path.exists() else ("", "", "")
     )
     if not sha256 or hashlib.sha256(text.encode()).hexdigest() != sha256:
         return None
-    found: dict[str, Any] = json.loads(text)
-    return found
+    result: dict[str, Any] = json.loads(text)
+    return result
 
 
-def measure_code_task(model: nn.Module, tokenizer: Any, path: Path, options: dict[str, Any]) -> dict[str, Any]:
+def measure_code_task(model: nn.Module, tokenizer: Any, path: Path, options: HarnessOptions) -> dict[str, Any]:
     """{'metrics', 'items', 'raw'} of a task file with functions of its own, which are imported here."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return asdict(_measure(model, tokenizer, _with_places(load_yaml(path), path), options))
 
 
-def _one(
-    task: Task, model: nn.Module, tokenizer: Any, source: ModelSource | None, options: dict[str, Any], batch_size: int
+def _measure_task(
+    task: Task, model: nn.Module, tokenizer: Any, source: ModelSource | None, options: HarnessOptions, batch_size: int
 ) -> dict[str, Any]:
     """{'metrics', 'items', 'raw'} in JSON's own types."""
-    options = options | {"batch_size": batch_size}
+    options = replace(options, batch_size=batch_size)
     if not isinstance(task, CodeTask):
-        found: dict[str, Any] = plain(asdict(_measure(model, tokenizer, task, options)))
-        return found
+        result: dict[str, Any] = plain(asdict(_measure(model, tokenizer, task, options)))
+        return result
     if source is None:
         raise UserError(f"{task.path}: brings code of its own; such tasks read a checkpoint from its folder")
-    where = {"folder": str(source.folder), "reference": source.reference, "gguf_file": source.gguf_file}
-    return measure_apart(task, where | {"options": options})
+    place = {"folder": str(source.folder), "reference": source.reference, "gguf_file": source.gguf_file}
+    return measure_apart(task, place | {"options": asdict(options)})
 
 
-def _measure(model: nn.Module, tokenizer: Any, config: str | dict[str, Any], options: dict[str, Any]) -> TaskResults:
-    limit, seed = options["limit"], options["seed"]
+def _measure(model: nn.Module, tokenizer: Any, config: str | dict[str, Any], options: HarnessOptions) -> TaskResults:
+    limit, seed = options.limit, options.seed
     with _quiet():
         failpoint("begun")
         import lm_eval.utils
@@ -173,13 +172,13 @@ def _measure(model: nn.Module, tokenizer: Any, config: str | dict[str, Any], opt
 
         if isinstance(config, dict) or not isinstance(lm_eval.utils.env, ImmutableSandboxedEnvironment):
             lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
-        adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options["batch_size"],
+        adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size,
                        max_length=_context_length(model))  # fmt: skip
         raw: Any = simple_evaluate(
             model=adapter,
             tasks=[config],
             limit=limit,
-            num_fewshot=options["num_fewshot"],
+            num_fewshot=options.num_fewshot,
             bootstrap_iters=0,
             log_samples=True,
             random_seed=seed,

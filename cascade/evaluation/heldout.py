@@ -18,8 +18,9 @@ from cascade.data.examples import Examples, LabelledData, Raw, read_examples
 from cascade.data.labels import require_known_labels
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
-from cascade.distillation.fused import FusedLoss, Objective, fused_loss
+from cascade.distillation.fused import FusedLoss, fused_loss
 from cascade.distillation.memory import teacher_hidden
+from cascade.distillation.options import Objective
 from cascade.evaluation.classes import class_metrics
 from cascade.evaluation.embeddings import embedding_metrics
 from cascade.evaluation.record import heldout_metric

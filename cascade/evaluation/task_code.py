@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import RunError, UserError
-from cascade.recipe.section import COMMIT
+from cascade.models.revision import COMMIT
 from cascade.secrets import without_secrets
 from cascade.yaml_reader import read_yaml
 

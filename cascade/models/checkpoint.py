@@ -21,12 +21,12 @@ from cascade.models.hub import fetch
 from cascade.models.loading import require_whole, tell_once, told_warnings
 from cascade.models.older_keys import add_older_keys
 from cascade.models.quantised import is_rounded, unpacked
+from cascade.models.revision import COMMIT
 from cascade.models.safety import check_model_folder, check_settings
 from cascade.models.tensor_file import checkpoint_entries
 from cascade.models.value_range import require_held
 from cascade.models.vocabulary import require_embedded
 from cascade.models.weight_files import check_weight_files, refuse_adapters
-from cascade.recipe.section import COMMIT
 from cascade.store import file_sha256
 
 _LOADING_ERRORS = (

@@ -4,8 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from cascade.distillation.divergences import DIVERGENCES
+from cascade.distillation.options import (
+    FORMS,
+    OPTIMIZERS,
+    RELATIONS,
+    DivergencePolicy,
+    NanPolicy,
+    TemperatureScale,
+)
+from cascade.distillation.schedule import SCHEDULES
 from cascade.recipe.places import RecipePath
-from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section
+from cascade.recipe.section import Fraction, OneOf, PositiveFloat, PositiveInt, Section
 
 GUIDED_TOKENS_PER_PARAMETER = 17.0
 """Times a student's share of its teacher's parameters: the tokens, per parameter of its own, over which
@@ -38,13 +48,13 @@ WITHOUT_EFFECT = (
 class FeatureLosses(Section):
     """Losses on what happens inside, beside the logits."""
 
-    hidden: Literal["auto", "none", "cosine", "mse"] = "auto"
+    hidden: Annotated[str, OneOf("auto", "none", *FORMS)] = "auto"
     """Of hidden states, layer by layer, along the layers and channels that the cut has kept. auto: cosine for members
     that are cut and have fewer than 20M training tokens (distill.tokens), else none: what it gives fades as training
     grows, and a sample of the teacher's probabilities is then enough to keep."""
-    embedding: Literal["none", "cosine", "mse"] = "none"
+    embedding: Annotated[str, OneOf("none", *FORMS)] = "none"
     """Of what enters the first layer."""
-    relations: list[Literal["qq", "kk", "vv", "qk"]] = []
+    relations: list[Annotated[str, OneOf(*RELATIONS)]] = []
     """Who attends to whom in the last layer (MiniLM): queries with queries, keys with keys, ..."""
     relation_heads: PositiveInt | None = None
     """What the projections are split into; the most that both models allow where not given."""
@@ -114,7 +124,7 @@ class Distill(Section):
     """Blocks per forward pass; changes memory and speed, not the result."""
     learning_rate: Literal["auto"] | PositiveFloat = "auto"
     """The schedule's peak. auto: found for each member by short trainings from its own start."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
     """cosine: down from the warm-up on; wsd: stable at the peak, then a linear decay."""
     decay_fraction: Fraction = 0.2
     """wsd: share of the steps that decay."""
@@ -122,7 +132,7 @@ class Distill(Section):
     """Share of the steps with a linear warm-up."""
     final_learning_rate_fraction: Fraction = 0.05
     """Where the schedule ends, as a share of the peak."""
-    optimizer: Literal["auto", "adamw", "adamw_8bit", "muon"] = "auto"
+    optimizer: Annotated[str, OneOf("auto", *OPTIMIZERS)] = "auto"
     """adamw_8bit: moments in 8 bits (needs torchao); muon: orthogonalised momentum for the layers' matrices, which
     recovers a cut language model in fewer tokens. auto: muon for language models on one process where its extra work is
     at most half of a step's and the rate is searched for (a rate that is given was tried with adamw), else adamw, as in
@@ -130,13 +140,11 @@ class Distill(Section):
     again."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "ghost_top_k"] = (
-        "forward_kl"
-    )
+    loss: Annotated[str, OneOf(*DIVERGENCES)] = "forward_kl"
     """The divergence from the teacher; forward_kl is KL(teacher ‖ student)."""
     temperature: PositiveFloat = 1.0
     """Divides both models' logits."""
-    temperature_scale: Literal["tsq", "none"] = "tsq"
+    temperature_scale: TemperatureScale = "tsq"
     """tsq: the divergence is multiplied by the squared temperature; none: it is not (as in TRL and Liger)."""
     beta: Fraction = 0.5
     """jsd: the teacher's share of the mixture."""
@@ -168,10 +176,10 @@ class Distill(Section):
     """Minutes between two training states; a run that was killed goes on from the last, to the same bits."""
     keep_states: Annotated[int, Field(ge=2)] = 2
     """How many of the last states are kept; an older one serves where the last is damaged."""
-    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    on_nan: NanPolicy = "stop"
     """Where a loss or gradient is not finite. stop: before the optimizer's step; skip: the step is left out; rollback:
     back to the last state, and the steps from there up to this one are left out."""
-    on_divergence: Literal["warn", "stop"] = "warn"
+    on_divergence: DivergencePolicy = "warn"
     """Where the loss stays over twice its first steps' for 20 steps and more: say so at the end and in the report, or
     stop."""
     max_skipped: PositiveInt = 3

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from cascade.distillation.options import OPTIMIZERS
+from cascade.models.revision import COMMIT
 from cascade.paths import inside
 from cascade.recipe.baseline import Baseline, Kind
 from cascade.recipe.data import Data
@@ -18,7 +20,7 @@ from cascade.recipe.licences import TERMS
 from cascade.recipe.names import require_distinct_rows
 from cascade.recipe.places import ModelReference, RecipePaths, RunPath
 from cascade.recipe.prune import Prune
-from cascade.recipe.section import COMMIT, Fraction, Names, PositiveFloat, PositiveInt, Section
+from cascade.recipe.section import Fraction, Names, OneOf, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
 from cascade.recipe.task import require_finish, require_task, require_teacher
 
@@ -47,7 +49,7 @@ class Pretrain(Section):
     microbatch_size: PositiveInt = 8
     """Blocks per forward pass."""
     learning_rate: PositiveFloat = 4e-3
-    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adamw"
     """As distill.optimizer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     warmup_fraction: Fraction = 0.03

@@ -1,15 +1,13 @@
 """What every section of a recipe is: closed, strict, and unchanged once read."""
 
-import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import core_schema
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def as_list(value: object) -> object:
@@ -18,6 +16,16 @@ def as_list(value: object) -> object:
 
 
 Names = Annotated[list[str], BeforeValidator(as_list)]
+
+
+class OneOf:
+    """Marks a text of a section as one of these names, as a `Literal` does, where the names are those of a table."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.literal_schema(list(self.names))
 
 
 class Section(BaseModel):

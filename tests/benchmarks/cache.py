@@ -119,6 +119,7 @@ def measure_reading(options, kind):
 
     from cascade.cache.label import label
     from cascade.cache.reader import CachedTargets
+    from cascade.distillation.supervision import Supervision
     from cascade.distillation.trainer import distill
     from cascade.models.head import Head, head_of
 
@@ -137,7 +138,13 @@ def measure_reading(options, kind):
                 targets.read(rows)
             read = time.perf_counter() - started
         student = without_layers(teacher)
-        metrics = distill(student, None, blocks, num_tokens=len(blocks) * options.block_size // 2, targets=targets)
+        metrics = distill(
+            student,
+            None,
+            blocks,
+            num_tokens=len(blocks) * options.block_size // 2,
+            supervision=Supervision(targets=targets),
+        )
         held = sum(len(windows.read(key)) for key in windows.keys()) / (len(windows) * (options.block_size - 1))
     rate = len(blocks) * options.block_size / read
     return {
@@ -197,6 +204,7 @@ def measure_noise(options):
 
     from cascade.cache.label import label
     from cascade.cache.reader import CachedTargets
+    from cascade.distillation.options import Optimization
     from cascade.distillation.trainer import distill
 
     teacher, tokenizer = loaded(options)
@@ -228,8 +236,13 @@ def measure_noise(options):
             if tokens > 0:
                 train = blocks.rows(torch.arange(size * steps, len(blocks)))
                 position = done // options.block_size
-                distill(student, teacher, train, num_tokens=tokens, learning_rate=options.learning_rate,
-                        batch_size=8, first_position=position)  # fmt: skip
+                distill(
+                    student,
+                    teacher,
+                    train,
+                    num_tokens=tokens,
+                    optimization=Optimization(learning_rate=options.learning_rate, first_position=position),
+                )
                 done += tokens
             student.eval()
             batches = [torch.arange(step * size, (step + 1) * size) for step in range(steps)]

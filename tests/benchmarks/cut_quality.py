@@ -91,6 +91,7 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
     from cascade.data.blocks import pack_documents
     from cascade.data.sources import TextData, read_documents
     from cascade.distillation.batch import selection_losses
+    from cascade.distillation.options import Execution, Optimization
     from cascade.distillation.trainer import distill
     from cascade.evaluation.heldout import heldout_blocks, heldout_metrics
     from cascade.importance.scores import score_importance
@@ -149,8 +150,8 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
             teacher,
             train,
             num_tokens=tokens,
-            learning_rate=options.learning_rate,
-            microbatch_size=options.microbatch_size,
+            optimization=Optimization(learning_rate=options.learning_rate),
+            execution=Execution(microbatch_size=options.microbatch_size),
         )
         return student
 

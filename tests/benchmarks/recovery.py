@@ -107,6 +107,8 @@ def kept(kind: str, teacher, ids):
 def cascade(teacher, student, ids, targets=None) -> list[float]:
     """This package's loop."""
     from cascade.data.blocks import TokenBlocks
+    from cascade.distillation.options import Execution, Hooks, Optimization
+    from cascade.distillation.supervision import Supervision
     from cascade.distillation.trainer import distill
 
     times = [time.perf_counter()]
@@ -115,11 +117,10 @@ def cascade(teacher, student, ids, targets=None) -> list[float]:
         teacher,
         TokenBlocks(ids, ids, 3.0),
         num_tokens=ids.numel(),
-        batch_size=BATCH,
-        microbatch_size=BATCH,
-        learning_rate=1e-4,
-        targets=targets,
-        on_step=lambda done, total: times.append(time.perf_counter()),
+        supervision=Supervision(targets=targets),
+        optimization=Optimization(batch_size=BATCH, learning_rate=1e-4),
+        execution=Execution(microbatch_size=BATCH),
+        hooks=Hooks(on_step=lambda done, total: times.append(time.perf_counter())),
     )
     return [after - before for before, after in zip(times, times[1:], strict=False)]
 
@@ -210,7 +211,8 @@ def loss_on_gpu() -> dict[str, float] | None:
 
     if not torch.cuda.is_available():
         return None
-    from cascade.distillation.fused import Objective, fused_loss
+    from cascade.distillation.fused import fused_loss
+    from cascade.distillation.options import Objective
     from cascade.models.head import Head
 
     def draw(*shape):

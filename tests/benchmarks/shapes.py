@@ -84,7 +84,7 @@ class Setting:
             runner = StageRunner(Path(folder), progress)
             parent = make_parent(runner, recipe)
             recipe = framed(runner, recipe, parent)
-            data = prepare(runner, recipe, parent).data
+            data = prepare(runner, recipe, parent).data.folder
             self.train, self.calibration, self.selection = (
                 load_blocks(data / f"{split}.safetensors") for split in ("train", "calibration", "selection")
             )
@@ -165,8 +165,10 @@ class Setting:
 
     def recovered(self, start, plan, share: float) -> dict:
         """What a recovery on a share of the tokens comes to."""
-        from cascade.distillation.features import FeatureLoss, Features
+        from cascade.distillation.features import FeatureLoss
+        from cascade.distillation.options import Execution, Features, Optimization
         from cascade.distillation.origin import origin_of
+        from cascade.distillation.supervision import Supervision
         from cascade.distillation.trainer import distill
 
         options, student, features = self.options, copy.deepcopy(start), None
@@ -177,12 +179,13 @@ class Setting:
             self.teacher,
             self.train,
             num_tokens=int(share * options.tokens),
-            batch_size=options.batch_size,
-            microbatch_size=options.batch_size,
-            learning_rate=options.learning_rate * (1.0 if share == 1.0 else 2 / 3),
-            optimizer=options.optimizer,
-            features=features,
-            keep=True,
+            supervision=Supervision(features=features),
+            optimization=Optimization(
+                batch_size=options.batch_size,
+                learning_rate=options.learning_rate * (1.0 if share == 1.0 else 2 / 3),
+                optimizer=options.optimizer,
+            ),
+            execution=Execution(microbatch_size=options.batch_size, remember_teacher=True),
         )
         return self.judge(student)
 
