@@ -58,10 +58,11 @@ def test_a_row_is_its_members_whatever_other_names_begin_alike():
 
 def test_rows_of_members_that_are_not_made_now_are_kept_with_their_owners(tmp_path):
     roles = {"a": "member", "a-ce": "member", "a-ce-cut": "baseline", "a-shape1": "candidate", "gone-cut": "baseline"}
-    rows = [{"name": name, "role": role} for name, role in roles.items()]
+    size = {"status": "done", "dims": {}, "num_parameters": 1, "num_parameters_non_embedding": 1}
+    rows = [{"name": name, "role": role} | size for name, role in roles.items()]
     (tmp_path / "family.json").write_text(json.dumps({"version": 1, "name": "f", "rows": rows}))
     found = _earlier_rows(tmp_path, {"a", "a-ce"}, ())
-    assert {name: [row["name"] for row in own] for name, own in found.items()} == {
+    assert {name: [row.name for row in own] for name, own in found.items()} == {
         "a": ["a", "a-shape1"], "a-ce": ["a-ce", "a-ce-cut"]}  # fmt: skip
 
 
