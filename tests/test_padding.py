@@ -158,7 +158,7 @@ def test_a_row_gives_alone_what_it_gives_in_a_batch_here_and_in_stock_transforme
     number = 1 if kind not in DECODERS else number
     model = make_language_model(tmp_path / "model", kind, (number, token, side))
     recipe = write_recipe(tmp_path, model)
-    make_fitted(tmp_path / "fit", recipe, lambda done, total: None)
+    make_fitted(recipe, tmp_path / "fit", lambda done, total: None)
     saved, texts = tmp_path / "fit" / "checkpoint", texts_of(tmp_path)
     alone = require_stock_rows_apart(saved, texts)
     source = ModelSource(saved, "fitted")

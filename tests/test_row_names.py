@@ -1,13 +1,12 @@
 """Every row of a family has a name of its own."""
 
-import json
-
 import pytest
 
 from cascade.errors import RecipeError
 from cascade.publish import _earlier_rows
 from cascade.recipe.load import load_recipe
 from cascade.recipe.names import owner_of
+from cascade.report.records import Row, family_json
 
 
 def read(recipe_folder, members, *changes):
@@ -58,9 +57,11 @@ def test_a_row_is_its_members_whatever_other_names_begin_alike():
 
 def test_rows_of_members_that_are_not_made_now_are_kept_with_their_owners(tmp_path):
     roles = {"a": "member", "a-ce": "member", "a-ce-cut": "baseline", "a-shape1": "candidate", "gone-cut": "baseline"}
-    size = {"status": "done", "dims": {}, "num_parameters": 1, "num_parameters_non_embedding": 1}
-    rows = [{"name": name, "role": role} | size for name, role in roles.items()]
-    (tmp_path / "family.json").write_text(json.dumps({"version": 1, "name": "f", "rows": rows}))
+    rows = [
+        Row(name=name, role=role, status="done", dims={}, num_parameters=1, num_parameters_non_embedding=1)
+        for name, role in roles.items()
+    ]
+    (tmp_path / "family.json").write_text(family_json("f", rows))
     found = _earlier_rows(tmp_path, {"a", "a-ce"}, ())
     assert {name: [row.name for row in own] for name, own in found.items()} == {
         "a": ["a", "a-shape1"], "a-ce": ["a-ce", "a-ce-cut"]}  # fmt: skip
