@@ -10,6 +10,7 @@ from cascade.errors import RecipeError
 from cascade.recipe.load import load_recipe
 from cascade.recipe.places import PUBLIC, is_local, shown_model, without_folders
 from cascade.recipe.schema import Recipe
+from cascade.recipe.section import OneOf
 
 FILES = """\
 name: r
@@ -100,8 +101,8 @@ def sections(model, seen):
 
 
 def plain_texts(annotation, metadata=()):
-    """Whether a type holds texts that no type of paths goes with."""
-    if any(isinstance(one, PlainSerializer) for one in metadata):
+    """Whether a type holds texts that no type of paths goes with, and that are not names of a table."""
+    if any(isinstance(part, PlainSerializer | OneOf) for part in metadata):
         return False
     if hasattr(annotation, "__metadata__"):
         return plain_texts(get_args(annotation)[0], annotation.__metadata__)
