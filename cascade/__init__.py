@@ -31,10 +31,18 @@ _WHERE = {
     "Schedule": "cascade.distillation.schedule",
     "Features": "cascade.distillation.options",
     "FeatureLoss": "cascade.distillation.features",
+    "Supervision": "cascade.distillation.supervision",
+    "Selection": "cascade.distillation.supervision",
+    "Optimization": "cascade.distillation.options",
+    "Execution": "cascade.distillation.options",
+    "Safekeeping": "cascade.distillation.options",
+    "Hooks": "cascade.distillation.options",
     "origin_of": "cascade.distillation.origin",
     "OnPolicy": "cascade.distillation.options",
     "fused_loss": "cascade.distillation.fused",
     "evaluate": "cascade.evaluation.evaluate",
+    "TaskOptions": "cascade.evaluation.task_options",
+    "HarnessOptions": "cascade.evaluation.task_options",
     "load_recipe": "cascade.recipe.load",
     "run_recipe": "cascade.run",
     "run_experiment": "cascade.experiment",
@@ -47,6 +55,7 @@ _WHERE = {
     "choose_framing": "cascade.evaluation.framing",
     "TokenBlocks": "cascade.data.blocks",
     "load_family": "cascade.report.records",
+    "family_of": "cascade.report.records",
 }
 
 __all__ = ["__version__", *_WHERE]

@@ -10,7 +10,6 @@ from cascade.data.bad_rows import BadRows
 from cascade.data.examples import Examples, image_examples, read_examples, text_examples
 from cascade.data.labels import is_number, require_known_labels
 from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
-from cascade.distillation.schedule import Schedule
 from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import distill
 from cascade.errors import UserError
@@ -38,6 +37,7 @@ from cascade.models.vocabulary import require_ids
 from cascade.progress import OnStep
 from cascade.recipe.schema import Fit, Recipe
 from cascade.store import partial_of
+from cascade.training_options import cosine_schedule
 
 
 def made_dtype(recipe: Recipe) -> torch.dtype:
@@ -188,16 +188,11 @@ def make_fitted(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
 
 def _optimization(settings: Fit, seed: int) -> Optimization:
     rate = settings.learning_rate
-    schedule = Schedule(
-        kind="cosine",
-        warmup_fraction=settings.warmup_fraction,
-        final_fraction=settings.final_learning_rate_fraction,
-    )
     return Optimization(
         batch_size=settings.batch_size,
         seed=seed,
         learning_rate=(1e-3 if settings.config else 5e-5) if rate == "auto" else rate,
-        schedule=schedule,
+        schedule=cosine_schedule(settings),
         weight_decay=settings.weight_decay,
     )
 

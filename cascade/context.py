@@ -1,6 +1,5 @@
 """What all stages of a run read: its recipe, the parent, the text, the parent's evaluation and what is kept of it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
 from cascade.models.checkpoint import load_model
 from cascade.recipe.schema import Recipe
-from cascade.runner import StageRunner, Write
+from cascade.runner import StageRunner
 from cascade.stage_output import Checkpoint, Input, Made
 
 
@@ -45,19 +44,6 @@ class Run:
     def folder(self) -> Path:
         """The run directory."""
         return self.runner.folder
-
-    def make(
-        self,
-        stage: str,
-        owner: str,
-        *,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, Input],
-        write: Write,
-        label: str = "",
-    ) -> Made:
-        """The output of a stage, as `StageRunner.make` gives it."""
-        return self.runner.make(stage, owner, settings=settings, inputs=inputs, write=write, label=label)
 
     def teacher(self) -> nn.Module:
         """The parent's model, loaded once and frozen."""

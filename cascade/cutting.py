@@ -80,7 +80,7 @@ def feature_loss(
     forms = (settings.hidden_features(bool(plans)), section.embedding)
     hidden, embedding = (None if form == "none" else form for form in forms)
     num_parameters, of_teacher = (sum(each.numel() for each in model.parameters()) for model in (student, teacher))
-    length = 0.0 if recipe.counts_examples else num_tokens / num_parameters
+    guided = recipe.task == "language" and bool(plans)
     features = Features(
         hidden=hidden,
         embedding=embedding,
@@ -88,7 +88,7 @@ def feature_loss(
         relation_heads=section.relation_heads,
         weights={str(name): weight for name, weight in section.weights.items()},
         balanced=section.balanced,
-        fade_fraction=settings.fade_fraction(length, num_parameters / of_teacher),
+        fade_fraction=settings.fade_fraction(num_tokens / num_parameters, num_parameters / of_teacher, guided=guided),
     )
     if not features.names():
         return None

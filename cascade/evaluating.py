@@ -115,7 +115,7 @@ def _task_options(recipe: Recipe, results_folder: Path) -> TaskOptions:
 
 def evaluate_checkpoint(run: Run, stage: str, owner: str, output: Made, reference: str) -> Made:
     """The evaluation of the checkpoint that a stage has left, with its reload gate; messages call it `reference`."""
-    return run.make(
+    return run.runner.make(
         stage,
         owner,
         settings=evaluation_settings(run.recipe) | run.comparison_settings(),

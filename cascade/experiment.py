@@ -88,14 +88,15 @@ def run_experiment(
         for state in states:
             _tell(console, state, folder, again=state.cell in wanted)
         to_do = [cell for cell in wanted if cell.name not in results]
+        run_folders = {cell.name: cell_folder(folder, cell) for cell in cells}
         for cell in to_do:
-            check_ownership(cell_folder(folder, cell), cell.recipe)
+            check_ownership(run_folders[cell.name], cell.recipe)
         failed, budgets = {}, sorted({cell.tokens for cell in cells})
         for number, cell in enumerate(to_do, start=1):
             failpoint("experiment.cell")
             _say(console, f"cell {number} of {len(to_do)}: {cell.name}")
             try:
-                results[cell.name] = _make(folder, cell, cells, console)
+                results[cell.name] = _make(folder, cell, run_folders, console)
             except DiskError:
                 raise
             except RunError as error:
@@ -163,12 +164,11 @@ def find_result(file: ExperimentFile, folder: Path, cell: Cell) -> Found:
     return Found(cell, None, None, why)
 
 
-def _make(folder: Path, cell: Cell, cells: Sequence[Cell], console: Console) -> Result:
+def _make(folder: Path, cell: Cell, run_folders: dict[str, Path], console: Console) -> Result:
     """The result of a cell, whose family is made or, where it is already, read again."""
-    run_folder = cell_folder(folder, cell)
-    earlier = [folder / "cells" / cell.name]  # of another recipe, where that is not the run folder
-    others = [cell_folder(folder, other) for other in cells if other.name != cell.name]
-    known = [other for other in [*earlier, *others] if other != run_folder and (other / "stages").is_dir()]
+    run_folder = run_folders[cell.name]
+    earlier = folder / "cells" / cell.name  # of another recipe, where that is not the run folder
+    known = [other for other in (earlier, *run_folders.values()) if other != run_folder and (other / "stages").is_dir()]
     made = run_recipe(cell.recipe, output=run_folder, known=known, console=console)
     result = collect_result(cell, made, inputs_of(cell.recipe))
     failpoint("experiment.made")

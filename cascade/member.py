@@ -77,7 +77,7 @@ def make_label_stage(run: Run, member: ResolvedMember) -> Made | None:
     distill, cache = run.recipe.distill, run.cache
     if cache is None:
         return None
-    return run.make(
+    return run.runner.make(
         "label",
         member.name,
         settings={"root": cache.windows.root, "first_position": member.first_position, "num_steps": member.num_steps}
@@ -98,7 +98,7 @@ def _train(run: Run, member: ResolvedMember, start: Start, stage: str) -> _Train
         member = replace(member, optimizer="adamw")  # a rate that is given was tried with AdamW
     search, learning_rate = _find_rate(run, member, start, stage)
     settings = _training_settings(run, member) | {"learning_rate": learning_rate}
-    output = run.make(
+    output = run.runner.make(
         stage,
         member.name,
         settings=settings | run.target_settings() if learns else settings,
@@ -120,7 +120,7 @@ def _find_rate(run: Run, member: ResolvedMember, start: Start, stage: str) -> tu
     settings = _training_settings(run, member)
     if member.optimizer == "muon":  # searched for by other rules than before
         settings |= {"search": 2}
-    search = run.make(
+    search = run.runner.make(
         "rate" if learns else "ce-rate",
         member.name,
         settings=settings | run.target_settings() if learns else settings | {"learning_rate": "auto"},
@@ -141,7 +141,7 @@ def _make_baseline(run: Run, member: ResolvedMember, start: Start, kind: str) ->
     compared = training.output if training else {"cut": start.cut, "repaired": start.repaired}[kind]
     if compared is None:
         raise ValueError(f"{member.name} has no stage to be compared with: {kind}")
-    evaluation = run.make(
+    evaluation = run.runner.make(
         f"heldout-{kind}",
         member.name,
         settings=evaluation_settings(run.recipe, heldout_only=True) | run.comparison_settings(),

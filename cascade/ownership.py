@@ -52,11 +52,6 @@ def pinned_seeds(folder: Path) -> dict[str, str]:
     }
 
 
-def _seed_is_pinned(key: str, value: object) -> bool:
-    """Whether a member's key only asks for what `pinned_seeds` has settled already."""
-    return key == "chain" or (key == "seed" and value == "previous")
-
-
 def check_ownership(folder: Path, recipe: Recipe) -> None:
     """Refuse a directory that another recipe made; new members and other evaluations are welcome.
 
@@ -82,7 +77,7 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
         if key.startswith(_MAY_CHANGE + unread) or before.get(key) == now.get(key):
             continue
         parts = key.split(".")
-        if parts[0] == "members" and (parts[1] in new_members or _seed_is_pinned(parts[-1], now.get(key))):
+        if parts[0] == "members" and (parts[1] in new_members or (parts[-1] == "seed" and now.get(key) == "previous")):
             continue
         differing.append(f"{key}: {before.get(key, 'absent')!r} there, {now.get(key, 'absent')!r} now")
     if differing:

@@ -9,7 +9,6 @@ from cascade.classifier import checked_classes, fitted_config, made_dtype
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
-from cascade.distillation.schedule import Schedule
 from cascade.distillation.supervision import Selection
 from cascade.inputs import as_guessed, text_data
 from cascade.models.architecture import as_masked, require_body, require_masked
@@ -29,6 +28,7 @@ from cascade.pretraining import pretrain, pretrained_config, train_tokenizer
 from cascade.progress import OnStep
 from cascade.recipe.schema import Pretrain, Recipe
 from cascade.store import partial_of
+from cascade.training_options import cosine_schedule
 
 
 def existing_parent(recipe: Recipe) -> ModelSource | None:
@@ -93,17 +93,12 @@ def make_pretrained(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
 
 
 def _optimization(settings: Pretrain, seed: int) -> Optimization:
-    schedule = Schedule(
-        kind="cosine",
-        warmup_fraction=settings.warmup_fraction,
-        final_fraction=settings.final_learning_rate_fraction,
-    )
     return Optimization(
         batch_size=settings.batch_size,
         seed=seed,
         optimizer=settings.optimizer,
         learning_rate=settings.learning_rate,
-        schedule=schedule,
+        schedule=cosine_schedule(settings),
         weight_decay=settings.weight_decay,
     )
 

@@ -115,7 +115,7 @@ def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Run:
 
 def evaluate_parent(run: Run) -> Made:
     """The parent's own evaluation; skipped.json in the run directory lists the rows of text that were left out."""
-    evaluation = run.make(
+    evaluation = run.runner.make(
         "evaluate",
         "parent",
         settings=evaluation_settings(run.recipe),
@@ -155,7 +155,7 @@ def compare_with_production(run: Run) -> None:
     """drift.json in the run directory; none without production text."""
     text = ""
     if run.production:
-        drift = run.make(
+        drift = run.runner.make(
             "drift",
             "parent",
             settings=evaluation_settings(run.recipe, heldout_only=True),

@@ -60,7 +60,7 @@ def _make_copy(run: Run, owner: str, checkpoint: Checkpoint, entry: Finish) -> R
         settings |= {"training": recipe.distill.model_dump(mode="json", exclude=unused)}
         settings |= run.comparison_settings()
         inputs |= {"teacher": run.parent, "data": run.data}
-    rounded = run.make(
+    rounded = run.runner.make(
         "quantise",
         owner,
         settings=settings,

@@ -100,7 +100,7 @@ def _shapes(recipe: Recipe, member: ResolvedMember, base_config: Any) -> list[tu
 def _try_shape(run: Run, member: ResolvedMember, base: Base, stage: str, shape: FoundShape, num_tokens: int) -> Made:
     """The stage that cuts and repairs a shape, and recovers it on `num_tokens` tokens."""
     shape_settings = {"dims": shape.dims.as_dict(), "hidden": shape.hidden, "tokens": num_tokens}
-    return run.make(
+    return run.runner.make(
         stage,
         member.name,
         settings=candidate_settings(run.recipe)

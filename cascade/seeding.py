@@ -83,7 +83,7 @@ def _start_from_checkpoint(run: Run, member: ResolvedMember) -> Start:
 
 
 def _draw_weights(run: Run, member: ResolvedMember) -> Made:
-    return run.make(
+    return run.runner.make(
         "init",
         member.name,
         settings={"config": member.config.to_dict(), "seed": run.recipe.seed},
@@ -101,7 +101,7 @@ def _base(run: Run, member: ResolvedMember, seed: FinishedMember | None) -> Base
 
 def _collect_statistics(run: Run, member: ResolvedMember, base: Base) -> Base:
     """The model that a member is cut from, with its statistics."""
-    statistics = run.make(
+    statistics = run.runner.make(
         "statistics",
         member.name,
         settings=run.recipe.calibration.model_dump() | statistics_options(run.recipe, member.hidden_choices),
@@ -114,7 +114,7 @@ def _collect_statistics(run: Run, member: ResolvedMember, base: Base) -> Base:
 
 def _take_layers(run: Run, member: ResolvedMember, base: Base) -> Made:
     dims, num_selected = member.dims.as_dict(), selection_size(run.recipe)
-    return run.make(
+    return run.runner.make(
         "prune",
         member.name,
         settings={"init": "layers", "dims": dims, "selection_blocks": num_selected},
@@ -124,7 +124,7 @@ def _take_layers(run: Run, member: ResolvedMember, base: Base) -> Made:
 
 
 def _cut(run: Run, member: ResolvedMember, base: Base) -> Made:
-    return run.make(
+    return run.runner.make(
         "prune",
         member.name,
         settings=run.recipe.prune.model_dump(exclude={"repair", "search"})
@@ -143,7 +143,7 @@ def _repair(run: Run, member: ResolvedMember, base: Base, cut: Made) -> Made | N
     if settings.method == "none":
         return None
     batch_size, num_selected = run.recipe.calibration.batch_size, selection_size(run.recipe)
-    return run.make(
+    return run.runner.make(
         "repair",
         member.name,
         settings=settings.model_dump() | {"batch_size": batch_size, "selection_blocks": num_selected},

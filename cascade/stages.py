@@ -1,7 +1,7 @@
 """What each stage of a run does: read its inputs' folders, write its own. No stage knows about another's keys."""
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.framing import framing_of
 from cascade.data.prepare import prepare_blocks
-from cascade.distillation.options import Hooks, Objective
+from cascade.distillation.options import Hooks, Optimization
 from cascade.distillation.range_test import find_learning_rate
-from cascade.distillation.supervision import Selection
+from cascade.distillation.supervision import Selection, Supervision
 from cascade.distillation.trainer import distill
 from cascade.estimates import flops_of
 from cascade.evaluation.evaluate import default_device
@@ -43,6 +43,7 @@ from cascade.models.value_range import require_computable
 from cascade.models.vocabulary import require_ids
 from cascade.plain_json import write_json
 from cascade.progress import OnStep
+from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
 from cascade.report.skipped import SKIPPED
 from cascade.report.trackers import tracked
@@ -104,6 +105,58 @@ def reads_logprobs(recipe: Recipe) -> bool:
     return recipe.distill is not None and recipe.distill.teacher == "logprobs"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Lesson:
+    """What a member's training, and the search for its rate, are made of; nothing here depends on the rate."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    """None where the text alone teaches."""
+    blocks: TokenBlocks | Examples
+    selection: TokenBlocks | Examples
+    supervision: Supervision
+    optimization: Optimization
+    """At no rate yet."""
+
+
+def _lesson(run: Run, member: ResolvedMember, start: Start, stage: str) -> _Lesson:
+    """`stage` is distill, or baseline-ce, which learns from the text alone."""
+    recipe, settings = run.recipe, _distill_settings(run)
+    teacher = run.expert() if stage == "distill" else None
+    student = load_model(start.model.source).to(default_device())
+    if teacher is not None:
+        teacher = _own_teacher(teacher, run.parent.source)
+    blocks, selection = _texts(run, teacher, stage)
+    supervision = supervision_of(settings, None if recipe.counts_examples else member.vocab_size)
+    if teacher is None:
+        supervision = replace(supervision, on_policy=None)
+    elif run.cache is not None and isinstance(blocks, TokenBlocks):
+        targets = run.cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
+        supervision = replace(supervision, objective=run.cache.objective(supervision.objective), targets=targets)
+    features = feature_loss(recipe, load_plans(start.lineage), student, teacher, member.num_tokens)
+    optimization = optimization_of(
+        settings,
+        learning_rate=0.0,
+        optimizer=member.optimizer,
+        seed=recipe.seed,
+        first_position=member.first_position,
+    )
+    return _Lesson(
+        student=student,
+        teacher=teacher,
+        blocks=blocks,
+        selection=selection,
+        supervision=replace(supervision, features=features),
+        optimization=optimization,
+    )
+
+
+def _distill_settings(run: Run) -> Distill:
+    if run.recipe.distill is None:
+        raise ValueError("a recipe with members has a distill section")
+    return run.recipe.distill
+
+
 def make_recovered(
     run: Run,
     member: ResolvedMember,
@@ -118,24 +171,11 @@ def make_recovered(
     `stage` is distill, or baseline-ce, which learns from the text alone. Where the run keeps the teacher's targets, a
     member learns from those, and the teacher only judges it on selection text.
     """
-    recipe, cache, parent, settings = run.recipe, run.cache, run.parent.source, run.recipe.distill
-    if settings is None:
-        raise ValueError("a recipe with members has a distill section")
-    teacher = run.expert() if stage == "distill" else None
-    student = load_model(start.model.source).to(default_device())
-    if teacher is not None:
-        teacher = _own_teacher(teacher, parent)
-    blocks, selection = _texts(run, teacher, stage)
-    _check_computable(run, member, student, selection)
-    vocab_size = None if recipe.counts_examples else member.vocab_size
-    supervision, angles = supervision_of(settings, vocab_size), []
-    if teacher is None:
-        supervision = replace(supervision, on_policy=None)
-    elif cache is not None and isinstance(blocks, TokenBlocks):
-        targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
-        supervision = replace(supervision, objective=cache.objective(supervision.objective), targets=targets)
-        angles = _angles(student, teacher, blocks, targets, recipe, member, supervision.objective)
-    features = feature_loss(recipe, load_plans(start.lineage), student, teacher, member.num_tokens)
+    recipe, settings = run.recipe, _distill_settings(run)
+    lesson = _lesson(run, member, start, stage)
+    student = lesson.student
+    _check_computable(run, member, student, lesson.selection)
+    angles = _angles(lesson, recipe, member)
     with tracked(
         settings.trackers if parallel.rank() == 0 else [],
         project=recipe.name,
@@ -145,19 +185,13 @@ def make_recovered(
     ) as on_log:
         metrics = distill(
             student,
-            teacher,
-            blocks,
+            lesson.teacher,
+            lesson.blocks,
             num_tokens=member.num_tokens,
-            supervision=replace(supervision, features=features),
-            optimization=optimization_of(
-                settings,
-                learning_rate=learning_rate,
-                optimizer=member.optimizer,
-                seed=recipe.seed,
-                first_position=member.first_position,
-            ),
+            supervision=lesson.supervision,
+            optimization=replace(lesson.optimization, learning_rate=learning_rate),
             execution=execution_of(settings),
-            selection=Selection(blocks=selection, every=settings.selection_every),
+            selection=Selection(blocks=lesson.selection, every=settings.selection_every),
             safekeeping=safekeeping_of(settings, partial_of(folder)),
             hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step, on_log=on_log),
         )
@@ -166,9 +200,9 @@ def make_recovered(
     if parallel.rank() > 0:
         return
     write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
-    _check_computable(run, member, student, selection)
+    _check_computable(run, member, student, lesson.selection)
     _save_member(run, student, folder)
-    per_token = flops_of(recipe, load_config(parent)) if teacher is not None else 0.0
+    per_token = flops_of(recipe, load_config(run.parent.source)) if lesson.teacher is not None else 0.0
     write_json(folder / COST_FILE, {"teacher_flops_per_token": per_token, "angles_degrees": angles})
 
 
@@ -221,18 +255,14 @@ def make_labels(run: Run, member: ResolvedMember, cache: TeacherCache, folder: P
     write_json(folder / LABELS, cache.label(_own_teacher(teacher, run.parent.source), blocks, rows, on_step))
 
 
-def _angles(
-    student: nn.Module,
-    teacher: nn.Module,
-    blocks: TokenBlocks,
-    targets: CachedTargets,
-    recipe: Recipe,
-    member: ResolvedMember,
-    objective: Objective,
-) -> list[float]:
-    """Degrees between the gradient of a sample and the exact one, in the first steps."""
+def _angles(lesson: _Lesson, recipe: Recipe, member: ResolvedMember) -> list[float]:
+    """Degrees between the gradient of a sample and the exact one, in the first steps; none where nothing is sampled."""
+    student, teacher, blocks, targets = lesson.student, lesson.teacher, lesson.blocks, lesson.supervision.targets
+    if teacher is None or not isinstance(blocks, TokenBlocks) or not isinstance(targets, CachedTargets):
+        return []
     if targets.layout.kind != "sampled" or parallel.world_size() > 1:
         return []
+    objective = lesson.supervision.objective
     batches = [
         step_rows(recipe, member.first_position, step, len(blocks))
         for step in taught_steps(recipe, member.num_steps)[:_ANGLE_STEPS]
@@ -252,36 +282,16 @@ def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder
 
     `stage` is that of the training; both are searched for in the same way, each by its own loss on selection text.
     """
-    recipe, cache, settings = run.recipe, run.cache, run.recipe.distill
-    if settings is None:
-        raise ValueError("a recipe with members has a distill section")
-    teacher = run.expert() if stage == "distill" else None
-    vocab_size = None if recipe.counts_examples else member.vocab_size
-    supervision = supervision_of(settings, vocab_size)
-    student = load_model(start.model.source).to(default_device())
-    teacher = None if teacher is None else _own_teacher(teacher, run.parent.source)
-    blocks, selection = _texts(run, teacher, stage)
-    if teacher is None:
-        supervision = replace(supervision, on_policy=None)
-    elif cache is not None and isinstance(blocks, TokenBlocks):
-        targets = cache.targets(teacher, blocks, member_rows(recipe, member, len(blocks)))
-        supervision = replace(supervision, objective=cache.objective(supervision.objective), targets=targets)
-    features = feature_loss(recipe, load_plans(start.lineage), student, teacher, member.num_tokens)
+    lesson = _lesson(run, member, start, stage)
     search = find_learning_rate(
-        student,
-        teacher,
-        blocks,
+        lesson.student,
+        lesson.teacher,
+        lesson.blocks,
         num_tokens=member.num_tokens,
-        selection=selection,
-        supervision=replace(supervision, features=features),
-        optimization=optimization_of(
-            settings,
-            learning_rate=0.0,  # what is searched for
-            optimizer=member.optimizer,
-            seed=recipe.seed,
-            first_position=member.first_position,
-        ),
-        execution=execution_of(settings),
+        selection=lesson.selection,
+        supervision=lesson.supervision,
+        optimization=lesson.optimization,
+        execution=execution_of(_distill_settings(run)),
         on_try=on_step,
     )
     write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})

@@ -1,4 +1,4 @@
-"""The recipe's `distill` section as the options of `distill` and `find_learning_rate`."""
+"""The recipe's sections as the options of `distill` and `find_learning_rate`."""
 
 from pathlib import Path
 
@@ -7,6 +7,16 @@ from cascade.distillation.options import Execution, Objective, OnPolicy, Optimiz
 from cascade.distillation.schedule import Schedule
 from cascade.distillation.supervision import Supervision
 from cascade.recipe.distill import Distill, OnPolicySettings
+from cascade.recipe.schema import Fit, Pretrain
+
+
+def cosine_schedule(settings: Pretrain | Fit) -> Schedule:
+    """That of a parent which a recipe trains."""
+    return Schedule(
+        kind="cosine",
+        warmup_fraction=settings.warmup_fraction,
+        final_fraction=settings.final_learning_rate_fraction,
+    )
 
 
 def supervision_of(settings: Distill, vocab_size: int | None = None) -> Supervision:

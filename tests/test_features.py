@@ -190,7 +190,7 @@ def test_faded_losses_weigh_evenly_less_from_step_to_step_and_then_nothing(fade_
     assert faded == [at_first * strength for strength in strengths]
 
 
-def test_a_training_whose_losses_have_faded_at_half_ends_as_two_trainings_do(tmp_path):
+def test_once_they_have_faded_feature_losses_are_neither_weighed_nor_computed():
     blocks, teacher = make_blocks(count=8), make_model(seed=1)
     start = make_model(seed=2)
 
@@ -213,17 +213,24 @@ def test_a_training_whose_losses_have_faded_at_half_ends_as_two_trainings_do(tmp
 
 
 @pytest.mark.parametrize(
-    ("asked", "tokens_per_parameter", "share", "fade_fraction"),
+    ("given", "tokens_per_parameter", "share", "guided", "fade_fraction"),
     [
-        ("auto", 17.0, 0.5, 0.5),
-        ("auto", 1.7, 0.2, 2.0),
-        ("auto", 0.0, 0.5, None),
-        ("none", 9.0, 0.1, None),
-        (0.5, 1.0, 0.5, 0.5),
+        ("auto", 17.0, 0.5, True, 0.5),
+        ("auto", 1.7, 0.2, True, 2.0),
+        ("auto", 17.0, 0.5, False, None),
+        ("none", 9.0, 0.1, True, None),
+        (0.5, 1.0, 0.5, False, 0.5),
     ],
 )
-def test_the_smaller_the_student_and_the_longer_its_training_the_sooner_feature_losses_fade(
-    asked, tokens_per_parameter, share, fade_fraction
+def test_the_smaller_a_cut_student_and_the_longer_its_training_the_sooner_feature_losses_fade(
+    given, tokens_per_parameter, share, guided, fade_fraction
 ):
-    settings = Distill(tokens=1000, features={"fade_fraction": asked})
-    assert settings.fade_fraction(tokens_per_parameter, share) == (fade_fraction and pytest.approx(fade_fraction))
+    settings = Distill(tokens=1000, features={"fade_fraction": given})
+    fading = settings.fade_fraction(tokens_per_parameter, share, guided=guided)
+    assert fading == (fade_fraction and pytest.approx(fade_fraction))
+
+
+def test_a_fade_over_no_step_is_refused():
+    model = make_model()
+    with pytest.raises(UserError, match="fade_fraction 0 is not above 0"):
+        FeatureLoss(Features(hidden="cosine", fade_fraction=0.0), Origin((0, 1, 2, 3)), model, model)

@@ -609,3 +609,24 @@ def test_the_learning_rate_is_found_once_and_trained_at(recipe_folder, tmp_path)
     run_recipe(load_recipe(path), output=folder, only=["big"])
     done, made = skipped(folder)
     assert ("big", "rate") in done and not made
+
+
+def test_a_member_taken_out_of_the_chain_of_a_finished_run_is_not_taken_for_the_same_run(recipe_folder, tmp_path):
+    from cascade.ownership import check_ownership, resolved_recipe
+
+    members = "members=[{name: large, target: {params: 0.9}}, {name: small, target: {params: 0.7}}]"
+    recipe = load_recipe(recipe_folder / "tiny.yaml", [members])
+    record = resolved_recipe(recipe, [])
+    (tmp_path / "stages" / "parent.data-1").mkdir(parents=True)
+    (tmp_path / "stages" / "parent.data-1" / "MANIFEST.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(record))
+    out = load_recipe(recipe_folder / "tiny.yaml", [members.replace("0.9}}", "0.9}, chain: false}")])
+    check_ownership(tmp_path, recipe)
+    with pytest.raises(UserError, match="members.large.chain: True there, False now"):
+        check_ownership(tmp_path, out)
+    for member in record["members"]:
+        del member["chain"]  # as before there was such a key
+    (tmp_path / "recipe.yaml").write_text(json.dumps(record))
+    check_ownership(tmp_path, recipe)
+    with pytest.raises(UserError, match="members.large.chain: True there, False now"):
+        check_ownership(tmp_path, out)

@@ -78,7 +78,8 @@ class FeatureLoss:
     """The losses of `Features` for one student and its teacher.
 
     Raises:
-        UserError: an unknown name, or relation heads that do not divide the projections' widths.
+        UserError: an unknown name, a fade_fraction that is not above 0, or relation heads that do not divide the
+            projections' widths.
     """
 
     def __init__(self, features: Features, origin: Origin, student: nn.Module, teacher: nn.Module):
@@ -89,6 +90,9 @@ class FeatureLoss:
         unknown = [name for name in features.relations if name not in RELATIONS]
         if unknown:
             raise UserError(f"a relation '{unknown[0]}' is unknown; known: {', '.join(RELATIONS)}")
+        fade_fraction = features.fade_fraction
+        if fade_fraction is not None and not fade_fraction > 0:
+            raise UserError(f"fade_fraction {fade_fraction:g} is not above 0; give None where nothing fades")
         depth = len(origin.points) - 1
         places = list(range(1, depth + 1)) if features.hidden else []
         self.places = ([0] if features.embedding else []) + places

@@ -64,7 +64,8 @@ class Features:
     balanced: bool = True
     """Their sum is first scaled to the size of the logit loss, as both were in the step before (ModelOpt)."""
     fade_fraction: float | None = None
-    """Over this share of the steps the losses' weight falls evenly to nothing; None: it stays."""
+    """Over this many times the steps the losses' weight falls evenly towards nothing (0.5: gone at half; 2: half of it
+    is left at the end); None: it stays."""
 
     def names(self) -> list[str]:
         """The losses that are in use: of hidden, embedding, relations."""

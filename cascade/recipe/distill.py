@@ -64,8 +64,8 @@ class FeatureLosses(Section):
     """Together as large as the logit loss, then weighted; else weighted as they are."""
     fade_fraction: Literal["auto", "none"] | PositiveFloat = "auto"
     """Over this many times the training's steps the weight of all these losses falls evenly towards nothing (0.5: gone
-    at half; 2: half of it is left at the end); none: it stays. auto: so that it is gone after 17 tokens per parameter
-    times the student's share of its teacher's parameters; none in trainings that count examples."""
+    at half; 2: half of it is left at the end); none: it stays. auto: for language models that are cut, so that it is
+    gone after 17 tokens per parameter times the student's share of its teacher's parameters; for others none."""
 
 
 class OnPolicySettings(Section):
@@ -191,8 +191,11 @@ class Distill(Section):
             return self.features.hidden
         return "cosine" if cut and (self.tokens or 0) < LONG_TRAINING_TOKENS else "none"
 
-    def fade_fraction(self, tokens_per_parameter: float, share: float) -> float | None:
-        """What `features.fade_fraction` comes to, for a student with this share of its teacher's parameters."""
+    def fade_fraction(self, tokens_per_parameter: float, share: float, *, guided: bool) -> float | None:
+        """What `features.fade_fraction` comes to, for a student with this share of its teacher's parameters.
+
+        `guided`: it is a language model that was cut from its teacher, the case that auto was measured on.
+        """
         if self.features.fade_fraction == "auto":
-            return GUIDED_TOKENS_PER_PARAMETER * share / tokens_per_parameter if tokens_per_parameter else None
+            return GUIDED_TOKENS_PER_PARAMETER * share / tokens_per_parameter if guided else None
         return None if self.features.fade_fraction == "none" else self.features.fade_fraction

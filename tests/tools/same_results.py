@@ -3,7 +3,7 @@
 Seven families are made by each checkout, each in a process and an empty folder of its own: the quickstart, one member of
 stories, digits, quantise, a chat family, one learning from an endpoint's answers, and one with a kept teacher. Compared
 are the sha256 of every members/*/*.safetensors, the names of all stage folders (their keys say what they depend on) and
-family.json without its times. `--short` makes them smaller (about four minutes of one core instead of forty); stories
+family.json without its times. `--short` makes them smaller, for a first look; stories
 needs the folder `shared` beside the checkouts. Exit code 1 where anything differs.
 """
 
@@ -85,22 +85,22 @@ def main() -> None:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--only", nargs="*", default=list(FAMILIES), choices=list(FAMILIES), metavar="NAME")
     parser.add_argument(
-        "--keep", type=Path, help="a folder for the runs; those of BEFORE that are there are not made again"
+        "--keep", type=Path, help="a folder for the runs; those of BEFORE that are there are gone on with"
     )
     options = parser.parse_args()
     work = options.keep or Path(tempfile.mkdtemp(prefix="same-results-"))
     work.mkdir(parents=True, exist_ok=True)
     differing = 0
+    before, after, kind = options.before.resolve(), options.after.resolve(), "short" if options.short else "whole"
     for name in options.only:
-        commit = head_of(options.before)
-        kind = "short" if options.short else "whole"
-        earlier = made(
-            options.before.resolve(), name, work / f"{name}-{kind}-{commit}", work, options.short, again=False
-        )
-        later = made(options.after.resolve(), name, work / f"{name}-{kind}-after", work, options.short, again=True)
-        differences = differences_of(results_of(earlier), results_of(later))
+        earlier, later = work / f"{name}-{kind}-{head_of(before)}", work / f"{name}-{kind}-after"
+        shutil.rmtree(later, ignore_errors=True)
+        for checkout, output in ((before, earlier), (after, later)):
+            make_family(checkout, name, output, work, short=options.short)
+        results = results_of(earlier)
+        differences = differences_of(results, results_of(later))
         differing += bool(differences)
-        print(f"{name}: {'the same' if not differences else 'differs'} ({results_of(earlier)['summary']})", flush=True)
+        print(f"{name}: {'the same' if not differences else 'differs'} ({results['summary']})", flush=True)
         for line in differences[:20]:
             print(f"  {line}", flush=True)
     if options.keep is None:
@@ -114,12 +114,8 @@ def head_of(checkout: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def made(checkout: Path, name: str, output: Path, work: Path, short: bool, *, again: bool) -> Path:
-    """The run directory of a family, made by the code of a checkout."""
-    if again:
-        shutil.rmtree(output, ignore_errors=True)
-    if (output / "members").exists() and not again:
-        return output
+def make_family(checkout: Path, name: str, output: Path, work: Path, *, short: bool) -> None:
+    """Have a checkout's code make a family, or go on with it."""
     from endpoint_server import chat_answer, serving
 
     def respond(body: dict[str, Any], number: int) -> tuple[int, dict[str, str], dict[str, Any]]:
@@ -145,7 +141,6 @@ def made(checkout: Path, name: str, output: Path, work: Path, short: bool, *, ag
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}: {checkout} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return output
 
 
 ENDPOINT_PORT = 47113
