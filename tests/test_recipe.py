@@ -282,6 +282,10 @@ def test_where_a_head_of_its_own_is_too_large_only_the_cut_without_rotation_is_t
         def target_settings(self):
             return {}
 
+        @property
+        def runner(self):
+            return self
+
         def make(self, stage, owner, *, settings, inputs, write):
             folder = tmp_path / settings["hidden"]
             folder.mkdir(exist_ok=True)
