@@ -12,7 +12,7 @@ _WHERE = {
     "collect_statistics": "cascade.importance.statistics",
     "offloaded": "cascade.importance.offload",
     "score_importance": "cascade.importance.scores",
-    "plan_pruning": "cascade.pruning.plan",
+    "plan_pruning": "cascade.pruning.choose",
     "solve_shape": "cascade.pruning.shape",
     "Target": "cascade.pruning.target",
     "fit_decode_latency": "cascade.pruning.latency",

@@ -9,8 +9,8 @@ from torch import nn
 
 from cascade.cache.keys import weights_digest, window_keys
 from cascade.cache.label import records_of
-from cascade.cache_choice import choose_cache
-from cascade.caching import TeacherCache, cache_folder, open_cache
+from cascade.cache_choice import cache_folder, choose_cache
+from cascade.caching import TeacherCache, open_cache
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import load_training
 from cascade.errors import UserError

@@ -10,6 +10,7 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
+from cascade.cache.keys import default_folder
 from cascade.cache.record import Layout
 from cascade.errors import UserError
 from cascade.estimates import flops_of, flops_per_second, short_recovery
@@ -284,3 +285,36 @@ def bytes_per_token(layout: Layout) -> float:
     if layout.kind == "top_k":
         return rising / 8 + 2 * ids + (4 if layout.version == 1 else 0)
     return (rising + layout.draws) / 8 + (8 if layout.version == 1 else 2) + 4 * len(layout.exact_ids)
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where a recipe's cache is."""
+    given = recipe.distill.cache.folder if recipe.distill else ""
+    return Path(given).expanduser() if given else default_folder()
+
+
+def exact_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """Ids of tokens as the vocabulary writes them, in rising order.
+
+    Raises:
+        UserError: one is not in it.
+    """
+    known = tokenizer.get_vocab() if tokens else {}
+    for token in tokens:
+        if token not in known:
+            raise UserError(f"distill.cache.exact_tokens: '{token}' is no token of the parent's vocabulary")
+    return tuple(sorted({int(known[token]) for token in tokens}))
+
+
+def require_exact(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids of exact tokens that are not among those that models are compared over.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    beyond = [number for number in ids if number >= vocab_size]
+    if beyond:
+        raise UserError(
+            f"distill.cache.exact_tokens: token id {beyond[0]} is not among the {vocab_size} ids that the teacher and "
+            "all members have in common; leave it out"
+        )

@@ -1,27 +1,26 @@
 """A run's cache of its teacher: opened once, asked by each training for its targets."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cascade import parallel
-from cascade.cache.keys import default_folder, root_record, weights_digest, window_keys
+from cascade.cache.keys import root_record, weights_digest, window_keys
 from cascade.cache.label import label, rounding_kl
 from cascade.cache.reader import CachedTargets
 from cascade.cache.record import Layout
 from cascade.cache.shards import Windows, has_root, root_folder, telling
 from cascade.cache.usage import note_usage
-from cascade.cache_choice import Choice, bytes_per_token
+from cascade.cache_choice import Choice, bytes_per_token, cache_folder, exact_ids
 from cascade.data.blocks import TokenBlocks
 from cascade.data.order import blocks_at
+from cascade.distillation import sharding
 from cascade.distillation.on_policy import is_due
 from cascade.distillation.options import Objective
-from cascade.errors import DiskError, UserError
+from cascade.errors import DiskError
 from cascade.family import ResolvedMember
 from cascade.models.checkpoint import ModelSource, load_config, load_tokenizer
 from cascade.models.head import Head, head_of
@@ -100,7 +99,7 @@ class TeacherCache:
         if self.layout.kind != "hidden":
             return None
         head = head_of(teacher)
-        weight, bias = (None if one is None else parallel.whole(one.detach()) for one in (head.weight, head.bias))
+        weight, bias = (None if one is None else sharding.whole(one.detach()) for one in (head.weight, head.bias))
         if weight is None:
             raise ValueError("a head has a weight")
         return Head(weight, bias, head.scale, head.softcap).narrowed(self.layout.vocab_size)
@@ -138,39 +137,6 @@ def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCa
     if has_root(folder, record_of(earlier)):  # labelled by an older version: read on, and added to, as it is
         layout = earlier
     return TeacherCache(Windows(*root_folder(folder, record_of(layout))).refresh(), layout, choice.why)
-
-
-def cache_folder(recipe: Recipe) -> Path:
-    """Where a recipe's cache is."""
-    given = recipe.distill.cache.folder if recipe.distill else ""
-    return Path(given).expanduser() if given else default_folder()
-
-
-def exact_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
-    """Ids of tokens as the vocabulary writes them, in rising order.
-
-    Raises:
-        UserError: one is not in it.
-    """
-    known = tokenizer.get_vocab() if tokens else {}
-    for token in tokens:
-        if token not in known:
-            raise UserError(f"distill.cache.exact_tokens: '{token}' is no token of the parent's vocabulary")
-    return tuple(sorted({int(known[token]) for token in tokens}))
-
-
-def require_exact(ids: Sequence[int], vocab_size: int) -> None:
-    """Refuse ids of exact tokens that are not among those that models are compared over.
-
-    Raises:
-        UserError: with the first of them.
-    """
-    beyond = [number for number in ids if number >= vocab_size]
-    if beyond:
-        raise UserError(
-            f"distill.cache.exact_tokens: token id {beyond[0]} is not among the {vocab_size} ids that the teacher and "
-            "all members have in common; leave it out"
-        )
 
 
 def training_rows(recipe: Recipe, first_position: int, num_steps: int, num_blocks: int) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from cascade import parallel
-from cascade.cache_choice import Choice
-from cascade.caching import cache_folder
+from cascade.cache_choice import Choice, cache_folder
 from cascade.family import ResolvedMember
 from cascade.lock import existing
 from cascade.models.dims import dims_of

@@ -1,7 +1,6 @@
 """A parent that classifies, and the examples that it and its students read."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +8,6 @@ import torch
 from cascade.data.bad_rows import BadRows
 from cascade.data.examples import Examples, image_examples, read_examples, text_examples
 from cascade.data.labels import is_number, require_known_labels
-from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
-from cascade.distillation.supervision import Selection
-from cascade.distillation.trainer import distill
 from cascade.errors import UserError
 from cascade.evaluation.heldout import require_known_heldout_labels
 from cascade.inputs import classes_of, labelled_data
@@ -20,24 +16,17 @@ from cascade.models.architecture import (
     config_from_values,
     image_shape,
     is_classifier,
-    model_from_config,
     require_single_label,
 )
 from cascade.models.checkpoint import (
-    CHECKPOINT,
     check_weights,
     load_config,
     load_tokenizer,
-    load_with_new_head,
     resolve_model,
-    save_checkpoint,
 )
-from cascade.models.padding import set_padding, write_padding
+from cascade.models.padding import set_padding
 from cascade.models.vocabulary import require_ids
-from cascade.progress import OnStep
 from cascade.recipe.schema import Fit, Recipe
-from cascade.store import partial_of
-from cascade.training_options import cosine_schedule
 
 
 def made_dtype(recipe: Recipe) -> torch.dtype:
@@ -150,51 +139,6 @@ def new_padding(recipe: Recipe) -> str:
     tokenizer = load_tokenizer(source)
     changed = set_padding(load_config(source), tokenizer, f"parent.model: {recipe.parent.model}")
     return str(tokenizer.pad_token) if changed else ""
-
-
-def make_fitted(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
-    """The parent with its classes learned from the labels alone; its log as JSON lines."""
-    settings = recipe.parent.fit
-    if settings is None:
-        raise ValueError("the recipe's parent is not to be fitted")
-    config = fitted_config(recipe, settings)
-    torch.manual_seed(recipe.seed)
-    if settings.config:
-        tokenizer, model, padded = None, model_from_config(config), False
-    else:
-        source = resolve_model(recipe.parent.model, revision=recipe.parent.revision)
-        tokenizer = None if recipe.task == "image_classification" else load_tokenizer(source)
-        model = load_with_new_head(source, config)
-        padded = tokenizer is not None and set_padding(load_config(source), tokenizer, source.reference)
-    train, selection = (
-        examples_of(recipe, config, split, tokenizer, for_parent=True) for split in ("train", "selection")
-    )
-    distill(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        None,
-        train.labelled(),
-        num_tokens=settings.examples,
-        optimization=_optimization(settings, recipe.seed),
-        execution=Execution(microbatch_size=settings.microbatch_size),
-        selection=Selection(blocks=selection),
-        safekeeping=Safekeeping(state_folder=partial_of(folder)),
-        hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step),
-    )
-    companions = None if settings.config else source.folder
-    save_checkpoint(model, folder / CHECKPOINT, companions=companions, dtype=config.dtype)
-    if padded:
-        write_padding(folder / CHECKPOINT, tokenizer)
-
-
-def _optimization(settings: Fit, seed: int) -> Optimization:
-    rate = settings.learning_rate
-    return Optimization(
-        batch_size=settings.batch_size,
-        seed=seed,
-        learning_rate=(1e-3 if settings.config else 5e-5) if rate == "auto" else rate,
-        schedule=cosine_schedule(settings),
-        weight_decay=settings.weight_decay,
-    )
 
 
 def examples_of(

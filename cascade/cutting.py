@@ -31,8 +31,9 @@ from cascade.importance.statistics import Statistics, collect_statistics, load_s
 from cascade.models.checkpoint import CHECKPOINT, load_model, save_checkpoint
 from cascade.models.dims import dims_of
 from cascade.progress import OnStep
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import PruningPlan, load_plan, plan_pruning, save_plan
+from cascade.pruning.plan import PruningPlan, load_plan, save_plan
 from cascade.pruning.repair import Repair, repair
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe

@@ -28,7 +28,7 @@ from cascade.evaluation.heldout import (
 )
 from cascade.evaluation.retention import with_retention
 from cascade.evaluation.task_options import HarnessOptions, TaskOptions
-from cascade.inputs import as_guessed, framing_settings, text_data
+from cascade.inputs import as_guessed, evaluation_settings, text_data
 from cascade.models.architecture import reads_images
 from cascade.models.checkpoint import (
     ModelSource,
@@ -127,29 +127,6 @@ def evaluate_checkpoint(run: Run, stage: str, owner: str, output: Made, referenc
 def failures(failed: dict[str, str]) -> str:
     """What could not be measured, and why."""
     return "; ".join(f"{name} could not be measured: {why}" for name, why in failed.items())
-
-
-def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[str, Any]:
-    """What an evaluation's key takes from the recipe; the tasks' contents are an input."""
-    heldout = {
-        "heldout_blocks": recipe.evaluate.heldout_blocks,
-        "block_size": recipe.data.block_size,
-        "document_masks": recipe.data.masks_documents,
-        "text_field": recipe.data.text_field,
-        "messages_field": recipe.data.messages_field,
-        "template": recipe.data.template,
-    }
-    if not recipe.counts_examples:
-        heldout |= framing_settings(recipe)
-    if recipe.task != "language":
-        heldout |= {"task": recipe.task, "seed": recipe.seed}
-    if recipe.data.turns != "all":
-        heldout["turns"] = recipe.data.turns
-    if recipe.counts_examples:
-        heldout |= recipe.data.model_dump(include={"label_field", "image_field", "max_length"})
-    if heldout_only:
-        return heldout
-    return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}
 
 
 def make_drift(run: Run, folder: Path, on_step: OnStep) -> None:

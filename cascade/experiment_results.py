@@ -13,7 +13,7 @@ from cascade.inputs import data_fingerprint, production_fingerprint, task_finger
 from cascade.models.checkpoint import fingerprint, resolve_model
 from cascade.ownership import resolved_recipe
 from cascade.parent import existing_parent
-from cascade.plain_json import plain
+from cascade.plain_json import plain, read_json
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.names import owner_of
 from cascade.recipe.prune import Prune
@@ -21,7 +21,6 @@ from cascade.recipe.schema import Calibration, Recipe
 from cascade.report.block_sums import load_block_sums
 from cascade.report.rates import is_at_edge, load_rates
 from cascade.report.records import Row, family_of, load_family
-from cascade.stage_output import read_json
 from cascade.stage_table import STAGES
 from cascade.store import MANIFEST, read_manifest, write_atomically
 

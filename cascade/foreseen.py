@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade import parallel
-from cascade.caching import exact_ids, require_exact
+from cascade.cache_choice import exact_ids, require_exact
 from cascade.classifier import require_image_size
 from cascade.data.examples import image_examples, read_examples
 from cascade.data.framing import require_end_token

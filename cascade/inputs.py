@@ -138,3 +138,26 @@ def task_fingerprint(recipe: Recipe) -> str:
         arguments = {key: value for key, value in task["dataset_kwargs"].items() if key != "data_files"}
         digest.update(json.dumps(task | {"dataset_kwargs": arguments}, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def evaluation_settings(recipe: Recipe, *, heldout_only: bool = False) -> dict[str, Any]:
+    """What an evaluation's key takes from the recipe; the tasks' contents are an input."""
+    heldout = {
+        "heldout_blocks": recipe.evaluate.heldout_blocks,
+        "block_size": recipe.data.block_size,
+        "document_masks": recipe.data.masks_documents,
+        "text_field": recipe.data.text_field,
+        "messages_field": recipe.data.messages_field,
+        "template": recipe.data.template,
+    }
+    if not recipe.counts_examples:
+        heldout |= framing_settings(recipe)
+    if recipe.task != "language":
+        heldout |= {"task": recipe.task, "seed": recipe.seed}
+    if recipe.data.turns != "all":
+        heldout["turns"] = recipe.data.turns
+    if recipe.counts_examples:
+        heldout |= recipe.data.model_dump(include={"label_field", "image_field", "max_length"})
+    if heldout_only:
+        return heldout
+    return heldout | recipe.evaluate.model_dump(exclude={"task_folders", "at_least"}) | {"seed": recipe.seed}

@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 from cascade.context import Run
-from cascade.evaluating import evaluate_checkpoint, evaluation_settings, make_baseline
+from cascade.evaluating import evaluate_checkpoint, make_baseline
 from cascade.family import ResolvedMember
+from cascade.inputs import evaluation_settings
 from cascade.quantising import make_copies
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.schema import Recipe

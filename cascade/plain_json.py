@@ -25,3 +25,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, str | int | bool) or value is None:
         return value
     return plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else str(value)
+
+
+def read_json(path: Path) -> Any:
+    """What a stage has written."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from cascade import parallel
-from cascade.classifier import make_fitted, new_padding
+from cascade.classifier import new_padding
 from cascade.context import Run
-from cascade.evaluating import evaluation_settings, make_drift, make_evaluation
-from cascade.inputs import data_fingerprint, framing_settings, production_fingerprint, task_fingerprint
+from cascade.evaluating import make_drift, make_evaluation
+from cascade.inputs import (
+    data_fingerprint,
+    evaluation_settings,
+    framing_settings,
+    production_fingerprint,
+    task_fingerprint,
+)
 from cascade.models.checkpoint import (
     ModelSource,
     fingerprint,
@@ -18,12 +24,15 @@ from cascade.models.checkpoint import (
     resolve_model,
 )
 from cascade.models.dims import dims_of
-from cascade.parent import existing_parent, make_converted, make_pretrained
+from cascade.parent import existing_parent
+from cascade.pretraining import make_pretrained
 from cascade.recipe.schema import Recipe
 from cascade.report.production import DRIFT
 from cascade.report.skipped import SKIPPED, merged_skipped
 from cascade.report.write import resealed
 from cascade.runner import StageRunner
+from cascade.stage_convert import make_converted
+from cascade.stage_fit import make_fitted
 from cascade.stage_output import Checkpoint, Made
 from cascade.stages import CLASSIFYING, make_data, reads_logprobs
 from cascade.store import write_atomically

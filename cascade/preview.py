@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cascade.cache_choice import choose_cache, options_table, with_cache
-from cascade.caching import cache_folder
+from cascade.cache_choice import cache_folder, choose_cache, options_table, with_cache
 from cascade.cautions import cautions
 from cascade.checks import check_family
 from cascade.estimates import flops_of, parent_seconds
 from cascade.evaluation.harness import find_tasks
 from cascade.family import ResolvedMember, resolve_family, run_folder_of
 from cascade.foreseen import require_foreseen, rows_of_all
-from cascade.generating import check_generation, missing_answers
+from cascade.generation import check_generation, missing_answers
 from cascade.inputs import text_data
 from cascade.latencies import find_latencies
 from cascade.lock import existing

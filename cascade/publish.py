@@ -16,7 +16,7 @@ from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load
 from cascade.models.older_keys import add_older_keys
 from cascade.models.sentence_files import copy_sentence_files
 from cascade.ownership import resolved_recipe
-from cascade.plain_json import write_json
+from cascade.plain_json import read_json, write_json
 from cascade.recipe.names import owner_of
 from cascade.recipe.places import without_folders
 from cascade.recipe.schema import Recipe
@@ -31,7 +31,7 @@ from cascade.report.targets import TARGETS, load_targets
 from cascade.report.verdicts import VERDICTS, judge
 from cascade.report.write import resealed, write_family
 from cascade.rows import FinishedMember, RoundedCopy, copy_row, member_row
-from cascade.stage_output import Made, read_json
+from cascade.stage_output import Made
 from cascade.store import staged, verify_folder, write_atomically
 from cascade.yaml_reader import write_yaml
 

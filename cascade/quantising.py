@@ -35,11 +35,12 @@ from cascade.models.older_keys import add_older_keys
 from cascade.models.quantised import load_rounded, round_while_training
 from cascade.models.tensor_file import sort_metadata
 from cascade.models.value_range import require_held
+from cascade.plain_json import read_json
 from cascade.progress import OnStep
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.finish import Finish
 from cascade.rows import RoundedCopy
-from cascade.stage_output import Checkpoint, Input, read_json
+from cascade.stage_output import Checkpoint, Input
 from cascade.store import COST_FILE, partial_of, write_atomically
 from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
 

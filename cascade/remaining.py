@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cascade.errors import UserError
-from cascade.evaluating import evaluation_settings
 from cascade.family import FoundShape, ResolvedMember
+from cascade.inputs import evaluation_settings
+from cascade.plain_json import read_json
 from cascade.pruning.plan import load_plan
 from cascade.recipe.schema import Recipe
-from cascade.stage_output import read_json
 from cascade.stage_table import STAGES
 from cascade.store import INCOMPLETE, MANIFEST, is_committed, stage_key
 

@@ -21,8 +21,9 @@ from cascade.errors import UserError
 from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.forcing import Forced
+from cascade.plain_json import read_json
 from cascade.progress import OnStep, RunProgress
-from cascade.stage_output import Input, Made, committed, digest_of, read_cost, read_json
+from cascade.stage_output import Input, Made, committed, digest_of, read_cost
 from cascade.stage_table import REMAKE_POINTS, STAGES, Stage
 from cascade.store import (
     COST_FILE,

@@ -43,8 +43,9 @@ from cascade.models.dims import dims_of
 from cascade.models.head import require_head
 from cascade.models.positions import require_context
 from cascade.models.vocabulary import common_vocabulary, require_ids
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import config_of, load_plan, plan_pruning, save_plan
+from cascade.pruning.plan import config_of, load_plan, save_plan
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.repair import repair
 from cascade.pruning.rotation import require_rotatable, untied

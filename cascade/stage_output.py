@@ -1,11 +1,11 @@
 """What a stage leaves on the disk, and how the stages after it read that."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cascade.models.checkpoint import CHECKPOINT, ModelSource
+from cascade.plain_json import read_json
 from cascade.store import COST_FILE, output_digest
 
 
@@ -56,11 +56,6 @@ def committed(folder: Path) -> Made:
 def digest_of(value: Input) -> str:
     """What a stage's key takes of one of its inputs."""
     return value if isinstance(value, str) else value.digest
-
-
-def read_json(path: Path) -> Any:
-    """What a stage has written."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_cost(folder: Path) -> dict[str, Any]:

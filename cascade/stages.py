@@ -19,6 +19,7 @@ from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.framing import framing_of
 from cascade.data.prepare import prepare_blocks
+from cascade.distillation import sharding
 from cascade.distillation.options import Hooks, Optimization
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.supervision import Selection, Supervision
@@ -196,7 +197,7 @@ def make_recovered(
             hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step, on_log=on_log),
         )
     if parallel.world_size() > 1:
-        student = parallel.gathered(student, load_model(start.model.source))
+        student = sharding.gathered(student, load_model(start.model.source))
     if parallel.rank() > 0:
         return
     write_json(folder / "losses.json", {"loss": metrics.selection_loss, "kl_to_teacher": metrics.selection_kl})
@@ -301,4 +302,4 @@ def _own_teacher(teacher: nn.Module, parent: ModelSource) -> nn.Module:
     """Where several processes train, a teacher of the training's own: it is sharded, and others use theirs whole."""
     if parallel.world_size() == 1:
         return teacher
-    return parallel.shard(load_model(parent).to(default_device()).requires_grad_(False))
+    return sharding.shard(load_model(parent).to(default_device()).requires_grad_(False))

@@ -22,7 +22,8 @@ from cascade.models.architecture import (
 from cascade.models.checkpoint import CHECKPOINT, save_checkpoint
 from cascade.models.dims import ModelDims, dims_of
 from cascade.progress import OnStep
-from cascade.pruning.plan import PruningPlan, plan_pruning
+from cascade.pruning.choose import plan_pruning
+from cascade.pruning.plan import PruningPlan
 
 _OF_THE_TEXT = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "dtype")
 _OF_THE_IMAGE = ("image_size", "num_channels", "dtype")

@@ -21,8 +21,8 @@ from cascade.models.checkpoint import ModelSource, load_model, save_checkpoint
 from cascade.models.dims import config_with_dims, dims_of
 from cascade.models.twin import EPSILON_KEYS, twin_of
 from cascade.pruning import corrections, proof
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import plan_pruning
 from cascade.pruning.proof import proof_cuts, prove_cuts, random_scores, silenced_difference
 
 DECODERS = {

@@ -27,7 +27,7 @@ from cascade.models.checkpoint import (
 from cascade.models.dims import dims_of
 from cascade.models.loading import tell_once
 from cascade.parent import parent_config
-from cascade.pruning.plan import plan_pruning
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.stream import prune_on_disk
 from cascade.recipe.schema import Recipe
 

@@ -18,8 +18,8 @@ from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
 from cascade.models.dims import dims_of
 from cascade.models.twin import twin_of
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import plan_pruning
 from cascade.pruning.proof import random_scores
 from cascade.recipe.distill import Distill
 

@@ -159,7 +159,7 @@ def test_images_of_another_size_than_the_parents_are_refused(tmp_path):
 
 
 def test_exact_tokens_are_among_the_ids_that_all_models_have():
-    from cascade.caching import require_exact
+    from cascade.cache_choice import require_exact
 
     require_exact((3, 511), 512)
     with pytest.raises(UserError, match="exact_tokens: token id 512 is not among the 512 ids"):

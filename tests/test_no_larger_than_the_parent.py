@@ -13,8 +13,9 @@ from cascade.models.axes import probe_axes
 from cascade.models.dims import dims_of
 from cascade.parent import parent_config
 from cascade.preview import preview, preview_text
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.latency import DecodeLatency
-from cascade.pruning.plan import config_of, plan_pruning
+from cascade.pruning.plan import config_of
 from cascade.pruning.rotation import untied
 from cascade.pruning.shape import diverse_shapes, solve_shape
 from cascade.pruning.target import MEASURES, Target

@@ -29,7 +29,6 @@ from transformers import (
     RobertaModel,
 )
 
-from cascade.classifier import make_fitted
 from cascade.data.examples import Raw, text_examples
 from cascade.errors import UserError
 from cascade.evaluation.classes import class_logits
@@ -39,6 +38,7 @@ from cascade.models.padding import require_rows_apart, set_padding
 from cascade.preview import preview
 from cascade.recipe.load import load_recipe
 from cascade.run import run_recipe
+from cascade.stage_fit import make_fitted
 
 WORDS = "good bad fine poor film plot very not a the is was".split()
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -14,8 +14,9 @@ from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
 from cascade.models.axes import probe_axes
 from cascade.models.dims import config_with_dims, dims_of
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import load_plan, plan_pruning, save_plan
+from cascade.pruning.plan import load_plan, save_plan
 from cascade.pruning.proof import prove_cuts, random_scores, silence, silenced_difference
 from cascade.pruning.shape import TOLERANCES, legal_values, solve_shape
 from cascade.pruning.target import Target

@@ -27,8 +27,9 @@ from cascade.importance.scores import (
 from cascade.importance.statistics import collect_statistics, load_statistics, save_statistics
 from cascade.models.dims import dims_of
 from cascade.models.twin import twin_of
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import load_plan, plan_pruning, save_plan
+from cascade.pruning.plan import load_plan, save_plan
 from cascade.pruning.target import Target
 
 

@@ -18,8 +18,9 @@ from cascade.models.checkpoint import ModelSource, load_model, save_checkpoint
 from cascade.models.dims import dims_of
 from cascade.models.tensor_file import checkpoint_entries
 from cascade.models.twin import twin_of
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
-from cascade.pruning.plan import plan_pruning, save_plan
+from cascade.pruning.plan import save_plan
 from cascade.pruning.proof import proof_cuts, random_scores
 from cascade.pruning.stream import prune_on_disk
 

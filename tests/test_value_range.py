@@ -13,7 +13,7 @@ from cascade.models.checkpoint import load_config, load_model, resolve_model, sa
 from cascade.models.dims import dims_of
 from cascade.models.value_range import require_computable
 from cascade.parent import parent_config
-from cascade.pruning.plan import plan_pruning
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.stream import prune_on_disk
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"

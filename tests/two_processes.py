@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
+from cascade.distillation import sharding
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.optimizer import Optimizer
 from cascade.distillation.options import Features
@@ -39,7 +40,7 @@ def train(
     def noted_step(self: Optimizer) -> None:
         if not gradients:
             for name, parameter in student.named_parameters():
-                gradients[name] = parallel.whole(parameter.grad).clone().contiguous()
+                gradients[name] = sharding.whole(parameter.grad).clone().contiguous()
         step(self)
 
     Optimizer.step = noted_step
@@ -60,7 +61,7 @@ def train(
         learning_rate=rate, selection=make_blocks(count=4, seed=9), selection_every=5, state_folder=state,
         save_every_minutes=0, on_step=on_step, features=features, ema_decay=0.5,
     )  # fmt: skip
-    weights = {name: value.clone().contiguous() for name, value in parallel.whole_weights(student)}
+    weights = {name: value.clone().contiguous() for name, value in sharding.whole_weights(student)}
     if parallel.rank() == 0:
         save_file(weights, output / "weights.safetensors")
         save_file(gradients, output / "gradients.safetensors")

@@ -12,6 +12,7 @@ from test_cache import KINDS, opened
 from cascade import parallel
 from cascade.cache.label import label
 from cascade.cache.reader import CachedTargets
+from cascade.distillation import sharding
 from cascade.models.head import Head, head_of
 
 
@@ -21,12 +22,12 @@ def main(output: Path, kind: str) -> None:
     layout, blocks, whole = KINDS[kind], make_blocks(13), make_model(seed=1)
     weight = head_of(whole).weight.detach().clone()
     windows = opened(output / "cache", layout, whole)
-    teacher = parallel.shard(whole)
+    teacher = sharding.shard(whole)
     done = label(windows, layout, teacher, blocks)
     targets = CachedTargets(windows, layout, blocks, Head(weight, None))
     student = make_model(seed=2)
     distill_with(student, teacher, blocks, num_tokens=8 * 16 * 4, batch_size=8, microbatch_size=2, targets=targets)
-    weights = {name: value.clone().contiguous() for name, value in parallel.whole_weights(student)}
+    weights = {name: value.clone().contiguous() for name, value in sharding.whole_weights(student)}
     if parallel.rank() == 0:
         save_file(weights, output / "weights.safetensors")
         (output / "done.json").write_text(json.dumps({"made": done.made, "windows": done.windows}))

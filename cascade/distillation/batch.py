@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
 from cascade.data.targets import DrawnTargets, HiddenTargets, ListedTargets, StoredTargets
+from cascade.distillation import sharding
 from cascade.distillation.classes import example_losses
 from cascade.distillation.embeddings import embedding_losses
 from cascade.distillation.features import FeatureLoss, Seen
@@ -177,7 +177,7 @@ def selection_losses(
         sums[1] += found.divergence.sum().item()
         count += len(found.divergence)
     student.train()
-    parallel.reshard(student)
+    sharding.reshard(student)
     losses = {"selection_loss": sums[0] / count}
     return losses if teacher is None else losses | {"selection_kl": sums[1] / count}
 

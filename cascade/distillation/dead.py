@@ -4,7 +4,7 @@ import logging
 
 from torch import nn
 
-from cascade import parallel
+from cascade.distillation import sharding
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +14,7 @@ def zero_matrices(student: nn.Module) -> dict[str, float]:
     names = [
         name
         for name, weight in student.named_parameters()
-        if weight.dim() > 1 and not parallel.is_sharded(weight) and not bool(weight.any())
+        if weight.dim() > 1 and not sharding.is_sharded(weight) and not bool(weight.any())
     ]
     if names:
         logger.warning("all zero before the first step: %s", ", ".join(names))

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from cascade import parallel
+from cascade.distillation import sharding
 from cascade.distillation.log import TrainingLog
 from cascade.distillation.options import Safekeeping
 from cascade.distillation.state import Progress, States, Trained, load_state
@@ -23,7 +24,7 @@ RECORD = "not_finite.json"
 def gradient_norm(trained: Trained, max_grad_norm: float) -> float:
     """The norm of a step's gradients, which are clipped to at most `max_grad_norm`."""
     clipped = nn.utils.clip_grad_norm_(trained.student.parameters(), max_grad_norm)
-    return float(parallel.whole(clipped))
+    return float(sharding.whole(clipped))
 
 
 def unfinished(losses: dict[str, float]) -> bool:

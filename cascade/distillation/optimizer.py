@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade import parallel
+from cascade.distillation import sharding
 from cascade.distillation.options import OPTIMIZERS
 from cascade.errors import UserError
 from cascade.models.axes import probe_axes
@@ -43,7 +44,7 @@ class Optimizer:
         for part in self.parts:
             for parameter, state in part.state.items():
                 for key, value in state.items():
-                    if hasattr(value, "__tensor_flatten__") and not parallel.is_sharded(value):
+                    if hasattr(value, "__tensor_flatten__") and not sharding.is_sharded(value):
                         for inner in value.__tensor_flatten__()[0]:
                             yield f"{key}@{inner}", parameter, getattr(value, inner)
                     else:

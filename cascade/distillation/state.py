@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade import parallel
+from cascade.distillation import sharding
 from cascade.distillation.average import Average
 from cascade.distillation.optimizer import Optimizer
 from cascade.errors import DiskError
@@ -132,13 +133,13 @@ def _states(folder: Path) -> list[Path]:
 
 def _tensors(trained: Trained) -> dict[str, Tensor]:
     """Full tensors by name; parameters that share their storage once."""
-    tensors = {f"weight.{name}": value.contiguous() for name, value in parallel.whole_weights(trained.student)}
+    tensors = {f"weight.{name}": value.contiguous() for name, value in sharding.whole_weights(trained.student)}
     names: dict[Tensor, str] = {value: name for name, value in trained.student.named_parameters()}
     for key, parameter, value in trained.optimizer.tensors():
-        tensors[f"optimizer.{key}.{names[parameter]}"] = parallel.whole(value).contiguous()
+        tensors[f"optimizer.{key}.{names[parameter]}"] = sharding.whole(value).contiguous()
     if trained.average is not None:
         for name, value in trained.average.values.items():
-            tensors[f"average.{name}"] = parallel.whole(value).contiguous()
+            tensors[f"average.{name}"] = sharding.whole(value).contiguous()
     return tensors | {f"buffer.{name}": value.contiguous() for name, value in trained.buffer.items()}
 
 
@@ -149,13 +150,13 @@ def _restore(tensors: dict[str, Tensor], trained: Trained) -> None:
     else:  # a state of the start
         trained.optimizer.forget()
     for name, weight in trained.student.named_parameters():
-        parallel.copy_into(weight, tensors[f"weight.{name}"])
+        sharding.copy_into(weight, tensors[f"weight.{name}"])
     names: dict[Tensor, str] = {value: name for name, value in trained.student.named_parameters()}
     for key, parameter, value in trained.optimizer.tensors():
-        parallel.copy_into(value, tensors[f"optimizer.{key}.{names[parameter]}"])
+        sharding.copy_into(value, tensors[f"optimizer.{key}.{names[parameter]}"])
     if trained.average is not None:
         for name, value in trained.average.values.items():
-            parallel.copy_into(value, tensors[f"average.{name}"])
+            sharding.copy_into(value, tensors[f"average.{name}"])
     trained.buffer.clear()
     kept = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}
     trained.buffer.update(kept)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
+from cascade.distillation import sharding
 from cascade.distillation.batch import batch_losses, sums_of
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.options import Objective
@@ -131,7 +132,7 @@ def _losses(
     share = parallel.world_size() / total_valid
     for number, part in enumerate(parts):
         failpoint("distill.microbatch")
-        parallel.sync_gradients(task.student, number == len(parts) - 1)
+        sharding.sync_gradients(task.student, number == len(parts) - 1)
         found = batch_losses(task.student, task.teacher, part, task.objective, task.features, keep=task.keep)
         if scales is not None:
             loss: Any = found.fused.loss

@@ -17,6 +17,7 @@ from cascade import parallel
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
 from cascade.data.order import blocks_at
+from cascade.distillation import sharding
 from cascade.distillation.average import Average
 from cascade.distillation.batch import selection_losses
 from cascade.distillation.computing import computed
@@ -87,7 +88,7 @@ def distill(
     """
     _require_teacher(teacher, supervision)
     parallel.require_even(optimization.batch_size)
-    student, teacher = parallel.shard(student), parallel.shard(teacher)
+    student, teacher = sharding.shard(student), sharding.shard(teacher)
     trained = _trained(student, optimization)
     training = _Training(
         student=student,

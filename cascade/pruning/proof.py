@@ -23,9 +23,10 @@ from cascade.importance.scores import Scores
 from cascade.models.axes import ModelAxes, probe_axes
 from cascade.models.dims import dims_of
 from cascade.models.twin import twin_of
+from cascade.pruning.choose import plan_pruning
 from cascade.pruning.corrections import stream_is_centred_by_norms
 from cascade.pruning.cut import kept_rows, prune
-from cascade.pruning.plan import PruningPlan, plan_pruning
+from cascade.pruning.plan import PruningPlan
 
 PROOF_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that counts as equal in float32."""

@@ -98,8 +98,8 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
     from cascade.importance.statistics import collect_statistics
     from cascade.models.axes import probe_axes
     from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+    from cascade.pruning.choose import plan_pruning
     from cascade.pruning.cut import prune
-    from cascade.pruning.plan import plan_pruning
     from cascade.pruning.repair import Repair, repair
     from cascade.pruning.rotation import untied
     from cascade.pruning.shape import diverse_shapes, solve_shape

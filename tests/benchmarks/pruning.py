@@ -92,8 +92,8 @@ def cut_seconds(contender: str, depth: int, rounds: int) -> list[float]:
 
     from cascade.models import axes
     from cascade.models.dims import dims_of
+    from cascade.pruning.choose import plan_pruning
     from cascade.pruning.cut import prune
-    from cascade.pruning.plan import plan_pruning
     from cascade.pruning.proof import prove_cuts, random_scores
 
     torch.manual_seed(0)

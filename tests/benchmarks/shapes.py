@@ -134,8 +134,8 @@ class Setting:
         from cascade.family import shape_config
         from cascade.importance.scores import score_importance
         from cascade.models.dims import dims_of
+        from cascade.pruning.choose import plan_pruning
         from cascade.pruning.cut import prune
-        from cascade.pruning.plan import plan_pruning
         from cascade.pruning.repair import Repair, repair
 
         hidden, calibration = "pca" if row["rotated"] else "activation_norm", self.calibration.take(64)
