@@ -1,5 +1,6 @@
 """The stages that measure: what each reads, and what it writes."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,27 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cascade import parallel
 from cascade.classifier import examples_of
 from cascade.context import Run
 from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.data.examples import load_training
-from cascade.data.sources import read_documents
 from cascade.errors import RunError
-from cascade.evaluation.drift import lengths, uncertainty, unlikeness
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import (
     PRODUCTION_METRICS,
     block_metrics,
     heldout_blocks,
     heldout_examples,
-    heldout_report,
-    production_documents,
     sample_blocks,
 )
 from cascade.evaluation.retention import with_retention
 from cascade.evaluation.task_options import HarnessOptions, TaskOptions
-from cascade.inputs import as_guessed, evaluation_settings, text_data
+from cascade.inputs import (
+    as_guessed,
+    evaluation_settings,
+    text_data,
+)
 from cascade.models.architecture import reads_images
 from cascade.models.checkpoint import (
     ModelSource,
@@ -41,15 +42,12 @@ from cascade.plain_json import write_json
 from cascade.progress import OnStep
 from cascade.recipe.schema import Recipe
 from cascade.report.block_sums import BLOCK_SUMS
-from cascade.report.production import DRIFT
 from cascade.report.records import metrics_of
-from cascade.report.skipped import SKIPPED
+from cascade.report.skipped import SKIPPED, merged_skipped
+from cascade.report.write import resealed
 from cascade.secrets import redact_all
 from cascade.stage_output import Made
-from cascade.store import COST_FILE, INCOMPLETE, partial_of
-
-_TRAINING_BLOCKS = 2048
-"""Of the training text, for other texts to be compared with."""
+from cascade.store import COST_FILE, INCOMPLETE, partial_of, write_atomically
 
 _SHOWN_TOKENS, _SHOWN_LETTERS = 64, 80
 
@@ -68,7 +66,7 @@ def make_evaluation(run: Run, checkpoint: ModelSource, reference: Path | None, f
     recipe, vocab_size, trained_with = run.recipe, run.vocab_size, run.parent.source
     teacher = None if run.parent_evaluation is None else run.teacher()
     bad = text_data(recipe.data).bad_row_counter()
-    heldout = _heldout(recipe, checkpoint, bad, vocab_size=vocab_size)
+    heldout = heldout_text(recipe, checkpoint, bad, vocab_size=vocab_size)
     result = evaluate(
         checkpoint,
         tasks=_task_options(recipe, partial_of(folder) / "tasks"),
@@ -82,7 +80,7 @@ def make_evaluation(run: Run, checkpoint: ModelSource, reference: Path | None, f
         raise RunError(f"the parent's evaluation: {failures(result.failed)}")
     if recipe.data.production:
         model = load_model(checkpoint).to(default_device())
-        production = _production(recipe, checkpoint, bad, vocab_size=vocab_size)
+        production = production_text(recipe, checkpoint, bad, vocab_size=vocab_size)
         metrics, _ = block_metrics(model, teacher, production, vocab_size=vocab_size)
         result.metrics.extend(
             replace(metric, task="production") for metric in metrics if metric.metric in PRODUCTION_METRICS
@@ -129,39 +127,15 @@ def failures(failed: dict[str, str]) -> str:
     return "; ".join(f"{name} could not be measured: {why}" for name, why in failed.items())
 
 
-def make_drift(run: Run, folder: Path, on_step: OnStep) -> None:
-    """drift.json: production text beside the recipe's held-out text, against the training text and for the teacher."""
-    recipe, parent, teacher = run.recipe, run.parent.source, run.teacher()
-    texts = {"heldout": _heldout(recipe, parent), "production": _production(recipe, parent)}
-    train = load_training(run.data.folder / "train.safetensors")
-    if not isinstance(train, TokenBlocks):
-        raise ValueError("production text is compared with blocks of tokens")
-    # Of both texts as many tokens, or the longer would have more that is new; of the training text many more.
-    count = min(len(blocks) for blocks in texts.values())
-    others = [_ids(blocks.take(count)) for blocks in texts.values()]
-    known = _ids(train.take(max(count, _TRAINING_BLOCKS)))
-    vocab_size = int(load_config(parent).get_text_config().vocab_size)
-    source = text_data(recipe.data)
-    documents = {
-        "heldout": read_documents(source, "selection"),
-        "production": production_documents(source, recipe.data.production),
-    }
-    record = {
-        "text": {kind: unlikeness(known, ids, vocab_size) for kind, ids in zip(texts, others, strict=True)},
-        "teacher": {kind: uncertainty(teacher, blocks) for kind, blocks in texts.items()},
-        "letters": {kind: lengths(texts_of_kind) for kind, texts_of_kind in documents.items()},
-    }
-    write_json(folder / DRIFT, record)
-
-
-def _ids(blocks: TokenBlocks) -> Tensor:
+def block_ids(blocks: TokenBlocks) -> Tensor:
     """The text's own ids [T], also where they are hidden from the model."""
     return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten()
 
 
-def _production(
+def production_text(
     recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None, *, vocab_size: int | None = None
 ) -> TokenBlocks:
+    """The blocks of production text, as the recipe's task reads them; rows left out are counted in `bad`."""
     tokenizer, rows = load_tokenizer(checkpoint), load_config(checkpoint).get_text_config().vocab_size
     blocks = sample_blocks(
         text_data(recipe.data),
@@ -176,16 +150,6 @@ def _production(
     return as_guessed(recipe, blocks, "heldout", tokenizer, vocab_size or rows)
 
 
-def make_baseline(run: Run, checkpoint: ModelSource, folder: Path, on_step: OnStep) -> None:
-    """Held-out metrics of a model that is only there to be compared with, and its heldout_blocks.json."""
-    teacher, model = run.teacher(), load_model(checkpoint).to(default_device())
-    heldout = _heldout(run.recipe, run.parent.source, vocab_size=run.vocab_size)
-    report = heldout_report(model, teacher, heldout, vocab_size=run.vocab_size)
-    write_json(folder / "eval.json", {"metrics": report.metrics, "items": {}})
-    if report.blocks is not None:
-        write_json(folder / BLOCK_SUMS, report.blocks)
-
-
 def _with_beginnings(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[str, Any]:
     """The long tail with blocks by how they begin, instead of by their numbers."""
     if not isinstance(heldout, TokenBlocks):
@@ -194,14 +158,15 @@ def _with_beginnings(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource
     slices = []
     for block in tail["slices"]:
         row = torch.tensor([int(block["slice"])])
-        text = tokenizer.decode(_ids(heldout.rows(row))[:_SHOWN_TOKENS])
+        text = tokenizer.decode(block_ids(heldout.rows(row))[:_SHOWN_TOKENS])
         slices.append(block | {"slice": " ".join(text.split())[:_SHOWN_LETTERS]})
     return tail | {"slices": slices}
 
 
-def _heldout(
+def heldout_text(
     recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None, *, vocab_size: int | None = None
 ) -> Any:
+    """The held-out blocks, or examples, as the recipe's task reads them; rows left out are counted in `bad`."""
     config = load_config(checkpoint)
     tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
     if recipe.counts_examples:
@@ -217,3 +182,30 @@ def _heldout(
     limit = vocab_size or int(config.get_text_config().vocab_size)
     require_ids(blocks.input_ids, limit, tokenizer, "the held-out text")
     return as_guessed(recipe, blocks, "heldout", tokenizer, limit)
+
+
+def evaluate_parent(run: Run) -> Made:
+    """The parent's own evaluation; skipped.json in the run directory lists the rows of text that were left out."""
+    evaluation = run.runner.make(
+        "evaluate",
+        "parent",
+        settings=evaluation_settings(run.recipe),
+        inputs=run.evaluation_inputs(),
+        write=partial(make_evaluation, run, run.parent.source, None),
+    )
+    if parallel.rank() == 0:
+        skipped = merged_skipped({"training text": run.data.folder, "held-out text": evaluation.folder})
+        write_beside(run.folder, SKIPPED, json.dumps(skipped, indent=1) + "\n" if skipped else "")
+    return evaluation
+
+
+def write_beside(run_folder: Path, name: str, text: str) -> None:
+    """A file of the run directory that says what a stage did; without text there is none."""
+    path = run_folder / name
+    if text == (path.read_text(encoding="utf-8") if path.exists() else ""):
+        return
+    with resealed(run_folder):
+        if text:
+            write_atomically(path, text)
+        else:
+            path.unlink()

@@ -1,5 +1,6 @@
 """A parent from nothing: a byte-level BPE tokenizer and a model trained by cross-entropy alone."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from cascade.data.sources import read_documents
 from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
 from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import TrainingMetrics, distill
-from cascade.inputs import as_guessed, text_data
+from cascade.inputs import as_guessed, data_fingerprint, text_data
 from cascade.models.architecture import model_from_config
 from cascade.models.checkpoint import (
     CHECKPOINT,
+    ModelSource,
     save_checkpoint,
 )
 from cascade.models.positions import usable_context
 from cascade.parent import parent_config
 from cascade.progress import OnStep
 from cascade.recipe.schema import Pretrain, Recipe
+from cascade.runner import StageRunner
 from cascade.store import partial_of
 from cascade.training_options import cosine_schedule
 
@@ -133,3 +136,26 @@ def _optimization(settings: Pretrain, seed: int) -> Optimization:
         schedule=cosine_schedule(settings),
         weight_decay=settings.weight_decay,
     )
+
+
+def pretrained_parent(runner: StageRunner, recipe: Recipe, settings: Pretrain) -> ModelSource:
+    """The parent that is trained from nothing, as the stage pretrain leaves it."""
+    key_settings = settings.model_dump(exclude={"microbatch_size"}) | {
+        "seed": recipe.seed,
+        "dtype": recipe.save.dtype,
+        "text_field": recipe.data.text_field,
+        "weights": recipe.data.weights,
+        "document_masks": recipe.data.masks_documents,
+    }
+    if key_settings["optimizer"] == "adamw":  # runs from before there was a choice stay finished
+        del key_settings["optimizer"]
+    if recipe.task == "masked_language":
+        key_settings |= {"task": recipe.task, "mask_copies": recipe.data.mask_copies}
+    pretrained = runner.make(
+        "pretrain",
+        "parent",
+        settings=key_settings,
+        inputs={"source": data_fingerprint(recipe.data)},
+        write=partial(make_pretrained, recipe),
+    )
+    return pretrained.model(recipe.name).source

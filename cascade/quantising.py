@@ -12,7 +12,6 @@ from torch import nn
 from transformers import GenerationConfig
 
 from cascade.context import Run
-from cascade.cutting import load_selection
 from cascade.data.examples import load_training
 from cascade.distillation.options import Hooks
 from cascade.distillation.range_test import find_learning_rate
@@ -40,6 +39,7 @@ from cascade.progress import OnStep
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.finish import Finish
 from cascade.rows import RoundedCopy
+from cascade.stage_data import load_selection
 from cascade.stage_output import Checkpoint, Input
 from cascade.store import COST_FILE, partial_of, write_atomically
 from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of

@@ -14,6 +14,7 @@ from cascade.checks import check_family, require_one_process
 from cascade.classifier import check_labels
 from cascade.errors import RunError, UserError
 from cascade.estimates import parent_seconds
+from cascade.evaluating import evaluate_parent
 from cascade.evaluation.task_files import write_task_files
 from cascade.events import append_event
 from cascade.failpoints import at
@@ -25,12 +26,12 @@ from cascade.generating import load_filter, reading, run_generation
 from cascade.inputs import framing_settings
 from cascade.latencies import find_latencies, keep_latencies
 from cascade.lock import locked
-from cascade.member import make_label_stage, make_member
+from cascade.member import make_member
 from cascade.models.checkpoint import load_config
 from cascade.origins import check_licences
 from cascade.ownership import check_ownership, pinned_seeds, resolved_recipe
 from cascade.parent import parent_config
-from cascade.preparing import compare_with_production, evaluate_parent, make_parent, prepare
+from cascade.preparing import make_parent, prepare
 from cascade.progress import RunProgress
 from cascade.pruning.latency import DecodeLatency
 from cascade.publish import publish_copies, publish_member, write_report
@@ -41,6 +42,8 @@ from cascade.room import require_room_for
 from cascade.rows import FinishedMember, candidate_rows, teacher_row
 from cascade.runner import StageRunner
 from cascade.seeding import find_shape
+from cascade.stage_drift import compare_with_production
+from cascade.stage_labels import make_label_stage
 from cascade.stage_table import REMAKE_POINTS
 from cascade.store import MANIFEST, write_atomically
 from cascade.yaml_reader import write_yaml

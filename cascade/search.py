@@ -6,21 +6,43 @@ A shape that looks best right after the cut is often not the best after some tra
 judged by short recoveries. Each candidate is a stage of its own: found again by a rerun, and never tried twice.
 """
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from cascade.caching import training_rows
 from cascade.context import Run
-from cascade.cutting import Base, cut_inputs, make_candidate
-from cascade.errors import UserError
+from cascade.data.blocks import TokenBlocks
+from cascade.data.examples import load_training
+from cascade.distillation.options import Hooks
+from cascade.distillation.range_test import usual_rate
+from cascade.distillation.trainer import distill
+from cascade.errors import DivergedError, NotFiniteError, UserError
 from cascade.estimates import short_recovery
+from cascade.evaluation.evaluate import default_device
 from cascade.family import FoundShape, ResolvedMember, shape_config
-from cascade.models.checkpoint import load_config
+from cascade.models.checkpoint import load_config, load_model
+from cascade.progress import OnStep
+from cascade.pruning.cut import prune
+from cascade.pruning.plan import PruningPlan
+from cascade.pruning.repair import repair
 from cascade.pruning.shape import diverse_shapes
-from cascade.recipe.distill import WITHOUT_EFFECT
+from cascade.recipe.distill import WITHOUT_EFFECT, Distill
 from cascade.recipe.schema import Recipe
+from cascade.stage_cut import Base, cut_inputs, load_plans, losses_on_selection, plan_shape, write_losses
+from cascade.stage_data import load_calibration
 from cascade.stage_output import Made
+from cascade.stage_repair import REPAIRS
+from cascade.stage_training import feature_loss
+from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,3 +140,76 @@ def candidate_settings(recipe: Recipe) -> dict[str, Any]:
         recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
     )
     return recipe.prune.model_dump(exclude={"search"}) | {"distill": distill, "seed": recipe.seed}
+
+
+def make_candidate(
+    run: Run,
+    member: ResolvedMember,
+    base: Base,
+    shape: FoundShape,
+    num_tokens: int,
+    folder: Path,
+    on_step: OnStep,
+) -> None:
+    """losses.json of one shape on selection blocks: cut and repaired, then recovered on `num_tokens` tokens (or 0)."""
+    teacher, device = run.teacher(), default_device()
+    model = load_model(base.model.source).to(device)
+    plan = plan_shape(run, base, model, shape)
+    student = prune(model, plan).to(device)
+    settings = run.recipe.prune.repair
+    if settings.method != "none":
+        blocks = load_calibration(run, settings.num_blocks)
+        how = REPAIRS["independent" if settings.method == "independent" else "sequential"]
+        repair(student, model, plan, blocks, how, batch_size=run.recipe.calibration.batch_size)
+    losses: dict[str, Any] = {"repaired": losses_on_selection(run, student, teacher), "recovered": None}
+    if num_tokens and run.recipe.distill is not None:
+        before = load_plans(base.lineage)
+        plans = None if before is None else [*before, plan]
+        losses["recovered"] = _recover_shortly(run, member, student, plans, num_tokens, on_step)
+    write_losses(folder / "losses.json", losses)
+
+
+def _recover_shortly(
+    run: Run,
+    member: ResolvedMember,
+    student: nn.Module,
+    plans: Sequence[PruningPlan] | None,
+    num_tokens: int,
+    on_step: OnStep,
+) -> dict[str, Any]:
+    """Losses of a candidate after a short recovery, None where it diverged; `plans` lead from the teacher to it."""
+    recipe, settings = run.recipe, run.recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
+    expert = run.expert()
+    train = load_training(run.data.folder / "train.safetensors")
+    rate = _finalist_rate(settings, num_tokens / train.block_size, member.optimizer)
+    supervision = supervision_of(settings, run.vocab_size)
+    if run.cache is not None and expert is not None and isinstance(train, TokenBlocks):
+        num_steps = math.ceil(num_tokens / (settings.batch_size * train.block_size))
+        targets = run.cache.targets(expert, train, training_rows(recipe, 0, num_steps, len(train)))
+        supervision = replace(supervision, objective=run.cache.objective(supervision.objective), targets=targets)
+    features = feature_loss(recipe, plans, student, expert, num_tokens)
+    try:
+        distill(
+            student,
+            expert,
+            train,
+            num_tokens=num_tokens,
+            supervision=replace(supervision, features=features),
+            optimization=optimization_of(settings, learning_rate=rate, optimizer=member.optimizer, seed=recipe.seed),
+            execution=execution_of(settings),
+            safekeeping=safekeeping_of(settings),
+            hooks=Hooks(on_step=on_step),
+        )
+        return losses_on_selection(run, student, run.teacher())
+    except (NotFiniteError, DivergedError) as error:  # of one shape among several: it is the last of them
+        logger.warning("a shape that was tried ran off when it was recovered shortly: %s", error)
+        return {"loss": None, "kl_to_teacher": None}
+
+
+def _finalist_rate(settings: Distill, num_blocks: float, optimizer: str) -> float:
+    """A shape's rate is not searched for: all of them take the same."""
+    if settings.learning_rate == "auto":
+        return usual_rate(math.ceil(num_blocks / settings.batch_size), optimizer)
+    return settings.learning_rate

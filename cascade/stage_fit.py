@@ -1,18 +1,24 @@
 """A parent that learns its classes here: the stage fit."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from cascade.classifier import examples_of, fitted_config
+from cascade.classifier import examples_of, fitted_config, new_padding
 from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
 from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import distill
+from cascade.inputs import (
+    data_fingerprint,
+)
 from cascade.models.architecture import (
     model_from_config,
 )
 from cascade.models.checkpoint import (
     CHECKPOINT,
+    ModelSource,
+    fingerprint,
     load_config,
     load_tokenizer,
     load_with_new_head,
@@ -22,6 +28,7 @@ from cascade.models.checkpoint import (
 from cascade.models.padding import set_padding, write_padding
 from cascade.progress import OnStep
 from cascade.recipe.schema import Fit, Recipe
+from cascade.runner import StageRunner
 from cascade.store import partial_of
 from cascade.training_options import cosine_schedule
 
@@ -69,3 +76,23 @@ def _optimization(settings: Fit, seed: int) -> Optimization:
         schedule=cosine_schedule(settings),
         weight_decay=settings.weight_decay,
     )
+
+
+def fitted_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
+    """The parent whose classes are learned here, as the stage fit leaves it."""
+    data, model = recipe.data, recipe.parent.model
+    settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
+    settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
+    token = new_padding(recipe)
+    settings |= {"pad_token": token} if token else {}
+    fitted = runner.make(
+        "fit",
+        "parent",
+        settings=settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
+        inputs={
+            "source": data_fingerprint(data.model_copy(update={"unlabelled": []})),
+            "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
+        },
+        write=partial(make_fitted, recipe),
+    )
+    return fitted.model(model or recipe.name).source

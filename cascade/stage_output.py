@@ -63,3 +63,14 @@ def read_cost(folder: Path) -> dict[str, Any]:
     path = folder / COST_FILE
     cost: dict[str, Any] = read_json(path) if path.exists() else {}
     return cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a member's training starts from."""
+
+    model: Checkpoint
+    cut: Made | None = None
+    repaired: Made | None = None
+    lineage: list[Made] | None = None
+    """The cuts from the parent to it; None where it was not cut from the parent."""

@@ -1,6 +1,5 @@
 """What a student starts from besides a cut by scores: random weights of any shape, or whole layers of its seed."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +13,11 @@ from cascade.models.architecture import (
     config_from_values,
     guesses,
     is_classifier,
-    model_from_config,
     own_names,
     reads_images,
     require_single_label,
 )
-from cascade.models.checkpoint import CHECKPOINT, save_checkpoint
 from cascade.models.dims import ModelDims, dims_of
-from cascade.progress import OnStep
 from cascade.pruning.choose import plan_pruning
 from cascade.pruning.plan import PruningPlan
 
@@ -65,12 +61,6 @@ def require_same_classes(config: Any, parent_config: Any, name: str) -> None:
         ours, theirs = getattr(config, key, None), getattr(parent_config, key, None)
         if ours != theirs:
             raise UserError(f"members: {name}: the student's {key} is {ours}, the teacher's {theirs}")
-
-
-def make_random(config: Any, seed: int, folder: Path, on_step: OnStep) -> None:
-    """A checkpoint of the config in float32, its weights as transformers initialises them."""
-    torch.manual_seed(seed)
-    save_checkpoint(model_from_config(config), folder / CHECKPOINT, companions=None, dtype=torch.float32)
 
 
 def even_layers(num_layers: int, num_kept: int) -> list[int]:

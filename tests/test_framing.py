@@ -198,7 +198,7 @@ def test_texts_that_are_read_one_by_one_are_calibrated_as_they_are_read(tmp_path
     from types import SimpleNamespace
 
     from cascade.data.blocks import load_blocks
-    from cascade.stages import make_data
+    from cascade.stage_data import make_data
 
     texts = ["".join("abcdefghij"[int(digit)] for digit in str(n * 7_919 + 10**9)) for n in range(300)]
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)

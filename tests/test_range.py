@@ -103,11 +103,12 @@ def test_the_tries_leave_the_student_as_it_is_and_the_found_rate_beats_far_ones(
 
 
 def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_folder, tmp_path, monkeypatch):
-    from cascade import cutting
+    from cascade import search
     from cascade.context import Run
     from cascade.models.checkpoint import ModelSource
     from cascade.recipe.load import load_recipe
     from cascade.search import Candidate
+    from cascade.stage_cut import Base
     from cascade.stage_output import Checkpoint, Made
 
     recipe = load_recipe(recipe_folder / "tiny.yaml", ["prune.repair.method=none", "distill.on_divergence=stop"])
@@ -116,16 +117,16 @@ def test_a_shape_whose_short_recovery_ran_off_is_the_last_of_those_tried(recipe_
         raise DivergedError("the loss has climbed")
 
     model = torch.nn.Linear(1, 1)
-    for name, value in (("_plan", None), ("prune", model), ("load_model", model),
-                        ("load_training", SimpleNamespace(block_size=16)), ("feature_loss", None), ("_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
-        monkeypatch.setattr(cutting, name, lambda *args, value=value, **options: value)
-    monkeypatch.setattr(cutting, "distill", runs_off)
+    for name, value in (("plan_shape", None), ("prune", model), ("load_model", model),
+                        ("load_training", SimpleNamespace(block_size=16)), ("feature_loss", None), ("losses_on_selection", {"kl_to_teacher": 0.5})):  # fmt: skip
+        monkeypatch.setattr(search, name, lambda *args, value=value, **options: value)
+    monkeypatch.setattr(search, "distill", runs_off)
     parent = Checkpoint(ModelSource(tmp_path, "parent"), "")
     texts = {"source": "", "tasks": "", "production": "", "data": Made(tmp_path, "")}
     run = Run(recipe=recipe, runner=None, parent=parent, teachers=[model], **texts)
-    base, member = cutting.Base(model=parent, lineage=None), SimpleNamespace(optimizer="adamw")
+    base, member = Base(model=parent, lineage=None), SimpleNamespace(optimizer="adamw")
     (tmp_path / "ran-off").mkdir()
-    cutting.make_candidate(run, member, base, None, 64, tmp_path / "ran-off", None)
+    search.make_candidate(run, member, base, None, 64, tmp_path / "ran-off", None)
     (tmp_path / "poor").mkdir()
     (tmp_path / "poor" / "losses.json").write_text('{"repaired": {"kl_to_teacher": 9.0}, "recovered": null}')
     tried = [Candidate(None, None, [Made(tmp_path / name, "")]) for name in ("ran-off", "poor")]

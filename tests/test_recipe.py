@@ -261,9 +261,9 @@ def test_a_family_of_encoders_is_refused_before_anything_is_made(tmp_path):
 def test_where_a_head_of_its_own_is_too_large_only_the_cut_without_rotation_is_tried(tmp_path):
     import transformers
 
-    from cascade.cutting import Base
     from cascade.models.checkpoint import resolve_model
     from cascade.search import search_shape
+    from cascade.stage_cut import Base
     from cascade.stage_output import Checkpoint, Made
 
     parent = _saved_config(

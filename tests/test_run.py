@@ -200,7 +200,7 @@ def test_killed_while_training_it_goes_on_from_the_last_state_to_the_same_bits(
 
 
 def test_killed_inside_a_stage_leaves_nothing_half_done(tiny_recipe, tiny_family, tmp_path, monkeypatch):
-    from cascade import member
+    from cascade import stage_recover
 
     def dies(*rest):
         folder, _ = rest[-2:]
@@ -210,7 +210,7 @@ def test_killed_inside_a_stage_leaves_nothing_half_done(tiny_recipe, tiny_family
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(member, "make_recovered", dies)
+        patch.setattr(stage_recover, "make_recovered", dies)
         with pytest.raises(Killed):
             run_recipe(tiny_recipe, output=folder)
     assert not list(folder.glob("stages/*distill*")) and not (folder / "members").exists()
