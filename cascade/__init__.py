@@ -37,7 +37,7 @@ _WHERE = {
     "Execution": "cascade.distillation.options",
     "Safekeeping": "cascade.distillation.options",
     "Hooks": "cascade.distillation.options",
-    "origin_of": "cascade.distillation.origin",
+    "origin_of": "cascade.pruning.origin",
     "OnPolicy": "cascade.distillation.options",
     "fused_loss": "cascade.distillation.fused",
     "evaluate": "cascade.evaluation.evaluate",

@@ -15,10 +15,10 @@ from cascade.cache.record import Layout
 from cascade.errors import UserError
 from cascade.estimates import flops_of, flops_per_second, short_recovery
 from cascade.family import ResolvedMember
+from cascade.files import write_atomically
 from cascade.models.dims import dims_of
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
-from cascade.store import write_atomically
 
 _SETTLED = "stages/targets.json"
 

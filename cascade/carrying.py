@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cascade.store import MANIFEST, file_sha256, read_manifest, sync_file, sync_folder
+from cascade.files import file_sha256, sync_file, sync_folder
+from cascade.store import MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
 

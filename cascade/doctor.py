@@ -14,10 +14,10 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from cascade.errors import DiskError, UserError
+from cascade.files import write_atomically
 from cascade.recipe.schema import Recipe
 from cascade.room import memory_bytes
 from cascade.secrets import redact
-from cascade.store import write_atomically
 
 DISTRIBUTION = "cascade-distill"
 _LITTLE_DISK, _LITTLE_MEMORY = 5e9, 4e9

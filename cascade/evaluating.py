@@ -25,6 +25,7 @@ from cascade.evaluation.heldout import (
 )
 from cascade.evaluation.retention import with_retention
 from cascade.evaluation.task_options import HarnessOptions, TaskOptions
+from cascade.files import write_atomically
 from cascade.inputs import (
     as_guessed,
     evaluation_settings,
@@ -47,7 +48,7 @@ from cascade.report.skipped import SKIPPED, merged_skipped
 from cascade.report.write import resealed
 from cascade.secrets import redact_all
 from cascade.stage_output import Made
-from cascade.store import COST_FILE, INCOMPLETE, partial_of, write_atomically
+from cascade.store import COST_FILE, INCOMPLETE, partial_of
 
 _SHOWN_TOKENS, _SHOWN_LETTERS = 64, 80
 

@@ -15,13 +15,13 @@ from cascade.estimates import parent_seconds
 from cascade.experiment_cells import Cell, check_cells, config_of, plan_cells
 from cascade.experiment_results import Result, collect_result, inputs_of, read_result, write_result
 from cascade.failpoints import failpoint
+from cascade.files import make_folder, write_atomically
 from cascade.lock import LOCK, locked
 from cascade.ownership import check_ownership
 from cascade.recipe.experiment import ExperimentFile, load_experiment
 from cascade.remaining import remaining_members, remaining_seconds
 from cascade.report.experiment import summarise, write_experiment
 from cascade.run import run_recipe
-from cascade.store import make_folder, write_atomically
 
 _MARK = "experiment-file.yaml"
 """Of a folder that is an experiment's: the file as it was last run."""

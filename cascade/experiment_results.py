@@ -9,6 +9,7 @@ from typing import Any
 
 from cascade import __version__
 from cascade.experiment_cells import Cell, lacks_row
+from cascade.files import write_atomically
 from cascade.inputs import data_fingerprint, production_fingerprint, task_fingerprint
 from cascade.models.checkpoint import fingerprint, resolve_model
 from cascade.ownership import resolved_recipe
@@ -22,7 +23,7 @@ from cascade.report.block_sums import load_block_sums
 from cascade.report.rates import is_at_edge, load_rates
 from cascade.report.records import Row, family_of, load_family
 from cascade.stage_table import STAGES
-from cascade.store import MANIFEST, read_manifest, write_atomically
+from cascade.store import MANIFEST, read_manifest
 
 VERSION = 1
 

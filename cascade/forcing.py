@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cascade.store import make_folder, write_atomically
+from cascade.files import make_folder, write_atomically
 
 _FILE = "stages/from.json"
 

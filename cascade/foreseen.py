@@ -12,7 +12,6 @@ from cascade.data.examples import image_examples, read_examples
 from cascade.data.framing import require_end_token
 from cascade.data.masking import mask_token
 from cascade.data.prepare import prepare_blocks
-from cascade.distillation.origin import even_origin
 from cascade.distillation.relations import attention_projections
 from cascade.errors import UserError
 from cascade.evaluation.harness import find_tasks, measured_names, require_datasets
@@ -30,6 +29,7 @@ from cascade.inputs import classes_of, labelled_data, text_data
 from cascade.models.architecture import build_on_meta
 from cascade.models.dims import dims_of
 from cascade.models.head import require_head
+from cascade.models.origin import even_origin
 from cascade.models.positions import require_context
 from cascade.recipe.schema import Recipe
 from cascade.vocabularies import require_common_text, text_tokenizer

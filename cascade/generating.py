@@ -8,6 +8,7 @@ from typing import Any
 
 from cascade.errors import UserError
 from cascade.evaluation.evaluate import default_device
+from cascade.files import file_sha256
 from cascade.generation import ANSWERS, check_generation, generation_inputs, key_settings, teacher_source
 from cascade.inputs import text_data
 from cascade.models.checkpoint import (
@@ -22,7 +23,7 @@ from cascade.recipe.places import served_model, shown_model
 from cascade.recipe.schema import Recipe
 from cascade.runner import StageRunner
 from cascade.stage_output import Made
-from cascade.store import COST_FILE, file_sha256
+from cascade.store import COST_FILE
 from cascade.teacher.filters import Keep
 from cascade.teacher.generate import (
     Teacher,

@@ -14,10 +14,10 @@ from cascade.data.splits import SPLITS
 from cascade.data.stdlib import FROZEN_HELDOUT, stdlib_documents
 from cascade.evaluation.harness import find_tasks
 from cascade.evaluation.task_code import CodeTask
+from cascade.files import file_sha256
 from cascade.paths import files_of
 from cascade.recipe.data import Data
 from cascade.recipe.schema import Recipe
-from cascade.store import file_sha256
 
 
 def text_data(data: Data) -> TextData:

@@ -21,8 +21,9 @@ from typing import IO, Any
 
 from cascade.errors import BusyError, DiskError, UserError
 from cascade.failpoints import at
+from cascade.files import make_folder, write_atomically
 from cascade.secrets import redact
-from cascade.store import make_folder, sweep, write_atomically
+from cascade.store import sweep
 
 LOCK = ".cascade.lock"
 

@@ -11,6 +11,7 @@ from cascade.caching import LABELS, taught_steps
 from cascade.carrying import CARD, carry_over
 from cascade.evaluation.reload import ReloadError
 from cascade.family import ResolvedMember
+from cascade.files import write_atomically
 from cascade.models.architecture import auto_class_of
 from cascade.models.checkpoint import CHECKPOINT, ModelSource, fingerprint, load_config
 from cascade.models.older_keys import add_older_keys
@@ -32,7 +33,7 @@ from cascade.report.verdicts import VERDICTS, judge
 from cascade.report.write import resealed, write_family
 from cascade.rows import FinishedMember, RoundedCopy, copy_row, member_row
 from cascade.stage_output import Made
-from cascade.store import staged, verify_folder, write_atomically
+from cascade.store import staged, verify_folder
 from cascade.yaml_reader import write_yaml
 
 

@@ -21,6 +21,7 @@ from cascade.estimates import flops_of
 from cascade.evaluating import evaluate_checkpoint
 from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.reload import write_reference
+from cascade.files import write_atomically
 from cascade.models.checkpoint import (
     CHECKPOINT,
     ModelSource,
@@ -41,7 +42,7 @@ from cascade.recipe.finish import Finish
 from cascade.rows import RoundedCopy
 from cascade.stage_data import load_selection
 from cascade.stage_output import Checkpoint, Input
-from cascade.store import COST_FILE, partial_of, write_atomically
+from cascade.store import COST_FILE, partial_of
 from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
 
 

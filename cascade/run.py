@@ -19,6 +19,7 @@ from cascade.evaluation.task_files import write_task_files
 from cascade.events import append_event
 from cascade.failpoints import at
 from cascade.family import FoundShape, ResolvedMember, resolve_family, run_folder_of
+from cascade.files import write_atomically
 from cascade.forcing import forced_stages
 from cascade.foreseen import require_foreseen
 from cascade.framing import framed
@@ -45,7 +46,7 @@ from cascade.seeding import find_shape
 from cascade.stage_drift import compare_with_production
 from cascade.stage_labels import make_label_stage
 from cascade.stage_table import REMAKE_POINTS
-from cascade.store import MANIFEST, write_atomically
+from cascade.store import MANIFEST
 from cascade.yaml_reader import write_yaml
 
 

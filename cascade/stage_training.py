@@ -14,7 +14,6 @@ from cascade.data.examples import Examples, load_training
 from cascade.distillation import sharding
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.options import Features, Optimization
-from cascade.distillation.origin import Origin, even_origin, origin_of
 from cascade.distillation.supervision import Supervision
 from cascade.evaluation.evaluate import default_device
 from cascade.family import ResolvedMember
@@ -23,6 +22,8 @@ from cascade.models.checkpoint import (
     load_model,
 )
 from cascade.models.dims import dims_of
+from cascade.models.origin import Origin, even_origin
+from cascade.pruning.origin import origin_of
 from cascade.pruning.plan import PruningPlan
 from cascade.recipe.distill import WITHOUT_EFFECT, Distill
 from cascade.recipe.schema import Recipe

@@ -18,6 +18,7 @@ from typing import Any
 
 from cascade.errors import DiskError, UserError, is_disk_error
 from cascade.failpoints import failpoint
+from cascade.files import file_sha256, make_folder, no_room, sync_file, sync_folder, write_atomically
 from cascade.paths import inside
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def staged(
         held = _held(staging)
         shutil.rmtree(staging, ignore_errors=True)
         if is_disk_error(error) and not isinstance(error, DiskError):
-            raise DiskError(_no_room(final, error, held)) from error
+            raise DiskError(no_room(final, error, held)) from error
         raise
 
 
@@ -162,14 +163,6 @@ def _link(source: str, place: str) -> None:
         sync_file(Path(place))
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; each new entry is synced."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    for one in reversed(missing):
-        one.mkdir(exist_ok=True)
-        sync_folder(one.parent)
-
-
 def partial_of(staging: Path) -> Path:
     """Beside a stage's staging folder: where it keeps what another try can go on from."""
     name = staging.name.removeprefix(".staging-").rpartition("-")[0]
@@ -182,26 +175,6 @@ def drop_partials(final: Path, *, others: bool = False) -> None:
     for leftover in final.parent.glob(f".partial-{own}-*" if others else f".partial-{final.name}"):
         if leftover.name.rpartition("-")[0] == f".partial-{own}":  # not of `evaluate-quantised` for `evaluate`
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            failpoint("file.begun")
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        failpoint("file.synced")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if is_disk_error(error):
-            raise DiskError(_no_room(path, error, len(text))) from error
-        raise
-    failpoint("file.renamed")
-    sync_folder(path.parent)
 
 
 def sweep(run_folder: Path) -> None:
@@ -294,34 +267,3 @@ def _replace_folder(staging: Path, final: Path) -> None:
 def _held(folder: Path) -> int:
     """Bytes in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
-
-
-def _no_room(path: Path, error: BaseException, written: int) -> str:
-    """What to say of a disk that takes no more."""
-    place = next(one for one in path.parents if one.exists())
-    said = getattr(error, "strerror", None) or str(error)
-    return (
-        f"{path}: cannot be written: {said}. {written:,} bytes were written before that, "
-        f"{shutil.disk_usage(place).free:,} are free there. Make room"
-    )
-
-
-def sync_file(path: Path) -> None:
-    """What was written into a file is on the disk then."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Names that were given in a folder, or taken, are on the disk then."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

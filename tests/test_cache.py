@@ -30,10 +30,10 @@ from cascade.distillation.batch import batch_losses
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.fused import fused_loss
 from cascade.distillation.options import Features, Objective
-from cascade.distillation.origin import even_origin
 from cascade.errors import RunError, UserError
 from cascade.models.dims import dims_of
 from cascade.models.head import Head, head_of, last_hidden, logits_of
+from cascade.models.origin import even_origin
 
 SAMPLED = Layout("sampled", 64, draws=12)
 TOP_K = Layout("top_k", 64, top_k=6)

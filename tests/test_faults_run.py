@@ -13,7 +13,7 @@ import time
 import pytest
 from faults import failing, fired, leftovers, results_of, weights_of
 
-from cascade import failpoints, lock, store
+from cascade import failpoints, files, lock, store
 from cascade.errors import BusyError, DiskError, UserError
 from cascade.lock import locked
 
@@ -362,7 +362,7 @@ def test_F40_every_file_and_folder_is_synced_before_the_rename_and_the_folder_ab
             (staging / "sub" / "deep").mkdir(parents=True)
             (staging / "sub" / "deep" / "weights").write_text(content)
             (staging / "plan").write_text(content)
-    store.write_atomically(tmp_path / "state.json", "{}")
+    files.write_atomically(tmp_path / "state.json", "{}")
     assert store.verify_folder(tmp_path / "a" / "final") == []
     renames = [entry for entry in recorder.done if entry[0] == "rename"]
     assert len(renames) == 2 + 1 + 2 + 1  # two manifests, one old folder aside, two folders, one file

@@ -12,14 +12,15 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation.batch import batch_losses, visible
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.options import Features, Objective
-from cascade.distillation.origin import Origin, even_origin, origin_of
 from cascade.errors import UserError
 from cascade.importance.scores import score_importance
 from cascade.importance.statistics import collect_statistics
 from cascade.models.dims import dims_of
+from cascade.models.origin import Origin, even_origin
 from cascade.models.twin import twin_of
 from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
+from cascade.pruning.origin import origin_of
 from cascade.pruning.proof import random_scores
 from cascade.recipe.distill import Distill
 

@@ -12,6 +12,7 @@ ORDER = [
     "errors",
     "paths",
     "failpoints",
+    "files",
     "progress",
     "stopping",
     "secrets",

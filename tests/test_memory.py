@@ -11,8 +11,8 @@ from cascade.distillation.batch import batch_losses
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.memory import remember
 from cascade.distillation.options import Features, Objective
-from cascade.distillation.origin import Origin
 from cascade.distillation.range_test import find_learning_rate
+from cascade.models.origin import Origin
 
 
 def counted(teacher):

@@ -11,8 +11,8 @@ from conftest import distill_with, make_blocks, make_model
 from cascade.distillation import step
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.options import Features, OnPolicy
-from cascade.distillation.origin import Origin
 from cascade.errors import TrainingError
+from cascade.models.origin import Origin
 
 OPTIONS = {"num_tokens": 8 * 16 * 10, "batch_size": 8, "microbatch_size": 4, "learning_rate": 1e-2}
 

@@ -10,8 +10,8 @@ from conftest import distill_with, make_blocks, make_model
 from cascade.distillation.divergences import DIVERGENCES, Options
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.options import Execution, Features, Objective, OnPolicy, Optimization, Safekeeping
-from cascade.distillation.origin import Origin
 from cascade.distillation.schedule import SCHEDULES, Schedule
+from cascade.models.origin import Origin
 from cascade.recipe.distill import Distill
 from cascade.training_options import execution_of, optimization_of, safekeeping_of, supervision_of
 

@@ -14,8 +14,8 @@ from cascade.distillation import sharding
 from cascade.distillation.features import FeatureLoss
 from cascade.distillation.optimizer import Optimizer
 from cascade.distillation.options import Features
-from cascade.distillation.origin import Origin
 from cascade.importance.statistics import collect_statistics, save_statistics
+from cascade.models.origin import Origin
 
 
 def uneven_blocks() -> TokenBlocks:

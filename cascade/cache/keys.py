@@ -18,8 +18,8 @@ from cascade.cache.record import Layout
 from cascade.cache.shards import KEY_BYTES, Windows, root_folder
 from cascade.data.blocks import TokenBlocks
 from cascade.distillation.sampling import SAMPLER
+from cascade.files import write_atomically
 from cascade.models.tensor_file import checkpoint_entries
-from cascade.store import write_atomically
 
 logger = logging.getLogger(__name__)
 

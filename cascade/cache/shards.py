@@ -26,8 +26,8 @@ from safetensors.numpy import save
 
 from cascade.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.failpoints import failpoint
+from cascade.files import sync_folder
 from cascade.models.tensor_file import Entry, entries_of
-from cascade.store import sync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cascade.store import write_atomically
+from cascade.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ from torch.nn.functional import cosine_similarity
 
 from cascade.distillation.memory import remembered
 from cascade.distillation.options import FORMS, RELATIONS, Features
-from cascade.distillation.origin import Origin
 from cascade.distillation.relations import attention_projections, fitting_heads, relation_loss, sides, splitting
 from cascade.errors import UserError
 from cascade.models.axes import probe_axes
 from cascade.models.behaviour import first_tensor
 from cascade.models.dims import dims_of
 from cascade.models.head import last_hidden
+from cascade.models.origin import Origin
 
 
 @dataclass

@@ -13,8 +13,8 @@ from cascade.distillation.log import TrainingLog
 from cascade.distillation.options import Safekeeping
 from cascade.distillation.state import Progress, States, Trained, load_state
 from cascade.errors import DivergedError, NotFiniteError
+from cascade.files import make_folder, write_atomically
 from cascade.health import CLIMBED, FIRST, LONG, diverged
-from cascade.store import make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 

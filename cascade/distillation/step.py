@@ -19,8 +19,8 @@ from cascade.distillation.features import FeatureLoss
 from cascade.distillation.options import Objective
 from cascade.errors import TrainingError
 from cascade.failpoints import failpoint
+from cascade.files import write_atomically
 from cascade.fitting import is_out_of_memory
-from cascade.store import write_atomically
 
 logger = logging.getLogger(__name__)
 

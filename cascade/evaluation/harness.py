@@ -24,12 +24,12 @@ from cascade.evaluation.results import TaskResults, results_of
 from cascade.evaluation.task_code import DATA_BUILDERS, CodeTask, measure_apart, read_task
 from cascade.evaluation.task_options import HarnessOptions, TaskOptions
 from cascade.failpoints import at, failpoint
+from cascade.files import make_folder, write_atomically
 from cascade.fitting import in_parts_that_fit
 from cascade.models.checkpoint import ModelSource
 from cascade.models.positions import usable_context
 from cascade.plain_json import plain
 from cascade.report.records import metrics_of
-from cascade.store import make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 

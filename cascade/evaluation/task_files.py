@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cascade.evaluation.harness import find_tasks
-from cascade.store import make_folder, write_atomically
+from cascade.files import make_folder, write_atomically
 from cascade.yaml_reader import write_yaml
 
 TASKS = "tasks"

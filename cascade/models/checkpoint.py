@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cascade.errors import UserError
+from cascade.files import file_sha256
 from cascade.models.architecture import model_class_of
 from cascade.models.contents import WeightMatch, match_weights
 from cascade.models.gguf_file import check_gguf
@@ -27,7 +28,6 @@ from cascade.models.tensor_file import checkpoint_entries
 from cascade.models.value_range import require_held
 from cascade.models.vocabulary import require_embedded
 from cascade.models.weight_files import check_weight_files, refuse_adapters
-from cascade.store import file_sha256
 
 _LOADING_ERRORS = (
     OSError,

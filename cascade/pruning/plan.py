@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from cascade.errors import UserError
+from cascade.files import file_sha256
 from cascade.models.dims import ModelDims
-from cascade.store import file_sha256
 
 PLAN_FORMAT = 3
 

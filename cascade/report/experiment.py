@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from cascade.files import write_atomically
 from cascade.plain_json import plain
 from cascade.recipe.experiment import Experiment
 from cascade.report.paired import RESAMPLES, paired_difference
 from cascade.report.plots import Point, Series, line_chart, minutes, short_number
 from cascade.report.render import render
 from cascade.report.tables import Table, markdown_table, plain_table
-from cascade.store import write_atomically
 
 VERSION = 1
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from cascade.carrying import free_name
 from cascade.errors import UserError
 from cascade.failpoints import failpoint
+from cascade.files import sync_folder, write_atomically
 from cascade.health import findings
 from cascade.report.logs import training_logs
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
@@ -22,7 +23,7 @@ from cascade.report.tables import Table, markdown_table, quality_table, shape_ta
 from cascade.report.tail import decile_table, load_tails, slice_table
 from cascade.report.targets import load_targets, targets_table
 from cascade.report.verdicts import load_verdicts, verdict_table
-from cascade.store import MANIFEST, seal, sync_folder, verify_folder, write_atomically
+from cascade.store import MANIFEST, seal, verify_folder
 
 Titled = tuple[str, Table]
 

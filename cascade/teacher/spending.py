@@ -5,8 +5,8 @@ import threading
 from pathlib import Path
 
 from cascade.errors import RunError, UserError
+from cascade.files import write_atomically
 from cascade.recipe.generate import Endpoint
-from cascade.store import write_atomically
 
 
 class BudgetSpent(RunError):

@@ -167,9 +167,9 @@ class Setting:
         """What a recovery on a share of the tokens comes to."""
         from cascade.distillation.features import FeatureLoss
         from cascade.distillation.options import Execution, Features, Optimization
-        from cascade.distillation.origin import origin_of
         from cascade.distillation.supervision import Supervision
         from cascade.distillation.trainer import distill
+        from cascade.pruning.origin import origin_of
 
         options, student, features = self.options, copy.deepcopy(start), None
         if options.features != "none":
