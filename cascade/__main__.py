@@ -1,5 +1,5 @@
 """`python -m cascade`."""
 
-from cascade.cli import main
+from cascade.cli.main import main
 
 main()

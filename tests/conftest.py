@@ -18,8 +18,8 @@ from hypothesis import settings
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from cascade.data.blocks import TokenBlocks
-from cascade.models.checkpoint import BUILTIN_FOLDER, copy_companions
-from cascade.models.twin import twin_of
+from cascade.models.architecture.twin import twin_of
+from cascade.models.checkpoint.load import BUILTIN_FOLDER, copy_companions
 
 # What runs keep of their teachers by default must neither meet nor litter the user's own.
 _CACHES = tempfile.TemporaryDirectory(prefix="cascade-tests-")
@@ -52,7 +52,7 @@ def make_config(architecture, *, tied=False, **changes):
 
 def make_model(architecture="llama", *, tied=False, seed=0, **changes):
     config = make_config(architecture, tied=tied, **changes)
-    from cascade.models.dims import dims_of
+    from cascade.models.architecture.dims import dims_of
 
     return twin_of(config, seed=seed, dims=dims_of(config))
 
@@ -156,7 +156,7 @@ baselines: [cut, repaired, {{ce: {{learning_rate: 3e-3}}}}]
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory):
     """Starts commands in processes that can be killed."""
-    from faults import Zygote
+    from fault_process import Zygote
 
     started = Zygote(tmp_path_factory.mktemp("zygote"))
     yield started
@@ -173,6 +173,6 @@ def tiny_recipe(recipe_folder):
 @pytest.fixture(scope="session")
 def tiny_family(tiny_recipe, tmp_path_factory):
     """A finished run of the tiny recipe."""
-    from cascade.run import run_recipe
+    from cascade.pipeline.run import run_recipe
 
     return run_recipe(tiny_recipe, output=tmp_path_factory.mktemp("runs") / "tiny")

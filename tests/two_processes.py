@@ -1,4 +1,4 @@
-"""What tests/test_parallel.py starts under torchrun: one training, its result written by the first process."""
+"""What tests/distillation/test_parallel.py starts under torchrun: one training, its result written by the first process."""
 
 import json
 import sys
@@ -8,14 +8,14 @@ import torch
 from conftest import distill_with, make_blocks, make_model
 from safetensors.torch import save_file
 
-from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.distillation import sharding
-from cascade.distillation.features import FeatureLoss
+from cascade.distillation.losses.features import FeatureLoss
 from cascade.distillation.optimizer import Optimizer
 from cascade.distillation.options import Features
-from cascade.importance.statistics import collect_statistics, save_statistics
-from cascade.models.origin import Origin
+from cascade.models.architecture.origin import Origin
+from cascade.pruning.importance.statistics import collect_statistics, save_statistics
+from cascade.runtime import ranks
 
 
 def uneven_blocks() -> TokenBlocks:
@@ -49,11 +49,11 @@ def train(
         if done == die_after:
             os._exit(9)
 
-    parallel.join()
+    ranks.join()
     student, teacher = make_model("llama", seed=2, tied=tied), make_model("llama", seed=1, tied=tied)
     # Second moments are taken of one batch only, which the second process does not see.
     statistics = collect_statistics(teacher, make_blocks(count=9, seed=3), batch_size=2, covariance_blocks=2)
-    if parallel.rank() == 0:
+    if ranks.rank() == 0:
         save_statistics(statistics, output / "statistics.safetensors")
     features = FeatureLoss(Features(hidden="cosine", relations=("vv",)), Origin((0, 1, 2, 3)), student, teacher)
     metrics = distill_with(
@@ -62,11 +62,11 @@ def train(
         save_every_minutes=0, on_step=on_step, features=features, ema_decay=0.5,
     )  # fmt: skip
     weights = {name: value.clone().contiguous() for name, value in sharding.whole_weights(student)}
-    if parallel.rank() == 0:
+    if ranks.rank() == 0:
         save_file(weights, output / "weights.safetensors")
         save_file(gradients, output / "gradients.safetensors")
         (output / "curve.json").write_text(json.dumps(metrics.curve))
-    parallel.leave()
+    ranks.leave()
 
 
 if __name__ == "__main__":

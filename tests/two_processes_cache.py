@@ -1,4 +1,4 @@
-"""What tests/test_cache_run.py starts under torchrun: a labelling by two processes, and a training from it."""
+"""What tests/teacher/test_cache_run.py starts under torchrun: a labelling by two processes, and a training from it."""
 
 import json
 import sys
@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 from conftest import distill_with, make_blocks, make_model
 from safetensors.torch import save_file
-from test_cache import KINDS, opened
 
-from cascade import parallel
-from cascade.cache.label import label
-from cascade.cache.reader import CachedTargets
 from cascade.distillation import sharding
-from cascade.models.head import Head, head_of
+from cascade.models.architecture.head import Head, head_of
+from cascade.runtime import ranks
+from cascade.teacher.targets.label import label
+from cascade.teacher.targets.reader import CachedTargets
+
+sys.path.insert(0, str(Path(__file__).parent / "teacher"))
+from test_cache import KINDS, opened  # noqa: E402
 
 
 def main(output: Path, kind: str) -> None:
     """Labels into output/cache; the first process writes the weights of the trained student."""
-    parallel.join()
+    ranks.join()
     layout, blocks, whole = KINDS[kind], make_blocks(13), make_model(seed=1)
     weight = head_of(whole).weight.detach().clone()
     windows = opened(output / "cache", layout, whole)
@@ -28,10 +30,10 @@ def main(output: Path, kind: str) -> None:
     student = make_model(seed=2)
     distill_with(student, teacher, blocks, num_tokens=8 * 16 * 4, batch_size=8, microbatch_size=2, targets=targets)
     weights = {name: value.clone().contiguous() for name, value in sharding.whole_weights(student)}
-    if parallel.rank() == 0:
+    if ranks.rank() == 0:
         save_file(weights, output / "weights.safetensors")
         (output / "done.json").write_text(json.dumps({"made": done.made, "windows": done.windows}))
-    parallel.leave()
+    ranks.leave()
 
 
 if __name__ == "__main__":

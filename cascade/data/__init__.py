@@ -1,1 +1,1 @@
-"""Text sources -> documents -> four disjoint splits -> token blocks, in a resumable order."""
+"""Text to documents, documents to four disjoint splits, splits to token blocks, read in a resumable order."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cascade.data.rows import Place
-from cascade.errors import UserError
+from cascade.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade.data.framing import Framing, framing_of
-from cascade.data.targets import KnownTargets, Listed, ListedTargets, StoredTargets, as_targets, as_tensors
-from cascade.errors import UserError
-from cascade.models.tensor_file import sort_metadata
+from cascade.data.token_targets import KnownTargets, Listed, ListedTargets, StoredTargets, as_targets, as_tensors
+from cascade.models.checkpoint.tensor_file import sort_metadata
+from cascade.runtime.errors import UserError
 
 _T = TypeVar("_T")
 

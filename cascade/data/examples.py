@@ -21,8 +21,8 @@ from cascade.data.labels import is_number, label_of, require_clear_labels, requi
 from cascade.data.rows import Place
 from cascade.data.sources import TextData, part_rows, splits_above, unfit_text
 from cascade.data.splits import SPLIT_SHARE, split_of_text
-from cascade.errors import UserError
-from cascade.paths import distinct_files
+from cascade.runtime.errors import UserError
+from cascade.runtime.paths import distinct_files
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cascade.errors import UserError
+from cascade.runtime.errors import UserError
 
 _PROBES = ("a", "the", "Once upon a time", "1")
 

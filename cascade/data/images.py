@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.errors import UserError
+from cascade.runtime.errors import UserError
 
 
 def open_image(content: Any, place: str, folder: Path) -> Tensor:

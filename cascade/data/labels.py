@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from cascade.data.rows import Place
-from cascade.errors import UserError
+from cascade.runtime.errors import UserError
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?")
 """Numbers as files write them; 1_0 is a name."""

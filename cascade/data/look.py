@@ -9,9 +9,9 @@ import torch
 
 from cascade.data.messages import Example, conversation_examples, require_chat, shown_tokens
 from cascade.data.sources import TextData, cuts_passages, documents_of, passages_of
-from cascade.errors import UserError
-from cascade.models.vocabulary import require_ids, tokens_beyond
-from cascade.paths import ignored_files
+from cascade.models.architecture.vocabulary import require_ids, tokens_beyond
+from cascade.runtime.errors import UserError
+from cascade.runtime.paths import ignored_files
 
 _STREAMED_ROWS = 5000
 """Of text that is streamed, so many documents are looked at."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.errors import UserError
+from cascade.runtime.errors import UserError
 
 SHARE, _AS_MASK, _AS_ANY = 0.15, 0.8, 0.1
 """Of all tokens; of those, replaced by the mask token, and by any other. The rest stands as it is."""

@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from cascade.data.blocks import IGNORE_INDEX, Tokenized
+from cascade.data.endpoint_logprobs import ListedReader
 from cascade.data.framing import Framing, framing_of
-from cascade.data.listed import ListedReader
 from cascade.data.sources import unfit_messages
-from cascade.errors import UserError
+from cascade.runtime.errors import UserError
 
 Conversation = list[dict[str, Any]]
 

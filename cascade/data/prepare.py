@@ -9,8 +9,8 @@ import torch
 
 from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import BlockFormat, TokenBlocks, pack_documents, pack_tokens
+from cascade.data.endpoint_logprobs import ListedReader
 from cascade.data.framing import framing_of
-from cascade.data.listed import ListedReader
 from cascade.data.messages import chat_documents
 from cascade.data.sources import TextData, cuts_passages, read_placed
 from cascade.data.streaming import stream_blocks

@@ -14,8 +14,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from cascade.errors import UserError
-from cascade.paths import ROWS, TABLE, kind_of, require_kind
+from cascade.runtime.errors import UserError
+from cascade.runtime.paths import ROWS, TABLE, kind_of, require_kind
 
 _BOM = b"\xef\xbb\xbf"
 

@@ -11,9 +11,9 @@ from cascade.data.passages import cut_documents
 from cascade.data.rows import Place, Row, read_rows, require_fields, without_padding
 from cascade.data.splits import SPLIT_SHARE, SPLITS, drop_near_copies, split_of_text
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
-from cascade.errors import UserError
-from cascade.models.hub import bound_waiting, hub_cause
-from cascade.paths import distinct_files
+from cascade.models.checkpoint.hub import bound_waiting, hub_cause
+from cascade.runtime.errors import UserError
+from cascade.runtime.paths import distinct_files
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import json
 import sysconfig
 from pathlib import Path
 
-from cascade.errors import UserError
+from cascade.runtime.errors import UserError
 
 EXCLUDED = frozenset(
     "test tests idlelib lib2to3 distutils tkinter turtledemo pydoc_data ensurepip encodings "

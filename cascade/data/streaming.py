@@ -31,7 +31,7 @@ from cascade.data.sources import (
     part_rows,
     usable,
 )
-from cascade.files import file_sha256, sync_file, write_atomically
+from cascade.runtime.files import file_sha256, sync_file, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
 from cascade.distillation.options import Objective, OnPolicy
-from cascade.errors import UserError
-from cascade.models.positions import usable_context
+from cascade.models.architecture.positions import usable_context
+from cascade.runtime import ranks
+from cascade.runtime.errors import UserError
 
 
 class Rollouts:
@@ -36,7 +36,7 @@ class Rollouts:
         ends: Sequence[int] | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        if parallel.world_size() > 1:
+        if ranks.world_size() > 1:
             raise UserError("on_policy: a student that is shared out to several processes cannot write; use one")
         self.settings, self.seed, self.buffer, self.ends = settings, seed, buffer, ends or ()
         self.vocab_size = vocab_size

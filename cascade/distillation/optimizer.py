@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade import parallel
 from cascade.distillation import sharding
 from cascade.distillation.options import OPTIMIZERS
-from cascade.errors import UserError
-from cascade.models.axes import probe_axes
-from cascade.models.dims import dims_of
+from cascade.models.architecture.axes import probe_axes
+from cascade.models.architecture.dims import dims_of
+from cascade.runtime import ranks
+from cascade.runtime.errors import UserError
 
 
 class Optimizer:
@@ -79,7 +79,7 @@ def require_optimizer(kind: str) -> None:
     """
     if kind not in OPTIMIZERS:
         raise UserError(f"optimizer '{kind}' is unknown; known: {', '.join(OPTIMIZERS)}")
-    if kind != "adamw" and parallel.world_size() > 1:
+    if kind != "adamw" and ranks.world_size() > 1:
         raise UserError(f"optimizer: {kind} needs whole matrices, which several processes do not have; use adamw")
     if kind == "adamw_8bit" and find_spec("torchao") is None:
         raise UserError("optimizer: adamw_8bit needs torchao: pip install 'cascade-distill[8bit]'")

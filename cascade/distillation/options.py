@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cascade.distillation.divergences import Options
+from cascade.distillation.losses.divergences import Options
 from cascade.distillation.schedule import Schedule
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
 """Names of optimizers (`cascade.distillation.optimizer`)."""
 FORMS = ("cosine", "mse")
-"""Distances between hidden states (`cascade.distillation.features`)."""
+"""Distances between hidden states (`cascade.distillation.losses.features`)."""
 RELATIONS = ("qq", "kk", "vv", "qk")
 """Attention relations: queries with queries, keys with keys, values with values, queries with keys."""
 
@@ -142,7 +142,7 @@ class Safekeeping:
     max_skipped: int = 3
     """How often a training may skip or go back before it is an error after all."""
     on_divergence: DivergencePolicy = "warn"
-    """Where the loss stays high (`cascade.health.diverged`): say so at the end, or stop with an error."""
+    """Where the loss stays high (`cascade.store.health.diverged`): say so at the end, or stop with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)

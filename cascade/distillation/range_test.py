@@ -24,7 +24,7 @@ from cascade.distillation.trainer import (
     TrainingMetrics,
     distill,
 )
-from cascade.errors import DivergedError, NotFiniteError, TrainingError
+from cascade.runtime.errors import DivergedError, NotFiniteError, TrainingError
 
 FIRST_RATE = 1e-3
 """Where the search starts: AdamW on a model of a few hundred channels."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cascade.models.axes import probe_axes
-from cascade.parallel import world_size
+from cascade.models.architecture.axes import probe_axes
+from cascade.runtime.ranks import world_size
 
 _Model = TypeVar("_Model", nn.Module, nn.Module | None)
 

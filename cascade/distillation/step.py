@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade import parallel
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.examples import Examples
 from cascade.distillation import sharding
-from cascade.distillation.batch import batch_losses, sums_of
-from cascade.distillation.features import FeatureLoss
+from cascade.distillation.losses.batch import batch_losses, sums_of
+from cascade.distillation.losses.features import FeatureLoss
 from cascade.distillation.options import Objective
-from cascade.errors import TrainingError
-from cascade.failpoints import failpoint
-from cascade.files import write_atomically
-from cascade.fitting import is_out_of_memory
+from cascade.runtime import ranks
+from cascade.runtime.errors import TrainingError
+from cascade.runtime.failpoints import failpoint
+from cascade.runtime.files import write_atomically
+from cascade.runtime.retry_smaller import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def fitting_step(task: Task, microbatch_size: int, state_folder: Path | None) ->
             smaller = min(microbatch_size, len(task.batch)) // 2
             if smaller < 1:
                 raise TrainingError(_nothing_fits(task)) from error
-            if parallel.world_size() > 1:
+            if ranks.world_size() > 1:
                 raise TrainingError(_note(state_folder, microbatch_size, smaller)) from error
         # Outside the except clause, where nothing holds the step's tensors any more.
         for parameter in task.student.parameters():
@@ -88,7 +88,7 @@ def fitting_microbatch(state_folder: Path | None, microbatch_size: int) -> int:
 
 def _note(state_folder: Path | None, microbatch_size: int, smaller: int) -> str:
     """Write the smaller size down; the message that says so."""
-    message = f"out of memory with microbatch_size {microbatch_size} on process {parallel.rank()}; "
+    message = f"out of memory with microbatch_size {microbatch_size} on process {ranks.rank()}; "
     if state_folder is None:
         return message + f"give microbatch_size {smaller}"
     state_folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def _accumulate(task: Task, microbatch_size: int) -> dict[str, float]:
         raise TrainingError(
             f"no token of blocks {task.rows.tolist()} counts for the loss (all labels are {IGNORE_INDEX})"
         )
-    own = torch.arange(len(task.batch))[parallel.rank() :: parallel.world_size()]
+    own = torch.arange(len(task.batch))[ranks.rank() :: ranks.world_size()]
     parts = [task.batch.rows(rows) for rows in own.split(microbatch_size)]
     scales = task.scales
     if scales is None and task.features is not None:
@@ -129,7 +129,7 @@ def _losses(
     """Mean losses of a step; with `scales` also its gradients."""
     sums: dict[str, float] = {}
     # Gradients are averaged over processes: each has its share of a sum, so it counts as often as there are processes.
-    share = parallel.world_size() / total_valid
+    share = ranks.world_size() / total_valid
     for number, part in enumerate(parts):
         failpoint("distill.microbatch")
         sharding.sync_gradients(task.student, number == len(parts) - 1)
@@ -143,4 +143,4 @@ def _losses(
             (loss * share).backward()
         for name, summed in sums_of(found, task.taught).items():
             sums[name] = sums.get(name, 0.0) + summed / total_valid
-    return parallel.total(sums, next(task.student.parameters()).device)
+    return ranks.total(sums, next(task.student.parameters()).device)

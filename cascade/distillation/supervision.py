@@ -7,13 +7,13 @@ from torch import Tensor
 
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
-from cascade.data.targets import StoredTargets
-from cascade.distillation.features import FeatureLoss
+from cascade.data.token_targets import StoredTargets
+from cascade.distillation.losses.features import FeatureLoss
 from cascade.distillation.options import Objective, OnPolicy
 
 
 class Targets(Protocol):
-    """What was kept of a teacher for the blocks of a training (`cascade.cache.reader.CachedTargets`)."""
+    """What was kept of a teacher for the blocks of a training (`cascade.teacher.targets.reader.CachedTargets`)."""
 
     @property
     def name(self) -> str:

@@ -13,33 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade import parallel
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
 from cascade.data.order import blocks_at
 from cascade.distillation import sharding
 from cascade.distillation.average import Average
-from cascade.distillation.batch import selection_losses
-from cascade.distillation.computing import computed
-from cascade.distillation.dead import zero_matrices
-from cascade.distillation.features import FeatureLoss
-from cascade.distillation.finite import (
+from cascade.distillation.dead_weights import zero_matrices
+from cascade.distillation.layer_computation import computed
+from cascade.distillation.losses.batch import selection_losses
+from cascade.distillation.losses.features import FeatureLoss
+from cascade.distillation.nan_policy import (
     gradient_norm,
     kept_figures,
     leave_out,
     require_no_divergence,
     unfinished,
 )
-from cascade.distillation.log import TrainingLog
 from cascade.distillation.on_policy import Rollouts, common_ids, end_tokens, own_batch
 from cascade.distillation.optimizer import build_optimizer
 from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
-from cascade.distillation.state import Progress, States, Trained, load_state
 from cascade.distillation.step import Task, fitting_microbatch, fitting_step
 from cascade.distillation.supervision import Selection, Supervision, Targets
-from cascade.errors import UserError
-from cascade.failpoints import failpoint
-from cascade.stopping import saving
+from cascade.distillation.training_log import TrainingLog
+from cascade.distillation.training_state import Progress, States, Trained, load_state
+from cascade.runtime import ranks
+from cascade.runtime.errors import UserError
+from cascade.runtime.failpoints import failpoint
+from cascade.runtime.stopping import saving
 
 DEFAULT_SUPERVISION, DEFAULT_OPTIMIZATION, DEFAULT_EXECUTION = Supervision(), Optimization(), Execution()
 _DEFAULT_SAFEKEEPING, _NO_HOOKS = Safekeeping(), Hooks()
@@ -78,7 +78,7 @@ def distill(
     the sum over its tokens that count, divided by their number in the *whole* step, so that the split into microbatches
     and processes changes nothing; feature losses are scaled by the step before. With a `safekeeping.state_folder` a
     training that finds its state there goes on from it, to the same bits, and one that is asked to stop
-    (`cascade.stopping`) leaves its state there.
+    (`cascade.runtime.stopping`) leaves its state there.
 
     Raises:
         TrainingError: a loss or gradient is not finite (before the optimizer step), not even one block fits, or the
@@ -87,7 +87,7 @@ def distill(
         UserError: a step's blocks cannot be shared out evenly, or a teacher, a package or a single process is needed.
     """
     _require_teacher(teacher, supervision)
-    parallel.require_even(optimization.batch_size)
+    ranks.require_even(optimization.batch_size)
     student, teacher = sharding.shard(student), sharding.shard(teacher)
     trained = _trained(student, optimization)
     training = _Training(
@@ -226,7 +226,7 @@ def _batch(
     batch = blocks.rows(rows)
     if targets is None or isinstance(batch, Examples):
         return rows, batch
-    of_process = slice(parallel.rank(), None, parallel.world_size())
+    of_process = slice(ranks.rank(), None, ranks.world_size())
     targets.ahead(rows[of_process], rows_after[of_process])
     return rows, replace(batch, known=targets.of(rows))
 
@@ -353,5 +353,5 @@ def _scales(
 
 def _step_seed(seed: int, step: int) -> int:
     """The seed of one step's random draws, on this process."""
-    digest = hashlib.sha256(f"{seed}:{step}:{parallel.rank()}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{step}:{ranks.rank()}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

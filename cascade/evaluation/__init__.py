@@ -1,1 +1,4 @@
-"""Numbers about finished checkpoints. The only place that reads the held-out split."""
+"""Numbers about a finished checkpoint: held-out text, lm-eval tasks, speed, the reload gate.
+
+The only room that opens the held-out split.
+"""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.distillation.fused import fused_loss
+from cascade.distillation.losses.fused import fused_loss
 from cascade.distillation.options import Objective
-from cascade.models.head import head_of, last_hidden
+from cascade.models.architecture.head import head_of, last_hidden
 
 
 def unlikeness(known: Tensor, other: Tensor, vocab_size: int) -> dict[str, float]:

@@ -9,14 +9,14 @@ from torch import nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
-from cascade.evaluation.harness import run_tasks
 from cascade.evaluation.heldout import HeldoutReport, heldout_report
 from cascade.evaluation.reload import check_reload, start_fresh_process
-from cascade.evaluation.task_options import TaskOptions
-from cascade.fitting import in_parts_that_fit
-from cascade.models.checkpoint import ModelSource, load_model, load_tokenizer, resolve_model
-from cascade.models.positions import usable_context
+from cascade.evaluation.tasks_lm_eval.harness import run_tasks
+from cascade.evaluation.tasks_lm_eval.task_options import TaskOptions
+from cascade.models.architecture.positions import usable_context
+from cascade.models.checkpoint.load import ModelSource, load_model, load_tokenizer, resolve_model
 from cascade.report.records import Metric
+from cascade.runtime.retry_smaller import in_parts_that_fit
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 32
 """What speed is measured on: read, and written."""

@@ -18,15 +18,15 @@ from cascade.data.examples import Examples, LabelledData, Raw, read_examples
 from cascade.data.labels import require_known_labels
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
-from cascade.distillation.fused import FusedLoss, fused_loss
-from cascade.distillation.memory import teacher_hidden
+from cascade.distillation.losses.fused import FusedLoss, fused_loss
 from cascade.distillation.options import Objective
-from cascade.evaluation.classes import class_metrics
-from cascade.evaluation.embeddings import embedding_metrics
-from cascade.evaluation.record import heldout_metric
-from cascade.evaluation.tail import calibration_error, confidences, long_tail
-from cascade.models.architecture import is_body
-from cascade.models.head import Head, head_of, last_hidden
+from cascade.distillation.teacher_memory import teacher_hidden
+from cascade.evaluation.classification import class_metrics
+from cascade.evaluation.long_tail import calibration_error, confidences, long_tail
+from cascade.evaluation.metric import heldout_metric
+from cascade.evaluation.sentence_embeddings import embedding_metrics
+from cascade.models.architecture.head import Head, head_of, last_hidden
+from cascade.models.architecture.model_class import is_body
 from cascade.report.records import Metric
 
 

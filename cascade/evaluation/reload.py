@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from cascade.errors import RunError
-from cascade.evaluation.fresh import WRITTEN_TOKENS, tokenizer_facts, written
-from cascade.models.architecture import image_shape, is_body, reads_images
-from cascade.models.positions import usable_context
-from cascade.models.quantised import is_rounded
+from cascade.evaluation.reload_process import WRITTEN_TOKENS, tokenizer_facts, written
+from cascade.models.architecture.model_class import image_shape, is_body, reads_images
+from cascade.models.architecture.positions import usable_context
+from cascade.models.checkpoint.quantised import is_rounded
+from cascade.runtime.errors import RunError
 
 RELOAD_TOLERANCE = 1e-5
 """Largest difference, relative to the largest logit, that counts as the same logits in float32."""
@@ -156,7 +156,7 @@ def start_fresh_process() -> subprocess.Popen[str]:
     global _process
     if _process is None or _process.poll() is not None:
         _process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("fresh.py"))],
+            [sys.executable, "-P", str(Path(__file__).with_name("reload_process.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=_errors,

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from cascade.errors import UserError
-from cascade.evaluation.fresh import tokenizer_facts
 from cascade.evaluation.reload import ReloadError, require_same_text
-from cascade.models.checkpoint import ModelSource, copy_companions, load_tokenizer
+from cascade.evaluation.reload_process import tokenizer_facts
+from cascade.models.checkpoint.load import ModelSource, copy_companions, load_tokenizer
+from cascade.runtime.errors import UserError
 
 
 def require_tokenizer_files(config: Any, source: ModelSource, name: str) -> None:

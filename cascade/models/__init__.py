@@ -1,1 +1,1 @@
-"""What makes a model's size, which axis of which weight is what, and checkpoints on disk."""
+"""Models without their training: what their shapes mean, and their checkpoints on disk."""

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.importance.scores import Scores
-from cascade.importance.statistics import Statistics
-from cascade.models.axes import probe_axes
-from cascade.models.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.architecture.axes import probe_axes
+from cascade.models.architecture.dims import ModelDims, config_with_dims, dims_of
 from cascade.pruning.corrections import corrected
+from cascade.pruning.importance.scores import Scores
+from cascade.pruning.importance.statistics import Statistics
 from cascade.pruning.plan import PruningPlan
 from cascade.pruning.rotation import require_rotatable, untied
-from cascade.pruning.shape import solve_shape
-from cascade.pruning.target import Target
+from cascade.pruning.size.shape import solve_shape
+from cascade.pruning.size.target import Target
 
 
 def plan_pruning(

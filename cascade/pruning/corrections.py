@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cascade.importance.statistics import Statistics
-from cascade.models.axes import ModelAxes
-from cascade.models.twin import EPSILON_KEYS
+from cascade.models.architecture.axes import ModelAxes
+from cascade.models.architecture.twin import EPSILON_KEYS
+from cascade.pruning.importance.statistics import Statistics
 
 if TYPE_CHECKING:
     from cascade.pruning.plan import PruningPlan

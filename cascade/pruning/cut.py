@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from cascade.models.architecture import model_from_config
-from cascade.models.axes import ModelAxes, probe_axes
-from cascade.models.dims import dims_of
-from cascade.models.parts import Axis
+from cascade.models.architecture.axes import ModelAxes, probe_axes
+from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.model_class import model_from_config
+from cascade.models.architecture.parts import Axis
 from cascade.pruning.plan import PruningPlan, config_of
 from cascade.pruning.rotation import rotated_weight
 

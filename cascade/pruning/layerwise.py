@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cascade.models.axes import probe_axes
-from cascade.models.behaviour import first_tensor, run_body
+from cascade.models.architecture.axes import probe_axes
+from cascade.models.architecture.behaviour import first_tensor, run_body
 
 
 class Stream:

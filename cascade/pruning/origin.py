@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cascade.models.origin import Origin
+from cascade.models.architecture.origin import Origin
 from cascade.pruning.plan import PruningPlan
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from cascade.errors import UserError
-from cascade.files import file_sha256
-from cascade.models.dims import ModelDims
+from cascade.models.architecture.dims import ModelDims
+from cascade.runtime.errors import UserError
+from cascade.runtime.files import file_sha256
 
 PLAN_FORMAT = 3
 

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade.errors import UserError
-from cascade.importance.layers import skipped
-from cascade.importance.scores import Scores
-from cascade.models.axes import ModelAxes, probe_axes
-from cascade.models.dims import dims_of
-from cascade.models.twin import twin_of
+from cascade.models.architecture.axes import ModelAxes, probe_axes
+from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.twin import twin_of
 from cascade.pruning.choose import plan_pruning
 from cascade.pruning.corrections import stream_is_centred_by_norms
 from cascade.pruning.cut import kept_rows, prune
+from cascade.pruning.importance.layers import skipped
+from cascade.pruning.importance.scores import Scores
 from cascade.pruning.plan import PruningPlan
+from cascade.runtime.errors import UserError
 
 PROOF_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that counts as equal in float32."""

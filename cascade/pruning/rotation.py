@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.errors import UserError
-from cascade.models.axes import ModelAxes
+from cascade.models.architecture.axes import ModelAxes
+from cascade.runtime.errors import UserError
 
 
 def require_rotatable(config: Any, axes: ModelAxes) -> None:

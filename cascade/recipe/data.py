@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo, model_validator
 
-from cascade.models.revision import COMMIT
+from cascade.models.checkpoint.revision import COMMIT
 from cascade.recipe.places import RecipePath, RecipePaths, resolved, shown
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section, as_list
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from cascade.distillation.divergences import DIVERGENCES
+from cascade.distillation.losses.divergences import DIVERGENCES
 from cascade.distillation.options import (
     FORMS,
     OPTIMIZERS,

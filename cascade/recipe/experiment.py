@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from cascade.errors import RecipeError
 from cascade.recipe.baseline import Kind
 from cascade.recipe.load import problems_of, refuse_secrets
 from cascade.recipe.places import FOLDER, RecipePath
 from cascade.recipe.section import PositiveInt, Section, as_list
-from cascade.yaml_reader import Place, YamlDocument, read_yaml
+from cascade.runtime.errors import RecipeError
+from cascade.store.strict_yaml import Place, YamlDocument, read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 

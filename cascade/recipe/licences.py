@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cascade.errors import UserError
 from cascade.recipe.places import shown_model
+from cascade.runtime.errors import UserError
 
 _LLAMA_ONLY = (
     "its output may not be used to improve other large language models than Llama and what is derived from it "

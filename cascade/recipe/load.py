@@ -8,13 +8,13 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from cascade.errors import RecipeError, UserError
-from cascade.paths import lead_to
 from cascade.recipe.generate import Generate
 from cascade.recipe.places import FOLDER
 from cascade.recipe.schema import Recipe
-from cascade.secrets import looks_secret, redact
-from cascade.yaml_reader import YamlDocument, parse_yaml, read_yaml
+from cascade.runtime.errors import RecipeError, UserError
+from cascade.runtime.paths import lead_to
+from cascade.runtime.secrets import looks_secret, redact
+from cascade.store.strict_yaml import YamlDocument, parse_yaml, read_yaml
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

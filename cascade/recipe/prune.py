@@ -50,4 +50,4 @@ class Prune(Section):
     repair: Repair = Repair()
     search: Search | None = None
     """Search the shape of members whose target is a bound; without it the shape is taken that loses least
-    by what its axes have lost (`cascade.pruning.shape`)."""
+    by what its axes have lost (`cascade.pruning.size.shape`)."""

@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cascade.distillation.options import OPTIMIZERS
-from cascade.models.revision import COMMIT
-from cascade.paths import inside
+from cascade.models.checkpoint.revision import COMMIT
 from cascade.recipe.baseline import Baseline, Kind
 from cascade.recipe.data import Data
 from cascade.recipe.distill import Distill
@@ -23,6 +22,7 @@ from cascade.recipe.prune import Prune
 from cascade.recipe.section import Fraction, Names, OneOf, PositiveFloat, PositiveInt, Section
 from cascade.recipe.target import TargetSize
 from cascade.recipe.task import require_finish, require_task, require_teacher
+from cascade.runtime.paths import inside
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -1,1 +1,1 @@
-"""Family records, tables, curves, HTML, member cards. Imports no torch."""
+"""family.json to tables, curves, HTML and cards. Imports no torch."""

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from cascade.models.older_keys import READ_BY
+from cascade.models.checkpoint.older_keys import READ_BY
 from cascade.report.provenance import Provenance, base_model_relation, sentence, tags
 from cascade.report.records import Row
 from cascade.report.render import render

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cascade.errors import UserError
+from cascade.runtime.errors import UserError
 
 VERSION = 1
 

@@ -6,7 +6,7 @@ from typing import Any
 from cascade.report.production import load_drift, wrong_diet
 from cascade.report.records import family_of, load_family
 from cascade.report.tables import plain_table, quality_table, size_table
-from cascade.report.targets import load_targets, targets_sentence
+from cascade.report.target_costs import load_targets, targets_sentence
 from cascade.report.verdicts import load_verdicts, verdict_table
 
 

@@ -6,11 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cascade.carrying import free_name
-from cascade.errors import UserError
-from cascade.failpoints import failpoint
-from cascade.files import sync_folder, write_atomically
-from cascade.health import findings
 from cascade.report.logs import training_logs
 from cascade.report.plots import candidate_chart, size_quality_curve, training_curves
 from cascade.report.production import load_drift, production_table, wrong_diet
@@ -18,12 +13,17 @@ from cascade.report.provenance import load_provenances, provenance_table
 from cascade.report.rates import load_rates, rates_table
 from cascade.report.records import Family, Row, family_csv, family_json, metric_names
 from cascade.report.render import render
-from cascade.report.skipped import load_skipped, skipped_table
+from cascade.report.skipped_rows import load_skipped, skipped_table
 from cascade.report.tables import Table, markdown_table, quality_table, shape_table, size_table, stage_table
-from cascade.report.tail import decile_table, load_tails, slice_table
-from cascade.report.targets import load_targets, targets_table
+from cascade.report.tail_tables import decile_table, load_tails, slice_table
+from cascade.report.target_costs import load_targets, targets_table
 from cascade.report.verdicts import load_verdicts, verdict_table
-from cascade.store import MANIFEST, seal, verify_folder
+from cascade.runtime.errors import UserError
+from cascade.runtime.failpoints import failpoint
+from cascade.runtime.files import sync_folder, write_atomically
+from cascade.store.commits import MANIFEST, seal, verify_folder
+from cascade.store.health import findings
+from cascade.store.user_files import free_name
 
 Titled = tuple[str, Table]
 

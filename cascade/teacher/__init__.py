@@ -1,1 +1,1 @@
-"""Where targets come from besides a live model's logits: text that a model here or behind an endpoint has written."""
+"""What a teacher gives besides live logits: text that it writes, and targets that are computed once and kept."""

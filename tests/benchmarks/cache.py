@@ -51,7 +51,7 @@ def blocks_of(options, tokenizer, vocabulary, count):
 def loaded(options):
     """(teacher, tokenizer)"""
     if options.model:
-        from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+        from cascade.models.checkpoint.load import load_model, load_tokenizer, resolve_model
 
         source = resolve_model(options.model)
         return load_model(source).requires_grad_(False), load_tokenizer(source)
@@ -62,13 +62,13 @@ def loaded(options):
 
 
 def opened(folder, teacher, layout):
-    from cascade.cache.keys import open_windows
+    from cascade.teacher.targets.keys import open_windows
 
     return open_windows(folder, teacher, None, layout)
 
 
 def layout_of(kind, config, draws=38):
-    from cascade.cache.record import Layout
+    from cascade.teacher.targets.record import Layout
 
     how = {
         "sampled": {"draws": draws},
@@ -82,9 +82,9 @@ def measure_labelling(options, kind):
     """tokens/s of labelling `kind`; 'nothing': the body, and the head chunk by chunk, thrown away."""
     import torch
 
-    from cascade.cache.label import label
-    from cascade.distillation.fused import chunk_rule, raw_logits
-    from cascade.models.head import head_of, last_hidden
+    from cascade.distillation.losses.fused import chunk_rule, raw_logits
+    from cascade.models.architecture.head import head_of, last_hidden
+    from cascade.teacher.targets.label import label
 
     teacher, tokenizer = loaded(options)
     blocks = blocks_of(options, tokenizer, teacher.config.vocab_size, options.blocks)
@@ -117,11 +117,11 @@ def measure_reading(options, kind):
     """tokens/s of reading `kind` in steps of 8 blocks in random order, and of training a student from it."""
     import torch
 
-    from cascade.cache.label import label
-    from cascade.cache.reader import CachedTargets
     from cascade.distillation.supervision import Supervision
     from cascade.distillation.trainer import distill
-    from cascade.models.head import Head, head_of
+    from cascade.models.architecture.head import Head, head_of
+    from cascade.teacher.targets.label import label
+    from cascade.teacher.targets.reader import CachedTargets
 
     teacher, tokenizer = loaded(options)
     blocks = blocks_of(options, tokenizer, teacher.config.vocab_size, options.blocks)
@@ -176,7 +176,7 @@ def gradient(student, batch, teacher=None):
     """All parameters' gradients of a step's mean loss, as one vector."""
     import torch
 
-    from cascade.distillation.batch import FORWARD_KL, batch_losses
+    from cascade.distillation.losses.batch import FORWARD_KL, batch_losses
 
     parts = [batch_losses(student, teacher, one, FORWARD_KL, keep=False).fused.loss for one in batch.split(8)]
     weights = [weight for weight in student.parameters() if weight.requires_grad]
@@ -202,10 +202,10 @@ def measure_noise(options):
 
     import torch
 
-    from cascade.cache.label import label
-    from cascade.cache.reader import CachedTargets
     from cascade.distillation.options import Optimization
     from cascade.distillation.trainer import distill
+    from cascade.teacher.targets.label import label
+    from cascade.teacher.targets.reader import CachedTargets
 
     teacher, tokenizer = loaded(options)
     steps = options.steps

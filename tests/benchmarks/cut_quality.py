@@ -90,20 +90,20 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
 
     from cascade.data.blocks import pack_documents
     from cascade.data.sources import TextData, read_documents
-    from cascade.distillation.batch import selection_losses
+    from cascade.distillation.losses.batch import selection_losses
     from cascade.distillation.options import Execution, Optimization
     from cascade.distillation.trainer import distill
     from cascade.evaluation.heldout import heldout_blocks, heldout_metrics
-    from cascade.importance.scores import score_importance
-    from cascade.importance.statistics import collect_statistics
-    from cascade.models.axes import probe_axes
-    from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
+    from cascade.models.architecture.axes import probe_axes
+    from cascade.models.checkpoint.load import load_model, load_tokenizer, resolve_model
     from cascade.pruning.choose import plan_pruning
     from cascade.pruning.cut import prune
-    from cascade.pruning.repair import Repair, repair
+    from cascade.pruning.importance.scores import score_importance
+    from cascade.pruning.importance.statistics import collect_statistics
+    from cascade.pruning.repair.refit import Repair, repair
     from cascade.pruning.rotation import untied
-    from cascade.pruning.shape import diverse_shapes, solve_shape
-    from cascade.pruning.target import Target
+    from cascade.pruning.size.shape import diverse_shapes, solve_shape
+    from cascade.pruning.size.target import Target
 
     source = resolve_model(options.model)
     teacher, tokenizer = load_model(source), load_tokenizer(source)
@@ -195,10 +195,10 @@ def magnitudes(model):
     import torch
     import torch_pruning
 
-    from cascade.importance.gradients import group_of
-    from cascade.importance.scores import Scores
-    from cascade.models.axes import probe_axes
-    from cascade.models.dims import dims_of
+    from cascade.models.architecture.axes import probe_axes
+    from cascade.models.architecture.dims import dims_of
+    from cascade.pruning.importance.gradients import group_of
+    from cascade.pruning.importance.scores import Scores
 
     axes, dims = probe_axes(model.config), dims_of(model.config)
     score = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="sum", normalizer=None)

@@ -54,7 +54,7 @@ def pass_seconds(contender: str, shape: str, rounds: int) -> list[float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from cascade.data.blocks import TokenBlocks
-    from cascade.importance.statistics import collect_statistics
+    from cascade.pruning.importance.statistics import collect_statistics
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True)).eval()
@@ -90,8 +90,8 @@ def cut_seconds(contender: str, depth: int, rounds: int) -> list[float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from cascade.models import axes
-    from cascade.models.dims import dims_of
+    from cascade.models.architecture import axes
+    from cascade.models.architecture.dims import dims_of
     from cascade.pruning.choose import plan_pruning
     from cascade.pruning.cut import prune
     from cascade.pruning.proof import prove_cuts, random_scores

@@ -86,12 +86,12 @@ def kept(kind: str, teacher, ids):
     """What is kept of the teacher for these blocks, in a folder that goes with the process."""
     import tempfile
 
-    from cascade.cache.keys import open_windows
-    from cascade.cache.label import label
-    from cascade.cache.reader import CachedTargets
-    from cascade.cache.record import Layout
     from cascade.data.blocks import TokenBlocks
-    from cascade.models.head import Head, head_of
+    from cascade.models.architecture.head import Head, head_of
+    from cascade.teacher.targets.keys import open_windows
+    from cascade.teacher.targets.label import label
+    from cascade.teacher.targets.reader import CachedTargets
+    from cascade.teacher.targets.record import Layout
 
     how = {"draws": 38} if kind == "sampled" else {"hidden_size": SHAPE["hidden_size"], "dtype": "bfloat16"}
     layout, blocks = Layout(kind, SHAPE["vocab_size"], **how), TokenBlocks(ids, ids, 3.0)
@@ -211,9 +211,9 @@ def loss_on_gpu() -> dict[str, float] | None:
 
     if not torch.cuda.is_available():
         return None
-    from cascade.distillation.fused import fused_loss
+    from cascade.distillation.losses.fused import fused_loss
     from cascade.distillation.options import Objective
-    from cascade.models.head import Head
+    from cascade.models.architecture.head import Head
 
     def draw(*shape):
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / 64

@@ -16,10 +16,10 @@ import math
 
 import torch
 
-from cascade.cache.packing import rising_size
-from cascade.distillation.sampling import shifts, systematic_draws
-from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
-from cascade.models.head import head_of, last_hidden, logits_of
+from cascade.models.architecture.head import head_of, last_hidden, logits_of
+from cascade.models.checkpoint.load import load_model, load_tokenizer, resolve_model
+from cascade.teacher.targets.bit_packing import rising_size
+from cascade.teacher.targets.sampling import shifts, systematic_draws
 
 
 def independent_draws(p, seed, draws):

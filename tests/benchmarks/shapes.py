@@ -7,7 +7,7 @@ A shape is layers, hidden size, intermediate size (0: the largest that fits the 
 `p` before it means a rotated stream with a head of its own. Each is cut from the recipe's parent and judged by KL to it
 on selection text: as cut, repaired, after a tenth of the tokens and after all of them, with the recipe's optimizer
 settings. --results keeps finished rows, and a stopped run goes on. --fit prints, for every file and size, the rank
-correlation of each cheap criterion with the final KL, and the weights of `cascade.pruning.shape` that fit best.
+correlation of each cheap criterion with the final KL, and the weights of `cascade.pruning.size.shape` that fit best.
 """
 
 import argparse
@@ -69,14 +69,14 @@ class Setting:
         from rich.console import Console
 
         from cascade.data.blocks import load_blocks
-        from cascade.distillation.memory import remember
-        from cascade.framing import framed
-        from cascade.importance.statistics import collect_statistics
-        from cascade.models.checkpoint import load_model
-        from cascade.preparing import make_parent, prepare
-        from cascade.progress import RunProgress
+        from cascade.distillation.teacher_memory import remember
+        from cascade.models.checkpoint.load import load_model
+        from cascade.pipeline.prepare import make_parent, prepare
+        from cascade.pipeline.runner import StageRunner
+        from cascade.pipeline.stages.framing import framed
+        from cascade.pruning.importance.statistics import collect_statistics
         from cascade.recipe.load import load_recipe
-        from cascade.runner import StageRunner
+        from cascade.runtime.progress import RunProgress
 
         self.options = options
         recipe = load_recipe(options.recipe, [*options.set, "evaluate.tasks=[]", "evaluate.heldout_blocks=8"])
@@ -100,7 +100,7 @@ class Setting:
 
     def heading(self) -> dict:
         """The first line of results: the parent's dims and how shapes are trained."""
-        from cascade.models.dims import dims_of
+        from cascade.models.architecture.dims import dims_of
 
         parent, options = dims_of(self.teacher.config), self.options
         settings = ("tokens", "learning_rate", "optimizer", "batch_size", "features")
@@ -109,9 +109,9 @@ class Setting:
 
     def shape(self, text: str) -> dict | None:
         """The shape of a text as a row; None where it does not fit."""
-        from cascade.family import shape_config
-        from cascade.models.axes import probe_axes
-        from cascade.models.dims import dims_of
+        from cascade.models.architecture.axes import probe_axes
+        from cascade.models.architecture.dims import dims_of
+        from cascade.planning.family import shape_config
 
         rotated = text.startswith("p")
         config = shape_config(self.teacher.config, "pca" if rotated else "activation_norm")
@@ -131,12 +131,12 @@ class Setting:
 
     def measure(self, row: dict) -> dict:
         """The row with its KLs."""
-        from cascade.family import shape_config
-        from cascade.importance.scores import score_importance
-        from cascade.models.dims import dims_of
+        from cascade.models.architecture.dims import dims_of
+        from cascade.planning.family import shape_config
         from cascade.pruning.choose import plan_pruning
         from cascade.pruning.cut import prune
-        from cascade.pruning.repair import Repair, repair
+        from cascade.pruning.importance.scores import score_importance
+        from cascade.pruning.repair.refit import Repair, repair
 
         hidden, calibration = "pca" if row["rotated"] else "activation_norm", self.calibration.take(64)
         dims = dims_of(shape_config(self.teacher.config, hidden)).replace(**{name: row[name] for name in AXES})
@@ -157,7 +157,7 @@ class Setting:
 
     def judge(self, student) -> dict:
         """KL to the parent and loss on selection text."""
-        from cascade.distillation.batch import selection_losses
+        from cascade.distillation.losses.batch import selection_losses
 
         found = selection_losses(student, self.teacher, self.selection, 8)
         student.eval()
@@ -165,7 +165,7 @@ class Setting:
 
     def recovered(self, start, plan, share: float) -> dict:
         """What a recovery on a share of the tokens comes to."""
-        from cascade.distillation.features import FeatureLoss
+        from cascade.distillation.losses.features import FeatureLoss
         from cascade.distillation.options import Execution, Features, Optimization
         from cascade.distillation.supervision import Supervision
         from cascade.distillation.trainer import distill

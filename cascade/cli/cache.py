@@ -1,0 +1,147 @@
+"""`cascade cache`: what is kept of teachers, whether it is whole, and making room."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from cascade.cli.options import ABOVE_ZERO, JSON, POSITIVE, CommandGroup, finish, quiet_libraries
+from cascade.runtime.errors import UserError
+
+FOLDER = click.option(
+    "--folder", type=click.Path(file_okay=False), help="The cache's folder; that of the user's caches where not given."
+)
+ROOT = click.option("--root", "roots", multiple=True, metavar="PREFIX", help="Only roots whose names begin so.")
+
+
+@click.group(cls=CommandGroup)
+def cache() -> None:
+    """What is kept of teachers: its size and use, its damage, making room."""
+
+
+@cache.command()
+@FOLDER
+@ROOT
+@JSON
+def info(folder: str | None, roots: tuple[str, ...], as_json: bool) -> None:
+    """A line for each teacher and form of targets: windows, bytes, how often they were found."""
+    from cascade.report.tables import plain_table
+    from cascade.teacher.targets.inspect import describe, roots_in
+
+    place = _folder(folder)
+    found = [describe(root) for root in roots_in(place, roots)]
+    if as_json:
+        return click.echo(json.dumps({"folder": str(place), "roots": found}))
+    head = ["root", "teacher", "targets", "windows", "shards", "MB", "asked", "found", "unreadable"]
+    table = [head]
+    for one in found:
+        rate = "" if one["hit_rate"] is None else f"{one['hit_rate']:.0%}"
+        cells = [one["root"], f"{one['model_type']} {one['weights'][:8]}", _targets(one["targets"] or {})]
+        cells += [f"{one['windows']:,}", str(one["shards"]), f"{one['bytes'] / 1e6:,.1f}", f"{one['windows_asked']:,}"]
+        table.append([*cells, rate, str(one["unreadable_shards"])])
+    click.echo(f"{place}\n")
+    click.echo(plain_table(table) if found else "empty")
+
+
+@cache.command()
+@FOLDER
+@ROOT
+@click.option(
+    "--run", "run_folder", type=click.Path(file_okay=False), help="Also ask the teacher of this run directory again."
+)
+@click.option("--windows", default=8, type=POSITIVE, show_default=True, help="To ask the teacher again for.")
+@JSON
+def verify(folder: str | None, roots: tuple[str, ...], run_folder: str | None, windows: int, as_json: bool) -> None:
+    """Read all that is kept and compare it with its checksums; with --run, some of it with the live teacher.
+
+    Exit code 1 where something is damaged. Damaged windows are never used: the next run labels them again.
+    """
+    from cascade.teacher.targets.inspect import damage, roots_in
+
+    live, place = None, _folder(folder)
+    if run_folder is not None:
+        quiet_libraries()
+        from cascade.pipeline.cache_check import check_against_teacher, folder_of_run
+
+        place = place if folder else folder_of_run(Path(run_folder))
+        live = check_against_teacher(Path(run_folder), windows, place)
+        roots = roots or tuple(live["root"].split(", "))
+    found = {root.name: damage(root) for root in roots_in(place, roots)}
+    bad = any(any(one.values()) for one in found.values()) or bool(live and live["differing"])
+    if as_json:
+        click.echo(json.dumps({"folder": str(place), "roots": found, "teacher": live, "ok": not bad}))
+        sys.exit(int(bad))
+    for name, one in found.items():
+        counts = [f"{len(one[what])} damaged {what}" for what in ("shards", "windows") if one[what]]
+        click.echo(f"{name}: {', '.join([*one['record'], *counts]) or 'whole'}")
+        for shard in one["shards"]:
+            click.echo(f"  {shard}")
+    if live:
+        click.echo(
+            f"teacher: {live['compared']} of {live['windows_there']:,} windows labelled again, "
+            f"{len(live['differing'])} differ"
+        )
+    if bad:
+        click.echo("`cascade cache prune --damaged` removes damaged shards; the next run labels their windows again.")
+    sys.exit(int(bad))
+
+
+@cache.command()
+@FOLDER
+@ROOT
+@click.option("--damaged", is_flag=True, help="Remove damaged shards and what killed runs left.")
+@click.option(
+    "--unused-days", type=click.FloatRange(min=0), help="Remove roots that no training asked in so many days."
+)
+@click.option("--max-gb", type=ABOVE_ZERO, help="Remove the longest unused roots until the rest take at most this.")
+@click.option("--all", "everything", is_flag=True, help="Remove all roots (of those named with --root).")
+@JSON
+def prune(
+    folder: str | None,
+    roots: tuple[str, ...],
+    damaged: bool,
+    unused_days: float | None,
+    max_gb: float | None,
+    everything: bool,
+    as_json: bool,
+) -> None:
+    """Make room: what is removed is labelled again when a run needs it."""
+    from cascade.teacher.targets.inspect import remove_damaged, remove_roots, roots_in, to_fit, unused_since
+
+    if not (damaged or everything or unused_days is not None or max_gb is not None):
+        raise UserError("cache prune: say what to remove: --damaged, --unused-days N, --max-gb N or --all")
+    place = _folder(folder)
+    found, freed, removed = roots_in(place, roots), 0, []
+    if damaged:
+        freed += sum(remove_damaged(root) for root in found)
+    if unused_days is not None:
+        removed += unused_since(found, unused_days)
+    if max_gb is not None:
+        removed += to_fit([root for root in found if root not in removed], max_gb * 1e9)
+    if everything:
+        removed = found
+    freed += remove_roots(removed)
+    result = {"folder": str(place), "removed_roots": [root.name for root in removed], "freed_bytes": freed}
+    finish(result, as_json)
+
+
+def _folder(given: str | None) -> Path:
+    from cascade.teacher.targets.keys import default_folder
+
+    return Path(given).expanduser() if given else default_folder()
+
+
+def _targets(layout: dict[str, object]) -> str:
+    """Such as 'sampled, 38 draws'."""
+    kind = str(layout.get("kind", "?"))
+    if kind == "sampled":
+        exact = layout.get("exact_ids")
+        return f"sampled, {layout.get('draws')} draws" + (
+            f", {len(exact)} exact" if isinstance(exact, tuple | list) else ""
+        )
+    if kind == "hidden":
+        points = layout.get("points")
+        states = len(points) if isinstance(points, tuple | list) else 0
+        return f"hidden, {layout.get('dtype')}" + (f", {states} layers" if states else "")
+    return f"{kind}, {layout.get('top_k')} ids"

@@ -1,0 +1,138 @@
+"""What the commands share: options, and how a result is printed."""
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, TypeVar
+
+import click
+
+from cascade.runtime.errors import DiskError, RunError, Stopped, UserError, is_disk_error
+from cascade.runtime.secrets import redact
+from cascade.runtime.stopping import handled
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_PLACES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
+"""What is wrong with a place that a user has given, where nothing says it better."""
+NOTHING_KEPT = "Nothing is left of it."
+_KEPT = "What is finished is kept; the same command goes on from there."
+
+POSITIVE = click.IntRange(min=1)
+ABOVE_ZERO = click.FloatRange(min=0, min_open=True, max=1e15)
+RECIPE = click.argument("recipe", type=click.Path(dir_okay=False))
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key, such as distill.tokens=100_000.",
+)
+OUTPUT = click.option(
+    "--output",
+    type=click.Path(file_okay=False),
+    help="Run directory (default: the recipe's, else runs/NAME).",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+DATA = click.option(
+    "--data",
+    help="Text: JSON(.gz), Parquet or text (a file, folder or pattern) like what MODEL was trained on, or 'stdlib', "
+    "Python's own source. Needed but for builtin:pico-python, which was trained on the latter.",
+)
+
+
+def _permission(option: str, module: str, function: str, told: str) -> Callable[[_Command], _Command]:
+    """A flag that gives this process a permission, which no recipe can ask for."""
+
+    def give(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given:
+            getattr(import_module(module), function)()
+
+    return click.option(option, is_flag=True, expose_value=False, callback=give, help=told)
+
+
+TASK_CODE = _permission(
+    "--allow-task-code",
+    "cascade.evaluation.tasks_lm_eval.task_code",
+    "allow",
+    "Let tasks of task folders run Python functions of their own, apart, without keys in their environment.",
+)
+PRIVATE = _permission(
+    "--allow-private",
+    "cascade.teacher.writing.address",
+    "allow_private",
+    "Ask an endpoint that is on a private network.",
+)
+BLOCK = click.option(
+    "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
+)
+
+
+class CommandGroup(click.Group):
+    """Turns the program's own errors into messages and exit codes."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's own."""
+        try:
+            return super().main(*args, **kwargs)
+        except UserError as error:
+            click.echo(redact(f"Error: {error}"), err=True)
+            sys.exit(error.exit_code)
+        except RunError as error:
+            click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
+            sys.exit(error.exit_code)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _PLACES:
+                click.echo(redact(f"Error: {error.filename}: {error.strerror}; give another place"), err=True)
+                sys.exit(UserError.exit_code)
+            if not is_disk_error(error):
+                raise
+            click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
+            sys.exit(DiskError.exit_code)
+
+
+@contextmanager
+def interruptible(told: str = _KEPT) -> Iterator[None]:
+    """Ctrl-C and SIGTERM let a training that keeps states save one; then, or at the second, a message."""
+    try:
+        with handled():
+            yield
+    except Stopped as error:
+        click.echo(f"\nStopped. {told}", err=True)
+        sys.exit(error.exit_code)
+
+
+def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:
+    """NAME=N texts as dims."""
+    dims = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not (value.isascii() and value.isdigit()):
+            raise UserError(f"--dim {text}: not of the form NAME=N, such as num_hidden_layers=4")
+        dims[name] = int(value)
+    return dims
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result."""
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        click.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+
+
+def quiet_libraries() -> None:
+    """Our own progress and errors only; transformers' warnings about optional packages say nothing to our user."""
+    for name in ("torchao", "torch.utils._pytree"):  # what they say when they are imported is not about the run
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

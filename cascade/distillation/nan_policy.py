@@ -1,0 +1,104 @@
+"""What happens where a loss or a gradient is not finite: always before the optimizer's step, so weights stay whole."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from cascade.distillation import sharding
+from cascade.distillation.options import Safekeeping
+from cascade.distillation.training_log import TrainingLog
+from cascade.distillation.training_state import Progress, States, Trained, load_state
+from cascade.runtime import ranks
+from cascade.runtime.errors import DivergedError, NotFiniteError
+from cascade.runtime.files import make_folder, write_atomically
+from cascade.store.health import CLIMBED, FIRST, LONG, diverged
+
+logger = logging.getLogger(__name__)
+
+RECORD = "not_finite.json"
+
+
+def gradient_norm(trained: Trained, max_grad_norm: float) -> float:
+    """The norm of a step's gradients, which are clipped to at most `max_grad_norm`."""
+    clipped = nn.utils.clip_grad_norm_(trained.student.parameters(), max_grad_norm)
+    return float(sharding.whole(clipped))
+
+
+def unfinished(losses: dict[str, float]) -> bool:
+    """Whether a step's `loss` or `grad_norm` is not finite; other figures may be infinite."""
+    return not (math.isfinite(losses["loss"]) and math.isfinite(losses["grad_norm"]))
+
+
+def kept_figures(entry: dict[str, float]) -> dict[str, float]:
+    """A log's entry without what is not finite (on selection text, or a part of the loss), and how many those were."""
+    kept = {name: value for name, value in entry.items() if math.isfinite(value)}
+    lost = len(entry) - len(kept)
+    return kept | ({"not_finite": float(lost)} if lost else {})
+
+
+def require_no_divergence(progress: Progress) -> None:
+    """Stop a training whose loss has climbed and stays there.
+
+    Raises:
+        DivergedError: it has.
+    """
+    since = diverged(progress.curve) if progress.step % LONG == 0 else None
+    if since is not None:
+        raise DivergedError(
+            f"step {progress.step}: the loss has been over {CLIMBED:g} times its first {FIRST} steps' since step "
+            f"{since}. Try a lower learning_rate, or on_divergence: warn"
+        )
+
+
+def leave_out(
+    progress: Progress,
+    trained: Trained,
+    safekeeping: Safekeeping,
+    states: States | None,
+    rows: Tensor,
+    losses: dict[str, float],
+    log: TrainingLog,
+) -> Progress:
+    """How the training goes on after a step whose loss or gradient is not finite: the step is among those left out.
+
+    Raises:
+        NotFiniteError: it does not; blocks and losses are in a file beside the training's states.
+    """
+    for parameter in trained.student.parameters():
+        parameter.grad = None
+    step = progress.step
+    message = f"step {step}: loss {losses['loss']}, gradient norm {losses['grad_norm']}"
+    if safekeeping.on_nan == "stop" or progress.skips >= safekeeping.max_skipped:
+        place = _record(None if states is None else states.folder, progress, rows, losses)
+        skips = f" after {progress.skips} that were left out" if progress.skips else ""
+        raise NotFiniteError(
+            f"{message}; stopped before the optimizer step{skips}. Blocks of this batch: {rows.tolist()}{place}. "
+            "Try a lower learning_rate, look at those blocks, or on_nan: skip"
+        )
+    if safekeeping.on_nan == "rollback" and states is not None:
+        earlier = load_state(states.folder, trained, progress.settings)
+        if earlier is not None:
+            logger.warning("%s; back to step %d, and steps up to this one are left out", message, earlier.step)
+            earlier.left_out = sorted({*earlier.left_out, *range(earlier.step, step + 1)})
+            earlier.skips = progress.skips + 1
+            states.save(trained, earlier)
+            log.again(earlier.curve)
+            return earlier
+    logger.warning("%s; the step is left out (%d of %d)", message, progress.skips + 1, safekeeping.max_skipped)
+    progress.left_out = [*progress.left_out, step]
+    progress.skips += 1
+    return progress
+
+
+def _record(state_folder: Path | None, progress: Progress, rows: Tensor, losses: dict[str, float]) -> str:
+    """Write down what is known, but for the text itself; where."""
+    if state_folder is None or ranks.rank() > 0:
+        return ""
+    make_folder(state_folder)
+    figures = {name: repr(value) for name, value in losses.items()}
+    record = {"step": progress.step, "blocks": rows.tolist(), "losses": figures, "settings": progress.settings}
+    write_atomically(state_folder / RECORD, json.dumps(record, indent=1) + "\n")
+    return f" (all figures: {state_folder / RECORD})"

@@ -1,0 +1,52 @@
+"""A training's log: a line of JSON per step, and whoever else wants to see each."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cascade.runtime import ranks
+from cascade.runtime.failpoints import failpoint
+from cascade.store.events import append_line
+from cascade.store.health import findings
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingLog:
+    """Where the entries go; of several processes the first one writes."""
+
+    def __init__(self, path: Path | None, on_log: Callable[[dict[str, float]], None] | None) -> None:
+        self.path, self.on_log = path, on_log
+        self.failed = False
+
+    def add(self, entry: dict[str, float], *, show: bool = True) -> None:
+        """One more step; a log that cannot be written is told once, for what was learned is worth more than it."""
+        if ranks.rank() > 0:
+            return
+        if self.path is not None:
+            try:
+                failpoint("distill.log")
+                append_line(self.path, json.dumps(entry), sync=False)
+            except OSError as error:
+                if not self.failed:
+                    logger.warning("%s: the training goes on without its log: %s", self.path, error)
+                self.failed = True
+        if show and self.on_log is not None:
+            self.on_log(entry)
+
+    def close(self, curve: Sequence[dict[str, float]]) -> None:
+        """Warn of what the whole log tells; one that could not be written whole is written again if it can be."""
+        if self.failed:
+            self.again(curve)
+        for found in findings(curve) if ranks.rank() == 0 else []:
+            logger.warning("%s%s", f"{self.path}: " if self.path else "", found)
+
+    def again(self, curve: Sequence[dict[str, float]]) -> None:
+        """All steps that count, of a training that goes on from a state."""
+        if self.path is not None and ranks.rank() == 0:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+        for entry in curve:
+            self.add(entry, show=False)

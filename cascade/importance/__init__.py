@@ -1,1 +1,0 @@
-"""What one forward pass shows about each layer, head, neuron and hidden channel, and the scores made of it."""

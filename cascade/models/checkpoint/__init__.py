@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: found, checked, loaded, saved; local, on the hub, GGUF or quantised."""

@@ -1,0 +1,120 @@
+"""Weights in 8 or 4 bits: torchao's formats as transformers stores them, and the same rounding in training.
+
+Only linear layers of the body are rounded, symmetrically: int8 with a scale for each row of a weight, int4 with one for
+each group of columns.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cascade.models.checkpoint.contents import match_weights
+from cascade.models.checkpoint.loading_messages import require_whole
+from cascade.runtime.errors import UserError
+
+_INT4 = getattr(torch, "int4")  # noqa: B009 - torch makes it while it starts, unseen by type checkers
+
+GROUPS = (128, 64, 32, 16, 8)
+"""Columns that share a scale in int4: the most of these that divide every weight's."""
+
+
+def require_torchao() -> None:
+    """Refuse to begin what would fail at the end.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    try:
+        import torchao  # noqa: F401
+    except ImportError as error:
+        raise UserError("finish: quantise needs torchao: pip install 'cascade-distill[quantise]'") from error
+
+
+def group_size(model: nn.Module, *, least: int | None = GROUPS[-1], place: str = "finish") -> int:
+    """Columns that share a scale in int4; `least`: how many must, None: any.
+
+    Raises:
+        UserError: there is nothing to round, or a weight's width is divided by none of `GROUPS`.
+    """
+    found = {name: one.in_features for name, one in _body(model).named_modules() if isinstance(one, nn.Linear)}
+    if not found:
+        raise UserError(f"{place}: {type(model).__name__} has no linear layers that could be rounded")
+    fitting = [size for size in GROUPS if all(width % size == 0 for width in found.values())]
+    if not fitting and least is not None:
+        name = next(name for name, width in found.items() if width % least)
+        raise UserError(f"{place}: int4: {name} has {found[name]} columns, which {least} does not divide; use int8")
+    return fitting[0] if fitting else 1
+
+
+def round_while_training(model: nn.Module, kind: str) -> None:
+    """From here on the body's linear layers compute with rounded weights, and pass gradients on to the unrounded."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    if kind == "int8":
+        weight = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
+    else:
+        weight = IntxFakeQuantizeConfig(_INT4, group_size=group_size(model), is_symmetric=True)
+    quantize_(_body(model), QATConfig(weight_config=weight, step="prepare"))
+
+
+def load_rounded(folder: Path, plain: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
+    """A plain checkpoint with the body's weights rounded as it is read, the rest in `dtype`.
+
+    `plain` is the same model as it is: it says which layers there are.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from transformers import TorchAoConfig
+
+    if kind == "int8":
+        wanted: Any = Int8WeightOnlyConfig()
+    else:
+        wanted = IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=PerGroup(group_size(plain)))
+    inside = {id(module) for module in _body(plain).modules()}
+    linear = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    kept = [name for name, module in linear.items() if id(module) not in inside]
+    model, report = type(plain).from_pretrained(  # type: ignore[attr-defined]
+        folder,
+        dtype=dtype,
+        quantization_config=TorchAoConfig(wanted, modules_to_not_convert=kept),
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    config: Any = copy.deepcopy(plain.config)
+    config.architectures = [type(plain).__name__]
+    match = match_weights(folder, config, str(folder))
+    require_whole(report, str(folder), left_out=match.left_out, absent=match.absent)
+    result: nn.Module = model.eval()
+    return result
+
+
+def is_rounded(config: Any) -> bool:
+    """Whether a checkpoint's weights are stored as torchao rounds them."""
+    found = getattr(config, "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method)) == "torchao"
+
+
+def unpacked(model: Any, dtype: torch.dtype) -> nn.Module:
+    """The same model with plain weights of the same values, in `dtype`."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
+            module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    for parameter in model.parameters():  # not .to(dtype): that would round the rotary frequencies, too
+        parameter.data = parameter.data.to(dtype)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
+    del model.config.quantization_config
+    model.config.dtype = dtype
+    result: nn.Module = model
+    return result
+
+
+def _body(model: Any) -> nn.Module:
+    body: nn.Module = getattr(model, model.base_model_prefix, model)
+    return body

@@ -1,0 +1,139 @@
+"""What a published model was made from and by whom it was taught, out of the recipe and the members' seeds."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from cascade.pipeline.rows import RoundedCopy
+from cascade.planning.family import ResolvedMember
+from cascade.planning.origins import origins_of
+from cascade.recipe.licences import Origin
+from cascade.recipe.places import is_local, served_model, shown_model
+from cascade.recipe.schema import Recipe
+from cascade.report.provenance import Provenance
+from cascade.report.records import Tokens
+
+
+def provenance_of(
+    recipe: Recipe,
+    members: Sequence[ResolvedMember],
+    member: ResolvedMember,
+    parent: str,
+    tokens: Tokens,
+) -> Provenance:
+    """Of a member; `parent` is its reference, `tokens` those of its row."""
+    start: Any = member.member.start
+    of = {"checkpoint": shown_model(member.member.student), "random": str(member.config.model_type)}
+    first = _first(members, member)
+    taught_by: Any = recipe.distill.teacher if recipe.distill else "none"
+    provenance = Provenance(
+        name=member.name,
+        parent=shown_model(parent),
+        start=start,
+        start_from=of.get(start, member.seed),
+        derived_from=_derived_from(first),
+        base_model=_base_model(recipe, first),
+        licence="",
+        taught_by=taught_by,
+        teacher=_teacher(recipe, taught_by, parent),
+        text_by=_writer(recipe, parent),
+        text_share=recipe.distill.cross_entropy_weight if recipe.distill and taught_by != "text" else 0.0,
+        on_policy=recipe.distill is not None and recipe.distill.on_policy is not None,
+        counts="examples" if recipe.counts_examples else "tokens",
+        num_trained=tokens.hop,
+        num_cumulative=tokens.cumulative,
+        quantised="",
+        origins=(),
+    )
+    return _with_origins(recipe, provenance, first)
+
+
+def provenance_of_copy(
+    recipe: Recipe,
+    members: Sequence[ResolvedMember],
+    owner: str,
+    copy: RoundedCopy,
+    parent: str,
+    tokens: Tokens,
+) -> Provenance:
+    """Of a copy in fewer bits of a member, or of the parent."""
+    member = next((one for one in members if one.name == owner), None)
+    first = None if member is None else _first(members, member)
+    trained = tokens.hop > 0
+    provenance = Provenance(
+        name=copy.name,
+        parent=shown_model(parent),
+        start="copy",
+        start_from=owner,
+        derived_from=_derived_from(first),
+        base_model=_base_model(recipe, first),
+        licence="",
+        taught_by="parent" if trained else "none",
+        teacher=shown_model(parent) if trained else "",
+        text_by=_writer(recipe, parent) if trained else "",
+        text_share=recipe.distill.cross_entropy_weight if trained and recipe.distill else 0.0,
+        on_policy=False,
+        counts="examples" if recipe.counts_examples else "tokens",
+        num_trained=tokens.hop,
+        num_cumulative=tokens.cumulative,
+        quantised=copy.kind,
+        origins=(),
+    )
+    provenance = _with_origins(recipe, provenance, first)
+    if member is None:
+        return provenance
+    learned = provenance_of(recipe, members, member, parent, tokens).origins  # what its owner has learned is in it
+    names = {origin["name"] for origin in learned}
+    others = (origin for origin in provenance.origins if origin["name"] not in names)
+    return replace(provenance, origins=(*learned, *others))
+
+
+def _first(members: Sequence[ResolvedMember], member: ResolvedMember) -> ResolvedMember | None:
+    """The member at the start of a chain of seeds where that is not cut; None where the chain begins at the parent."""
+    by_name = {one.name: one for one in members}
+    while member.seed in by_name:
+        member = by_name[member.seed]
+    return None if member.seed == "parent" else member
+
+
+def _derived_from(first: ResolvedMember | None) -> Any:
+    return "parent" if first is None else first.member.start
+
+
+def _base_model(recipe: Recipe, first: ResolvedMember | None) -> str:
+    reference = recipe.parent.model if first is None else first.member.student
+    hub = reference and not reference.startswith("builtin:") and not is_local(reference)
+    return reference.partition("@")[0] if hub else ""
+
+
+def _teacher(recipe: Recipe, taught_by: str, parent: str) -> str:
+    if taught_by == "parent":
+        return shown_model(parent)
+    return "" if taught_by == "none" else _writer(recipe, parent)
+
+
+def _writer(recipe: Recipe, parent: str) -> str:
+    """Who wrote the training text; '' where no model of the recipe's did."""
+    generate = recipe.generate
+    if generate is None:
+        return ""
+    if generate.endpoint is not None:
+        return served_model(generate.endpoint.model)
+    return shown_model(parent if generate.teacher == "parent" else generate.teacher)
+
+
+def _with_origins(recipe: Recipe, made: Provenance, first: ResolvedMember | None) -> Provenance:
+    """With the models that concern this one, of all those of the recipe, and the licence of its weights."""
+    found: list[Origin] = []
+    for origin in origins_of(recipe):
+        if origin.place == "parent":
+            if made.derived_from == "parent" or made.taught_by == "parent" or made.text_by == made.parent:
+                found.append(replace(origin, derived=made.derived_from == "parent"))
+        elif origin.place == "members.student":
+            if first is not None and origin.name == first.member.student:
+                found.append(origin)
+        elif made.text_by:
+            found.append(origin)
+    own = {"parent": "parent", "checkpoint": "members.student"}.get(made.derived_from)
+    licence = next((origin.licence for origin in found if origin.place == own), "")
+    return replace(made, licence=licence, origins=tuple(origin.record() for origin in found))

@@ -1,0 +1,80 @@
+"""What all stages of a run read: its recipe, the parent, the text, the parent's evaluation and what is kept of it."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cascade.distillation.teacher_memory import remember
+from cascade.evaluation.evaluate import default_device
+from cascade.models.checkpoint.load import load_model
+from cascade.pipeline.kept_targets import TeacherCache
+from cascade.pipeline.runner import StageRunner
+from cascade.pipeline.stage_output import Checkpoint, Input, Made
+from cascade.planning.family import ResolvedMember
+from cascade.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run whose parent is there and whose text is packed."""
+
+    recipe: Recipe
+    runner: StageRunner
+    parent: Checkpoint
+    source: str
+    """Digest of the text's files."""
+    tasks: str
+    """Digest of the evaluation's tasks."""
+    production: str
+    """Digest of the production text; empty where there is none."""
+    data: Made
+    """The packed text, or the labelled examples."""
+    parent_evaluation: Made | None = None
+    """The parent's own evaluation; None until it is made."""
+    cache: TeacherCache | None = None
+    """The teacher's targets that are kept; None where the teacher is asked each time."""
+    vocab_size: int | None = None
+    """Ids, from 0 on, that the member at hand is compared with the parent over; None: all rows."""
+    teachers: list[nn.Module] = field(default_factory=list, repr=False)
+    """The parent's model, once it has been needed."""
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.runner.folder
+
+    def teacher(self) -> nn.Module:
+        """The parent's model, loaded once and frozen."""
+        if not self.teachers:
+            self.teachers.append(remember(load_model(self.parent.source).to(default_device()).requires_grad_(False)))
+        return self.teachers[0]
+
+    def expert(self) -> nn.Module | None:
+        """The model whose probabilities the members learn; None where they learn from the text alone."""
+        return self.teacher() if self.recipe.distill and self.recipe.distill.teacher == "parent" else None
+
+    def for_member(self, member: ResolvedMember) -> "Run":
+        """The run as a member's stages read it: over the ids that the member has in common with the teacher."""
+        if member.vocab_size is None:
+            return self
+        cache = None if self.cache is None else self.cache.narrowed(member.vocab_size)
+        return replace(self, cache=cache, vocab_size=member.vocab_size)
+
+    def comparison_settings(self) -> dict[str, int]:
+        """What results depend on where models are compared with the teacher over some ids alone."""
+        return {} if self.vocab_size is None else {"vocab_size": self.vocab_size}
+
+    def target_settings(self) -> dict[str, Any]:
+        """What a training's result depends on of kept targets; empty where the teacher is asked each time."""
+        return {"targets": self.cache.settings()} if self.cache else {}
+
+    def evaluation_inputs(self) -> dict[str, Input]:
+        """What an evaluation reads besides the checkpoint; of the parent's own evaluation what there is by then."""
+        inputs: dict[str, Input] = {"source": self.source, "parent": self.parent, "tasks": self.tasks}
+        if self.production:
+            inputs["production"] = self.production
+        if self.parent_evaluation is not None:
+            inputs |= {"data": self.data, "parent_evaluation": self.parent_evaluation}
+        return inputs

@@ -1,0 +1,165 @@
+"""A run's cache of its teacher: opened once, asked by each training for its targets."""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.data.blocks import TokenBlocks
+from cascade.data.order import blocks_at
+from cascade.distillation import sharding
+from cascade.distillation.on_policy import is_due
+from cascade.distillation.options import Objective
+from cascade.models.architecture.head import Head, head_of
+from cascade.models.checkpoint.load import ModelSource, load_config, load_tokenizer
+from cascade.planning.cache_choice import Choice, bytes_per_token, cache_folder, exact_ids
+from cascade.planning.family import ResolvedMember
+from cascade.recipe.schema import Recipe
+from cascade.runtime import ranks
+from cascade.runtime.errors import DiskError
+from cascade.runtime.progress import OnStep
+from cascade.teacher.targets.keys import root_record, weights_digest, window_keys
+from cascade.teacher.targets.label import label, rounding_kl
+from cascade.teacher.targets.reader import CachedTargets
+from cascade.teacher.targets.record import Layout
+from cascade.teacher.targets.shards import Windows, has_root, root_folder, telling
+from cascade.teacher.targets.usage import note_usage
+
+LABELS = "label.json"
+"""What a labelling came to."""
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """What is kept of a run's teacher."""
+
+    windows: Windows
+    layout: Layout
+    why: str
+    """That they are kept in this form."""
+
+    def label(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor, on_step: OnStep | None) -> dict[str, Any]:
+        """Label what is missing of these blocks; what that came to, and what the form of the targets costs.
+
+        Raises:
+            DiskError: the disk has no room for them.
+        """
+        self._require_room(blocks, rows)
+        done = label(self.windows, self.layout, teacher, blocks.rows(rows), on_step=on_step)
+        found = asdict(done) | {"kind": self.layout.kind, "why": self.why, "root": self.windows.root}
+        if ranks.rank() == 0:
+            note_usage(self.windows.folder, asked=done.windows, made=done.made)
+        if self.layout.kind == "hidden" and ranks.world_size() == 1:
+            found["rounding_kl"] = rounding_kl(self.layout, teacher, blocks.rows(rows[:1]))
+        return found
+
+    def targets(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor) -> CachedTargets:
+        """What is kept of these blocks; what is missing, or was damaged since it was labelled, is labelled first."""
+        done = label(self.windows, self.layout, teacher, blocks.rows(rows))
+        if done.made and ranks.rank() == 0:
+            note_usage(self.windows.folder, asked=0, made=done.made)
+        return CachedTargets(self.windows, self.layout, blocks, self._head(teacher))
+
+    def objective(self, asked: Objective) -> Objective:
+        """What is asked of these targets: the likeliest ids and their bucket are a forward KL of their own."""
+        return replace(asked, divergence="forward_kl") if self.layout.kind == "top_k" else asked
+
+    def narrowed(self, vocab_size: int) -> "TeacherCache":
+        """What is kept of the same teacher over its first ids alone, under a root of its own.
+
+        Probabilities are other ones over fewer ids; hidden states are the same, and their head is cut where they are
+        read.
+        """
+        if self.layout.kind == "hidden" or vocab_size >= self.layout.vocab_size:
+            return self
+        layout = replace(self.layout, vocab_size=vocab_size, top_k=min(self.layout.top_k, vocab_size))
+        record = self.windows.record() | {"targets": layout.as_dict()}
+        windows = Windows(*root_folder(self.windows.folder.parent, record)).refresh()
+        return replace(self, windows=windows, layout=layout)
+
+    def settings(self) -> dict[str, Any]:
+        """What the results of a training depend on."""
+        return self.layout.content()
+
+    def _require_room(self, blocks: TokenBlocks, rows: Tensor) -> None:
+        """Better now than after hours of labelling."""
+        missing = sum(key not in self.windows for key in set(window_keys(blocks.rows(rows))))
+        needed = missing * blocks.block_size * bytes_per_token(self.layout)
+        free = shutil.disk_usage(self.windows.folder).free
+        if needed > free:
+            raise DiskError(
+                f"{self.windows.folder}: {needed / 1e9:.1f} GB of {self.layout.kind} targets are to be kept, "
+                f"{free / 1e9:.1f} GB are free; make room (`cascade cache prune`), or give another "
+                "distill.cache.folder or distill.cache.kind"
+            )
+
+    def _head(self, teacher: nn.Module) -> Head | None:
+        if self.layout.kind != "hidden":
+            return None
+        head = head_of(teacher)
+        weight, bias = (None if one is None else sharding.whole(one.detach()) for one in (head.weight, head.bias))
+        if weight is None:
+            raise ValueError("a head has a weight")
+        return Head(weight, bias, head.scale, head.softcap).narrowed(self.layout.vocab_size)
+
+
+def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCache | None:
+    """The cache that a run uses; None where its teacher is asked each time.
+
+    Raises:
+        UserError: a token of exact_tokens is none of the vocabulary.
+        RunError: the folder cannot be written.
+    """
+    layout = choice.layout
+    if layout is None or recipe.distill is None:
+        return None
+    config, tokenizer = load_config(parent), load_tokenizer(parent, vocab_size=layout.vocab_size)
+    if layout.kind == "sampled":
+        layout = replace(layout, exact_ids=exact_ids(recipe.distill.cache.exact_tokens, tokenizer))
+    folder = cache_folder(recipe)
+    with telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    weights = weights_digest(parent.folder, folder)
+
+    def record_of(layout: Layout) -> dict[str, Any]:
+        return root_record(
+            weights,
+            config,
+            tokenizer,
+            layout,
+            dtype="autocast bfloat16" if torch.cuda.is_available() else "float32",
+            attn_implementation=getattr(config, "_attn_implementation", None) or "sdpa",
+        )
+
+    earlier = replace(layout, version=1)
+    if has_root(folder, record_of(earlier)):  # labelled by an older version: read on, and added to, as it is
+        layout = earlier
+    return TeacherCache(Windows(*root_folder(folder, record_of(layout))).refresh(), layout, choice.why)
+
+
+def training_rows(recipe: Recipe, first_position: int, num_steps: int, num_blocks: int) -> Tensor:
+    """int64: the blocks that so many steps read from a position on, each once; not those of on-policy steps."""
+    steps = [step_rows(recipe, first_position, step, num_blocks) for step in taught_steps(recipe, num_steps)]
+    once: Tensor = (torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64)).unique()
+    return once
+
+
+def step_rows(recipe: Recipe, first_position: int, step: int, num_blocks: int) -> Tensor:
+    """int64: the blocks of one step."""
+    if recipe.distill is None:
+        raise ValueError("a recipe with members has a distill section")
+    size = recipe.distill.batch_size
+    return blocks_at(first_position + step * size, size, num_blocks=num_blocks, seed=recipe.seed)
+
+
+def taught_steps(recipe: Recipe, num_steps: int) -> list[int]:
+    """The steps in which the teacher's opinion on the text is asked: all that the student does not write itself."""
+    own = recipe.distill.on_policy if recipe.distill else None
+    return [step for step in range(num_steps) if own is None or not is_due(recipe.seed, step, own.fraction)]
+
+
+def member_rows(recipe: Recipe, member: ResolvedMember, num_blocks: int) -> Tensor:
+    """int64: the blocks that a member's training reads, each once."""
+    return training_rows(recipe, member.first_position, member.num_steps, num_blocks)

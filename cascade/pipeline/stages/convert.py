@@ -1,0 +1,35 @@
+"""A GGUF parent as a safetensors checkpoint: the stage convert."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cascade.models.checkpoint.load import (
+    CHECKPOINT,
+    ModelSource,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    save_checkpoint,
+)
+from cascade.pipeline.runner import StageRunner
+from cascade.runtime.progress import OnStep
+
+
+def make_converted(source: ModelSource, folder: Path, on_step: OnStep) -> None:
+    """A GGUF parent as a safetensors checkpoint, in float32: exactly the values that the file stands for."""
+    save_checkpoint(load_model(source), folder / CHECKPOINT, companions=None, dtype=torch.float32)
+    load_tokenizer(source).save_pretrained(folder / CHECKPOINT)
+
+
+def converted_parent(runner: StageRunner, source: ModelSource) -> ModelSource:
+    """The parent that is converted from GGUF, as the stage convert leaves it."""
+    converted = runner.make(
+        "convert",
+        "parent",
+        settings={},
+        inputs={"gguf": fingerprint(source)},
+        write=partial(make_converted, source),
+    )
+    return converted.model(source.reference).source

@@ -1,0 +1,139 @@
+"""The stage that writes the text of data.source: generated, and the recipe that reads it."""
+
+import importlib.util
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cascade.evaluation.evaluate import default_device
+from cascade.models.checkpoint.load import (
+    ModelSource,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+)
+from cascade.pipeline.runner import StageRunner
+from cascade.pipeline.stage_output import Made
+from cascade.planning.generation import ANSWERS, check_generation, generation_inputs, key_settings, teacher_source
+from cascade.planning.inputs import text_data
+from cascade.planning.origins import origins_of
+from cascade.recipe.places import served_model, shown_model
+from cascade.recipe.schema import Recipe
+from cascade.runtime.errors import UserError
+from cascade.runtime.files import file_sha256
+from cascade.runtime.progress import OnStep
+from cascade.store.commits import COST_FILE
+from cascade.teacher.writing.filters import Keep
+from cascade.teacher.writing.generate import (
+    Teacher,
+    collect_prompts,
+    generate,
+    save_dataset,
+)
+from cascade.teacher.writing.prompts import Prompt
+
+
+def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, filter_path: str = "") -> Made:
+    """The generated text: dataset.jsonl, provenance.json."""
+    settings = recipe.generate
+    if settings is None:
+        raise ValueError("the recipe has no `generate` section")
+    prompts = collect_prompts(settings, recipe.data.text_field, text_data(recipe.data).bad_row_counter())
+    check_generation(recipe, settings, prompts, parent)
+    key_settings, inputs = generation_inputs(recipe, settings, prompts, parent)
+    return runner.make(
+        "generate",
+        "parent",
+        settings=key_settings,
+        inputs=inputs | {"filter": _filter_digest(filter_path)},
+        write=partial(make_generated, recipe, prompts, parent, runner.folder / ANSWERS, filter_path),
+    )
+
+
+def make_generated(
+    recipe: Recipe,
+    prompts: list[Prompt],
+    parent: ModelSource,
+    answers: Path,
+    filter_path: str,
+    folder: Path,
+    on_step: OnStep,
+) -> None:
+    """The dataset and where it comes from; `answers` is the folder that keeps what was answered."""
+    settings = recipe.generate
+    if settings is None:
+        raise ValueError("the recipe has no `generate` section")
+    teacher = None if settings.endpoint else _teacher(teacher_source(settings, parent))
+    judge = _teacher(parent) if settings.filters.max_perplexity else None
+    dataset = generate(
+        settings,
+        prompts,
+        answers,
+        teacher=teacher,
+        judge=judge,
+        seed=recipe.seed,
+        keep=load_filter(filter_path) if filter_path else None,
+        on_step=on_step,
+    )
+    source = teacher_source(settings, parent)
+    provenance: dict[str, Any] = {
+        "teacher": f"{served_model(settings.endpoint.model)} at {settings.endpoint.url}"
+        if settings.endpoint
+        else shown_model(source.reference),
+        "teacher_sha256": None if settings.endpoint else fingerprint(source),
+        "prompts": len(prompts),
+        "settings": key_settings(settings, public=True) | {"seed": recipe.seed},
+        "filter": Path(filter_path).name if filter_path else None,
+        "origins": [origin.record() for origin in origins_of(recipe)],
+    }
+    save_dataset(dataset, folder, provenance)
+    (folder / COST_FILE).write_text(json.dumps({"money": dataset.spent["money"]}), encoding="utf-8")
+
+
+def reading(recipe: Recipe, generated: Made) -> Recipe:
+    """The recipe with the generated conversations as its text."""
+    chat = generated.json("provenance.json")["chat"]
+    data = recipe.data.model_copy(
+        update={
+            "source": "files",
+            "train": [str(generated.folder / "dataset.jsonl")],
+            "messages_field": "messages",
+            "template": recipe.data.template if chat else "none",
+        }
+    )
+    return recipe.model_copy(update={"data": data})
+
+
+def load_filter(path: str) -> Keep:
+    """The function of FILE.py:NAME. It is code: it runs because the user named it on the command line.
+
+    Raises:
+        UserError: there is no such file or function.
+    """
+    file, _, name = path.rpartition(":")
+    if not file or not Path(file).is_file():
+        raise UserError(f"--filter {path}: expected FILE.py:FUNCTION; no such file '{file}'")
+    spec = importlib.util.spec_from_file_location("cascade_filter", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--filter {path}: '{file}' is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--filter {path}: it cannot be imported: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UserError(f"--filter {path}: there is no function '{name}' in it")
+    keep: Keep = found
+    return keep
+
+
+def _filter_digest(path: str) -> str:
+    file = path.rpartition(":")[0]
+    return f"{path}:{file_sha256(Path(file))}" if file and Path(file).is_file() else path
+
+
+def _teacher(source: ModelSource) -> Teacher:
+    model = load_model(source).to(default_device()).requires_grad_(False)
+    return Teacher(model, load_tokenizer(source), fingerprint(source))

@@ -1,0 +1,33 @@
+"""The stage init: random weights of a given shape."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade.models.architecture.model_class import (
+    model_from_config,
+)
+from cascade.models.checkpoint.load import CHECKPOINT, save_checkpoint
+from cascade.pipeline.context import Run
+from cascade.pipeline.stage_output import Made
+from cascade.planning.family import ResolvedMember
+from cascade.runtime.progress import OnStep
+
+
+def draw_weights(run: Run, member: ResolvedMember) -> Made:
+    """The stage init of a member that starts from random weights."""
+    return run.runner.make(
+        "init",
+        member.name,
+        settings={"config": member.config.to_dict(), "seed": run.recipe.seed},
+        inputs={},
+        write=partial(make_random, member.config, run.recipe.seed),
+    )
+
+
+def make_random(config: Any, seed: int, folder: Path, on_step: OnStep) -> None:
+    """A checkpoint of the config in float32, its weights as transformers initialises them."""
+    torch.manual_seed(seed)
+    save_checkpoint(model_from_config(config), folder / CHECKPOINT, companions=None, dtype=torch.float32)

@@ -1,0 +1,56 @@
+"""The stages rate and ce-rate: the peak learning rate of a training, searched for."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from cascade.distillation.range_test import find_learning_rate
+from cascade.pipeline.context import Run
+from cascade.pipeline.stage_output import Made, Start
+from cascade.pipeline.stages.training import distill_settings, lesson_of, training_inputs, training_settings
+from cascade.pipeline.training_options import execution_of
+from cascade.planning.family import ResolvedMember
+from cascade.runtime.progress import OnStep
+from cascade.store.strict_json import write_json
+
+
+def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder: Path, on_step: OnStep) -> None:
+    """rate.json: the learning rate found for a member's recovery, or for its baseline's, and what was tried.
+
+    `stage` is that of the training; both are searched for in the same way, each by its own loss on selection text.
+    """
+    lesson = lesson_of(run, member, start, stage)
+    search = find_learning_rate(
+        lesson.student,
+        lesson.teacher,
+        lesson.blocks,
+        num_tokens=member.num_tokens,
+        selection=lesson.selection,
+        supervision=lesson.supervision,
+        optimization=lesson.optimization,
+        execution=execution_of(distill_settings(run)),
+        on_try=on_step,
+    )
+    write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})
+
+
+def find_rate(run: Run, member: ResolvedMember, start: Start, stage: str) -> tuple[Made | None, float]:
+    """(the search for a training's rate, the rate); no search where the recipe gives a rate for it.
+
+    A rate that is given for distillation is none for its cross-entropy baseline: that is searched for as long.
+    """
+    learns, distill = stage == "distill", run.recipe.distill
+    learning_rate = (distill.learning_rate if distill else 0.0) if learns else run.recipe.ce_learning_rate
+    if learning_rate != "auto":
+        return None, learning_rate
+    settings = training_settings(run, member)
+    if member.optimizer == "muon":  # searched for by other rules than before
+        settings |= {"search": 2}
+    search = run.runner.make(
+        "rate" if learns else "ce-rate",
+        member.name,
+        settings=settings | run.target_settings() if learns else settings | {"learning_rate": "auto"},
+        inputs=training_inputs(run, start),
+        write=partial(make_rate, run, member, start, stage),
+    )
+    return search, float(search.json("rate.json")["learning_rate"])

@@ -1,0 +1,60 @@
+"""Room: what a member takes in a run directory, what a run has still to write there, the machine's memory."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cascade.planning.family import ResolvedMember
+from cascade.store.lock import require_room
+
+MARGIN = 1.1
+"""Of what is counted: manifests, statistics and evaluations come on top of the weights."""
+
+
+def bytes_still_needed(run_folder: Path, members: Sequence[ResolvedMember]) -> int:
+    """What the members that are not published will take, less the weights that their stages hold already.
+
+    One member trains at a time, so of the training states only the largest counts.
+    """
+    missing = _missing(run_folder, members)
+    if not missing:
+        return 0
+    most = sum(one.disk_bytes for one in missing) + max(one.state_bytes for one in missing)
+    held = sum(_held(run_folder, one.name) for one in missing)
+    return max(0, math.ceil(MARGIN * most - held))
+
+
+def require_room_for(run_folder: Path, members: Sequence[ResolvedMember]) -> None:
+    """Refuse now what would not fit on the disk at its end.
+
+    Raises:
+        DiskError: less is free than the members still need.
+    """
+    names = ", ".join(one.name for one in _missing(run_folder, members))
+    require_room(run_folder, bytes_still_needed(run_folder, members), f"the members {names}")
+
+
+def memory_bytes() -> int | None:
+    """Of the machine, or of the container where that has less."""
+    try:
+        held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return min(held, int(text)) if text.isdigit() else held
+
+
+def _missing(run_folder: Path, members: Sequence[ResolvedMember]) -> list[ResolvedMember]:
+    return [one for one in members if not (run_folder / "members" / one.name).exists()]
+
+
+def _held(run_folder: Path, name: str) -> int:
+    """Weights in the stages of a member, the finished ones and what another try goes on from."""
+    own = [one for one in run_folder.glob("stages/*") if _owner(one) == name]
+    return sum(path.stat().st_size for folder in own for path in folder.rglob("*.safetensors"))
+
+
+def _owner(stage_folder: Path) -> str:
+    return stage_folder.name.removeprefix(".partial-").rpartition(".")[0]

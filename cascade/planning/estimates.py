@@ -1,0 +1,199 @@
+"""What a member costs in memory and time, before any weight is read: counted FLOPs at a rate measured here."""
+
+import math
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from cascade.distillation.losses.fused import CPU_CHUNK_BYTES
+from cascade.distillation.optimizer import orthogonalisation_flops
+from cascade.distillation.range_test import FEWEST_STEPS, SHARE
+from cascade.distillation.teacher_memory import LIMIT_BYTES
+from cascade.models.architecture.axes import probe_axes
+from cascade.models.architecture.dims import ModelDims, dims_of
+from cascade.models.architecture.model_class import attends_causally
+from cascade.planning.example_length import tokens_per_example
+from cascade.recipe.distill import Distill
+from cascade.recipe.schema import Recipe
+from cascade.runtime import ranks
+
+BASE_PROCESS_BYTES = 600_000_000
+"""torch, transformers and lm-eval themselves."""
+
+_USUAL_TRIES = 4
+"""Of a search for a learning rate."""
+
+MUON_SHARE = 0.5
+"""`distill.optimizer: auto` is Muon where its orthogonalisation costs at most this share of a step's other FLOPs."""
+
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "muon": 8.0}
+"""What an optimizer remembers of one weight."""
+
+
+def optimizer_of(recipe: Recipe, config: Any, parent_config: Any) -> str:
+    """The optimizer that `distill.optimizer` comes to for a student of `config`.
+
+    Measured on the stories and quickstart families, of the same shapes, each member at its own searched rate: Muon's
+    held-out KL is 0.97, 0.87, 0.91 and 0.99, 0.93, 0.94 times AdamW's at 60, 35 and 20%. Encoders and classifiers were
+    not measured.
+    """
+    settings = recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
+    if settings.optimizer != "auto":
+        return settings.optimizer
+    if recipe.task != "language" or settings.learning_rate != "auto" or ranks.world_size() > 1:
+        return "adamw"
+    tokens = settings.batch_size * recipe.data.block_size
+    step = tokens * (3 * flops_of(recipe, config) + flops_of(recipe, parent_config))
+    return "muon" if orthogonalisation_flops(config) <= MUON_SHARE * step else "adamw"
+
+
+def peak_memory(
+    recipe: Recipe, distill: Distill, dims: ModelDims, count: int, parent_count: int, *, optimizer: str
+) -> float:
+    """Estimated bytes while training.
+
+    Weights, gradients, the optimizer's moments and the average of the student, the teacher's weights, what the backward
+    pass keeps of each layer (and the feature losses of its hidden states), the head's gradient, a chunk of both models'
+    logits, and what is remembered of the teacher.
+    """
+    length = recipe.data.max_length if recipe.counts_examples else recipe.data.block_size
+    tokens = distill.microbatch_size * length
+    kept_per_layer = 12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
+    if distill.features.hidden != "none":
+        kept_per_layer += 3 * dims.hidden_size
+    per_weight = 8.0 + MOMENT_BYTES[optimizer] + (4.0 if distill.ema_decay else 0.0)
+    head = 4.0 * dims.vocab_size * dims.hidden_size + 2.0 * CPU_CHUNK_BYTES
+    kept = 4.0 * tokens * dims.num_hidden_layers * kept_per_layer
+    return BASE_PROCESS_BYTES + per_weight * count + 4.0 * parent_count + kept + head + LIMIT_BYTES
+
+
+def member_bytes(count: int, stored_bytes: int, *, start: str, repaired: bool, ce: bool) -> int:
+    """Bytes of a member's checkpoints for `count` parameters.
+
+    What it starts from, cut and then repaired, is in float32; what is recovered, published and trained as a baseline
+    is as it is saved.
+    """
+    made_here = {"checkpoint": 0, "prune": 1 + repaired}.get(start, 1)
+    return count * (4 * made_here + stored_bytes * (2 + ce))
+
+
+def training_state_bytes(count: int, *, optimizer: str, averaged: bool, keep_states: int) -> int:
+    """Bytes of the training states that are kept, and of the one that is being written, for `count` parameters."""
+    return math.ceil(count * (4 + MOMENT_BYTES[optimizer] + 4 * averaged) * (keep_states + 1))
+
+
+def flops_of(recipe: Recipe, config: Any) -> float:
+    """Forward FLOPs of what the recipe counts: a token in a block of its size, or a whole example (text or image).
+
+    A text has the mean length of those that are trained on. Models that look both ways attend to all of it, others to
+    half of it on average.
+    """
+    axes, dims = probe_axes(config), dims_of(config)
+    if recipe.task == "image_classification":
+        return float(axes.flops_per_token(dims, 0))
+    length = tokens_per_example(recipe) if recipe.counts_examples else recipe.data.block_size
+    per_token = float(axes.flops_per_token(dims, length if attends_causally(config) else 2 * length))
+    return per_token * length if recipe.counts_examples else per_token
+
+
+def units_in(recipe: Recipe, num_blocks: int) -> float:
+    """How many tokens, or examples, so many blocks of packed text amount to."""
+    if not recipe.counts_examples:
+        return float(num_blocks * recipe.data.block_size)
+    if recipe.task == "image_classification":
+        return float(num_blocks)
+    return num_blocks * recipe.data.max_length / tokens_per_example(recipe)
+
+
+SHORT_SHARE = 0.05
+"""Of a member's tokens: the recovery of each of the two shapes that `prune.hidden: auto` tries."""
+
+
+def short_recovery(recipe: Recipe, num_tokens: int) -> int:
+    """Tokens (or examples) of the recovery by which each shape that is tried for a member is first judged.
+
+    With `prune.search` a quarter of what its finalists have, else a share of the member's own.
+    """
+    search = recipe.prune.search
+    return math.ceil(search.tokens / 4) if search else math.ceil(SHORT_SHARE * num_tokens)
+
+
+def stage_seconds(
+    recipe: Recipe, flops: float, parent_flops: float, tokens: int, *, cut: bool, choices: int = 1
+) -> dict[str, float]:
+    """Estimated seconds of each stage of one member: counted FLOPs at this machine's measured rate, plus start-up."""
+    rate = flops_per_second()
+    heldout = recipe.evaluate.heldout_blocks * (1 if recipe.counts_examples else recipe.data.block_size)
+    # Items of the usual multiple-choice kind: about 400 tokens, all choices together.
+    items = 400 * (recipe.evaluate.limit or 1000) * len(recipe.evaluate.tasks)
+    calibration = units_in(recipe, recipe.calibration.num_blocks)
+    evaluation = 12 + (items * flops + heldout * (flops + parent_flops)) / rate
+    seconds = {}
+    if cut:
+        seconds["statistics"] = 0.5 + calibration * parent_flops / rate
+        seconds["prune"] = 1.0
+        # Two ways of repair, each about six passes of the calibration text.
+        if recipe.prune.repair.method != "none":
+            repaired = units_in(recipe, recipe.prune.repair.num_blocks)
+            seconds["repair"] = 1 + 10 * repaired * (flops + parent_flops) / rate
+        search = recipe.prune.search
+        tried = search.candidates if search else choices if choices > 1 else 0
+        if tried:  # each is cut, repaired one way and recovered shortly
+            short = short_recovery(recipe, tokens) * (3 * flops + parent_flops) / rate
+            seconds["candidate"] = tried * (1 + seconds.get("repair", 0.0) / 2 + short)
+        if search:
+            seconds["finalist"] = search.finalists * (1 + search.tokens * (3 * flops + parent_flops) / rate)
+    searched = 0.0
+    if recipe.distill is not None and tokens:
+        steps = FEWEST_STEPS * recipe.distill.batch_size * (1 if recipe.counts_examples else recipe.data.block_size)
+        searched = _USUAL_TRIES * max(SHARE * tokens, steps)
+    if recipe.distill is not None and recipe.distill.learning_rate == "auto" and tokens:
+        seconds["rate"] = 1 + searched * (3 * flops + parent_flops) / rate
+    seconds["distill"] = tokens * (3 * flops + parent_flops) / rate
+    for kind in ("cut", "repaired"):
+        if kind in recipe.baseline_kinds:
+            seconds[f"heldout-{kind}"] = 1 + heldout * (flops + parent_flops) / rate
+    if "ce" in recipe.baseline_kinds:
+        if recipe.ce_learning_rate == "auto" and tokens:
+            seconds["ce-rate"] = 1 + searched * 3 * flops / rate
+        seconds["baseline-ce"] = tokens * 3 * flops / rate
+        seconds["heldout-ce"] = 1 + heldout * (flops + parent_flops) / rate
+    return seconds | {"evaluate": evaluation, "report": 0.2}
+
+
+def parent_seconds(recipe: Recipe, parent_config: Any) -> dict[str, float]:
+    """Estimated seconds of the stages that all members share."""
+    flops = flops_of(recipe, parent_config)
+    seconds = {"data": 5.0, "evaluate": stage_seconds(recipe, flops, 0.0, 0, cut=False)["evaluate"]}
+    if recipe.parent.model.endswith(".gguf"):
+        parameters = int(probe_axes(parent_config).num_parameters(dims_of(parent_config)))
+        seconds["convert"] = 10 + parameters / 1e7
+    if recipe.parent.fit is not None:
+        seconds["fit"] = 3 * flops * recipe.parent.fit.examples / flops_per_second()
+    if recipe.parent.pretrain is not None:
+        seconds["pretrain"] = 3 * flops * recipe.parent.pretrain.tokens / flops_per_second()
+    return seconds
+
+
+@lru_cache(maxsize=1)
+def flops_per_second() -> float:
+    """A third of the float32 matrix product rate measured here: what whole models reach of it, roughly."""
+    size = 512
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    left @ right
+    started, rounds = time.perf_counter(), 10
+    for _ in range(rounds):
+        left @ right
+    return rounds * 2 * size**3 / (time.perf_counter() - started) / 3
+
+
+def dtype_bytes(config: Any) -> int:
+    """Bytes of one stored weight."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."))
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4

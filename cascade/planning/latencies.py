@@ -1,0 +1,58 @@
+"""Decode latency as a target: measured once for a run and kept in its directory, so that a shape stays what it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cascade.planning.family import hidden_score, shape_config, target_of
+from cascade.pruning.size.latency import DecodeLatency, corrected, fit_decode_latency
+from cascade.recipe.schema import Member, Recipe
+from cascade.store.commits import stage_key, staged, verify_folder
+
+_FORMAT = 1
+_FILE = "latency.json"
+
+
+def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str, DecodeLatency]:
+    """By member with a target in decode_ms: as the run directory has them, or measured now.
+
+    Raises:
+        UserError: the parent does not decode, or not at the target's context.
+    """
+    shaped = shape_config(parent_config, hidden_score(recipe.prune.hidden, parent_config))
+    fits: dict[tuple[int, int], DecodeLatency] = {}
+    found = {}
+    for member in recipe.members:
+        if member.target is None or member.target.decode_ms is None:
+            continue
+        kept = _folder(recipe, member, parent_config, folder)
+        if kept.exists() and not verify_folder(kept):
+            found[member.name] = DecodeLatency.from_dict(json.loads((kept / _FILE).read_text(encoding="utf-8")))
+            continue
+        target = target_of(member)
+        at = (target.context, target.batch_size)
+        if at not in fits:
+            fits[at] = fit_decode_latency(parent_config, context=target.context, batch_size=target.batch_size)
+        found[member.name] = corrected(fits[at], shaped, target, parent=parent_config)
+    return found
+
+
+def keep_latencies(recipe: Recipe, parent_config: Any, folder: Path, latencies: dict[str, DecodeLatency]) -> None:
+    """Commit what was measured to the run directory, unless it has it."""
+    for member in recipe.members:
+        kept = _folder(recipe, member, parent_config, folder)
+        if member.name in latencies and (not kept.exists() or verify_folder(kept)):
+            with staged(kept, {"stage": "latency"}) as staging:
+                (staging / _FILE).write_text(
+                    json.dumps(latencies[member.name].as_dict(), indent=1) + "\n", encoding="utf-8"
+                )
+
+
+def _folder(recipe: Recipe, member: Member, parent_config: Any, folder: Path) -> Path:
+    """A member's own: a size that is added later does not have the others measured again."""
+    settings = {
+        "target": member.target.model_dump() if member.target else None,
+        "hidden": recipe.prune.hidden,
+        "parent": parent_config.to_json_string(),
+    }
+    return folder / "stages" / f"{member.name}.latency-{stage_key('latency', _FORMAT, settings, {})[:16]}"

@@ -1,0 +1,83 @@
+"""The part of a plan that looks at the data: every split can be filled, and which rows will be left out."""
+
+from typing import Any
+
+from cascade.data.examples import read_examples
+from cascade.data.look import example_text, look_at, look_at_passages, look_text, skipped_lines
+from cascade.data.prepare import prepare_blocks
+from cascade.data.sources import TextData, read_documents
+from cascade.evaluation.heldout import production_data
+from cascade.planning.classifier import check_labels, labels_read
+from cascade.planning.inputs import classes_of, labelled_data, text_data
+from cascade.recipe.schema import Recipe
+
+_BLOCKS = 256
+
+
+def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None, vocab_size: int | None = None) -> dict[str, Any]:
+    """{'files': {key of the recipe: what it holds}, 'passages', 'classes', 'labels_read', 'prompts'}.
+
+    `tokenizer` is None where the parent is not made yet, or reads images; `vocab_size` are the ids that all models
+    have.
+
+    Raises:
+        UserError: a split cannot be filled, a row or a label cannot be used, or too many.
+    """
+    data = text_data(recipe.data)
+    found: dict[str, Any] = {"files": {}, "passages": None, "classes": None, "labels_read": "", "prompts": None}
+    if recipe.counts_examples:
+        bad = data.bad_row_counter()
+        for split in ("train", "selection"):
+            read_examples(labelled_data(recipe.data, recipe.task), split, bad)
+        found["files"]["train"] = bad.record() | {"rows_of": "train and selection"}
+        if recipe.classifies:
+            check_labels(recipe, config)
+            found |= {"classes": list(classes_of(recipe)), "labels_read": labels_read(recipe, config)}
+        return found
+    if recipe.generate is not None:
+        return found
+    if data.source != "stdlib":
+        found["files"] = {
+            name: look_at(data, name, names, tokenizer, vocab_size) for name, names in data.own_splits.items()
+        }
+        found["passages"] = look_at_passages(data)
+    if recipe.data.production:
+        sample = production_data(data, recipe.data.production)
+        found["files"]["production"] = look_at(sample, "production", recipe.data.production, tokenizer, vocab_size)
+    _require_splits(data, recipe.data.block_size, tokenizer)
+    return found
+
+
+def _require_splits(data: TextData, block_size: int, tokenizer: Any | None) -> None:
+    bad = data.bad_row_counter()
+    blocks = _BLOCKS if data.messages_field else 1  # a chat's first blocks may hold questions alone
+    for split in ("train", "calibration", "selection"):
+        if tokenizer is None:
+            read_documents(data, split, bad=bad)
+        else:
+            prepare_blocks(data, split, tokenizer, block_size=block_size, max_blocks=blocks, bad=bad)
+
+
+def data_lines(found: dict[str, Any]) -> list[str]:
+    """What `preview_data` gave, as lines for a terminal."""
+    lines: list[str] = []
+    for name, one in found["files"].items():
+        lines += skipped_lines(name, one) if "files" not in one else look_text(name, one)
+    if found["passages"]:
+        shares = ", ".join(f"{split} {letters:,} letters" for split, letters in found["passages"].items())
+        lines.append(
+            "Too few documents to give each split one: they are dealt out in stretches of neighbours, long ones cut at "
+            f"paragraphs: {shares}."
+        )
+    example = next((one["example"] for one in found["files"].values() if one.get("example")), None)
+    if example:
+        lines.append(
+            f"The first conversation; what counts for the loss stands between [[ and ]]:\n{example_text(example)}"
+        )
+    if found["classes"]:
+        lines.append(f"{len(found['classes'])} classes: {', '.join(found['classes'])[:200]}.")
+    if found["labels_read"]:
+        lines.append(f"Labels that are numbers are read as places among the parent's classes: {found['labels_read']}.")
+    if found["prompts"]:
+        lines += skipped_lines("prompts", found["prompts"])
+    return lines

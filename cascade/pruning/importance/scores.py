@@ -1,0 +1,135 @@
+"""Evidence -> one float32 score per unit; higher = keep.
+
+A score is a plain function whose parameters say what it needs: `statistics`, or `model` and `blocks` (which cost
+forward passes), and `num_removed` where it depends on how many layers go.
+
+Shapes: L = layers, H = query heads, I = neurons, D = hidden channels.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cascade.data.blocks import TokenBlocks
+from cascade.pruning.importance import gradients, layers
+from cascade.pruning.importance.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of every unit, comparable within one row only."""
+
+    layers: Tensor
+    """[L]"""
+    heads: Tensor
+    """[L, H]; compared inside each key/value group"""
+    neurons: Tensor
+    """[L, I]; compared inside each layer"""
+    hidden: Tensor
+    """[D]; one ranking for the whole network, as every layer reads and writes the same stream"""
+    rotation: Tensor | None = None
+    """[D, D]: the stream is rotated by this (x -> x Q) before `hidden` counts, where that is asked for"""
+
+
+def head_norms(statistics: Statistics) -> Tensor:
+    """[L, H]: (L2, mean) of the head's output; Minitron, https://arxiv.org/abs/2407.14679, section 2.2."""
+    return statistics.head_norms
+
+
+def head_contributions(statistics: Statistics) -> Tensor:
+    """[L, H]: ||(head's output) W_o||, mean over tokens: what the head really writes.
+
+    Raises:
+        ValueError: the statistics were taken without them.
+    """
+    if not statistics.head_contributions.numel():
+        raise ValueError("these statistics have no head contributions; collect them with head_contributions=True")
+    return statistics.head_contributions
+
+
+def neuron_norms(statistics: Statistics) -> Tensor:
+    """[L, I]: (L2, mean) of the neuron's activation; Minitron, https://arxiv.org/abs/2407.14679, section 2.2."""
+    return statistics.neuron_norms
+
+
+def neuron_contributions(statistics: Statistics) -> Tensor:
+    """[L, I]: (L2, mean) of the activation times the length of what it writes, ||W_down[:, i]||."""
+    return statistics.neuron_norms * statistics.neuron_weights
+
+
+def hidden_norms(statistics: Statistics) -> Tensor:
+    """[D]: (L2, mean) of what attention and MLPs read, summed over layers; Minitron, section 2.2."""
+    return statistics.hidden_norms.sum(0)
+
+
+def pca(statistics: Statistics) -> Tensor:
+    """[D]: the stream's variance along its principal axes, descending; Ministral 3, https://arxiv.org/abs/2601.08584.
+
+    Raises:
+        ValueError: the statistics were taken without them.
+    """
+    if not statistics.rotation.numel():
+        raise ValueError("these statistics have no rotation; collect them with covariance_blocks > 0")
+    return torch.arange(len(statistics.rotation), 0, -1, dtype=torch.float32)
+
+
+Score = Callable[..., Tensor]
+
+LAYER_SCORES: dict[str, Score] = {
+    "block_influence": layers.block_influence,
+    "norm_ratio": layers.norm_ratio,
+    "removal_loss": layers.removal_loss,
+    "removal_logits": layers.removal_logits,
+    "contiguous_angle": layers.contiguous_angle,
+    "contiguous_loss": layers.contiguous_loss,
+}
+HEAD_SCORES: dict[str, Score] = {"activation_norm": head_norms, "contribution": head_contributions}
+NEURON_SCORES: dict[str, Score] = {
+    "activation_norm": neuron_norms,
+    "contribution": neuron_contributions,
+    "taylor": gradients.taylor,
+    "hessian": gradients.hessian,
+}
+HIDDEN_SCORES: dict[str, Score] = {"activation_norm": hidden_norms, "pca": pca}
+
+
+def score_importance(
+    statistics: Statistics,
+    *,
+    layers: str = "block_influence",
+    heads: str = "activation_norm",
+    neurons: str = "activation_norm",
+    hidden: str = "activation_norm",
+    model: nn.Module | None = None,
+    blocks: TokenBlocks | None = None,
+    num_removed: int | None = None,
+) -> Scores:
+    """Every unit's score, each kind by the name of a score; the defaults are Minitron's, layers by block influence.
+
+    Scores that cost forward passes need `model` and `blocks`, contiguous ones the number of layers to remove.
+
+    Raises:
+        ValueError: an unknown name, or evidence that a score needs is missing.
+    """
+    evidence: dict[str, Any] = {"statistics": statistics, "model": model, "blocks": blocks, "num_removed": num_removed}
+    return Scores(
+        layers=_score("layers", layers, LAYER_SCORES, evidence),
+        heads=_score("heads", heads, HEAD_SCORES, evidence),
+        neurons=_score("neurons", neurons, NEURON_SCORES, evidence),
+        hidden=_score("hidden", hidden, HIDDEN_SCORES, evidence),
+        rotation=statistics.rotation if hidden == "pca" else None,
+    )
+
+
+def _score(kind: str, name: str, known: dict[str, Score], evidence: dict[str, Any]) -> Tensor:
+    if name not in known:
+        raise ValueError(f"unknown score '{name}' of {kind}; known: {', '.join(sorted(known))}")
+    needed = [need for need in inspect.signature(known[name]).parameters if need in evidence]
+    missing = [need for need in needed if evidence[need] is None]
+    if missing:
+        raise ValueError(f"the score '{name}' of {kind} needs {' and '.join(missing)}")
+    return known[name](**{need: evidence[need] for need in needed}).float()

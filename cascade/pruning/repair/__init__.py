@@ -1,0 +1,1 @@
+"""Repair in closed form after a cut: weights refitted by ridge regression."""

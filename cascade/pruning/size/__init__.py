@@ -1,0 +1,1 @@
+"""Which sizes: targets, the legal shapes that meet them, and measured decode latency."""

@@ -1,0 +1,309 @@
+"""Which shapes: the legal dims that meet a target."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cascade.models.architecture.axes import ModelAxes, probe_axes
+from cascade.models.architecture.dims import ModelDims, config_with_dims, dims_of
+from cascade.pruning.size.target import MEASURES, Target, whole_measure
+from cascade.runtime.errors import UserError
+
+CUT_DIMS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+_AXIS_COST = {
+    "hidden_size": 3.0,
+    "num_hidden_layers": 2.0,
+    "intermediate_size": 1.0,
+    "num_attention_heads": 1.0,
+}
+"""How much a member loses by what each axis has lost: weights of log(parent's length / its own) to `_COST_POWER`.
+
+Chosen on the final KL of 91 shapes (17 of them rotated) of stories260K (10 to 60%, 400k tokens) and pico-python (35 and
+20%, 200k tokens), each cut from the parent, repaired and recovered; what a least-squares fit gives is near it:
+`python tests/benchmarks/shapes.py --fit recipes/experiments/results/shapes-*.jsonl`. In each of ten groups of shapes of
+one size the first by these weights is within 2.3% of the best KL; the evenly cut shape was up to 17% off.
+"""
+
+_COST_POWER = 1.5
+
+_GROUP_COST = 0.1
+"""The same for key/value heads, where they are cut besides the query heads."""
+
+_COUNT_THE_CACHE = {"memory_bytes", "decode_ms"}
+
+_ROTATED = (
+    "a rotated stream needs a head of its own beside the embeddings: cut more, or use prune.hidden: activation_norm"
+)
+
+TOLERANCES = (0.03, 0.10)
+"""A solved shape has at most what is asked for, and less by at most the first of these shares; by at most the
+second where the legal values are too coarse for the first."""
+
+
+def solve_shape(config: Any, target: Target, *, parent: Any = None) -> ModelDims:
+    """Legal dims for a cut of the model of `config` (the seed) that meet the target.
+
+    Shares are of the measures of `parent` (a config; the seed's own by default).
+
+    Raises:
+        UserError: the target is larger than the seed or the parent, or no legal shape meets it; the message lists what
+            is legal.
+    """
+    return next(candidate_shapes(config, target, parent=parent))
+
+
+def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iterator[ModelDims]:
+    """All legal shapes that meet the target, those first that lose least by what their axes have lost.
+
+    None that bounds lead to has more parameters than `parent`.
+
+    Raises:
+        UserError: there is none.
+    """
+    axes, seed = probe_axes(config), dims_of(config)
+    reference = seed if parent is None else dims_of(parent)
+    fixed = _completed(dict(target.dims or {}), axes, seed)
+    _check_dims(fixed, axes, seed)
+    bounds, beyond = {}, []
+    for name, bound in target.bounds().items():
+        whole = whole_measure(name, config if parent is None else parent, target)
+        bounds[name] = bound * whole if bound <= 1 else bound
+        if parent is not None and bounds[name] > whole * (1 + 1e-9):
+            raise UserError(f"target of {_counted(name, bounds[name])} is larger than the parent's {_number(whole)}")
+        size = MEASURES[name](axes, seed, target)
+        if bounds[name] > size * (1 + 1e-9):
+            beyond.append(f"target of {_counted(name, bounds[name])} is larger than the seed's {_number(size)}")
+    if beyond and len(beyond) == len(bounds):  # a bound that does not bind is none
+        raise UserError(beyond[0])
+    if bounds:
+        limit = math.inf if parent is None else whole_measure("params", parent, target)
+        return _shapes_within(config, axes, seed, fixed, bounds, target, limit, reference)
+    dims = seed.replace(**fixed)
+    _require_accepted(config, dims)
+    return iter([dims])
+
+
+def diverse_shapes(config: Any, target: Target, *, parent: Any = None, count: int) -> list[ModelDims]:
+    """At most `count` legal shapes that meet the target and differ in what they give up.
+
+    For each depth and hidden size its first shape stands (`candidate_shapes`); of those the first are taken, the very
+    first being what `solve_shape` gives.
+
+    Raises:
+        UserError: no legal shape meets the target.
+    """
+    found: dict[tuple[int, int], ModelDims] = {}
+    for dims in candidate_shapes(config, target, parent=parent):
+        found.setdefault((dims.num_hidden_layers, dims.hidden_size), dims)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def legal_values(axes: ModelAxes, seed: ModelDims) -> dict[str, list[int]]:
+    """Values that each axis can be cut to, largest first: rounded to what kernels like, heads equal per group.
+
+    Where heads fill the hidden size, its values are those of whole heads. Key/value heads can be cut where they are
+    fewer than the heads; a parameter target does so only where few heads are left: they make the cache, not the count.
+    """
+    per_group = seed.num_attention_heads // seed.num_key_value_heads
+    whole = per_group == 1
+    heads = list(range(seed.num_attention_heads, 0, -1 if whole else -seed.num_key_value_heads))
+    return {
+        "num_hidden_layers": list(range(seed.num_hidden_layers, 0, -1)),
+        "hidden_size": [count * seed.head_dim for count in heads]
+        if axes.heads_fill_hidden
+        else _multiples(seed.hidden_size),
+        "intermediate_size": _multiples(seed.intermediate_size),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if whole else list(range(seed.num_key_value_heads, 0, -1)),
+    }
+
+
+def _counted(name: str, bound: float) -> str:
+    return f"{_number(bound)} {'parameters' if name == 'params' else name}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _multiples(size: int) -> list[int]:
+    """Down from `size` in steps of a power of two, at most a sixteenth of it and at most 128."""
+    step = min(128, 1 << max(0, (size // 16).bit_length() - 1))
+    rounded = list(range(size - size % step, 0, -step))
+    return rounded if rounded and rounded[0] == size else [size, *rounded]
+
+
+def _completed(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> dict[str, int]:
+    """The explicit dims with those that follow from them."""
+    if axes.heads_fill_hidden:
+        if "hidden_size" in fixed and "num_attention_heads" not in fixed:
+            fixed["num_attention_heads"] = fixed["hidden_size"] // seed.head_dim
+        elif "num_attention_heads" in fixed and "hidden_size" not in fixed:
+            fixed["hidden_size"] = fixed["num_attention_heads"] * seed.head_dim
+    per_group = seed.num_attention_heads // seed.num_key_value_heads
+    if per_group == 1 and "num_attention_heads" in fixed:
+        fixed.setdefault("num_key_value_heads", fixed["num_attention_heads"])
+    elif "num_key_value_heads" in fixed:
+        fixed.setdefault("num_attention_heads", fixed["num_key_value_heads"] * per_group)
+    return fixed
+
+
+def _check_dims(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> None:
+    unknown = sorted(set(fixed) - set(CUT_DIMS))
+    if unknown:
+        raise UserError(f"target.dims: {', '.join(unknown)} cannot be cut; known: {', '.join(CUT_DIMS)}")
+    legal = legal_values(axes, seed)
+    for name, value in fixed.items():
+        limit = getattr(seed, name)
+        if not 0 < value <= limit:
+            raise UserError(f"target.dims.{name}: {value} is not between 1 and the seed's {limit}")
+    heads = fixed.get("num_attention_heads", seed.num_attention_heads)
+    groups = fixed.get("num_key_value_heads", seed.num_key_value_heads)
+    per_group = seed.num_attention_heads // seed.num_key_value_heads
+    if per_group > 1 and (heads % groups or heads // groups > per_group):
+        possible = [groups * count for count in range(per_group, 0, -1)]
+        raise UserError(
+            f"target.dims.num_attention_heads: {heads} cannot be split over {groups} key/value heads; "
+            f"legal: {', '.join(map(str, possible))}"
+        )
+    if per_group == 1 and heads != groups:
+        raise UserError(
+            f"target.dims.num_key_value_heads: {groups} is not {heads}, but every head has keys and values of its own"
+        )
+    hidden = fixed.get("hidden_size", seed.hidden_size)
+    if axes.heads_fill_hidden and hidden != heads * seed.head_dim:
+        raise UserError(
+            f"target.dims.hidden_size: {hidden} is not {heads} heads x {seed.head_dim}, as this architecture wires in; "
+            f"legal, with as many heads: {listed(legal['hidden_size'])}"
+        )
+
+
+def _shapes_within(
+    config: Any,
+    axes: ModelAxes,
+    seed: ModelDims,
+    fixed: dict[str, int],
+    bounds: dict[str, float],
+    target: Target,
+    limit: float,
+    reference: ModelDims,
+) -> Iterator[ModelDims]:
+    """Those within the bounds that have no more than `limit` parameters: the parent's, as it is.
+
+    What an axis has lost is counted from `reference`, the parent's dims, so that a chain of cuts ends where one would.
+    """
+    legal = legal_values(axes, seed)
+    solved = [name for name in _AXIS_COST if not (axes.heads_fill_hidden and name == "hidden_size")]
+    values = {name: [fixed[name]] if name in fixed else legal[name] for name in solved}
+    per_group = seed.num_attention_heads // seed.num_key_value_heads
+    counts_the_cache = bool(bounds.keys() & _COUNT_THE_CACHE)
+    if per_group > 1 and "num_key_value_heads" not in fixed:
+        # Halves only: five full axes are more shapes than are worth looking at.
+        halves = [seed.num_key_value_heads >> power for power in range(seed.num_key_value_heads.bit_length())]
+        values["num_key_value_heads"] = [groups for groups in halves if groups in legal["num_key_value_heads"]]
+        solved = [*solved, "num_key_value_heads"]
+        if "num_attention_heads" not in fixed:
+            values["num_attention_heads"] = sorted({*values["num_attention_heads"], *halves}, reverse=True)
+    columns = _grid(values, solved, _possible_heads(values, seed, groups_alone=counts_the_cache))
+    if axes.heads_fill_hidden:
+        columns["hidden_size"] = columns["num_attention_heads"] * seed.head_dim
+    if seed.num_key_value_heads == seed.num_attention_heads:
+        columns["num_key_value_heads"] = columns["num_attention_heads"]
+    elif "num_key_value_heads" in fixed:
+        columns["num_key_value_heads"] = np.full_like(columns["num_attention_heads"], fixed["num_key_value_heads"])
+    candidates = seed.replace(**columns)
+    # The share of its bound that each measure reaches; the largest is the one that binds.
+    shares = {name: MEASURES[name](axes, candidates, target) / bound for name, bound in bounds.items()}
+    binding = np.max(np.stack([np.broadcast_to(share, columns[solved[0]].shape) for share in shares.values()]), axis=0)
+    cost = sum(
+        # A seed that was not cut from the parent can be larger than it along an axis.
+        weight * np.log(max(getattr(reference, name), getattr(seed, name)) / columns[name]) ** _COST_POWER
+        for name, weight in (_AXIS_COST | {"num_key_value_heads": _GROUP_COST}).items()
+        if name in columns
+    )
+    order = np.argsort(cost, kind="stable")
+    small = np.broadcast_to(axes.num_parameters(candidates) <= limit, binding.shape)[order]
+    near = [small & (binding[order] <= 1) & (binding[order] >= 1 - tolerance) for tolerance in TOLERANCES]
+    refusals: list[str] = []
+
+    def accepted() -> Iterator[ModelDims]:
+        for index in (*order[near[0]], *order[near[1] & ~near[0]]):
+            dims = seed.replace(**{name: int(column[index]) for name, column in columns.items()})
+            try:
+                config_with_dims(config, dims)
+            except ValueError as error:
+                refusals.append(str(error))
+                continue
+            yield dims
+
+    found = accepted()
+    first = next(found, None)
+    if first is None:
+        name, bound = next(iter(bounds.items()))
+        if (binding[order][~small] <= 1).any() and not (binding[order][small] >= 1 - TOLERANCES[-1]).any():
+            told = f"every shape of {_counted(name, bound)} has more parameters than the parent's {_number(limit)}"
+            raise UserError(f"{told}; {_ROTATED}")
+        sizes = shares[name] * bound
+        smallest, nearest = sizes.min(), sizes[np.abs(binding - 1).argmin()]
+        raise UserError(
+            f"no legal shape has {_number((1 - TOLERANCES[-1]) * bound)} to {_counted(name, bound)}; the smallest has "
+            f"{_number(smallest)}, the nearest {_number(nearest)}."
+            + "".join(f" {name}: {listed(part)}." for name, part in values.items())
+            + (f" {refusals[0]}" if refusals else "")
+        )
+    return (dims for source in ([first], found) for dims in source)
+
+
+def _possible_heads(
+    values: dict[str, list[int]], seed: ModelDims, *, groups_alone: bool
+) -> list[tuple[int, int]] | None:
+    """Pairs of query and key/value heads that fit together; None where the latter are not an axis of their own.
+
+    Without `groups_alone` groups follow the heads, where these are no more than the seed's groups.
+    """
+    if "num_key_value_heads" not in values:
+        return None
+    per_group, most = seed.num_attention_heads // seed.num_key_value_heads, seed.num_key_value_heads
+    return [
+        (heads, groups)
+        for heads in values["num_attention_heads"]
+        for groups in values["num_key_value_heads"]
+        if heads % groups == 0 and heads // groups <= per_group and (groups_alone or groups == most or heads <= most)
+    ]
+
+
+def _grid(values: dict[str, list[int]], names: list[str], pairs: list[tuple[int, int]] | None) -> dict[str, Any]:
+    """Every combination of the axes' values as columns, one row a shape; `pairs` are those of heads and groups."""
+    joint = {"num_attention_heads", "num_key_value_heads"} if pairs is not None else set()
+    single = [name for name in names if name not in joint]
+    sizes = [np.array(values[name], dtype=np.int64) for name in single]
+    grid = np.meshgrid(*sizes, *([np.arange(len(pairs))] if pairs is not None else []), indexing="ij")
+    columns: dict[str, Any] = dict(zip(single, (part.ravel() for part in grid), strict=False))
+    if pairs is not None:
+        heads, groups = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        number = grid[-1].ravel()
+        columns |= {"num_attention_heads": heads[number], "num_key_value_heads": groups[number]}
+    return columns
+
+
+def _require_accepted(config: Any, dims: ModelDims) -> None:
+    try:
+        config_with_dims(config, dims)
+    except ValueError as error:
+        values = legal_values(probe_axes(config), dims_of(config))
+        legal = " ".join(f"{name}: {listed(part)}." for name, part in values.items())
+        raise UserError(f"target.dims: {error}. Usual values: {legal}") from error
+
+
+def listed(values: list[int]) -> str:
+    """The values in words: one by one, or as a range with its step."""
+    return (
+        ", ".join(map(str, values))
+        if len(values) <= 12
+        else f"{values[-1]} to {values[0]} in steps of {values[1] - values[2]}"
+    )

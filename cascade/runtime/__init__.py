@@ -1,0 +1,1 @@
+"""What surrounds one process: errors, signals, secrets, ranks, memory, progress, durable files, failpoints."""

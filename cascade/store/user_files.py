@@ -1,0 +1,105 @@
+"""What a user put into a folder that a run writes again: carried over into the new one, nothing of it lost.
+
+The folder's manifest says what the run wrote. All else is the user's and stays where it is; a file of the run's that
+somebody has changed stays beside the new one, under another name. On a card the user's words come first.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from cascade.runtime.files import file_sha256, sync_file, sync_folder
+from cascade.store.commits import MANIFEST, read_manifest
+
+logger = logging.getLogger(__name__)
+
+CARD, NEW_CARD = "README.md", "README.new.md"
+"""What a user may write on, and where the new text goes where he has."""
+
+_BEFORE = ".before"
+
+
+def carry_over(earlier: Path, staging: Path) -> list[str]:
+    """Bring what is the user's in `earlier` into `staging`, which will replace it; its places in `staging`.
+
+    To be called once the manifest of `staging` is written: what is carried over is no part of it.
+    """
+    written = _written(earlier)
+    carried = []
+    # The card first, whose successor moves, then what keeps its name, so that no other is given it.
+    late = {name for name in _names(earlier) if name in (NEW_CARD, *written) or (staging / name).exists()}
+    for name in sorted(_names(earlier), key=lambda name: (name != CARD, name in late)):
+        source, place = earlier / name, staging / name
+        if source.is_dir() and not source.is_symlink():
+            (place if not place.is_file() else free_name(place)).mkdir(parents=True, exist_ok=True)
+            continue
+        ours = name in written
+        if ours and _sha256(source) == written[name]:
+            continue
+        if name == NEW_CARD and _sha256(source) == written.get(CARD):
+            continue  # the new card of an earlier time
+        if not place.exists() and not ours:
+            kept = place
+        elif place.exists() and _sha256(source) == file_sha256(place):
+            continue
+        elif name == CARD and place.exists():
+            os.replace(place, staging / NEW_CARD)
+            kept = place
+            logger.warning("%s: was written on and stays; the new card is %s beside it", earlier / name, NEW_CARD)
+        else:
+            kept = free_name(place)
+            logger.warning("%s: is not as it was written; it stays as %s beside the new one", earlier / name, kept.name)
+        _bring(source, kept)
+        carried.append(kept.relative_to(staging).as_posix())
+    for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir() and not path.is_symlink())):
+        sync_folder(folder)
+    return carried
+
+
+def free_name(path: Path, suffix: str = _BEFORE) -> Path:
+    """A name beside a file that nothing has yet: with the suffix, numbered from the second on.
+
+    Weights lose the ending by which they would be loaded.
+    """
+    name = path.name.replace(".safetensors", ".weights") + suffix
+    number, place = 1, path.with_name(name)
+    while place.exists() or place.is_symlink():
+        number += 1
+        place = path.with_name(f"{name}-{number}")
+    return place
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Everything below a folder by its path from there, folders before what is in them; links are not followed."""
+    for root, folders, files in os.walk(folder):
+        for name in sorted([*folders, *files]):
+            relative = (Path(root) / name).relative_to(folder).as_posix()
+            if relative != MANIFEST:
+                yield relative
+
+
+def _written(folder: Path) -> dict[str, str]:
+    """File -> sha256 as the run wrote it; empty where that is not known, and anything may be the user's."""
+    try:
+        return {name: str(entry["sha256"]) for name, entry in read_manifest(folder).items()}
+    except (OSError, ValueError):
+        return {}
+
+
+def _sha256(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else ""
+
+
+def _bring(source: Path, place: Path) -> None:
+    """Have a file, or a link as it is, in a second place: by a hard link where the disk has those."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_symlink():
+        place.symlink_to(source.readlink())
+        return
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copy2(source, place)
+        sync_file(place)

@@ -1,0 +1,1 @@
+"""A teacher's targets on disk, by content: labelled once, read by every training that needs them."""

@@ -1,0 +1,115 @@
+"""What a cache's folder holds, whether it is whole, and making room in it."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cascade.runtime.errors import UserError
+from cascade.teacher.targets.shards import ROOT_FILE, Windows, damaged_shards, root_name
+from cascade.teacher.targets.usage import usage
+
+_LEFT_OVER_AFTER = 3600.0
+"""Seconds after which a file that was being written has no writer any more."""
+
+
+def roots_in(folder: Path, wanted: Sequence[str] = ()) -> list[Path]:
+    """The roots' folders, by name; only those whose names begin with one of `wanted` where there are any.
+
+    Raises:
+        UserError: the folder is not there, or one of `wanted` fits no root.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; nothing was kept there yet, or give another --folder")
+    found = sorted(path.parent for path in folder.glob(f"*/{ROOT_FILE}") if _is_root(path.parent))
+    for prefix in wanted:
+        if not any(path.name.startswith(prefix) for path in found):
+            raise UserError(f"--root {prefix}: no root in {folder} begins so; known: {_names(found)}")
+    return [path for path in found if not wanted or path.name.startswith(tuple(wanted))]
+
+
+def describe(root: Path) -> dict[str, Any]:
+    """A root's teacher, form, windows, bytes and use; contents are not read, unreadable shards are counted."""
+    windows = Windows(root, root_name(root)).refresh()
+    record, used = _record(root), usage(root)
+    shards = list(root.glob("*.safetensors"))
+    return {
+        "root": root.name,
+        "model_type": record.get("model_type"),
+        "weights": str(record.get("weights", ""))[:16],
+        "targets": record.get("targets"),
+        "windows": len(windows),
+        "shards": len(shards),
+        "unreadable_shards": len(windows.passed_over),
+        "bytes": windows.num_bytes(),
+        "windows_asked": used["asked"],
+        "hit_rate": (used["asked"] - used["made"]) / used["asked"] if used["asked"] else None,
+        "last_used": used["last"] or None,
+    }
+
+
+def damage(root: Path) -> dict[str, Any]:
+    """{'record', 'shards', 'windows'}: what is wrong with a root: its own record, files, windows; all was read."""
+    windows = Windows(root, root_name(root)).refresh()
+    broken = [key.hex() for key in windows.keys() if windows.read(key) is None]
+    record = [] if root_name(root)[:16] == root.name else [f"{root / ROOT_FILE} is not what the folder is named after"]
+    shards = sorted({*damaged_shards(root), *windows.passed_over})
+    return {"record": record, "shards": [path.name for path in shards], "windows": broken}
+
+
+def remove_roots(roots: Sequence[Path]) -> int:
+    """Remove whole roots; bytes that are free then."""
+    freed = 0
+    for root in roots:
+        freed += sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+        shutil.rmtree(root)
+    return freed
+
+
+def remove_damaged(root: Path) -> int:
+    """Remove shards that are not what their names say or of another root, and what nobody writes any more; bytes."""
+    old = time.time() - _LEFT_OVER_AFTER
+    leftovers = [path for path in root.glob(".*") if path.is_file() and path.stat().st_mtime < old]
+    freed = 0
+    foreign = Windows(root, root_name(root)).refresh().passed_over
+    for path in {*damaged_shards(root), *foreign, *leftovers}:
+        freed += path.stat().st_size
+        path.unlink(missing_ok=True)
+    return freed
+
+
+def to_fit(roots: Sequence[Path], max_bytes: float) -> list[Path]:
+    """The roots to remove, longest unused first, so that the others take at most so many bytes."""
+    sizes = {root: Windows(root, "").num_bytes() for root in roots}
+    held, removed = sum(sizes.values()), []
+    for root in sorted(roots, key=lambda root: usage(root)["last"]):
+        if held <= max_bytes:
+            break
+        removed.append(root)
+        held -= sizes[root]
+    return removed
+
+
+def unused_since(roots: Sequence[Path], days: float) -> list[Path]:
+    """The roots that no training asked in so many days."""
+    return [root for root in roots if usage(root)["last"] < time.time() - 86_400 * days]
+
+
+def _is_root(folder: Path) -> bool:
+    """Whether a folder is one of ours: nothing else is ever removed."""
+    named = len(folder.name) == 16 and all(sign in "0123456789abcdef" for sign in folder.name)
+    return named and not folder.is_symlink() and {"format", "weights", "targets"} <= _record(folder).keys()
+
+
+def _record(root: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((root / ROOT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _names(roots: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in roots) or "none"

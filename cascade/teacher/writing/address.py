@@ -1,0 +1,135 @@
+"""Where an endpoint is, and the key to it, before anything is sent.
+
+A recipe may come from a stranger: it can name neither a machine that only this network reaches, nor one of this
+machine's other keys to be sent to a place of its choice.
+"""
+
+import ipaddress
+import os
+import re
+import socket
+from urllib.parse import urlsplit
+
+from cascade.recipe.generate import Endpoint
+from cascade.runtime.errors import UserError
+from cascade.runtime.secrets import remember
+
+OWN_KEYS = "CASCADE_"
+"""What the names of variables begin with that whoever starts a run has meant for its endpoints."""
+
+SERVICES = {
+    "ANTHROPIC_API_KEY": "anthropic.com",
+    "CEREBRAS_API_KEY": "cerebras.ai",
+    "COHERE_API_KEY": "cohere.com",
+    "DEEPSEEK_API_KEY": "deepseek.com",
+    "FIREWORKS_API_KEY": "fireworks.ai",
+    "GEMINI_API_KEY": "generativelanguage.googleapis.com",
+    "GROQ_API_KEY": "groq.com",
+    "HF_TOKEN": "router.huggingface.co",
+    "MISTRAL_API_KEY": "mistral.ai",
+    "NVIDIA_API_KEY": "nvidia.com",
+    "OPENAI_API_KEY": "openai.com",
+    "OPENROUTER_API_KEY": "openrouter.ai",
+    "TOGETHER_API_KEY": "together.xyz",
+    "XAI_API_KEY": "x.ai",
+}
+"""Variables that are known to hold a service's key, and the domain of that service: it is sent nowhere else."""
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
+_PLAIN = re.compile(r"[!-~]+")
+_LOOPBACK = re.compile(r"127(?:\.\d{1,3}){3}")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_private_allowed = False
+
+
+def allow_private() -> None:
+    """From now on this process asks endpoints on private networks."""
+    global _private_allowed
+    _private_allowed = True
+
+
+def check_endpoint(endpoint: Endpoint, *, needs_key: bool = True) -> str:
+    """The key, or '' where none is asked for or needed; refuses addresses that no key should be sent to.
+
+    Raises:
+        UserError: the address is not https, on a network that was not allowed, or of no machine that is asked; the
+            key's variable is empty, or is not for that address.
+    """
+    place = f"generate.endpoint.url: {endpoint.url}"
+    try:
+        parts = urlsplit(endpoint.url)
+        host = (parts.hostname or "").rstrip(".")
+        port = parts.port
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise UserError(f"{place}: expected https://HOST/v1 (http for this machine)")
+    if parts.username or parts.password or parts.query:
+        raise UserError(f"{place}: no user, password or query in it; the key goes into an environment variable")
+    if not _HOST.fullmatch(host) or not _PLAIN.fullmatch(endpoint.url):
+        raise UserError(f"{place}: expected a host's name of letters, digits, '.' and '-', and no odd signs")
+    here = is_here(endpoint.url)
+    for text in _addresses(host, port):
+        require_address(text, endpoint.url, here)
+    if parts.scheme == "http" and not here and not endpoint.allow_http:
+        raise UserError(f"{place}: plain http would show key and text to the network; use https, or allow_http: true")
+    return _key(endpoint.key_env, host, here) if endpoint.key_env and needs_key else ""
+
+
+def is_here(url: str) -> bool:
+    """Whether a url says that it is of this machine; other names can lead anywhere, also a moment later."""
+    host = (urlsplit(url).hostname or "").rstrip(".")
+    return host in ("localhost", "::1") or _LOOPBACK.fullmatch(host) is not None
+
+
+def require_address(text: str, url: str, here: bool = False) -> None:
+    """Refuse an address that a name stands for, or that was connected to; `here`: this machine is meant.
+
+    Raises:
+        UserError: it is link-local, or of another network than it should be.
+    """
+    address: _Address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        address = inner or address
+    place = f"generate.endpoint.url: {url}: {address}"
+    if address.is_link_local or address.is_unspecified or address.is_multicast:
+        raise UserError(f"{place} is a link-local, unspecified or multicast address; those are not asked")
+    if address.is_loopback != here:
+        raise UserError(
+            f"{place} is {'not ' if here else ''}this machine; write localhost for it, and for nothing else"
+        )
+    private = not address.is_global or getattr(address, "is_site_local", False)
+    if private and not here and not _private_allowed:
+        raise UserError(f"{place} is on a private network; where you trust the recipe, give --allow-private")
+
+
+def _addresses(host: str, port: int | None) -> list[str]:
+    """What the name stands for on this machine; empty where it cannot be told (offline, or a proxy's to know)."""
+    try:
+        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return [str(one[4][0]) for one in found]
+
+
+def _key(name: str, host: str, here: bool) -> str:
+    """The variable's value, if it may go there."""
+    place = f"generate.endpoint.key_env: {name}"
+    owner = SERVICES.get(name)
+    own = name.startswith(OWN_KEYS) or (owner is not None and (host == owner or host.endswith(f".{owner}")))
+    if not (own or here):
+        whose = f"is the key to {owner}" if owner else "may be the key to something else"
+        raise UserError(f"{place} {whose} and is not sent to {host}; put that server's key into {OWN_KEYS}KEY")
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise UserError(f"generate.endpoint.key_env: the environment variable {name} is not set")
+    if not all("!" <= letter <= "~" for letter in key):
+        raise UserError(f"{place} holds spaces, line breaks or other signs; no key")
+    remember(key)
+    return key
