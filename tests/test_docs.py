@@ -19,7 +19,7 @@ from cascade.yaml_reader import read_yaml, write_yaml
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-IN_ANOTHER_BRANCH = {"recipe.md", "cli.md", "CONTRIBUTING.md", "SECURITY.md"}
+IN_ANOTHER_BRANCH = {"recipe.md", "experiment.md", "cli.md", "CONTRIBUTING.md", "SECURITY.md"}
 """Pages of docs/ that are written beside these; they may be missing until both are merged."""
 
 PART = "# part of a recipe"
