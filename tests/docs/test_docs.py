@@ -11,11 +11,11 @@ import click
 import pytest
 from conftest import ROOT
 
-from cascade.cli import main
+from cascade.cli.main import main
 from cascade.recipe.experiment import load_experiment
 from cascade.recipe.load import load_recipe
-from cascade.stage_table import REMAKE_POINTS
-from cascade.yaml_reader import read_yaml, write_yaml
+from cascade.store.stage_table import REMAKE_POINTS
+from cascade.store.strict_yaml import read_yaml, write_yaml
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -115,7 +115,7 @@ def test_every_recipe_of_a_page_is_one_that_the_program_takes(page, tmp_path):
 
 
 def test_a_part_with_a_wrong_key_is_refused(tmp_path):
-    from cascade.errors import RecipeError
+    from cascade.runtime.errors import RecipeError
 
     (tmp_path / "recipe.yaml").write_text(write_yaml(laid_into_a_recipe({"prune": {"layer": "block_influence"}})))
     with pytest.raises(RecipeError, match="unknown key 'layer'"):
