@@ -1,4 +1,4 @@
-"""The command line: load, validate, call. Exit codes: README, "What is promised"."""
+"""The command line: load, validate, call. Exit codes: docs/cli.md."""
 
 import json
 import logging
