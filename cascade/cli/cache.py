@@ -10,14 +10,16 @@ from cascade.cli.options import ABOVE_ZERO, JSON, POSITIVE, CommandGroup, finish
 from cascade.runtime.errors import UserError
 
 FOLDER = click.option(
-    "--folder", type=click.Path(file_okay=False), help="The cache's folder; that of the user's caches where not given."
+    "--folder", type=click.Path(file_okay=False), help="The cache's folder (default: ~/.cache/cascade/teacher)."
 )
-ROOT = click.option("--root", "roots", multiple=True, metavar="PREFIX", help="Only roots whose names begin so.")
+ROOT = click.option(
+    "--root", "roots", multiple=True, metavar="PREFIX", help="Only roots whose names begin with PREFIX; repeatable."
+)
 
 
 @click.group(cls=CommandGroup)
 def cache() -> None:
-    """What is kept of teachers: its size and use, its damage, making room."""
+    """Kept teacher targets: their size and use, damage, and removing them."""
 
 
 @cache.command()
@@ -25,7 +27,7 @@ def cache() -> None:
 @ROOT
 @JSON
 def info(folder: str | None, roots: tuple[str, ...], as_json: bool) -> None:
-    """A line for each teacher and form of targets: windows, bytes, how often they were found."""
+    """Print a line for each teacher and form of targets: windows, bytes, and how often a training found its windows."""
     from cascade.report.tables import plain_table
     from cascade.teacher.targets.inspect import describe, roots_in
 
@@ -48,12 +50,12 @@ def info(folder: str | None, roots: tuple[str, ...], as_json: bool) -> None:
 @FOLDER
 @ROOT
 @click.option(
-    "--run", "run_folder", type=click.Path(file_okay=False), help="Also ask the teacher of this run directory again."
+    "--run", "run_folder", type=click.Path(file_okay=False), help="Also compare with the teacher of this run directory."
 )
-@click.option("--windows", default=8, type=POSITIVE, show_default=True, help="To ask the teacher again for.")
+@click.option("--windows", default=8, type=POSITIVE, show_default=True, help="With --run: windows to label again.")
 @JSON
 def verify(folder: str | None, roots: tuple[str, ...], run_folder: str | None, windows: int, as_json: bool) -> None:
-    """Read all that is kept and compare it with its checksums; with --run, some of it with the live teacher.
+    """Read all kept targets and compare them with their checksums; with --run, some of them with the live teacher.
 
     Exit code 1 where something is damaged. Damaged windows are never used: the next run labels them again.
     """
@@ -90,9 +92,9 @@ def verify(folder: str | None, roots: tuple[str, ...], run_folder: str | None, w
 @cache.command()
 @FOLDER
 @ROOT
-@click.option("--damaged", is_flag=True, help="Remove damaged shards and what killed runs left.")
+@click.option("--damaged", is_flag=True, help="Remove damaged shards and leftovers of killed runs.")
 @click.option(
-    "--unused-days", type=click.FloatRange(min=0), help="Remove roots that no training asked in so many days."
+    "--unused-days", type=click.FloatRange(min=0), help="Remove roots that no training has read for this many days."
 )
 @click.option("--max-gb", type=ABOVE_ZERO, help="Remove the longest unused roots until the rest take at most this.")
 @click.option("--all", "everything", is_flag=True, help="Remove all roots (of those named with --root).")
@@ -106,7 +108,7 @@ def prune(
     everything: bool,
     as_json: bool,
 ) -> None:
-    """Make room: what is removed is labelled again when a run needs it."""
+    """Remove kept targets; a run that needs them labels them again."""
     from cascade.teacher.targets.inspect import remove_damaged, remove_roots, roots_in, to_fit, unused_since
 
     if not (damaged or everything or unused_days is not None or max_gb is not None):

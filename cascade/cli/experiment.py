@@ -20,7 +20,7 @@ from cascade.cli.options import JSON, PRIVATE, TASK_CODE, interruptible, quiet_l
 def experiment(file: str, output: str | None, only: tuple[str, ...], listed: bool, as_json: bool) -> None:
     """Make the families of FILE (arms x seeds x token budgets, over one parent) and say which arms are better.
 
-    Goes on where an earlier start stopped. The form of FILE: cascade/recipe/experiment.py.
+    Goes on where an earlier start stopped. The keys of FILE: docs/experiment.md.
     """
     from cascade.pipeline.experiment.comparison import experiment_texts, list_texts, load_experiment_summary
     from cascade.recipe.experiment import load_experiment

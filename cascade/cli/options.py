@@ -40,8 +40,8 @@ OUTPUT = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 DATA = click.option(
     "--data",
-    help="Text: JSON(.gz), Parquet or text (a file, folder or pattern) like what MODEL was trained on, or 'stdlib', "
-    "Python's own source. Needed but for builtin:pico-python, which was trained on the latter.",
+    help="Text like that which the model was trained on: a file, folder or pattern of JSON, Parquet or text files, or "
+    "'stdlib', the Python standard library's source. Required except for builtin:pico-python.",
 )
 
 
@@ -59,13 +59,10 @@ TASK_CODE = _permission(
     "--allow-task-code",
     "cascade.evaluation.tasks_lm_eval.task_code",
     "allow",
-    "Let tasks of task folders run Python functions of their own, apart, without keys in their environment.",
+    "Allow Python functions of tasks; they run in a process of their own, without keys in its environment.",
 )
 PRIVATE = _permission(
-    "--allow-private",
-    "cascade.teacher.writing.address",
-    "allow_private",
-    "Ask an endpoint that is on a private network.",
+    "--allow-private", "cascade.teacher.writing.address", "allow_private", "Allow an endpoint on a private network."
 )
 BLOCK = click.option(
     "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."

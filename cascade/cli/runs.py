@@ -16,7 +16,7 @@ RUN = click.argument("run_folder", type=click.Path(file_okay=False))
 @RUN
 @JSON
 def report(run_folder: str, as_json: bool) -> None:
-    """Write family.csv, report.md and report.html of a run again from its family.json."""
+    """Write family.csv, report.md and report.html of RUN_FOLDER again from its family.json."""
     from cascade.report.logs import training_logs
     from cascade.report.records import family_of, load_family
     from cascade.report.write import require_whole, resealed, set_damaged_aside, write_family

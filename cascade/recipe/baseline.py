@@ -10,16 +10,17 @@ Kind = Literal["cut", "repaired", "ce"]
 
 
 class CrossEntropy(Section):
-    """How the cross-entropy baseline is trained, where that is not found for it."""
+    """How the cross-entropy baseline is trained."""
 
     learning_rate: Literal["auto"] | PositiveFloat = "auto"
-    """The schedule's peak. auto: found by short trainings of its own, on selection text by its own loss."""
+    """Peak learning rate. `auto`: found by short trainings with cross-entropy, judged by the loss on selection text."""
 
 
 class CrossEntropyBaseline(Section):
-    """`ce` with keys of its own."""
+    """The cross-entropy baseline with options."""
 
     ce: CrossEntropy
+    """Options of the cross-entropy baseline."""
 
 
 def _branch(value: object) -> str:

@@ -21,82 +21,87 @@ Splits = Annotated[
 
 
 class Data(Section):
-    """The text."""
+    """The text (or labelled examples) that models are trained, judged and measured on."""
 
     source: Literal["stdlib", "files", "hub", "generated", "digits"]
-    """stdlib: the Python standard library's source; files: local JSONL(.gz), Parquet, text; hub: a hub dataset;
-    generated: what the section `generate` has written, its splits cut by prompt; digits: the handwritten digits that
-    scikit-learn ships, for image_classification."""
+    """Where the text comes from. `stdlib`: the Python standard library's source; `files`: local JSON, JSON lines,
+    Parquet or text files, compressed (.gz, .bz2, .xz) or not; `hub`: a dataset of the Hugging Face Hub; `generated`:
+    what the section `generate` has written, split by prompt; `digits`: scikit-learn's handwritten digits, for
+    `task: image_classification`."""
     train: Splits = []
-    """source files: paths, relative to the recipe's folder: files, folders of them, or patterns such as
-    shards/*.jsonl.gz, read in sorted order; source hub: the dataset's split name"""
+    """Training text. Source `files`: paths relative to the recipe's folder (files, folders, or patterns such as
+    `shards/*.jsonl.gz`), read in sorted order; source `hub`: the name of the dataset's split."""
     calibration: Splits = []
-    """What statistics are taken on; cut from train where empty."""
+    """Text for importance statistics and repair, given as `train` is; cut from `train` where empty."""
     selection: Splits = []
-    """What choices are made on; cut from train where empty."""
+    """Text on which choices are made (shapes, learning rates), given as `train` is; cut from `train` where empty."""
     heldout: Splits = []
-    """What results are reported on; cut from train where empty."""
+    """Text on which results are reported, given as `train` is; cut from `train` where empty. Nothing else reads it."""
     weights: list[PositiveFloat] = []
-    """source files: of each entry of `train`, its share of the training tokens; by their size where not given. Short
-    sources are repeated, so that none is cut short."""
+    """Source `files`: the share of training tokens of each entry of `train`; in proportion to their size where not
+    given. Short entries are repeated, so that none runs out early."""
     production: RecipePaths = []
-    """Files with a sample of what the members will really meet, in the same form as the text; never trained on. The
-    report shows how the teacher and the members do there, and whether the recipe's text is the wrong diet."""
+    """Files with a sample of the text that the members will meet in use, in the same form as the training text; never
+    trained on. The report shows how teacher and members do on it, and whether the recipe's text fits it."""
     text_field: str = "text"
+    """Name of the field with the text."""
     label_field: str = "label"
-    """Classification: the field with the class, a name or a number."""
+    """Classification tasks: name of the field with the class, a name or a number."""
     image_field: str = "image"
-    """image_classification: the field with rows of pixels, a picture, or the path of one."""
+    """`task: image_classification`: name of the field with rows of pixels, an image, or the path of one."""
     unlabelled: Annotated[list[Literal["rest"] | RecipePath], BeforeValidator(as_list)] = []
-    """Classification: files whose examples only the teacher labels; `rest`: those that train_examples leaves out."""
+    """Classification tasks: files whose examples only the teacher labels; `rest`: the examples that `train_examples`
+    leaves out."""
     train_examples: PositiveInt | None = None
-    """Classification: so many labelled examples for the members, spread evenly; all where not given. A parent that is
-    fitted has all of them."""
+    """Classification tasks: number of labelled examples that members train on, spread evenly; all where not given. A
+    parent with `fit` trains on all of them."""
     max_length: PositiveInt = 128
-    """text_classification: tokens of an example at most."""
+    """`task: text_classification` and `task: embedding`: tokens per example at most; longer texts are cut."""
     mask_copies: PositiveInt = 4
-    """masked_language: how often each training block is there, each time with other tokens to guess."""
+    """`task: masked_language`: copies of each training block, each with other tokens hidden."""
     messages_field: str = ""
-    """Instead of text: the field with chat messages ({role, content}). They go through the parent's own chat template;
-    only what the assistant says counts for the loss."""
+    """Instead of `text_field`: name of the field with chat messages (`{role, content}`). They go through the parent's
+    chat template, and only the assistant's turns count for the loss."""
     template: Literal["model", "none"] = "model"
-    """How messages become text. model: by the parent's chat template; none: one after another, and an end token."""
+    """How messages become text. `model`: by the parent's chat template; `none`: one after another, followed by an end
+    token."""
     turns: Literal["all", "last"] = "all"
-    """Which answers of a conversation count. all: each of the assistant's turns, as an example of its own where the
-    template writes a turn differently once a later one follows; last: the last one alone."""
+    """Which answers of a conversation count for the loss. `all`: each of the assistant's turns, as an example of its
+    own where the template writes a turn differently once a later one follows; `last`: the last turn alone."""
     bad_rows: Literal["skip", "stop"] = "skip"
-    """What is done about a row that cannot be used: no text, a number for one, messages that are empty or that the
-    chat template refuses. skip: it is left out, counted, and named in the plan and the report; stop: it is an error."""
+    """What happens to a row that cannot be used (no text, a number in its place, empty messages, messages that the chat
+    template refuses). `skip`: it is left out, counted, and named in plan and report; `stop`: it is an error."""
     max_bad_rows: Fraction = 0.01
-    """The share of rows that may be left out; where more cannot be used, it is an error after all."""
+    """Largest share of rows that `bad_rows: skip` may leave out; above it the run stops."""
     streaming: bool = False
-    """Read documents one after another, only as many as max_tokens take; for text that does not
-    fit into memory. The training text is then the start of the files, in their order."""
+    """Read documents one after another, and only as many as `max_tokens` needs: for text that does not fit into memory.
+    The training text is then the start of the files, in their order."""
     document_masks: bool | None = None
-    """Whether the documents of a block do not see each other. Not given: conversations do not, texts do."""
+    """Whether attention stays inside each document of a block. Not given: true for conversations and generated text,
+    false for other text."""
     dataset: str = ""
-    """source hub: the dataset's id"""
+    """Source `hub`: id of the dataset."""
     revision: str = ""
-    """source hub: a commit"""
+    """Source `hub`: commit of the dataset (40 hexadecimal digits)."""
     dataset_config: str = ""
-    """source hub: the dataset's configuration name"""
+    """Source `hub`: name of the dataset's configuration."""
     block_size: Annotated[int, Field(ge=8)] = 256
-    """Tokens per block; documents are packed one after another, each between the tokens that begin and end it."""
+    """Tokens per block. Documents are packed one after another, each between its begin and end tokens."""
     begin_token: Literal["auto", "documents", "blocks"] = "auto"
-    """Where the token stands with which the parent's tokenizer begins a text, if it has one. documents: at the start of
-    each document (of a chat what its template writes); blocks: also at the start of blocks that begin inside one. auto:
-    blocks, or documents where the parent has the smaller loss so on selection text."""
+    """Where the token stands with which the parent's tokenizer begins a text, if it has one. `documents`: at the start
+    of each document (in a chat: what its template writes); `blocks`: also at the start of blocks that begin inside a
+    document; `auto`: the one of the two with which the parent has the smaller loss on selection text."""
     end_token: Literal["auto", "documents", "none"] = "auto"
-    """documents: the end token stands behind each document; none: the next document's begin token ends it. auto:
-    documents, but none where the parent finds the end token less likely there than a guess among all tokens, as one
-    does that was not trained with it."""
+    """`documents`: an end token follows each document; `none`: the next document's begin token separates them; `auto`:
+    `documents`, but `none` where the parent finds the end token less likely there than a uniform guess, as a model does
+    that was trained without it."""
     max_tokens: PositiveInt = 20_000_000
-    """Training tokens to prepare at most; training past the end starts over in another order."""
+    """Training tokens to prepare at most; a training that needs more starts over in another order."""
 
     reuse: Literal["auto", "shared", "continue"] = "auto"
-    """What a member reads that is cut from another. shared: the same text from its start, which the teacher then labels
-    once for all of them; continue: what the other has not read. auto: shared where members learn the parent's
-    probabilities of text, continue for examples and where the parent is not asked."""
+    """What a member reads that is cut from another member. `shared`: the same text from its start, which the teacher
+    then labels once for all; `continue`: text that the other has not read; `auto`: `shared` where members learn the
+    parent's probabilities of text, else `continue`."""
 
     @property
     def masks_documents(self) -> bool:

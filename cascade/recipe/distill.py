@@ -46,61 +46,67 @@ WITHOUT_EFFECT = (
 
 
 class FeatureLosses(Section):
-    """Losses on what happens inside, beside the logits."""
+    """Losses on hidden states, embeddings and attention, added to the loss on the logits."""
 
     hidden: Annotated[str, OneOf("auto", "none", *FORMS)] = "auto"
-    """Of hidden states, layer by layer, along the layers and channels that the cut has kept. auto: cosine for members
-    that are cut and have fewer than 20M training tokens (distill.tokens), else none: what it gives fades as training
-    grows, and a sample of the teacher's probabilities is then enough to keep."""
+    """Loss on hidden states, layer by layer, along the layers and channels that the cut left. `auto`: `cosine` for
+    members that are cut and have fewer than 20M training tokens (`distill.tokens`), else `none`: its gain shrinks as
+    training grows, and without it a sample of the teacher's probabilities is enough to keep."""
     embedding: Annotated[str, OneOf("none", *FORMS)] = "none"
-    """Of what enters the first layer."""
+    """Loss on the input of the first layer."""
     relations: list[Annotated[str, OneOf(*RELATIONS)]] = []
-    """Who attends to whom in the last layer (MiniLM): queries with queries, keys with keys, ..."""
+    """Attention relations of the last layer to match (MiniLM): `qq` queries with queries, `kk` keys with keys, `vv`
+    values with values, `qk` queries with keys."""
     relation_heads: PositiveInt | None = None
-    """What the projections are split into; the most that both models allow where not given."""
+    """Number of heads that the projections are split into for `relations`; the most that both models allow where not
+    given."""
     weights: dict[Literal["hidden", "embedding", "relations"], PositiveFloat] = {}
-    """1 where not given."""
+    """Weight of each of these losses; 1 where not given."""
     balanced: bool = True
-    """Together as large as the logit loss, then weighted; else weighted as they are."""
+    """Scale the feature losses so that together they are as large as the loss on the logits, before weights apply;
+    false: weights apply to the losses as they are."""
     fade_fraction: Literal["auto", "none"] | PositiveFloat = "auto"
-    """Over this many times the training's steps the weight of all these losses falls evenly towards nothing (0.5: gone
-    at half; 2: half of it is left at the end); none: it stays. auto: for language models that are cut, so that it is
-    gone after 17 tokens per parameter times the student's share of its teacher's parameters; for others none."""
+    """The weight of all feature losses falls linearly towards 0 over this multiple of the training's steps (0.5: gone
+    at half; 2: half of it is left at the end); `none`: constant weight. `auto`: for language models that are cut, gone
+    after 17 tokens per student parameter times the student's share of its teacher's parameters; else `none`."""
 
 
 class OnPolicySettings(Section):
-    """Batches that the student writes and the teacher judges."""
+    """Training steps on text that the student writes and the teacher judges (GKD)."""
 
     fraction: Fraction
-    """Share of the optimizer steps."""
+    """Share of the optimizer steps that train on the student's own text."""
     prompt_tokens: PositiveInt = 32
-    """Of each block."""
+    """Tokens from the start of each block that serve as the prompt."""
     max_new_tokens: PositiveInt = 64
+    """Tokens that the student writes after each prompt, at most."""
     temperature: PositiveFloat = 1.0
-    """Of the student's sampling."""
+    """Sampling temperature of the student."""
     loss: Literal["reverse_kl", "skew_reverse_kl", "skew_forward_kl", "jsd", "forward_kl", "tvd"] = "reverse_kl"
-    """The divergence on these batches."""
+    """Divergence from the teacher on these batches."""
     buffer_size: Annotated[int, Field(ge=0)] = 0
-    """Written batches to keep for another use; 0: none."""
+    """Number of written batches to keep for another use; 0: none."""
     replay_fraction: Fraction = 0.5
-    """Share of these steps that take a kept batch, once the buffer is full."""
+    """Share of the on-policy steps that take a batch from the buffer, once it is full."""
 
 
 class TargetCache(Section):
-    """What is kept of the teacher, so that it need not read the same text twice."""
+    """Which of the teacher's outputs are kept on disk, so that a text is labelled only once."""
 
     kind: Literal["auto", "none", "sampled", "top_k", "hidden"] = "auto"
-    """sampled: an unbiased sample of its probabilities; hidden: what its head reads (and its layers, where features ask
-    for them), which gives every loss; top_k: the likeliest ids and a bucket for the rest, as loss: ghost_top_k; none:
-    the teacher is asked each time. auto: one of sampled, hidden and none, as `cascade plan` shows and explains."""
+    """`sampled`: an unbiased sample of the teacher's probabilities; `hidden`: the input of its head (and its layers'
+    outputs, where `features` needs them), from which every loss follows; `top_k`: its likeliest ids and one bucket for
+    the rest, as in `loss: ghost_top_k`; `none`: nothing, the teacher runs in every step. `auto`: one of `sampled`,
+    `hidden` and `none`; `cascade plan` shows which and why."""
     draws: PositiveInt = 38
-    """sampled: of each token's probabilities."""
+    """`sampled`: draws per token."""
     exact_tokens: list[str] = []
-    """sampled: tokens, as the vocabulary writes them, whose probability is kept as it is (end of turn, tool call)."""
+    """`sampled`: tokens, as the vocabulary writes them, whose probability is always kept exactly (an end of turn, a
+    tool call)."""
     dtype: Literal["bfloat16", "int8"] = "bfloat16"
-    """hidden: of the states; int8 has a scale per token."""
+    """`hidden`: data type of the kept states; `int8` has one scale per token."""
     folder: RecipePath = ""
-    """Shared between runs; among the user's caches (~/.cache/cascade/teacher) where not given."""
+    """Folder of the cache, shared between runs; `~/.cache/cascade/teacher` where not given."""
 
 
 def _cache(value: object) -> object:
@@ -108,82 +114,90 @@ def _cache(value: object) -> object:
 
 
 class Distill(Section):
-    """Recovery: the student learns from the original parent."""
+    """Recovery: how students are trained under their teacher."""
 
     tokens: PositiveInt | None = None
-    """Training tokens of each member."""
+    """Training tokens of each member; required but for classification and embedding tasks."""
     examples: PositiveInt | None = None
-    """Classification, instead of tokens: training examples of each member."""
+    """Classification and embedding tasks, instead of `tokens`: training examples of each member."""
     teacher: Literal["parent", "text", "logprobs"] = "parent"
-    """Who teaches: the parent, by its probabilities; the text alone, by cross-entropy, where that is a teacher's own
-    (data.source: generated by another model or an endpoint); or an endpoint by the log-probabilities of its likeliest
-    tokens (generate.endpoint.top_logprobs), forward KL with one bucket for all others."""
+    """What members learn from. `parent`: the parent's probabilities; `text`: the text alone, by cross-entropy, where
+    another model or an endpoint has written it (`data.source: generated`); `logprobs`: an endpoint's log-probabilities
+    of its likeliest tokens (`generate.endpoint.top_logprobs`), by forward KL with one bucket for all other tokens."""
     batch_size: PositiveInt = 8
-    """Blocks per optimizer step."""
+    """Blocks (or examples) per optimizer step."""
     microbatch_size: PositiveInt = 8
-    """Blocks per forward pass; changes memory and speed, not the result."""
+    """Blocks (or examples) per forward pass; changes memory and speed, not the result."""
     learning_rate: Literal["auto"] | PositiveFloat = "auto"
-    """The schedule's peak. auto: found for each member by short trainings from its own start."""
+    """Peak learning rate. `auto`: found for each member by short trainings from its own start."""
     schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"
-    """cosine: down from the warm-up on; wsd: stable at the peak, then a linear decay."""
+    """Learning-rate schedule after the warm-up. `cosine`: falls along a cosine; `wsd`: stays at the peak, then falls
+    linearly."""
     decay_fraction: Fraction = 0.2
-    """wsd: share of the steps that decay."""
+    """`schedule: wsd`: share of the optimizer steps in which the rate falls."""
     warmup_fraction: Fraction = 0.05
-    """Share of the steps with a linear warm-up."""
+    """Share of the optimizer steps with a linear warm-up."""
     final_learning_rate_fraction: Fraction = 0.05
-    """Where the schedule ends, as a share of the peak."""
+    """Learning rate at the end of the schedule, as a share of the peak."""
     optimizer: Annotated[str, OneOf("auto", *OPTIMIZERS)] = "auto"
-    """adamw_8bit: moments in 8 bits (needs torchao); muon: orthogonalised momentum for the layers' matrices, which
-    recovers a cut language model in fewer tokens. auto: muon for language models on one process where its extra work is
-    at most half of a step's and the rate is searched for (a rate that is given was tried with adamw), else adamw, as in
-    `finish`. A run that goes on with another number of processes needs the optimizer's name, or it trains its members
-    again."""
+    """`adamw_8bit`: AdamW with moments in 8 bits (needs torchao); `muon`: orthogonalised momentum for the layers'
+    matrices, which recovers a cut language model in fewer tokens. `auto`: `muon` for language models on one process
+    where it adds at most half to a step's operations and the learning rate is searched for (a rate that a recipe gives
+    was tried with AdamW), else `adamw`; in `finish` always `adamw`. A run that goes on with another number of processes
+    needs the optimizer's name, or trains its members again."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay per step, as a multiple of the learning rate."""
     max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
     loss: Annotated[str, OneOf(*DIVERGENCES)] = "forward_kl"
-    """The divergence from the teacher; forward_kl is KL(teacher ‖ student)."""
+    """Divergence from the teacher; `forward_kl` is KL(teacher ‖ student), `reverse_kl` is KL(student ‖ teacher)."""
     temperature: PositiveFloat = 1.0
-    """Divides both models' logits."""
+    """Divides the logits of teacher and student before the softmax, for the divergence alone."""
     temperature_scale: TemperatureScale = "tsq"
-    """tsq: the divergence is multiplied by the squared temperature; none: it is not (as in TRL and Liger)."""
+    """`tsq`: the divergence is multiplied by the squared temperature; `none`: it is not (as in TRL and Liger)."""
     beta: Fraction = 0.5
-    """jsd: the teacher's share of the mixture."""
+    """`loss: jsd`: the teacher's share of the mixture."""
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """skew_forward_kl, skew_reverse_kl: the share of the first argument in the mixture."""
+    """`loss: skew_forward_kl` and `skew_reverse_kl`: share of the divergence's first argument in the mixture."""
     top_k: PositiveInt = 64
-    """ghost_top_k: ids that keep a probability of their own."""
+    """`loss: ghost_top_k` and `cache: top_k`: number of ids that keep a probability of their own."""
     cache: Annotated[TargetCache, BeforeValidator(_cache)] = TargetCache()
     """What is kept of the teacher: a section, or its `kind` alone."""
     cross_entropy_weight: Fraction = 0.0
-    """Share of cross-entropy with the text in the loss."""
+    """Share of cross-entropy with the text (or labels) in the loss; the divergence has the rest."""
     features: FeatureLosses = FeatureLosses()
     """Losses on hidden states, embeddings and attention relations."""
     on_policy: OnPolicySettings | None = None
+    """Training steps on the student's own text; none where not given."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Members end as the running average of their weights, with this decay per step."""
+    """Members end as the exponential moving average of their weights, with this decay per optimizer step; no average
+    where not given."""
     gradient_checkpointing: bool = False
-    """Compute layers again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Compute layers again in the backward pass instead of keeping their activations: less memory, about a third more
+    time."""
     compile: bool = False
-    """Compile each layer of the student (torch.compile)."""
+    """Compile each layer of the student with torch.compile."""
     trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = []
-    """Besides log.jsonl, where each training's losses go; each needs its package."""
+    """Where a training's losses go besides `log.jsonl`; each needs its package."""
     selection_every: PositiveInt = 25
-    """Optimizer steps between two looks at the selection loss."""
+    """Optimizer steps between two measurements on selection text."""
     selection_blocks: PositiveInt = 16
+    """Blocks of selection text per measurement."""
     selection_examples: PositiveInt = 256
-    """Classification, instead of blocks."""
+    """Classification and embedding tasks: selection examples per measurement, instead of blocks."""
     save_every_minutes: Annotated[float, Field(ge=0)] = 10.0
-    """Minutes between two training states; a run that was killed goes on from the last, to the same bits."""
+    """Minutes between two saved training states; a run that was killed goes on from the last one, to the same bits."""
     keep_states: Annotated[int, Field(ge=2)] = 2
-    """How many of the last states are kept; an older one serves where the last is damaged."""
+    """Number of saved training states to keep; an older one serves where the last is damaged."""
     on_nan: NanPolicy = "stop"
-    """Where a loss or gradient is not finite. stop: before the optimizer's step; skip: the step is left out; rollback:
-    back to the last state, and the steps from there up to this one are left out."""
+    """What happens when a loss or gradient is not finite. `stop`: the training stops before the optimizer's step;
+    `skip`: the step is left out; `rollback`: the training returns to its last saved state and leaves out the steps from
+    there up to this one."""
     on_divergence: DivergencePolicy = "warn"
-    """Where the loss stays over twice its first steps' for 20 steps and more: say so at the end and in the report, or
-    stop."""
+    """What happens when the loss stays above twice the mean of its first steps for 20 steps or more. `warn`: a message
+    at the end and in the report; `stop`: the training stops."""
     max_skipped: PositiveInt = 3
-    """How often a training may skip or go back before it stops."""
+    """Number of times that a training may skip a step or roll back before it stops."""
 
     def hidden_features(self, cut: bool) -> str:
         """What `features.hidden` comes to for a member that is cut from another, or is not: none, cosine or mse."""

@@ -45,14 +45,15 @@ class Arm(Section):
     """One way to make the family, or a baseline of another arm's members."""
 
     set: Overrides = []
-    """What it changes of the recipe."""
+    """Recipe keys that this arm changes: `KEY=VALUE` texts as of `cascade run --set`, or a mapping; `members.*` in a
+    key stands for each member."""
     tokens: Literal["new", "accumulated"] = "new"
-    """What a member may use. new: the budget; accumulated: all that the chain of the reference's members, from the
-    parent down to the member of that name, has used together."""
+    """Training tokens that a member may use. `new`: the budget; `accumulated`: as many as the reference's chain has
+    used altogether, from the parent down to the member of the same name."""
     of: str = ""
-    """With `row`: the arm whose members the baseline belongs to."""
+    """With `row`: the arm whose baseline this arm is."""
     row: Literal["cut", "repaired", "ce", ""] = ""
-    """With `of`: cut, repaired or ce: that baseline of the arm's members, from their own starts, is this arm."""
+    """With `of`: the baseline of that arm's members (`cut`, `repaired` or `ce`) that stands as this arm."""
 
     @model_validator(mode="after")
     def _row_of_an_arm(self) -> "Arm":
@@ -73,26 +74,31 @@ def _arm(value: object) -> object:
 
 
 class Experiment(Section):
-    """Arms, seeds and budgets over one parent."""
+    """The keys at the top level: arms, seeds and token budgets over one parent."""
 
     name: str
+    """Name of the experiment; up to 40 letters, digits, `.`, `_` and `-`."""
     recipe: RecipePath
-    """A recipe, relative to this file; its members are the sizes. Of its baselines those are made that some arm is."""
+    """A recipe, relative to this file; its members are the sizes. Of its baselines only those are made that some arm
+    names."""
     set: Overrides = []
-    """What is changed of the recipe for all arms."""
+    """Recipe keys that change for all arms, written as in `arms.NAME.set`."""
     arms: Annotated[dict[str, Annotated[Arm, BeforeValidator(_arm)]], Field(min_length=2)]
+    """The ways to make the family, by name; at least two. An empty arm is the recipe as it stands."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
-    """Of all random draws, one family each."""
+    """Random seeds; each gives one family per arm and budget."""
     tokens: list[PositiveInt] = []
-    """New training tokens of each member, one family each; the recipe's distill.tokens where not given."""
+    """Token budgets: new training tokens of each member; each gives one family per arm and seed. The recipe's
+    `distill.tokens` where empty."""
     reference: str = ""
-    """The arm that the others are compared with; the first where not given."""
+    """The arm that the others are compared with; the first arm where not given."""
     fixed_rates: bool = False
-    """Whether learning rates may be given. Otherwise each arm's is searched for, with equal effort."""
+    """Whether the recipe and its arms may give learning rates. Otherwise each arm's rate is searched for, with equal
+    effort."""
     may_differ: list[Literal["data", "parent"]] = []
-    """What else than the way arms may differ in."""
+    """Inputs in which arms may differ, besides the way the family is made."""
     results: RecipePath = ""
-    """A folder, relative to this file, with results of cells that were made before (a copy of OUTPUT/results): they are
+    """Folder, relative to this file, with results of cells that were made before (a copy of OUTPUT/results). They are
     taken over where recipe and inputs are the same."""
 
     @field_validator("name")

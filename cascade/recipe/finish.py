@@ -8,20 +8,22 @@ from cascade.recipe.section import Names, PositiveFloat, PositiveInt, Section
 
 
 class Finish(Section):
-    """Weights in fewer bits; a row of its own beside what it is a copy of."""
+    """A copy of finished models with fewer bits per weight, as a row of its own in the results."""
 
     quantise: Literal["int8", "int4"]
-    """int8: each row of a linear layer's weight has a scale; int4: each run of up to 128 of its columns. Embeddings and
-    head stay as they are. Needs torchao. int4 is written a byte each: its packed layouts need GPU packages."""
+    """`int8`: one scale per row of a linear layer's weight; `int4`: one scale per run of up to 128 columns, stored at
+    one byte per weight, because packed layouts need GPU packages. Embeddings and head stay as they are. Needs
+    torchao."""
     members: Names = []
-    """Whose copies, `parent` among them; all where not given."""
+    """Names of the models to copy, `parent` among them; all where not given."""
     tokens: PositiveInt | None = None
-    """Quantisation-aware: first train so many tokens with rounded weights, under the parent and with the loss of the
-    recipe's distill section, but without distill.features and distill.on_policy."""
+    """Quantisation-aware training: tokens to train on with rounded weights first, under the parent and with the loss of
+    the recipe's `distill` section, but without `distill.features` and `distill.on_policy`. No training where not
+    given."""
     examples: PositiveInt | None = None
-    """Classification, instead of tokens."""
+    """Classification and embedding tasks, instead of `tokens`: training examples."""
     learning_rate: Literal["auto"] | PositiveFloat = "auto"
-    """Of that training; auto: found by short trainings."""
+    """Peak learning rate of that training. `auto`: found by short trainings."""
 
     @property
     def budget(self) -> int:

@@ -20,17 +20,18 @@ class Budget(Section):
     """
 
     requests: PositiveInt | None = None
-    """Requests sent, those that failed and were tried again included."""
+    """Requests sent, including those that failed and were tried again; no limit where not given."""
     tokens: PositiveInt | None = None
-    """Prompt and answer tokens, as the endpoint counts them."""
+    """Prompt and answer tokens, as the endpoint counts them; no limit where not given."""
     money: PositiveFloat | None = None
-    """In the currency of the prices."""
+    """Money, in the currency of the prices; no limit where not given."""
     price_per_million_prompt: Annotated[float, Field(ge=0)] = 0.0
-    """Of a million prompt tokens."""
+    """Price of a million prompt tokens."""
     price_per_million_answer: Annotated[float, Field(ge=0)] = 0.0
-    """Of a million answer tokens."""
+    """Price of a million answer tokens."""
     when_spent: Literal["stop", "go_on"] = "stop"
-    """stop: the run ends, to go on once the budget is raised; go_on: with the answers that were paid for."""
+    """`stop`: the run ends, and goes on once the budget is raised; `go_on`: the run goes on with the answers that it
+    has."""
 
     @model_validator(mode="after")
     def _priced(self) -> "Budget":
@@ -40,33 +41,36 @@ class Budget(Section):
 
 
 class Endpoint(Section):
-    """A server with OpenAI's interface."""
+    """A server with OpenAI's interface (chat completions or completions)."""
 
     url: str
-    """Up to and without `/chat/completions`, such as https://api.openai.com/v1."""
+    """Address without `/chat/completions`, such as https://api.openai.com/v1."""
     model: ServedModel
-    """The name that the server knows the model by."""
+    """The name by which the server knows the model."""
     api: Literal["chat", "completions"] = "chat"
-    """chat: messages; completions: a prompt's text is continued."""
+    """`chat`: send messages; `completions`: send a text that is continued."""
     key_env: str = ""
-    """The environment variable that holds the key: the service's usual one (OPENAI_API_KEY goes to openai.com alone) or
-    one whose name begins with CASCADE_; this machine is sent any. The key itself is never in a recipe nor written."""
+    """Name of the environment variable with the key: the service's usual one (`OPENAI_API_KEY` goes to openai.com
+    alone) or one that begins with `CASCADE_`; a server on this machine may be sent any. The key itself is never in a
+    recipe and never written."""
     concurrency: PositiveInt = 4
     """Requests under way at a time."""
     timeout_seconds: PositiveFloat = 120.0
-    """Without an answer for so long, a request is tried again."""
+    """Seconds until a request without a whole answer is tried again."""
     max_retries: Annotated[int, Field(ge=0)] = 6
-    """Of one request, after 408, 409, 429 and 5xx answers, broken connections and answers that cannot be read."""
+    """Retries per request, after answers 408, 409, 429 and 5xx, broken connections and answers that cannot be read."""
     max_backoff_seconds: PositiveFloat = 60.0
-    """Longest pause between two tries; a server's Retry-After is kept to as long as it is at most ten times that."""
+    """Longest pause between two tries, in seconds; a server's Retry-After is respected up to ten times that."""
     top_logprobs: Annotated[int, Field(ge=1, le=20)] | None = None
-    """Ask for the log-probabilities of so many of the likeliest tokens at each place, for distill.teacher: logprobs."""
+    """Ask for the log-probabilities of this many of the likeliest tokens at each place, for
+    `distill.teacher: logprobs`."""
     extra_body: dict[str, object] = {}
-    """Further keys of every request, such as {reasoning_effort: low}; they win over ours, and null leaves ours out:
-    {max_tokens: null, max_completion_tokens: 512}."""
+    """Further keys of every request, such as `{reasoning_effort: low}`. They replace keys of the same name, and null
+    removes a key: `{max_tokens: null, max_completion_tokens: 512}`."""
     allow_http: bool = False
-    """Plain http to other machines than this one."""
+    """Allow plain http to machines other than this one."""
     budget: Budget = Budget()
+    """What may be spent."""
 
     @field_validator("extra_body")
     @classmethod
@@ -85,61 +89,70 @@ class Endpoint(Section):
 
 
 class Filters(Section):
-    """Which answers are kept; each that is not is counted under its reason."""
+    """Which answers are kept; dropped answers are counted by reason."""
 
     min_words: Annotated[int, Field(ge=0)] = 1
+    """Words per answer, at least."""
     max_words: PositiveInt | None = None
+    """Words per answer, at most; no limit where not given."""
     truncated: Literal["keep", "drop"] = "keep"
-    """Answers that ended at max_new_tokens, or that their server does not say to have ended by themselves."""
+    """What happens to answers that ended at `max_new_tokens`, or that the server does not report as ended by the
+    model."""
     thoughts: Literal["stop", "keep", "strip", "drop"] = "stop"
-    """Reasoning that an answer's text begins with (<think> ... </think>). stop: generation ends at the first, so that
-    you choose; keep: it is part of the answer; strip: students learn the answer alone; drop: no such answer is kept."""
+    """What happens to reasoning at the start of an answer's text (`<think> ... </think>`). `stop`: generation ends at
+    the first such answer, so that you choose; `keep`: it is part of the answer; `strip`: students learn the answer
+    without it; `drop`: the whole answer is dropped."""
     max_repetition: Fraction = 0.5
-    """Share of an answer's four-word runs that stood in it before; 1: any."""
+    """Largest share of an answer's four-word runs that occurred in it before; 1: no limit."""
     duplicates: Literal["keep", "exact", "near"] = "exact"
-    """exact: the same answer to the same prompt, but for case and white space; near: three quarters of its five-word
-    runs in one answer that is kept, to whatever prompt."""
+    """Which repeated answers are dropped. `keep`: none; `exact`: the same answer to the same prompt, regardless of case
+    and white space; `near`: answers to any prompt that share three quarters of their five-word runs with one kept
+    answer."""
     max_perplexity: PositiveFloat | None = None
-    """Of the answer after its prompt, by the parent."""
+    """Largest perplexity of the answer after its prompt, by the parent; no limit where not given."""
 
 
 class Generate(Section):
-    """Prompts, who answers them, and what is kept."""
+    """Text that a teacher writes: the prompts, the teacher, and the filters for its answers."""
 
     teacher: Literal["parent"] | ModelReference = "parent"
-    """parent, or a model's reference; not used with an endpoint."""
+    """The model that writes: `parent`, or a model as in `parent.model`; not used with an endpoint."""
     endpoint: Endpoint | None = None
-    """Ask a server instead of a model here."""
+    """Ask a server instead of a model on this machine."""
     prompts: RecipePaths = []
-    """Files of rows (JSONL, JSON, Parquet), each with a `prompt` (a text) or `messages`; folders and patterns, as
-    data.train takes them."""
+    """Files of rows (JSON lines, JSON, Parquet), each with a `prompt` (a text) or `messages`; folders and patterns as
+    in `data.train`."""
     templates: Names = []
-    """Prompts with {names} in them, filled in with `values`, every combination once."""
+    """Prompts with `{names}` in them, filled in from `values`; every combination once."""
     values: dict[str, list[str]] = {}
-    """name -> what may stand there."""
+    """Texts to fill in for each name of `templates`."""
     text: RecipePaths = []
-    """Files of text (as data.train takes them); the first words of each document are a prompt."""
+    """Files of text, as in `data.train`; the first words of each document are a prompt."""
     text_words: PositiveInt = 16
-    """Words of each document of `text`."""
+    """Words per prompt that is taken from `text`."""
     stdlib: bool = False
-    """Prompts from the standard library's source: the first lines of its functions."""
+    """Prompts from the Python standard library's source: the first lines of its functions."""
     system: str = ""
-    """A system message before every prompt; chat only."""
+    """System message before every prompt; needs chat."""
     chat: bool | None = None
-    """Prompts go through the chat template. Not given: where the teacher has one, or the endpoint's api is chat."""
+    """Whether prompts go through the chat template. Not given: true where the teacher has a template, or the endpoint's
+    `api` is `chat`."""
     num_prompts: PositiveInt | None = None
-    """How many, drawn evenly from all; all where not given."""
+    """Number of prompts, drawn evenly from all; all where not given."""
     answers: PositiveInt = 1
-    """Of each prompt."""
+    """Answers per prompt."""
     max_new_tokens: PositiveInt = 256
+    """Tokens per answer, at most."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """0: the likeliest token each time."""
+    """Sampling temperature; 0: always the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens with this share of the probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0: all; a model here only."""
+    """Sample from this many likeliest tokens; 0: from all. Only for a model on this machine."""
     batch_size: PositiveInt = 16
-    """Answers written at a time by a model here."""
+    """Answers that a model on this machine writes at a time."""
     filters: Filters = Filters()
+    """Which answers are kept."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Generate":

@@ -8,46 +8,52 @@ from cascade.recipe.section import PositiveInt, Section
 
 
 class Repair(Section):
-    """Refitting the weights that stay, in closed form, before any training."""
+    """Refitting the remaining weights in closed form after a cut, before any training."""
 
     method: Literal["auto", "sequential", "independent", "none"] = "auto"
-    """sequential: each weight on the already cut stream, also towards what the stream has lost; independent: each on
-    the parent's own activations; auto: both, and the better one on selection blocks (or neither)."""
+    """`sequential`: each weight is refitted on the stream of the cut model, also towards what the stream has lost so
+    far; `independent`: each on the parent's own activations; `auto`: whichever of the two is better on selection text,
+    or neither; `none`: no repair."""
     num_blocks: PositiveInt = 32
-    """Calibration blocks, spread over the split."""
+    """Blocks of the calibration split, spread over it."""
 
 
 class Search(Section):
-    """Choosing a member's shape by trying several that meet its target."""
+    """Choosing a member's shape by trying several shapes that meet its target."""
 
     candidates: Annotated[int, Field(ge=2)] = 8
-    """Shapes that are cut, repaired and recovered on a quarter of `tokens`; ranked by KL to the teacher on selection
-    blocks."""
+    """Number of shapes that are cut, repaired and recovered on a quarter of `tokens`, then ranked by KL to the teacher
+    on selection text."""
     finalists: PositiveInt = 3
-    """The best of them, which are recovered again, and longer, as rankings flip with training."""
+    """Number of the best candidates that are recovered again on all of `tokens`, because rankings change with
+    training."""
     tokens: PositiveInt = 20_000
     """Training tokens of each finalist."""
 
 
 class Prune(Section):
-    """How a member is cut from its seed."""
+    """How a member is cut from the model that its `seed` names."""
 
     layers: Literal[
         "block_influence", "norm_ratio", "removal_loss", "removal_logits", "contiguous_angle", "contiguous_loss"
     ] = "block_influence"
-    """The score of layers. Those by removal cost forward passes for every cut."""
+    """Importance score of layers. `block_influence`: 1 - cosine similarity of a layer's input and output; `norm_ratio`:
+    norm of its output over norm of its input; `removal_loss`, `removal_logits`: the loss, or the change of the logits,
+    without the layer; `contiguous_angle`, `contiguous_loss`: the run of adjacent layers whose removal turns the stream,
+    or raises the loss, least. Scores by removal take forward passes for every layer."""
     heads: Literal["activation_norm", "contribution"] = "activation_norm"
-    """The score of heads, inside each key/value group."""
+    """Importance score of query heads, inside each key/value group."""
     neurons: Literal["activation_norm", "contribution", "taylor", "hessian"] = "activation_norm"
-    """The score of neurons, inside each layer. taylor and hessian need gradients."""
+    """Importance score of MLP neurons, inside each layer. `taylor` and `hessian` need gradients."""
     hidden: Literal["auto", "activation_norm", "pca"] = "auto"
-    """The score of hidden channels. pca rotates the stream to its principal axes first, and unties the embeddings;
-    auto: members with a size to meet are cut both ways, repaired and recovered on a twentieth of their tokens, and what
-    is then nearer the parent on selection blocks stays; with explicit dims, pca where the norms allow it and the
-    embeddings are small or untied already."""
+    """Importance score of hidden channels. `pca` rotates the stream to its principal axes first, and unties the
+    embeddings; `auto`: members with a bound in their target are cut both ways, repaired and recovered on a twentieth of
+    their tokens, and the one nearer to the parent on selection text is taken; with explicit dims, `pca` where the norms
+    allow it and the embeddings are small or untied already."""
     merge_heads: bool = False
-    """Add to the weakest kept query heads what they differ by from the strongest removed ones (Minitron)."""
+    """Add to the weakest remaining query heads what they differ by from the strongest removed ones (Minitron)."""
     repair: Repair = Repair()
+    """Refit the remaining weights in closed form."""
     search: Search | None = None
-    """Search the shape of members whose target is a bound; without it the shape is taken that loses least
-    by what its axes have lost (`cascade.pruning.size.shape`)."""
+    """Search the shape of members whose target has a bound. Not given: the shape that loses least by what its axes have
+    lost (`cascade.pruning.size.shape`)."""

@@ -28,18 +28,19 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Tokenizer(Section):
-    """A byte-level BPE tokenizer to train on the recipe's training text."""
+    """A byte-level BPE tokenizer that is trained on the recipe's training text."""
 
     vocab_size: Annotated[int, Field(ge=300)]
-    """Tokens, the 256 bytes and the end token included."""
+    """Tokens in the vocabulary, including the 256 bytes and the end token."""
 
 
 class Pretrain(Section):
-    """A parent trained from nothing with cross-entropy, instead of one that exists."""
+    """A parent that is trained from random weights with cross-entropy on the training text."""
 
     config: dict[str, object]
-    """The transformers config: model_type and the architecture's own keys; vocab_size comes from the tokenizer."""
+    """The transformers config: `model_type` and the architecture's own keys. `vocab_size` comes from the tokenizer."""
     tokenizer: Tokenizer
+    """The tokenizer to train."""
     tokens: PositiveInt
     """Training tokens."""
     block_size: PositiveInt = 512
@@ -47,46 +48,56 @@ class Pretrain(Section):
     batch_size: PositiveInt = 8
     """Blocks per optimizer step."""
     microbatch_size: PositiveInt = 8
-    """Blocks per forward pass."""
+    """Blocks per forward pass; changes memory and speed, not the result."""
     learning_rate: PositiveFloat = 4e-3
+    """Peak learning rate."""
     optimizer: Annotated[str, OneOf(*OPTIMIZERS)] = "adamw"
-    """As distill.optimizer."""
+    """As `distill.optimizer`, but without `auto`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay per step, as a multiple of the learning rate."""
     warmup_fraction: Fraction = 0.03
+    """Share of the optimizer steps with a linear warm-up."""
     final_learning_rate_fraction: Fraction = 0.02
+    """Learning rate at the end of the schedule, as a share of the peak."""
     selection_every: PositiveInt = 100
-    """Optimizer steps between two looks at the selection loss."""
+    """Optimizer steps between two measurements of the loss on selection text."""
 
 
 class Fit(Section):
-    """A parent that learns its classes first, from the labels: a head is put on `model`, or a model is made."""
+    """A classifier as parent, trained on the labels before the family is made."""
 
     config: dict[str, object] = {}
-    """Instead of a `model`: the transformers config of one with random weights; the classes come from the data."""
+    """Instead of `parent.model`: the transformers config of a classifier with random weights. The classes come from the
+    data."""
     examples: PositiveInt
     """Training examples."""
     batch_size: PositiveInt = 32
     """Examples per optimizer step."""
     microbatch_size: PositiveInt = 32
-    """Examples per forward pass."""
+    """Examples per forward pass; changes memory and speed, not the result."""
     learning_rate: Literal["auto"] | PositiveFloat = "auto"
-    """The schedule's peak; auto: 5e-5 for a given model, 1e-3 for one that is made."""
+    """Peak learning rate. `auto`: 5e-5 for a given model, 1e-3 for one with random weights."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay per step, as a multiple of the learning rate."""
     warmup_fraction: Fraction = 0.1
+    """Share of the optimizer steps with a linear warm-up."""
     final_learning_rate_fraction: Fraction = 0.0
+    """Learning rate at the end of the schedule, as a share of the peak."""
 
 
 class Parent(Section):
     """The first model of the family, and the teacher of every member."""
 
     model: ModelReference = ""
-    """builtin:NAME, a folder, a GGUF file, or a hub id."""
+    """`builtin:NAME`, a folder, a GGUF file, or a Hugging Face Hub id. A text in place of the section `parent` is its
+    `model`."""
     revision: str | None = None
-    """A commit of the hub; required for hub ids."""
+    """Commit of the Hub repository (40 hexadecimal digits); required for Hub ids."""
     pretrain: Pretrain | None = None
-    """Train the parent instead."""
+    """Instead of `model`: train the parent from random weights."""
     fit: Fit | None = None
-    """Classification: train the parent on the labels first."""
+    """Classification tasks: train the parent on the labels first. A head is put on `model`, or a model is made from
+    `fit.config`."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Parent":
@@ -107,28 +118,33 @@ def _parent(value: object) -> object:
 
 
 class Member(Section):
-    """One size of the family."""
+    """One model of the family: its size or shape, and what it starts from."""
 
     name: str
+    """Name of the member, of its folder and of its row in the results; up to 64 letters, digits, `.`, `_` and `-`."""
     target: TargetSize | None = None
-    """What to cut to."""
+    """The size to cut to. Exactly one of `target`, `student` and `config` is given."""
     student: ModelReference = ""
-    """Instead of a target: an existing checkpoint of any shape with the teacher's vocabulary; no cut."""
+    """Instead of a target: an existing checkpoint of any shape with the teacher's vocabulary. It is recovered, not
+    cut."""
     config: dict[str, object] = {}
-    """Instead of a target: a transformers config of any shape (model_type and the architecture's own keys), filled with
-    random weights. Vocabulary, special tokens and context are the teacher's where it does not say."""
+    """Instead of a target: a transformers config of any shape (`model_type` and the architecture's own keys), filled
+    with random weights. Vocabulary, special tokens and context length are the teacher's where the config does not
+    say."""
     init: Literal["prune", "layers", "random", "checkpoint"] | None = None
-    """What the student starts from. prune (with a target): what is cut from its seed by scores; layers: whole layers of
-    its seed, evenly spread, as DistilBERT does; random: nothing but the target's or the config's shape; checkpoint: the
-    `student`. Not given: the first of these that the other keys allow."""
+    """What the student starts from. `prune` (with a target): cut from its seed by importance scores; `layers`: whole
+    layers of its seed, evenly spread, as in DistilBERT; `random`: random weights in the shape of `target` or `config`;
+    `checkpoint`: the weights of `student`. Not given: `prune` with a target, `checkpoint` with a student, `random` with
+    a config."""
     seed: str = "previous"
-    """What it is cut from: previous (the next larger member of the chain), parent, or a member's name."""
+    """The model that the member is cut from (the random seed is the recipe's `seed`): `previous` (the next larger
+    member of the chain), `parent`, or the name of another member."""
     chain: bool = True
-    """Whether `seed: previous` of a smaller member may mean this one; false for variants beside the chain."""
+    """Whether a smaller member with `seed: previous` may be cut from this one; false for variants beside the chain."""
     tokens: PositiveInt | None = None
-    """Training tokens, where they differ from distill.tokens."""
+    """Training tokens of this member; `distill.tokens` where not given."""
     examples: PositiveInt | None = None
-    """Training examples, where they differ from distill.examples."""
+    """Classification tasks: training examples of this member; `distill.examples` where not given."""
 
     @field_validator("name")
     @classmethod
@@ -165,7 +181,7 @@ STARTS = {"target": ("prune", "layers", "random"), "student": ("checkpoint",), "
 
 
 class Calibration(Section):
-    """What statistics are taken on."""
+    """The text on which importance statistics are taken."""
 
     num_blocks: PositiveInt = 64
     """Blocks of the calibration split, spread over it."""
@@ -174,64 +190,76 @@ class Calibration(Section):
 
 
 class Evaluate(Section):
-    """What is measured on each finished row."""
+    """What is measured on the parent, every member and every baseline."""
 
     tasks: Names = []
-    """lm-eval tasks: the package's own, those of task_folders, and lm-eval's."""
+    """Names of lm-eval tasks: those of the package, of `task_folders`, and of lm-eval."""
     task_folders: RecipePaths = []
     """Folders of lm-eval task files, relative to the recipe's folder."""
     limit: PositiveInt | None = None
-    """Items per task; all where not given."""
+    """Items per task; all items where not given."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    """The task's own where not given."""
+    """Examples in front of each item; the task's own number where not given."""
     batch_size: PositiveInt = 16
+    """Items of a task per forward pass."""
     heldout_blocks: PositiveInt = 128
-    """Blocks of the held-out split, spread over it."""
+    """Blocks of the held-out split, spread over it, on which loss and KL are measured."""
     at_least: dict[str, float] = {}
-    """task/metric -> what is good enough, such as heldout/accuracy: 0.9 (at most, where lower is better); the report
-    says which members are."""
+    """Thresholds by `task/metric`, such as `heldout/accuracy: 0.9` (an upper limit where lower is better). The report
+    says which members meet all of them."""
 
 
 class Save(Section):
-    """How members are written."""
+    """How members are written to disk."""
 
     dtype: Literal["parent", "float32", "bfloat16", "float16"] = "parent"
+    """Data type of the stored weights; `parent`: that of the parent's weights."""
 
 
 class Recipe(Section):
-    """A whole family."""
+    """The keys at the top level: one file describes one family."""
 
     name: str
+    """Name of the family; up to 64 letters, digits, `.`, `_` and `-`."""
     task: Literal["language", "masked_language", "text_classification", "image_classification", "embedding"] = (
         "language"
     )
-    """What the models do. language: continue a text; masked_language: guess hidden tokens, as BERT; classification: the
-    teacher's class probabilities are learned, from labelled or unlabelled examples; an image model is not cut;
-    embedding: an encoder's sentence embeddings, the mean of its last hidden states."""
+    """What the models do. `language`: continue text; `masked_language`: predict hidden tokens, as BERT does;
+    `text_classification`, `image_classification`: predict a class, learnt from the teacher's class probabilities on
+    labelled or unlabelled examples (image models are not cut); `embedding`: sentence embeddings of an encoder, the mean
+    of its last hidden states."""
     parent: Annotated[Parent, BeforeValidator(_parent)]
+    """The first model of the family, and the teacher of every member."""
     data: Data
+    """The text or examples."""
     generate: Generate | None = None
-    """Text that a teacher writes; read with data.source: generated."""
+    """Text that a teacher writes; it is read with `data.source: generated`."""
     members: list[Member] = []
+    """The models to make, in any order; larger ones are made first."""
     distill: Distill | None = None
+    """How members are recovered; required where there are members."""
     calibration: Calibration = Calibration()
+    """The text on which importance statistics are taken."""
     prune: Prune = Prune()
+    """How members are cut."""
     evaluate: Evaluate = Evaluate()
+    """What is measured."""
     baselines: list[Baseline] = []
-    """Rows to compare each member with. cut: the same cut model as it was sliced; repaired: after the repair in closed
-    form, before any training; ce: recovered by cross-entropy alone, from the same start, on the same tokens, at the
-    learning rate that suits it: found by short trainings of its own, also where distill.learning_rate is given;
-    {ce: {learning_rate: 3e-3}} gives it one. Measured on held-out text, not on the tasks."""
+    """Rows to compare each member with, measured on held-out text but not on the tasks. `cut`: the cut model before
+    repair and training; `repaired`: after the repair, before training; `ce`: trained with cross-entropy alone from the
+    same start on the same tokens, at a learning rate from a search of its own, also where `distill.learning_rate` is
+    given; `{ce: {learning_rate: 3e-3}}` gives it a rate."""
     save: Save = Save()
+    """How members are written."""
     acknowledged: list[str] = []
-    """Licences and terms of teachers that were read and are kept to; where one says what its output may be used for,
-    the program asks for its name here."""
+    """Names of licences and terms of use that you have read and keep to. Where a teacher's terms say what its output
+    may be used for, the run asks for their name here."""
     seed: int = 0
-    """Every random draw comes from this number."""
+    """Random seed of the whole run."""
     output: RunPath = ""
-    """The run directory, from where the command runs; runs/NAME where not given."""
+    """The run directory, relative to where the command runs; `runs/NAME` where not given."""
     finish: list[Finish] = []
-    """What is done to copies of finished members: weights in 8 or 4 bits."""
+    """Copies of finished members, and of the parent, with weights in 8 or 4 bits."""
 
     @field_validator("acknowledged")
     @classmethod

@@ -8,28 +8,30 @@ from cascade.recipe.section import PositiveInt, Section
 
 
 class TargetSize(Section):
-    """The size of a member: a parameter count, explicit dims, or both."""
+    """The size of a member: upper bounds, explicit dims, or both; all of them hold together."""
 
     params: float | None = None
-    """Parameters: a fraction of the parent's (at most 1) or a number. Bounds can be combined; all hold."""
+    """Parameters: a share of the parent's (at most 1) or a number (from 1000 on)."""
     params_non_embedding: float | None = None
-    """Parameters without embeddings and head: a fraction or a number."""
+    """Parameters without embeddings and head: a share of the parent's or a number."""
     flops_per_token: float | None = None
-    """Forward FLOPs of one token at a context of `context` tokens: a fraction or a number."""
+    """Forward FLOPs per token at a context of `context` tokens: a share of the parent's or a number."""
     memory_bytes: float | None = None
-    """Weights, and keys and values of `batch_size` sequences of `context` tokens, 2 bytes each: a fraction or bytes."""
+    """Bytes of the weights, and of keys and values of `batch_size` sequences of `context` tokens, at 2 bytes per
+    number: a share of the parent's or a number."""
     decode_ms: float | None = None
-    """Milliseconds of one decoding step of `batch_size` sequences after `context` tokens, measured on this machine: a
-    fraction of the parent's (at most 1), or milliseconds."""
+    """Milliseconds per decoding step of `batch_size` sequences after `context` tokens, measured on this machine: a
+    share of the parent's (at most 1) or milliseconds."""
     context: PositiveInt = 2048
-    """Tokens."""
+    """Context length in tokens, for `flops_per_token`, `memory_bytes` and `decode_ms`."""
     batch_size: PositiveInt = 1
-    """Sequences."""
+    """Sequences, for `memory_bytes` and `decode_ms`."""
     dims: dict[
         Literal["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"],
         PositiveInt,
     ] = {}
-    """num_hidden_layers, hidden_size, intermediate_size, num_attention_heads, num_key_value_heads (whole groups)."""
+    """Explicit sizes by Hugging Face config name. `num_key_value_heads` removes whole groups, with their query
+    heads."""
 
     @field_validator("params", "params_non_embedding", "flops_per_token", "memory_bytes")
     @classmethod
