@@ -97,7 +97,9 @@ def flops_of(recipe: Recipe, config: Any) -> float:
         return float(axes.flops_per_token(dims, 0))
     length = tokens_per_example(recipe) if recipe.counts_examples else recipe.data.block_size
     per_token = float(axes.flops_per_token(dims, length if attends_causally(config) else 2 * length))
-    return per_token * length if recipe.counts_examples else per_token
+    if not recipe.counts_examples:
+        return per_token
+    return per_token * length - float(axes.flops_once(dims)) * (length - 1)
 
 
 def units_in(recipe: Recipe, num_blocks: int) -> float:
