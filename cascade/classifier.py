@@ -9,6 +9,7 @@ import torch
 from cascade.data.bad_rows import BadRows
 from cascade.data.examples import Examples, image_examples, read_examples, text_examples
 from cascade.data.labels import is_number, require_known_labels
+from cascade.data.splits import Heldout, Split
 from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
 from cascade.distillation.supervision import Selection
 from cascade.distillation.trainer import distill
@@ -200,7 +201,7 @@ def _optimization(settings: Fit, seed: int) -> Optimization:
 def examples_of(
     recipe: Recipe,
     config: Any,
-    split: str,
+    split: Split | Heldout,
     tokenizer: Any,
     *,
     for_parent: bool = False,

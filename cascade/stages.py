@@ -19,6 +19,7 @@ from cascade.data.blocks import TokenBlocks, pack_documents, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.framing import framing_of
 from cascade.data.prepare import prepare_blocks
+from cascade.data.splits import Split
 from cascade.distillation.options import Hooks, Optimization
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.supervision import Selection, Supervision
@@ -79,7 +80,7 @@ def make_data(recipe: Recipe, parent: ModelSource, tokenizer: Any, folder: Path,
             require_ids(packed.input_ids, vocab_size, tokenizer, "data.train")
             save_blocks(packed, folder / "calibration.safetensors")
         return
-    limits = {
+    limits: dict[Split, int | None] = {
         "train": max(1, data.max_tokens // data.block_size),
         "calibration": None,
         "selection": None,

@@ -12,6 +12,7 @@ from cascade.data.messages import conversation_tokens
 from cascade.data.rows import read_rows
 from cascade.data.sources import TextData, read_documents
 from cascade.errors import UserError
+from cascade.evaluation.heldout import HELDOUT
 
 TOOLS = (
     "{%- for m in messages -%}<{{ m.role }}>{{ m.content }}{%- if m.tool_calls is defined -%}"
@@ -27,7 +28,7 @@ def chats(path, **options):
     """(documents, bad rows) of a file of chats."""
     data = TextData("files", {"train": (str(path),), "heldout": (str(path),)}, messages_field="messages", **options)
     bad = data.bad_row_counter()
-    return read_documents(data, "heldout", bad=bad), bad.named()
+    return read_documents(data, HELDOUT, bad=bad), bad.named()
 
 
 def test_chats_have_the_same_ids_from_jsonl_and_from_parquet(tmp_path):

@@ -17,7 +17,7 @@ from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData
 from cascade.errors import UserError
 from cascade.evaluation.framing import choose_framing
-from cascade.evaluation.heldout import heldout_blocks
+from cascade.evaluation.heldout import HELDOUT, heldout_blocks
 from cascade.models.checkpoint import load_model, load_tokenizer, resolve_model
 from cascade.preview import preview
 from cascade.recipe.load import load_recipe
@@ -156,7 +156,7 @@ def test_training_calibration_selection_and_held_out_text_begin_alike(tmp_path):
         files[split] = (str(path),)
     data, tokenizer = TextData("files", files, begin_blocks=True), letters_tokenizer()
     options = {"block_size": 8}
-    read = {split: prepare_blocks(data, split, tokenizer, **options) for split in files}
+    read = {split: prepare_blocks(data, split, tokenizer, **options) for split in (*list(files)[:3], HELDOUT)}
     read["heldout by evaluation"] = heldout_blocks(data, tokenizer, max_blocks=99, **options)
     read["streamed"] = prepare_blocks(replace(data, streaming=True), "train", tokenizer, **options)
     for blocks in read.values():
