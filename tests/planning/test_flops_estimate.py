@@ -83,8 +83,8 @@ def examples_of_full_length(monkeypatch):
 
 def counted(causal, run):
     """FLOPs of what `run` does: torch's, with half of the products of attention where it looks back only."""
-    added = {torch.ops.aten.addmm_: lambda _, left, right, out_shape=None, **__: 2 * left[0] * left[1] * right[1]}
-    with FlopCounterMode(display=False, custom_mapping=added) as counter:
+    formulas = {torch.ops.aten.addmm_: lambda _, left, right, out_shape=None, **__: 2 * left[0] * left[1] * right[1]}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     products = counter.get_flop_counts()["Global"]
     attention = products.get(torch.ops.aten.bmm, 0)
@@ -104,16 +104,16 @@ def ids(count=1):
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_a_language_models_block_costs_what_torch_counts(architecture):
     config = config_of(architecture)
-    wanted = counted(True, lambda: forward(model_of(config), input_ids=ids()))
+    torch_flops = counted(True, lambda: forward(model_of(config), input_ids=ids()))
     assert attends_causally(config)
-    assert LENGTH * estimates.flops_of(recipe_of("language"), config) == pytest.approx(wanted, rel=0.01)
+    assert LENGTH * estimates.flops_of(recipe_of("language"), config) == pytest.approx(torch_flops, rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", MASKED)
 def test_a_masked_language_models_block_costs_what_torch_counts(architecture):
     config = config_of(architecture)
-    wanted = counted(False, lambda: forward(model_of(config), input_ids=ids()))
-    assert LENGTH * estimates.flops_of(recipe_of("masked_language"), config) == pytest.approx(wanted, rel=0.01)
+    torch_flops = counted(False, lambda: forward(model_of(config), input_ids=ids()))
+    assert LENGTH * estimates.flops_of(recipe_of("masked_language"), config) == pytest.approx(torch_flops, rel=0.01)
 
 
 @pytest.mark.parametrize(("task", "architecture"), [
@@ -121,8 +121,8 @@ def test_a_masked_language_models_block_costs_what_torch_counts(architecture):
 ])  # fmt: skip
 def test_a_texts_pooler_and_its_classes_are_counted_once_not_at_each_token(task, architecture):
     config = config_of(architecture)
-    wanted = counted(attends_causally(config), lambda: forward(model_of(config), input_ids=ids()))
-    assert estimates.flops_of(recipe_of(task), config) == pytest.approx(wanted, rel=0.01)
+    torch_flops = counted(attends_causally(config), lambda: forward(model_of(config), input_ids=ids()))
+    assert estimates.flops_of(recipe_of(task), config) == pytest.approx(torch_flops, rel=0.01)
 
 
 @pytest.mark.parametrize("patch_size", [4, 8])
@@ -130,8 +130,8 @@ def test_a_texts_pooler_and_its_classes_are_counted_once_not_at_each_token(task,
 def test_an_image_costs_its_patches_attention_and_classes(architecture, patch_size):
     config = config_of(architecture, patch_size=patch_size)
     image = torch.zeros(1, 3, 32, 32)
-    wanted = counted(False, lambda: forward(model_of(config), pixel_values=image))
-    assert estimates.flops_of(recipe_of("image_classification"), config) == pytest.approx(wanted, rel=0.01)
+    torch_flops = counted(False, lambda: forward(model_of(config), pixel_values=image))
+    assert estimates.flops_of(recipe_of("image_classification"), config) == pytest.approx(torch_flops, rel=0.01)
 
 
 def planned(monkeypatch, recipe, student, teacher, units):
@@ -152,25 +152,27 @@ def test_a_training_step_costs_three_students_and_one_teacher(architecture, monk
     student, teacher = config_of(architecture, **small), config_of(architecture)
     blocks = TokenBlocks(ids(4), ids(4), 3.0)
     expert = model_of(teacher).requires_grad_(False)
-    done = counted(True, lambda: training_step(model_of(student), expert, blocks))
-    assert planned(monkeypatch, recipe_of("language"), student, teacher, 4 * LENGTH) == pytest.approx(done, rel=0.01)
+    step_flops = counted(True, lambda: training_step(model_of(student), expert, blocks))
+    assert planned(monkeypatch, recipe_of("language"), student, teacher, 4 * LENGTH) == pytest.approx(
+        step_flops, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_a_training_step_on_the_text_alone_costs_three_students(architecture, monkeypatch):
     student = config_of(architecture)
     blocks = TokenBlocks(ids(4), ids(4), 3.0)
-    done = counted(True, lambda: training_step(model_of(student), None, blocks))
-    assert planned(monkeypatch, recipe_of("language"), student, None, 4 * LENGTH) == pytest.approx(done, rel=0.01)
+    step_flops = counted(True, lambda: training_step(model_of(student), None, blocks))
+    assert planned(monkeypatch, recipe_of("language"), student, None, 4 * LENGTH) == pytest.approx(step_flops, rel=0.01)
 
 
 def test_a_step_of_hidden_tokens_that_all_count_costs_three_students_and_one_teacher(monkeypatch):
     student, teacher = config_of("BertForMaskedLM", num_hidden_layers=2), config_of("BertForMaskedLM")
     blocks = TokenBlocks(ids(4), ids(4), 0.0, masked=True)
     expert = model_of(teacher).requires_grad_(False)
-    done = counted(False, lambda: training_step(model_of(student), expert, blocks))
+    step_flops = counted(False, lambda: training_step(model_of(student), expert, blocks))
     recipe = recipe_of("masked_language")
-    assert planned(monkeypatch, recipe, student, teacher, 4 * LENGTH) == pytest.approx(done, rel=0.01)
+    assert planned(monkeypatch, recipe, student, teacher, 4 * LENGTH) == pytest.approx(step_flops, rel=0.01)
 
 
 def test_where_few_tokens_count_a_step_costs_less_than_the_plan_by_their_heads(monkeypatch):
@@ -178,10 +180,10 @@ def test_where_few_tokens_count_a_step_costs_less_than_the_plan_by_their_heads(m
     config = config_of("llama")
     labels = ids(4)
     labels[:, : LENGTH // 2] = -100
-    done = counted(True, lambda: training_step(model_of(config), None, TokenBlocks(ids(4), labels, 0.0)))
+    step_flops = counted(True, lambda: training_step(model_of(config), None, TokenBlocks(ids(4), labels, 0.0)))
     head = 3 * 2 * config.hidden_size * config.vocab_size * 4 * (LENGTH // 2)
     plan = planned(monkeypatch, recipe_of("language"), config, None, 4 * LENGTH)
-    assert plan - head == pytest.approx(done, rel=0.01)
+    assert plan - head == pytest.approx(step_flops, rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", [*CLASSIFIERS, *PICTURES])
@@ -196,6 +198,6 @@ def test_an_examples_training_step_costs_three_students_and_one_teacher(architec
         inputs["attention_mask"] = torch.ones(4, LENGTH, dtype=torch.int64)
     batch = Examples(inputs, torch.tensor([0, 1, 1, 0]))
     expert = model_of(teacher).requires_grad_(False)
-    done = counted(attends_causally(student), lambda: training_step(model_of(student), expert, batch))
+    step_flops = counted(attends_causally(student), lambda: training_step(model_of(student), expert, batch))
     recipe = recipe_of("image_classification" if pictures else "text_classification")
-    assert planned(monkeypatch, recipe, student, teacher, 4) == pytest.approx(done, rel=0.01)
+    assert planned(monkeypatch, recipe, student, teacher, 4) == pytest.approx(step_flops, rel=0.01)
