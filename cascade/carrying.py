@@ -27,14 +27,14 @@ def carry_over(earlier: Path, staging: Path) -> list[str]:
     """
     written = _written(earlier)
     carried = []
-    moved: dict[Path, Path] = {}
+    renames: dict[Path, Path] = {}
     # The card first, whose successor moves, then what keeps its name, so that no other is given it.
     late = {name for name in _names(earlier) if name in (NEW_CARD, *written) or (staging / name).exists()}
     for name in sorted(_names(earlier), key=lambda name: (name != CARD, name in late)):
         source = earlier / name
-        place = _folder_of(staging, name, moved) / source.name
+        place = _folder_of(staging, name, renames) / source.name
         if source.is_dir() and not source.is_symlink():
-            _as_folder(place, moved).mkdir(parents=True, exist_ok=True)
+            _as_folder(place, renames).mkdir(parents=True, exist_ok=True)
             continue
         ours = name in written
         if ours and _sha256(source) == written[name]:
@@ -81,17 +81,17 @@ def _names(folder: Path) -> Iterator[str]:
                 yield relative
 
 
-def _folder_of(staging: Path, name: str, moved: dict[Path, Path]) -> Path:
+def _folder_of(staging: Path, name: str, renames: dict[Path, Path]) -> Path:
     """Where in `staging` the folder of a file goes."""
     place = staging
     for part in Path(name).parts[:-1]:
-        place = _as_folder(place / part, moved)
+        place = _as_folder(place / part, renames)
     return place
 
 
-def _as_folder(place: Path, moved: dict[Path, Path]) -> Path:
-    """A folder's place; where the run has a file of that name, one beside it, noted in `moved`."""
-    return moved.setdefault(place, free_name(place)) if place.is_file() else place
+def _as_folder(place: Path, renames: dict[Path, Path]) -> Path:
+    """A folder's place; where the run has a file of that name, one beside it, noted in `renames`."""
+    return renames.setdefault(place, free_name(place)) if place.is_file() else place
 
 
 def _written(folder: Path) -> dict[str, str]:

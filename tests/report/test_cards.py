@@ -116,16 +116,18 @@ KINDS = list(itertools.product(STARTS, TEACHERS))
 
 @pytest.mark.parametrize(("start", "teacher"), KINDS)
 def test_a_card_says_how_its_model_was_begun_and_who_taught_it_and_nothing_of_other_kinds(start, teacher):
-    _, said, _ = parts_of(card_of(start, teacher))
-    said = " ".join(said.split())
-    assert START_SENTENCES[start] in said and TEACHER_SENTENCES[teacher] in said
-    assert f"(31% of `{PARENT}`'s)" in said and "12,345 parameters" in said
+    _, summary, _ = parts_of(card_of(start, teacher))
+    summary = " ".join(summary.split())
+    assert START_SENTENCES[start] in summary and TEACHER_SENTENCES[teacher] in summary
+    assert f"(31% of `{PARENT}`'s)" in summary and "12,345 parameters" in summary
     for other, sentence in START_SENTENCES.items():
-        assert (sentence in said) == (other == start)
+        assert (sentence in summary) == (other == start)
     for other, sentence in TEACHER_SENTENCES.items():
-        assert (sentence in said) == (other == teacher)
-    assert ("along its chain" in said) == (start in ("prune", "layers"))
-    assert said.count("cut") == (start in ("prune", "checkpoint")) and ("not cut" in said) == (start == "checkpoint")
+        assert (sentence in summary) == (other == teacher)
+    assert ("along its chain" in summary) == (start in ("prune", "layers"))
+    assert summary.count("cut") == (start in ("prune", "checkpoint")) and ("not cut" in summary) == (
+        start == "checkpoint"
+    )
 
 
 @pytest.mark.parametrize(("start", "teacher"), KINDS)
@@ -198,19 +200,21 @@ def test_a_copy_in_fewer_bits_says_so_and_claims_a_training_only_if_it_had_one(o
     )  # fmt: skip
     parent, member = rows_of()
     copy = dataclasses.replace(member, name=f"{owner}-int8", role="quantised", status="int8", stages=StageLosses())
-    head, said, sections = parts_of(member_card(copy, parent, provenance, {"auto_class": "AutoModelForCausalLM"}, ""))
-    assert f"`{owner}` with weights in int8 (torchao)" in said
-    assert ("as they are" in said) == (not trained) and ("distillation" in said) == bool(trained)
+    head, summary, sections = parts_of(
+        member_card(copy, parent, provenance, {"auto_class": "AutoModelForCausalLM"}, "")
+    )
+    assert f"`{owner}` with weights in int8 (torchao)" in summary
+    assert ("as they are" in summary) == (not trained) and ("distillation" in summary) == bool(trained)
     assert head["base_model_relation"] == ("quantized" if owner == "parent" else "finetune") and "int8" in head["tags"]
     assert ("distilled" in head["tags"]) == bool(trained) and ("pruned" in head["tags"]) == (owner != "parent")
-    assert not {"Cut and recovery", "Training"} & set(sections) and "config.json is written for" not in said
+    assert not {"Cut and recovery", "Training"} & set(sections) and "config.json is written for" not in summary
 
 
 def test_shares_of_cross_entropy_and_text_of_its_own_are_said_only_where_they_are_there():
-    said = parts_of(card_of(text_share=0.25, on_policy=True))[1]
-    assert "in part on text of its own" in said and "25% of the loss" in said
-    said = parts_of(card_of())[1]
-    assert "of its own" not in said and "of the loss" not in said
+    summary = parts_of(card_of(text_share=0.25, on_policy=True))[1]
+    assert "in part on text of its own" in summary and "25% of the loss" in summary
+    summary = parts_of(card_of())[1]
+    assert "of its own" not in summary and "of the loss" not in summary
 
 
 @pytest.mark.parametrize("kind", ["sampled", "hidden", "none"])
@@ -226,9 +230,9 @@ def test_texts_from_outside_leave_neither_their_quotes_nor_their_block():
     origin = {"name": evil, "licence": evil, "terms": ""}
     card = card_of("checkpoint", start_from=evil, base_model=evil, licence=evil, origins=(origin,),
                    recipe="name: f\n````\n# Not a card\n")  # fmt: skip
-    head, said, sections = parts_of(card)
+    head, summary, sections = parts_of(card)
     assert head["base_model"] == evil and head["license"] == evil
-    assert "# Not a card\n" not in said and "x`]" not in said and "x'](http" in said
+    assert "# Not a card\n" not in summary and "x`]" not in summary and "x'](http" in summary
     assert list(sections)[-1] == "Recipe" and card.count("````") == 2
 
 
@@ -237,13 +241,14 @@ def test_the_cards_of_a_family_say_what_its_rows_say(tiny_family):
     parent = rows["parent"]
     for name in ("big", "small"):
         row = rows[name]
-        head, said, sections = parts_of((tiny_family / "members" / name / "README.md").read_text())
-        said = " ".join(said.split())
+        head, summary, sections = parts_of((tiny_family / "members" / name / "README.md").read_text())
+        summary = " ".join(summary.split())
         assert (
-            f"{row['num_parameters']:,} parameters ({row['num_parameters'] / parent['num_parameters']:.0%} of " in said
+            f"{row['num_parameters']:,} parameters ({row['num_parameters'] / parent['num_parameters']:.0%} of "
+            in summary
         )
-        assert f"cut from `{row['seed']}`, and recovered by distillation from `tiny-parent0`" in said
-        assert f"on {row['tokens']['hop']:,} tokens ({row['tokens']['cumulative']:,} along its chain)" in said
+        assert f"cut from `{row['seed']}`, and recovered by distillation from `tiny-parent0`" in summary
+        assert f"on {row['tokens']['hop']:,} tokens ({row['tokens']['cumulative']:,} along its chain)" in summary
         assert head["tags"] == ["cascade", "pruned", "distilled"] and "license" not in head and "base_model" not in head
         for metric in row["metrics"]:
             assert f"{metric['value']:.4g}" in sections["Quality"]
