@@ -60,17 +60,6 @@ def test_report_recipe_and_help_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_held_out_text_is_asked_for_by_evaluation_alone():
-    for path in PACKAGE.rglob("*.py"):
-        if part_of(path) in ("evaluation",):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "read_documents":
-                split = node.args[1]
-                constant = split.value if isinstance(split, ast.Constant) else ""
-                assert constant != "heldout", path
-
-
 def test_F31_no_pickle_is_read_or_written_and_no_text_is_run():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()

@@ -20,7 +20,7 @@ from cascade.data.images import open_image
 from cascade.data.labels import is_number, label_of, require_clear_labels, require_known_labels
 from cascade.data.rows import Place
 from cascade.data.sources import TextData, part_rows, splits_above, unfit_text
-from cascade.data.splits import SPLIT_SHARE, split_of_text
+from cascade.data.splits import SPLIT_SHARE, Heldout, Split, require_open, split_of_text
 from cascade.runtime.errors import UserError
 from cascade.runtime.paths import distinct_files
 
@@ -102,7 +102,7 @@ class Raw(NamedTuple):
     place: Place | None = None
 
 
-def read_examples(data: LabelledData, split: str, bad: BadRows | None = None) -> list[Raw]:
+def read_examples(data: LabelledData, split: Split | Heldout, bad: BadRows | None = None) -> list[Raw]:
     """The examples of one split, as they stand there. Rows without a text are counted in `bad`.
 
     What stands in the files of two splits belongs to the one that needs it untouched more, as documents do.
@@ -110,6 +110,7 @@ def read_examples(data: LabelledData, split: str, bad: BadRows | None = None) ->
     Raises:
         UserError: a file is missing or malformed, or a field or a label is, or nothing is left.
     """
+    require_open(split)
     bad = data.text.bad_row_counter() if bad is None else bad
     if data.text.source == "digits":
         found = [one for one in _digits() if _split(one, {"selection": 0.1, "heldout": 0.3}) == split]

@@ -13,6 +13,7 @@ from cascade.data.endpoint_logprobs import ListedReader
 from cascade.data.framing import framing_of
 from cascade.data.messages import chat_documents
 from cascade.data.sources import TextData, cuts_passages, read_placed
+from cascade.data.splits import Heldout, Split
 from cascade.data.streaming import stream_blocks
 
 MOST_STREAMED = 4096
@@ -21,7 +22,7 @@ MOST_STREAMED = 4096
 
 def prepare_blocks(
     data: TextData,
-    split: str,
+    split: Split | Heldout,
     tokenizer: Any,
     *,
     block_size: int,

@@ -9,7 +9,7 @@ from typing import Any
 from cascade.data.bad_rows import BadRows
 from cascade.data.passages import cut_documents
 from cascade.data.rows import Place, Row, read_rows, require_fields, without_padding
-from cascade.data.splits import SPLIT_SHARE, SPLITS, drop_near_copies, split_of_text
+from cascade.data.splits import SPLIT_SHARE, SPLITS, Heldout, Split, drop_near_copies, require_open, split_of_text
 from cascade.data.stdlib import frozen_heldout, split_of_module, stdlib_documents
 from cascade.models.checkpoint.hub import bound_waiting, hub_cause
 from cascade.runtime.errors import UserError
@@ -111,7 +111,12 @@ class TextData:
 
 
 def read_documents(
-    data: TextData, split: str, *, only: Sequence[str] | None = None, bad: BadRows | None = None, key: str = ""
+    data: TextData,
+    split: Split | Heldout,
+    *,
+    only: Sequence[str] | None = None,
+    bad: BadRows | None = None,
+    key: str = "",
 ) -> list[Any]:
     """The documents of one split.
 
@@ -128,14 +133,18 @@ def read_documents(
 
 
 def read_placed(
-    data: TextData, split: str, *, only: Sequence[str] | None = None, bad: BadRows | None = None, key: str = ""
+    data: TextData,
+    split: Split | Heldout,
+    *,
+    only: Sequence[str] | None = None,
+    bad: BadRows | None = None,
+    key: str = "",
 ) -> list[Placed]:
     """The documents of one split as `read_documents` gives them, each with its row's place.
 
     Where the documents are too few to give each split one, they are cut into passages (`cascade.data.passages`).
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
+    require_open(split)
     if data.source == "stdlib":
         return [(Place("stdlib", number, "row"), text) for number, text in enumerate(_stdlib(split), start=1)]
     bad, key = data.bad_row_counter() if bad is None else bad, key or f"data.{split}"

@@ -5,8 +5,34 @@
 """
 
 import hashlib
+from typing import Literal
 
 SPLITS = ("train", "calibration", "selection", "heldout")
+
+Split = Literal["train", "calibration", "selection"]
+"""The splits that every room may read."""
+
+
+class Heldout(str):
+    """The name of the held-out split as a key: readers open that split for it, and not for the plain text.
+
+    The only one is `cascade.evaluation.heldout.HELDOUT`.
+    """
+
+    __slots__ = ()
+
+
+def require_open(split: Split | Heldout) -> None:
+    """Refuse a split that does not exist, and the held-out one to whoever has no key to it.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
+    if split == "heldout" and not isinstance(split, Heldout):
+        raise ValueError("the held-out split is read by cascade.evaluation alone, with its key `HELDOUT`")
+
 
 SPLIT_SHARE = 0.03
 """Fraction of the training documents that goes to each other split that has no files of its own."""

@@ -31,6 +31,7 @@ from cascade.data.sources import (
     part_rows,
     usable,
 )
+from cascade.data.splits import Heldout, Split, require_open
 from cascade.runtime.files import file_sha256, sync_file, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ _BATCH = 256
 
 def stream_blocks(
     data: TextData,
-    split: str,
+    split: Split | Heldout,
     tokenizer: Any,
     block_format: BlockFormat,
     *,
@@ -57,6 +58,7 @@ def stream_blocks(
     Raises:
         UserError: the text does not fill one block, no token in it counts, or too many rows cannot be used.
     """
+    require_open(split)
     limit = block_format.max_blocks and block_format.max_blocks * block_format.block_size
     folder.mkdir(parents=True, exist_ok=True)
     bad = data.bad_row_counter() if bad is None else bad

@@ -18,6 +18,7 @@ from cascade.data.examples import Examples, LabelledData, Raw, read_examples
 from cascade.data.labels import require_known_labels
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
+from cascade.data.splits import Heldout
 from cascade.distillation.losses.fused import FusedLoss, fused_loss
 from cascade.distillation.options import Objective
 from cascade.distillation.teacher_memory import teacher_hidden
@@ -28,6 +29,9 @@ from cascade.evaluation.sentence_embeddings import embedding_metrics
 from cascade.models.architecture.head import Head, head_of, last_hidden
 from cascade.models.architecture.model_class import is_body
 from cascade.report.records import Metric
+
+HELDOUT = Heldout("heldout")
+"""Opens the held-out split. What this package hands on of it is read for a check before the run, or for a figure."""
 
 
 def heldout_blocks(
@@ -45,7 +49,7 @@ def heldout_blocks(
     Rows that cannot be used are counted in `bad`. Messages name `name`.
     """
     blocks = prepare_blocks(
-        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name=name, bad=bad
+        data, HELDOUT, tokenizer, block_size=block_size, document_masks=document_masks, name=name, bad=bad
     )
     return blocks.take(max_blocks)
 
@@ -70,7 +74,7 @@ def sample_blocks(
     """Files of production text as blocks, in the form of `data`, spread over all documents."""
     blocks = prepare_blocks(
         production_data(data, files),
-        "heldout",
+        HELDOUT,
         tokenizer,
         block_size=block_size,
         document_masks=document_masks,
@@ -82,7 +86,7 @@ def sample_blocks(
 
 def production_documents(data: TextData, files: Sequence[str]) -> list[Any]:
     """All documents of files of production text."""
-    return read_documents(production_data(data, files), "heldout")
+    return read_documents(production_data(data, files), HELDOUT)
 
 
 _CHAT_BLOCKS = 256
@@ -96,15 +100,15 @@ def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *
         UserError: it does not, or it cannot be read.
     """
     few = _CHAT_BLOCKS if data.messages_field else 1
-    prepare_blocks(data, "heldout", tokenizer, block_size=block_size, max_blocks=few)
+    prepare_blocks(data, HELDOUT, tokenizer, block_size=block_size, max_blocks=few)
     if production:
         text = production_data(data, production)
-        prepare_blocks(text, "heldout", tokenizer, block_size=block_size, max_blocks=few, name="data.production")
+        prepare_blocks(text, HELDOUT, tokenizer, block_size=block_size, max_blocks=few, name="data.production")
 
 
 def heldout_documents(data: TextData) -> list[Any]:
     """All documents of the held-out split, to be looked through before a run."""
-    return read_documents(data, "heldout")
+    return read_documents(data, HELDOUT)
 
 
 def production_data(data: TextData, files: Sequence[str]) -> TextData:
@@ -115,12 +119,12 @@ def production_data(data: TextData, files: Sequence[str]) -> TextData:
 
 def heldout_rows(data: LabelledData) -> list[Raw]:
     """The held-out split's examples as they stand in their files, to be looked through before a run."""
-    return read_examples(data, "heldout")
+    return read_examples(data, HELDOUT)
 
 
-def heldout_examples(read: Callable[[str], Examples]) -> Examples:
+def heldout_examples(read: Callable[[Heldout], Examples]) -> Examples:
     """The held-out split as labelled examples; `read` gives that of a split; read by this package only."""
-    return read("heldout")
+    return read(HELDOUT)
 
 
 def require_known_heldout_labels(data: LabelledData, classes: Sequence[str]) -> None:
@@ -129,7 +133,7 @@ def require_known_heldout_labels(data: LabelledData, classes: Sequence[str]) -> 
     Raises:
         UserError: there is one; its place is named.
     """
-    require_known_labels(read_examples(data, "heldout"), classes)
+    require_known_labels(read_examples(data, HELDOUT), classes)
 
 
 def heldout_metrics(

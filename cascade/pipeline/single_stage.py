@@ -12,6 +12,7 @@ import torch
 from cascade.data.blocks import TokenBlocks, pack_documents
 from cascade.data.framing import Framing, framing_of
 from cascade.data.sources import TextData, read_documents
+from cascade.data.splits import Split
 from cascade.distillation.options import Hooks, Objective, Optimization
 from cascade.distillation.range_test import find_learning_rate
 from cascade.distillation.supervision import Selection, Supervision
@@ -323,7 +324,7 @@ def _framing(source: ModelSource, data: str, block_size: int, *, ask: bool = Tru
 
 
 def _blocks(
-    data: str, split: str, source: ModelSource, block_size: int, framing: Framing, vocab_size: int | None = None
+    data: str, split: Split, source: ModelSource, block_size: int, framing: Framing, vocab_size: int | None = None
 ) -> TokenBlocks:
     name = f"--data ({split})"
     texts = read_documents(_text(data), split, key=name)

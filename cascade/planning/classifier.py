@@ -8,6 +8,7 @@ import torch
 from cascade.data.bad_rows import BadRows
 from cascade.data.examples import Examples, image_examples, read_examples, text_examples
 from cascade.data.labels import is_number, require_known_labels
+from cascade.data.splits import Heldout, Split
 from cascade.evaluation.heldout import require_known_heldout_labels
 from cascade.models.architecture.model_class import (
     as_classifier,
@@ -144,7 +145,7 @@ def new_padding(recipe: Recipe) -> str:
 def examples_of(
     recipe: Recipe,
     config: Any,
-    split: str,
+    split: Split | Heldout,
     tokenizer: Any,
     *,
     for_parent: bool = False,

@@ -269,7 +269,6 @@ def _resolve(
     vocab_size: int | None,
 ) -> ResolvedMember:
     axes, dims = probe_axes(config), dims_of(config)
-    parent_axes, parent = probe_axes(parent_config), dims_of(parent_config)
     # A classifier's examples count as one token each, whatever their length.
     step_tokens = distill.batch_size * (1 if recipe.counts_examples else recipe.data.block_size)
     budget = member.tokens or member.examples or distill.tokens or distill.examples or 0
@@ -297,9 +296,7 @@ def _resolve(
         num_tokens=num_steps * step_tokens,
         optimizer=optimizer,
         first_position=before,
-        peak_memory_bytes=peak_memory(
-            recipe, distill, dims, count, int(parent_axes.num_parameters(parent)), optimizer=optimizer
-        ),
+        peak_memory_bytes=peak_memory(recipe, distill, config, parent_config, optimizer=optimizer),
         disk_bytes=member_bytes(
             count,
             stored_bytes,

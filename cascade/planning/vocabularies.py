@@ -5,6 +5,7 @@ from typing import Any
 
 from cascade.data.examples import read_examples
 from cascade.data.sources import read_documents
+from cascade.data.splits import Split
 from cascade.evaluation.heldout import heldout_documents, heldout_rows, production_documents
 from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.vocabulary import common_vocabulary, require_texts, tokens_beyond
@@ -68,6 +69,7 @@ def require_common_text(recipe: Recipe, tokenizer: Any, shared: int) -> None:
 
 
 def _texts(recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:
+    split: Split
     if recipe.counts_examples:
         for split in ("train", "selection"):
             found = read_examples(labelled_data(recipe.data, recipe.task), split)

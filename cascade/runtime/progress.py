@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from cascade.runtime.secrets import redact
+
 OnStep = Callable[[int, int], None]
 
 
@@ -14,7 +16,7 @@ class RunProgress:
     """Counts estimated seconds of work, corrected by how long finished work really took."""
 
     def __init__(self, console: Console, title: str, estimates: dict[tuple[str, str], float]):
-        self.console, self.title, self.estimates = console, title, estimates
+        self.console, self.title, self.estimates = console, redact(title), estimates
         self.started = time.monotonic()
         self.done: dict[tuple[str, str], float] = {}
         """Seconds that each finished stage took; 0 for those that were already there."""
@@ -85,14 +87,14 @@ class RunProgress:
             ended = sum(value for key, value in mine.items() if key in self.done)
             self.bars.update(
                 self.tasks["member"],
-                description=f"  {current[0]}",
+                description=redact(f"  {current[0]}"),
                 completed=(ended + running) / (sum(mine.values()) or 1.0),
             )
-            self.bars.update(self.tasks["stage"], description=f"    {current[1]}", completed=fraction)
+            self.bars.update(self.tasks["stage"], description=redact(f"    {current[1]}"), completed=fraction)
 
     def _line(self, text: str) -> None:
         elapsed = _duration(time.monotonic() - self.started)
-        self.console.print(f"[{elapsed:>7}] {text}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"[{elapsed:>7}] {redact(text)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -28,12 +28,14 @@ def carry_over(earlier: Path, staging: Path) -> list[str]:
     """
     written = _written(earlier)
     carried = []
+    renames: dict[Path, Path] = {}
     # The card first, whose successor moves, then what keeps its name, so that no other is given it.
     late = {name for name in _names(earlier) if name in (NEW_CARD, *written) or (staging / name).exists()}
     for name in sorted(_names(earlier), key=lambda name: (name != CARD, name in late)):
-        source, place = earlier / name, staging / name
+        source = earlier / name
+        place = _folder_of(staging, name, renames) / source.name
         if source.is_dir() and not source.is_symlink():
-            (place if not place.is_file() else free_name(place)).mkdir(parents=True, exist_ok=True)
+            _as_folder(place, renames).mkdir(parents=True, exist_ok=True)
             continue
         ours = name in written
         if ours and _sha256(source) == written[name]:
@@ -42,7 +44,7 @@ def carry_over(earlier: Path, staging: Path) -> list[str]:
             continue  # the new card of an earlier time
         if not place.exists() and not ours:
             kept = place
-        elif place.exists() and _sha256(source) == file_sha256(place):
+        elif place.is_file() and _sha256(source) == file_sha256(place):
             continue
         elif name == CARD and place.exists():
             os.replace(place, staging / NEW_CARD)
@@ -78,6 +80,19 @@ def _names(folder: Path) -> Iterator[str]:
             relative = (Path(root) / name).relative_to(folder).as_posix()
             if relative != MANIFEST:
                 yield relative
+
+
+def _folder_of(staging: Path, name: str, renames: dict[Path, Path]) -> Path:
+    """Where in `staging` the folder of a file goes."""
+    place = staging
+    for part in Path(name).parts[:-1]:
+        place = _as_folder(place / part, renames)
+    return place
+
+
+def _as_folder(place: Path, renames: dict[Path, Path]) -> Path:
+    """A folder's place; where the run has a file of that name, one beside it, noted in `renames`."""
+    return renames.setdefault(place, free_name(place)) if place.is_file() else place
 
 
 def _written(folder: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from cascade.data.messages import conversation_examples, conversation_tokens, sh
 from cascade.data.prepare import prepare_blocks
 from cascade.data.rows import Place
 from cascade.data.sources import TextData, read_documents
+from cascade.evaluation.heldout import HELDOUT
 from cascade.models.checkpoint.load import BUILTIN_FOLDER, copy_companions, load_tokenizer, resolve_model
 from cascade.pipeline.run import run_recipe
 from cascade.planning.preview_data import data_lines
@@ -140,13 +141,13 @@ def test_one_bad_row_of_hundreds_is_left_out_counted_and_named(tmp_path, kind, s
     )
     tokenizer, bad = tokenizer_with(STABLE), found.bad_row_counter()
     options = {"block_size": 32, "document_masks": not text}
-    blocks = prepare_blocks(found, "heldout", tokenizer, bad=bad, **options)
-    assert_same(blocks, prepare_blocks(whole, "heldout", tokenizer, **options))
+    blocks = prepare_blocks(found, HELDOUT, tokenizer, bad=bad, **options)
+    assert_same(blocks, prepare_blocks(whole, HELDOUT, tokenizer, **options))
     record = bad.record()
     assert (record["rows"], record["skipped"]) == (401, 1)
     assert record["named"][0]["place"] == f"{tmp_path}/bad.jsonl:41" and record["named"][0]["reason"]
     with pytest.raises(UserError, match=r"bad.jsonl:41: .*data.bad_rows: skip"):
-        prepare_blocks(dataclasses.replace(found, bad_rows="stop"), "heldout", tokenizer, **options)
+        prepare_blocks(dataclasses.replace(found, bad_rows="stop"), HELDOUT, tokenizer, **options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -159,9 +160,9 @@ def test_more_bad_rows_than_the_recipe_allows_are_refused(tmp_path, streaming):
     )
     tokenizer = tokenizer_with(STABLE)
     with pytest.raises(UserError, match=said):
-        prepare_blocks(data, "heldout", tokenizer, block_size=32)
+        prepare_blocks(data, HELDOUT, tokenizer, block_size=32)
     bad = BadRows("skip", 0.02)
-    prepare_blocks(data, "heldout", tokenizer, block_size=32, bad=bad)
+    prepare_blocks(data, HELDOUT, tokenizer, block_size=32, bad=bad)
     assert bad.record()["skipped"] == 8
 
 
@@ -169,8 +170,8 @@ def test_texts_without_a_letter_are_counted_and_are_no_reason_to_stop(tmp_path):
     rows = [{"text": " \n" if number % 3 else f"text {number}"} for number in range(30)]
     path, bad = write(tmp_path / "a.jsonl", rows), BadRows()
     data = TextData("files", {"train": (path,), "heldout": (path,)})
-    assert len(read_documents(data, "heldout", bad=bad)) == 10
-    read_documents(data, "heldout", bad=bad)  # no row counts twice
+    assert len(read_documents(data, HELDOUT, bad=bad)) == 10
+    read_documents(data, HELDOUT, bad=bad)  # no row counts twice
     assert bad.record() == {"rows": 30, "skipped": 0, "empty": 20, "named": []}
 
 
@@ -187,7 +188,7 @@ def test_a_stopped_stream_goes_on_with_its_count_of_bad_rows(tmp_path, monkeypat
         return tokens(*args)
 
     block_format = BlockFormat(block_size=32, max_blocks=10_000, framing=framing_of(tokenizer, "data"))
-    arguments, folder = (data, "heldout", tokenizer, block_format), tmp_path / "cursor"
+    arguments, folder = (data, HELDOUT, tokenizer, block_format), tmp_path / "cursor"
     whole = streaming.stream_blocks(*arguments, folder=tmp_path / "other")
     monkeypatch.setattr(streaming, "_tokens", dies)
     with pytest.raises(Killed):

@@ -13,6 +13,7 @@ from cascade.data import stdlib
 from cascade.data.blocks import load_blocks, pack_documents, save_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.data.splits import SPLITS, drop_near_copies, split_of_text
+from cascade.evaluation.heldout import HELDOUT
 from cascade.models.checkpoint.load import load_tokenizer, resolve_model
 from cascade.runtime.errors import UserError
 
@@ -70,7 +71,7 @@ def test_a_text_has_one_split_whatever_stands_beside_it(text):
 def test_splits_cut_from_one_file_are_disjoint_and_complete(tmp_path):
     write_texts(tmp_path / "all.jsonl.gz", 400)
     data = TextData("files", {"train": (str(tmp_path / "all.jsonl.gz"),)})
-    parts = {split: read_documents(data, split) for split in SPLITS}
+    parts = {split: read_documents(data, split) for split in (*SPLITS[:3], HELDOUT)}
     sets = [set(texts) for texts in parts.values()]
     assert sum(len(part) for part in sets) == len(set.union(*sets)) == 400
     assert all(len(part) >= 3 for part in sets)
@@ -84,7 +85,7 @@ def test_a_training_document_that_is_also_held_out_is_dropped(tmp_path):
     files = {"train": (str(tmp_path / "train.jsonl.gz"),), "heldout": (str(tmp_path / "held.jsonl.gz"),)}
     files |= {"selection": files["train"]}
     data = TextData("files", files)
-    assert set(read_documents(data, "heldout")) == {row["text"] for row in rows[:5]}
+    assert set(read_documents(data, HELDOUT)) == {row["text"] for row in rows[:5]}
     assert set(read_documents(data, "selection")) == {row["text"] for row in rows[5:]}
     with pytest.raises(UserError, match="no documents for the train split"):
         read_documents(data, "train")
@@ -108,7 +109,7 @@ def test_the_standard_librarys_splits_share_no_module():
 def test_no_training_text_of_the_standard_library_is_in_the_frozen_held_out_text():
     data = TextData("stdlib", {})
     train = read_documents(data, "train")
-    held_out = read_documents(data, "heldout")
+    held_out = read_documents(data, HELDOUT)
     assert len(held_out) >= 15
     assert drop_near_copies(train, held_out) == list(range(len(train)))
     assert not set(train) & set(read_documents(data, "selection")) & set(read_documents(data, "calibration"))
@@ -154,7 +155,7 @@ def test_the_shared_stories_are_read_with_their_own_splits():
     folder = ROOT.parent / "shared" / "data" / "text" / "tinystories"
     files = {"train": (str(folder / "train.jsonl.gz"),), "heldout": (str(folder / "valid.jsonl.gz"),)}
     data = TextData("files", files)
-    assert len(read_documents(data, "heldout")) == 400
+    assert len(read_documents(data, HELDOUT)) == 400
     assert len(read_documents(data, "train")) > 3300
 
 

@@ -11,6 +11,7 @@ from cascade.data.labels import label_of
 from cascade.data.messages import conversation_tokens
 from cascade.data.rows import read_rows
 from cascade.data.sources import TextData, read_documents
+from cascade.evaluation.heldout import HELDOUT
 from cascade.runtime.errors import UserError
 
 TOOLS = (
@@ -27,7 +28,7 @@ def chats(path, **options):
     """(documents, bad rows) of a file of chats."""
     data = TextData("files", {"train": (str(path),), "heldout": (str(path),)}, messages_field="messages", **options)
     bad = data.bad_row_counter()
-    return read_documents(data, "heldout", bad=bad), bad.named()
+    return read_documents(data, HELDOUT, bad=bad), bad.named()
 
 
 def test_chats_have_the_same_ids_from_jsonl_and_from_parquet(tmp_path):

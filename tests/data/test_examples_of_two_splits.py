@@ -10,6 +10,7 @@ from cascade.data.bad_rows import BadRows, tell_once
 from cascade.data.examples import LabelledData, class_names, read_examples
 from cascade.data.rows import Place
 from cascade.data.sources import TextData
+from cascade.evaluation.heldout import HELDOUT
 from cascade.runtime.errors import UserError
 
 
@@ -30,7 +31,7 @@ def test_heldout_examples_that_stand_among_the_training_files_are_left_out_and_c
     }
     data = LabelledData(TextData("files", files), False, unlabelled=write(tmp_path / "more.jsonl", range(85, 120)))
     with caplog.at_level(logging.WARNING):
-        train, selection, heldout = (texts(data, split) for split in ("train", "selection", "heldout"))
+        train, selection, heldout = (texts(data, split) for split in ("train", "selection", HELDOUT))
         read_examples(data, "train")
     assert heldout == [f"text {n}" for n in range(80, 100)]
     assert selection == [f"text {n}" for n in range(100, 110)]
@@ -55,7 +56,7 @@ def test_images_of_two_splits_belong_to_one(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     files = {name: (str(tmp_path / f"{name}.jsonl"),) for name in ("train", "heldout")}
     data = LabelledData(TextData("files", files), True)
-    train, heldout = read_examples(data, "train"), read_examples(data, "heldout")
+    train, heldout = read_examples(data, "train"), read_examples(data, HELDOUT)
     assert len(heldout) == 20
     assert not any(torch.equal(one.content, other.content) for one in train for other in heldout)
 
@@ -65,10 +66,10 @@ def test_messages_name_the_key_of_the_file(tmp_path):
     data = LabelledData(TextData("files", files), False)
     (tmp_path / "b.jsonl").write_text('{"text": "a", "label": -1}\n')
     with pytest.raises(UserError, match=r"^data.heldout: .*b.jsonl:1: the label -1 marks"):
-        read_examples(data, "heldout")
+        read_examples(data, HELDOUT)
     (tmp_path / "b.jsonl").write_text('{"body": "a", "label": 1}\n')
     with pytest.raises(UserError, match=r"^data.heldout: .*b.jsonl: no field 'text'"):
-        read_examples(data, "heldout")
+        read_examples(data, HELDOUT)
 
 
 def test_the_same_bad_rows_are_told_once_in_a_process(tmp_path, caplog):

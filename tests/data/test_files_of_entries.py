@@ -8,6 +8,7 @@ from cascade.data.examples import LabelledData, read_examples
 from cascade.data.look import look_at, look_text
 from cascade.data.rows import read_rows
 from cascade.data.sources import TextData, read_documents
+from cascade.evaluation.heldout import HELDOUT
 from cascade.runtime.errors import UserError
 from cascade.runtime.paths import distinct_files, files_of, ignored_files, kind_of, lead_to
 
@@ -100,4 +101,4 @@ def test_a_file_that_two_entries_name_is_refused_with_both(tmp_path, more):
 def test_one_file_may_stand_in_two_splits_files(tmp_path):
     path = write(tmp_path / "a.jsonl")
     data = TextData("files", {"train": (path,), "heldout": (path,)})
-    assert read_documents(data, "heldout") == ["some text"]
+    assert read_documents(data, HELDOUT) == ["some text"]

@@ -8,6 +8,7 @@ from cascade.data.passages import cut_documents, passages
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, cuts_passages, read_documents
 from cascade.data.splits import SPLITS
+from cascade.evaluation.heldout import HELDOUT
 from cascade.models.checkpoint.load import load_tokenizer, resolve_model
 from cascade.runtime.errors import UserError
 from cascade.teacher.writing.prompts import beginnings
@@ -63,12 +64,12 @@ def test_many_short_documents_are_dealt_out_whole():
 def test_one_text_file_is_a_whole_corpus(tmp_path, caplog):
     (tmp_path / "book.txt").write_text(book())
     data = TextData("files", {"train": (str(tmp_path / "book.txt"),)})
-    parts = {split: read_documents(data, split) for split in SPLITS}
+    parts = {split: read_documents(data, split) for split in (*SPLITS[:3], HELDOUT)}
     assert parts == {split: parts[split] for split in SPLITS} == cut_documents([book()], MISSING)
     assert "too few documents to give each split one" in caplog.text
     tokenizer = load_tokenizer(resolve_model("builtin:pico-python"))
     streamed = TextData("files", data.files, streaming=True)
-    for split in SPLITS:
+    for split in (*SPLITS[:3], HELDOUT):
         blocks = prepare_blocks(data, split, tokenizer, block_size=32, max_blocks=5)
         assert blocks.input_ids.equal(prepare_blocks(streamed, split, tokenizer, block_size=32, max_blocks=5).input_ids)
 
@@ -78,7 +79,7 @@ def test_only_documents_too_few_for_the_splits_are_cut(tmp_path):
         (tmp_path / f"{number}.txt").write_text(f"document {number}\n\nof two paragraphs")
     many = TextData("files", {"train": (str(tmp_path),)})
     assert not cuts_passages(many)
-    assert all("\n\n" in text for split in SPLITS for text in read_documents(many, split))
+    assert all("\n\n" in text for split in (*SPLITS[:3], HELDOUT) for text in read_documents(many, split))
     few = [str(tmp_path / f"{number}.txt") for number in range(3)]
     assert cuts_passages(TextData("files", {"train": tuple(few)}))
     own = {split: (few[0],) for split in MISSING}
@@ -99,7 +100,7 @@ def test_with_weights_each_source_gives_training_text(tmp_path):
 def test_too_little_text_for_four_splits_is_still_refused(tmp_path):
     (tmp_path / "a.txt").write_text("one line")
     with pytest.raises(UserError, match="no documents for the heldout split that are not in another; give more text"):
-        read_documents(TextData("files", {"train": (str(tmp_path / "a.txt"),)}), "heldout")
+        read_documents(TextData("files", {"train": (str(tmp_path / "a.txt"),)}), HELDOUT)
 
 
 def test_the_beginnings_of_few_texts_are_those_of_whole_documents(tmp_path):

@@ -16,7 +16,7 @@ from cascade.data.messages import conversation_tokens
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData
 from cascade.evaluation.framing_test import choose_framing
-from cascade.evaluation.heldout import heldout_blocks
+from cascade.evaluation.heldout import HELDOUT, heldout_blocks
 from cascade.models.checkpoint.load import load_model, load_tokenizer, resolve_model
 from cascade.pipeline.run import run_recipe
 from cascade.planning.preview import preview
@@ -156,7 +156,7 @@ def test_training_calibration_selection_and_held_out_text_begin_alike(tmp_path):
         files[split] = (str(path),)
     data, tokenizer = TextData("files", files, begin_blocks=True), letters_tokenizer()
     options = {"block_size": 8}
-    read = {split: prepare_blocks(data, split, tokenizer, **options) for split in files}
+    read = {split: prepare_blocks(data, split, tokenizer, **options) for split in (*list(files)[:3], HELDOUT)}
     read["heldout by evaluation"] = heldout_blocks(data, tokenizer, max_blocks=99, **options)
     read["streamed"] = prepare_blocks(replace(data, streaming=True), "train", tokenizer, **options)
     for blocks in read.values():

@@ -34,6 +34,7 @@ from cascade.data.sources import TextData
 from cascade.distillation.losses.class_losses import class_losses
 from cascade.distillation.options import Objective
 from cascade.evaluation.classification import class_metrics
+from cascade.evaluation.heldout import HELDOUT
 from cascade.evaluation.long_tail import calibration_error
 from cascade.pipeline.run import run_recipe
 from cascade.planning.preview import preview
@@ -289,7 +290,7 @@ def test_examples_are_read_split_and_kept(tmp_path, encoder):
     write_reviews(tmp_path / "more.jsonl", 30, seed=5, labels=False)
     data = LabelledData(TextData("files", {"train": (str(tmp_path / "train.jsonl"),)}), False,
                         unlabelled=(str(tmp_path / "more.jsonl"),), train_examples=50)  # fmt: skip
-    train, heldout = read_examples(data, "train"), read_examples(data, "heldout")
+    train, heldout = read_examples(data, "train"), read_examples(data, HELDOUT)
     assert len(train) == 80 and sum(one.label is None for one in train) == 30
     assert not {one.content for one in train if one.label} & {one.content for one in heldout}
     assert class_names(data) == ["negative", "positive"]

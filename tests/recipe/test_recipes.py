@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import ROOT, needs_shared
 
+from cascade.evaluation.heldout import HELDOUT
 from cascade.pipeline.run import run_recipe
 from cascade.recipe.load import load_recipe
 
@@ -59,5 +60,5 @@ def test_the_real_reviews_of_a_recipe_are_read():
 
     recipe = load_recipe(RECIPES / "sst2.yaml")
     assert classes_of(recipe) == ("0", "1")
-    counts = [len(read_examples(labelled_data(recipe.data, recipe.task), split)) for split in ("selection", "heldout")]
+    counts = [len(read_examples(labelled_data(recipe.data, recipe.task), split)) for split in ("selection", HELDOUT)]
     assert counts == [872, 1821]

@@ -21,6 +21,7 @@ from cascade.data.prepare import prepare_blocks
 from cascade.data.rows import Place, read_rows, require_fields
 from cascade.data.sources import TextData, cuts_passages, kept_elsewhere, read_documents
 from cascade.data.splits import SPLITS
+from cascade.evaluation.heldout import HELDOUT
 from cascade.models.checkpoint.load import load_tokenizer, resolve_model
 from cascade.planning.inputs import data_fingerprint
 from cascade.recipe.data import Data
@@ -39,7 +40,7 @@ def rows_in(path, fields=("text",), **options):
 def all_texts(files):
     """The texts of all splits together, in order."""
     data = TextData("files", {"train": tuple(map(str, files)), "heldout": tuple(map(str, files))})
-    return read_documents(data, "heldout")
+    return read_documents(data, HELDOUT)
 
 
 def test_fields_that_are_not_read_may_change_from_row_to_row(tmp_path):
@@ -228,9 +229,9 @@ def test_a_dataset_of_the_hub_is_read_by_the_wanted_column_alone(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", Hub([*TEXTS, None]))
     splits = {"train": "train", **{name: "train" for name in SPLITS[1:]}}
     data = TextData("hub", {}, dataset="org/data", revision="a" * 40, hub_splits=splits, max_bad_rows=0.1)
-    assert read_documents(data, "heldout") == TEXTS
+    assert read_documents(data, HELDOUT) == TEXTS
     with pytest.raises(UserError, match=r"org/data \(train\): row 10: field 'text' is null"):
-        read_documents(TextData("hub", {}, dataset="org/data", hub_splits=splits), "heldout")
+        read_documents(TextData("hub", {}, dataset="org/data", hub_splits=splits), HELDOUT)
 
 
 def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on_where_it_was_stopped(
@@ -242,10 +243,10 @@ def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on
     splits = dict.fromkeys(SPLITS, "train")
     data = TextData("hub", {}, dataset="org/data", revision="a" * 40, hub_splits=splits)
     tokenizer = load_tokenizer(resolve_model("builtin:pico-python"))
-    whole = prepare_blocks(data, "heldout", tokenizer, block_size=32)
+    whole = prepare_blocks(data, HELDOUT, tokenizer, block_size=32)
     streamed = dataclasses.replace(data, streaming=True)
     block_format = BlockFormat(block_size=32, max_blocks=10_000, framing=framing_of(tokenizer, "data"))
-    arguments, options = (streamed, "heldout", tokenizer, block_format), {"folder": tmp_path, "shard_tokens": 2000}
+    arguments, options = (streamed, HELDOUT, tokenizer, block_format), {"folder": tmp_path, "shard_tokens": 2000}
     tokens, calls = streaming._tokens, []
 
     def dies(*args):
@@ -273,7 +274,7 @@ def test_streamed_text_of_the_hub_is_never_fetched_whole(monkeypatch):
         lambda: cuts_passages(data),
         lambda: kept_elsewhere(data, "train"),
         lambda: look_at(data, "train", ("train",), tokenizer),
-        lambda: prepare_blocks(data, "heldout", tokenizer, block_size=32),
+        lambda: prepare_blocks(data, HELDOUT, tokenizer, block_size=32),
     ):
         hub.streamed = None
         read()

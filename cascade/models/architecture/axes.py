@@ -6,13 +6,14 @@ comes from a look at a tiny model at work (`behaviour.py`) and, for the order in
 """
 
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from cascade.models.architecture.behaviour import Behaviour, observe
@@ -140,6 +141,15 @@ class ModelAxes:
         attention = 2 * context * dims.num_attention_heads * dims.head_dim * dims.num_hidden_layers
         return 2.0 * products + attention
 
+    def flops_once(self, dims: ModelDims) -> Any:
+        """Of `flops_per_token`, those that a text costs once, whatever its length."""
+        pooled = self.behaviour.pooled
+        return 2.0 * sum(
+            self._count(name, dims)
+            for name in self.weights
+            if self.module_of(name) in pooled and self.output_axis(name) is not None
+        )
+
     def cache_bytes_per_token(self, dims: ModelDims, bytes_per_value: int) -> Any:
         """Bytes of keys and values that one token leaves in the cache (without sliding windows)."""
         return 2 * dims.num_hidden_layers * dims.num_key_value_heads * dims.head_dim * bytes_per_value
@@ -160,8 +170,8 @@ class CountedAxes(ModelAxes):
 
     total: int = 0
     """Parameters."""
-    products: int = 0
-    """Weights of matrix products, once for each patch of an image."""
+    flops: float = 0.0
+    """Forward FLOPs of one image."""
 
     def num_parameters(self, dims: ModelDims) -> Any:
         """All of them."""
@@ -172,19 +182,17 @@ class CountedAxes(ModelAxes):
         return self.total
 
     def flops_per_token(self, dims: ModelDims, context: float) -> Any:
-        """Of one image: two for each weight of a matrix at each patch."""
-        return 2.0 * self.products
+        """Of one image."""
+        return self.flops
 
 
 def _counted(config: Any) -> CountedAxes:
-    shapes = [tuple(one.shape) for one in build_on_meta(config).parameters()]
-    patch = getattr(config, "patch_size", None) or 1
-    rows, columns = patch if isinstance(patch, list | tuple) else (patch, patch)
-    _, height, width = image_shape(config)
-    positions = (height // rows) * (width // columns)
-    products = positions * sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+    model = build_on_meta(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values=torch.empty(1, *image_shape(config), device="meta"))
     nothing = Behaviour({}, frozenset(), frozenset(), frozenset(), {}, {}, False, 0.0)
-    return CountedAxes({}, "", {}, nothing, False, sum(math.prod(shape) for shape in shapes), products)
+    return CountedAxes({}, "", {}, nothing, False, total, float(counter.get_total_flops()))
 
 
 def probe_axes(config: Any) -> ModelAxes:

@@ -62,6 +62,8 @@ class Behaviour:
     """Attention and MLP both read the layer's input; neither sees the other."""
     embedding_exponent: float
     """The embedding's output is its weight times hidden_size to this power (0.5 in Gemma), times a constant."""
+    pooled: frozenset[str] = frozenset()
+    """Linear maps outside the layers that a text passes once, not each of its tokens (poolers, heads of classes)."""
 
 
 def observe(config: Any, layers_prefix: str) -> Behaviour:
@@ -121,6 +123,7 @@ def _observe(model: nn.Module, prefix: str, embedding_exponent: float) -> Behavi
         writers={name: look.gain(linear[name]) for name in writers},
         parallel=parallel,
         embedding_exponent=embedding_exponent,
+        pooled=look.pooled({name: module for name, module in outside.items() if isinstance(module, nn.Linear)}),
     )
 
 
@@ -151,6 +154,16 @@ class _Look:
         for handle in handles:
             handle.remove()
         return {name: bool(tensor.abs().max() > 0) for name, tensor in inputs.items()}
+
+    def pooled(self, linear: dict[str, nn.Module]) -> frozenset[str]:
+        """Those of the linear maps that read one row of a text, heads included."""
+        inputs: dict[str, Tensor] = {}
+        handles = [module.register_forward_pre_hook(_keeper(inputs, name)) for name, module in linear.items()]
+        with torch.no_grad():
+            self.model(input_ids=self.ids[:1])
+        for handle in handles:
+            handle.remove()
+        return frozenset(name for name, tensor in inputs.items() if tensor.shape[:-1].numel() == 1)
 
     def norms_before(self, linear: dict[str, nn.Module], norms: dict[str, nn.Module]) -> dict[str, str]:
         """For each linear map whose input is a norm's output, that norm."""

@@ -9,6 +9,7 @@ from cascade.data.blocks import TokenBlocks, load_blocks, pack_documents, save_b
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.framing import framing_of
 from cascade.data.prepare import prepare_blocks
+from cascade.data.splits import Split
 from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.vocabulary import require_ids
 from cascade.models.checkpoint.load import (
@@ -97,7 +98,7 @@ def make_data(recipe: Recipe, parent: ModelSource, tokenizer: Any, folder: Path,
             require_ids(packed.input_ids, vocab_size, tokenizer, "data.train")
             save_blocks(packed, folder / "calibration.safetensors")
         return
-    limits = {
+    limits: dict[Split, int | None] = {
         "train": max(1, data.max_tokens // data.block_size),
         "calibration": None,
         "selection": None,
