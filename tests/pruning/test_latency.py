@@ -11,6 +11,7 @@ from test_architectures import config_of
 import cascade.pruning.size.latency as latency_of
 from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.dims import dims_of
+from cascade.models.checkpoint.load import load_config, resolve_model
 from cascade.pruning.size.latency import DecodeLatency, corrected, fit_decode_latency, measure_decode_ms
 from cascade.pruning.size.shape import solve_shape
 from cascade.pruning.size.target import Target
@@ -61,6 +62,14 @@ def test_no_coefficient_is_negative_and_every_architecture_gives_enough_points(a
     found = fit_decode_latency(config_of(architecture), context=4, batch_size=1)
     assert min(found.coefficients) >= 0 and max(found.coefficients) > 0
     assert len(found.points) >= 4
+
+
+def test_every_shape_that_is_timed_has_whole_groups_of_query_heads():
+    parent = load_config(resolve_model("builtin:pico-python"))  # 12 heads in 4 groups: half as many are no whole groups
+    timed = [dims for dims, _ in fit_decode_latency(parent, context=4, batch_size=1).points]
+    assert not [dims for dims in timed if dims["num_attention_heads"] % dims["num_key_value_heads"]]
+    heads_alone = {dims["num_attention_heads"] for dims in timed if dims["num_key_value_heads"] == 4}
+    assert heads_alone == {12, 4}
 
 
 def test_a_fit_that_is_off_at_the_solution_is_corrected_there(monkeypatch):

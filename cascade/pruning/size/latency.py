@@ -131,7 +131,9 @@ def _halves(config: Any, seed: ModelDims) -> list[dict[str, int]]:
     else:
         alone = [with_groups, {"hidden_size": half["hidden_size"]}]
         if groups < half["num_attention_heads"]:
-            alone.append({"num_attention_heads": half["num_attention_heads"]})
+            # As many key/value heads as before: the query heads are a multiple of those.
+            share = half["num_attention_heads"] // seed.num_key_value_heads
+            alone.append({"num_attention_heads": max(1, share) * seed.num_key_value_heads})
     alone += [{name: half[name]} for name in ("num_hidden_layers", "intermediate_size")]
     return [{}, *alone, half]
 
