@@ -104,7 +104,7 @@ def _of_vocabularies(members: Sequence[ResolvedMember], parent_config: Any) -> l
     rows = dims_of(parent_config).vocab_size
     return [
         f"{one.name}: compared with its teacher over {one.vocab_size:,} token ids that both have; its embedding has "
-        f"{one.dims.vocab_size:,} rows, the teacher's {rows:,}, and no loss reads the others."
+        f"{one.sized.dims.vocab_size:,} rows, the teacher's {rows:,}, and no loss reads the others."
         for one in members
         if one.vocab_size is not None
     ]

@@ -11,9 +11,8 @@ from cascade.distillation.losses.fused import CPU_CHUNK_BYTES
 from cascade.distillation.optimizer import orthogonalisation_flops
 from cascade.distillation.range_test import FEWEST_STEPS, SHARE
 from cascade.distillation.teacher_memory import LIMIT_BYTES
-from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import ModelDims, dims_of
 from cascade.models.architecture.model_class import attends_causally
+from cascade.models.architecture.sized import Sized
 from cascade.planning.example_length import tokens_per_example
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
@@ -51,9 +50,7 @@ def optimizer_of(recipe: Recipe, config: Any, parent_config: Any) -> str:
     return "muon" if orthogonalisation_flops(config) <= MUON_SHARE * step else "adamw"
 
 
-def peak_memory(
-    recipe: Recipe, distill: Distill, dims: ModelDims, count: int, parent_count: int, *, optimizer: str
-) -> float:
+def peak_memory(recipe: Recipe, distill: Distill, student: Sized, teacher: Sized, *, optimizer: str) -> float:
     """Estimated bytes while training.
 
     Weights, gradients, the optimizer's moments and the average of the student, the teacher's weights, what the backward
@@ -61,14 +58,15 @@ def peak_memory(
     logits, and what is remembered of the teacher.
     """
     length = recipe.data.max_length if recipe.counts_examples else recipe.data.block_size
-    tokens = distill.microbatch_size * length
+    tokens, dims = distill.microbatch_size * length, student.dims
     kept_per_layer = 12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
     if distill.features.hidden != "none":
         kept_per_layer += 3 * dims.hidden_size
     per_weight = 8.0 + MOMENT_BYTES[optimizer] + (4.0 if distill.ema_decay else 0.0)
     head = 4.0 * dims.vocab_size * dims.hidden_size + 2.0 * CPU_CHUNK_BYTES
     kept = 4.0 * tokens * dims.num_hidden_layers * kept_per_layer
-    return BASE_PROCESS_BYTES + per_weight * count + 4.0 * parent_count + kept + head + LIMIT_BYTES
+    peak = BASE_PROCESS_BYTES + per_weight * student.num_parameters + 4.0 * teacher.num_parameters
+    return peak + kept + head + LIMIT_BYTES
 
 
 def member_bytes(count: int, stored_bytes: int, *, start: str, repaired: bool, ce: bool) -> int:
@@ -92,11 +90,11 @@ def flops_of(recipe: Recipe, config: Any) -> float:
     A text has the mean length of those that are trained on. Models that look both ways attend to all of it, others to
     half of it on average.
     """
-    axes, dims = probe_axes(config), dims_of(config)
+    sized = Sized(config)
     if recipe.task == "image_classification":
-        return float(axes.flops_per_token(dims, 0))
+        return sized.flops_per_token(0)
     length = tokens_per_example(recipe) if recipe.counts_examples else recipe.data.block_size
-    per_token = float(axes.flops_per_token(dims, length if attends_causally(config) else 2 * length))
+    per_token = sized.flops_per_token(length if attends_causally(config) else 2 * length)
     return per_token * length if recipe.counts_examples else per_token
 
 
@@ -170,8 +168,7 @@ def parent_seconds(recipe: Recipe, parent_config: Any) -> dict[str, float]:
     flops = flops_of(recipe, parent_config)
     seconds = {"data": 5.0, "evaluate": stage_seconds(recipe, flops, 0.0, 0, cut=False)["evaluate"]}
     if recipe.parent.model.endswith(".gguf"):
-        parameters = int(probe_axes(parent_config).num_parameters(dims_of(parent_config)))
-        seconds["convert"] = 10 + parameters / 1e7
+        seconds["convert"] = 10 + Sized(parent_config).num_parameters / 1e7
     if recipe.parent.fit is not None:
         seconds["fit"] = 3 * flops * recipe.parent.fit.examples / flops_per_second()
     if recipe.parent.pretrain is not None:
@@ -191,9 +188,9 @@ def flops_per_second() -> float:
     return rounds * 2 * size**3 / (time.perf_counter() - started) / 3
 
 
-def dtype_bytes(config: Any) -> int:
-    """Bytes of one stored weight."""
-    dtype = getattr(config, "dtype", None)
+def stored_weight_bytes(recipe: Recipe, parent_config: Any) -> int:
+    """Bytes of one weight of a published member: of `save.dtype`, or of the parent's own dtype."""
+    dtype = getattr(parent_config, "dtype", None) if recipe.save.dtype == "parent" else recipe.save.dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     return dtype.itemsize if isinstance(dtype, torch.dtype) else 4

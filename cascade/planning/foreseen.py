@@ -99,7 +99,7 @@ def _require_models(recipe: Recipe, parent_config: Any, members: Sequence[Resolv
     if settings is None or not members:
         return
     if not recipe.counts_examples:
-        for config in [parent_config, *(one.config for one in apart)]:
+        for config in [parent_config, *(one.sized.config for one in apart)]:
             require_head(config)
     if settings.teacher != "parent":
         return
@@ -112,11 +112,11 @@ def _require_models(recipe: Recipe, parent_config: Any, members: Sequence[Resolv
         asked = settings.hidden_features(from_parent), settings.features.embedding
         if not from_parent and asked != ("none", "none"):
             try:
-                even_origin(one.dims, dims_of(parent_config))
+                even_origin(one.sized.dims, dims_of(parent_config))
             except UserError as error:
                 raise UserError(f"members: {one.name}: {error}") from error
     if settings.features.relations:
-        for config in [parent_config, *(one.config for one in apart)]:
+        for config in [parent_config, *(one.sized.config for one in apart)]:
             attention_projections(build_on_meta(config), dims_of(config).num_hidden_layers - 1)
 
 

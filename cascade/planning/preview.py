@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks
-from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.sized import Sized
 from cascade.models.checkpoint.load import load_tokenizer
 from cascade.models.checkpoint.sentence_files import unlearned_settings
 from cascade.planning.cache_choice import cache_folder, choose_cache, options_table, with_cache
@@ -44,7 +43,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     folder = run_folder_of(recipe, output)
     check_ownership(folder, recipe)
     config = parent_config(recipe)
-    axes, dims = probe_axes(config), dims_of(config)
+    parent = Sized(config)
+    dims = parent.dims
     source = existing_parent(recipe)
     if source is not None and dims.vocab_size:
         tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
@@ -74,7 +74,6 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = remaining_members(folder, recipe, with_cache(recipe, config, members, choice))
     check_licences(recipe)
-    total = int(axes.num_parameters(dims))
     shared = sum(remaining_seconds(folder, recipe, "parent", parent_seconds(recipe, config)).values())
     return {
         "name": recipe.name,
@@ -85,19 +84,19 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "counts": "examples" if recipe.counts_examples else "tokens",
         "parent": {
             "dims": dims.as_dict(),
-            "num_parameters": total,
+            "num_parameters": parent.num_parameters,
             "flops_per_token": flops_of(recipe, config),
         },
         "generate": asked,
         "data": data,
         "proof": proof,
-        "legal_values": {name: listed(values) for name, values in legal_values(axes, dims).items()}
+        "legal_values": {name: listed(values) for name, values in legal_values(parent).items()}
         if dims.vocab_size
         else {},
         "search": recipe.prune.search is not None,
         "finished": [member.name for member in members if not member.seconds],
         "hidden_tried": [member.name for member in members if len(member.hidden_choices) > 1 and member.seconds],
-        "members": [_member_record(member, total) for member in members],
+        "members": [_member_record(member, parent) for member in members],
         "targets": {
             "kind": choice.kind,
             "why": choice.why,
@@ -117,7 +116,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             for name in entry.members or ["parent", *(member.name for member in members)]
         ],
         "decode_ms": {
-            member.name: float(latencies[member.name].milliseconds(probe_axes(member.config), member.dims))
+            member.name: float(latencies[member.name].milliseconds(member.sized.axes, member.sized.dims))
             for member in members
             if member.name in latencies
         },
@@ -274,15 +273,15 @@ def _asked(planned: dict[str, Any]) -> str:
     return line + (f", for at most {planned['money']:,.2f} and the prompts." if planned["money"] else ".")
 
 
-def _member_record(member: ResolvedMember, total: int) -> dict[str, Any]:
+def _member_record(member: ResolvedMember, parent: Sized) -> dict[str, Any]:
     return {
         "name": member.name,
         "seed": member.seed or None,
         "init": member.member.start,
-        "dims": member.dims.as_dict(),
-        "num_parameters": member.num_parameters,
-        "num_parameters_non_embedding": member.num_parameters_non_embedding,
-        "fraction_of_parent": member.num_parameters / total,
+        "dims": member.sized.dims.as_dict(),
+        "num_parameters": member.sized.num_parameters,
+        "num_parameters_non_embedding": member.sized.num_parameters_non_embedding,
+        "fraction_of_parent": member.sized.num_parameters / parent.num_parameters,
         "flops_per_token": member.flops_per_token,
         "num_tokens": member.num_tokens,
         "num_steps": member.num_steps,

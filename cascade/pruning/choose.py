@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.architecture.dims import ModelDims, config_with_dims
+from cascade.models.architecture.sized import Sized
 from cascade.pruning.corrections import corrected
 from cascade.pruning.importance.scores import Scores
 from cascade.pruning.importance.statistics import Statistics
@@ -32,11 +32,11 @@ def plan_pruning(
     really carry; without, as if the removed channels carried nothing. A target that is no set of dims (a fraction or
     number of parameters) is solved for first.
     """
-    source = dims_of(config)
+    sized = Sized(config)
+    source = sized.dims
     if not isinstance(target, ModelDims):
         wanted = target if isinstance(target, Target) else Target(params=target)
         target = solve_shape(untied(config) if scores.rotation is not None else config, wanted, parent=config)
-    axes = probe_axes(config)
     if target.num_attention_heads % target.num_key_value_heads:
         raise ValueError(f"{target.num_attention_heads} heads cannot be split over {target.num_key_value_heads} groups")
     layers = _best(scores.layers, target.num_hidden_layers)
@@ -48,7 +48,7 @@ def plan_pruning(
         groups.append(kept[1])
     kept_config = config_with_dims(config, target, kept_layers=layers)
     if scores.rotation is not None:
-        require_rotatable(config, axes)
+        require_rotatable(sized)
         kept_config = untied(kept_config)
     plan = PruningPlan(
         source_dims=source,
@@ -66,7 +66,7 @@ def plan_pruning(
         else [],
         rotation=scores.rotation,
     )
-    return corrected(plan, axes, statistics)
+    return corrected(plan, sized.axes, statistics)
 
 
 def _portable(config: Any) -> dict[str, Any]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from cascade.models.architecture.axes import ModelAxes, probe_axes
-from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.axes import ModelAxes
 from cascade.models.architecture.model_class import model_from_config
 from cascade.models.architecture.parts import Axis
+from cascade.models.architecture.sized import Sized
 from cascade.pruning.plan import PruningPlan, config_of
 from cascade.pruning.rotation import rotated_weight
 
@@ -22,9 +22,10 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         UserError: a weight has an axis that nobody explains.
         ValueError: the plan is for a model of another size.
     """
-    axes = probe_axes(model.config)
-    if dims_of(model.config) != plan.source_dims:
-        raise ValueError(f"the plan is for {plan.source_dims}, the model has {dims_of(model.config)}")
+    sized = Sized(model.config)
+    axes = sized.axes
+    if sized.dims != plan.source_dims:
+        raise ValueError(f"the plan is for {plan.source_dims}, the model has {sized.dims}")
     with no_init_weights():
         pruned = model_from_config(config_of(plan), dtype=next(model.parameters()).dtype)
     weights = dict(model.named_parameters())

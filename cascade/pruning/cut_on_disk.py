@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.model_class import build_on_meta, model_class_of
+from cascade.models.architecture.sized import Sized
 from cascade.models.checkpoint.load import ModelSource, copy_companions, load_config
 from cascade.models.checkpoint.older_keys import add_older_keys
 from cascade.models.checkpoint.stored_names import stored_parameters
@@ -31,9 +30,10 @@ def prune_on_disk(
     if source.gguf_file:
         raise UserError(f"{source.reference}: a GGUF file is quantised; only safetensors are cut on disk")
     config = load_config(source)
-    if dims_of(config) != plan.source_dims:
-        raise ValueError(f"the plan is for {plan.source_dims}, the model has {dims_of(config)}")
-    axes = probe_axes(config)
+    sized = Sized(config)
+    axes = sized.axes
+    if sized.dims != plan.source_dims:
+        raise ValueError(f"the plan is for {plan.source_dims}, the model has {sized.dims}")
     stored = stored_parameters(config, axes, source)
     pruned_config = config_of(plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in build_on_meta(pruned_config).named_parameters()}

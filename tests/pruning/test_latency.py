@@ -11,6 +11,7 @@ from test_architectures import config_of
 import cascade.pruning.size.latency as latency_of
 from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.sized import Sized
 from cascade.models.checkpoint.load import load_config, resolve_model
 from cascade.pruning.size.latency import DecodeLatency, corrected, fit_decode_latency, measure_decode_ms
 from cascade.pruning.size.shape import solve_shape
@@ -94,11 +95,11 @@ def test_the_solved_shape_meets_a_latency_and_another_bound_together(monkeypatch
     monkeypatch.setattr(latency_of, "measure_decode_ms", costing((0.3, 0.2, 0.05, 0.4)))
     config = llama()
     latency = fit_decode_latency(config, context=64, batch_size=1)
-    axes, whole = probe_axes(config), dims_of(config)
+    whole = Sized(config)
     for share, params in ((0.5, 0.9), (0.9, 0.5)):
         dims = solve_shape(config, Target(decode_ms=share, params=params, context=64, latency=latency))
-        assert latency.milliseconds(axes, dims) <= share * latency.milliseconds(axes, whole)
-        assert axes.num_parameters(dims) <= params * axes.num_parameters(whole)
+        assert latency.milliseconds(whole.axes, dims) <= share * latency.milliseconds(whole.axes, whole.dims)
+        assert whole.axes.num_parameters(dims) <= params * whole.num_parameters
 
 
 def test_a_deeper_model_is_measured_slower():

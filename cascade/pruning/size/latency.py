@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from cascade.models.architecture.axes import ModelAxes, probe_axes
-from cascade.models.architecture.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.architecture.dims import ModelDims, config_with_dims
 from cascade.models.architecture.model_class import model_from_config
 from cascade.models.architecture.positions import usable_context
+from cascade.models.architecture.sized import Sized
 from cascade.pruning.size.shape import legal_values, solve_shape
 from cascade.pruning.size.target import Target
 from cascade.runtime.errors import UserError
@@ -106,34 +107,33 @@ def fit_decode_latency(config: Any, *, context: int, batch_size: int) -> DecodeL
     Raises:
         UserError: the model does not decode at this context.
     """
-    seed = dims_of(config)
+    seed = Sized(config)
     points: list[tuple[dict[str, int], float]] = []
-    for change in _halves(config, seed):
-        dims = seed.replace(**change)
+    for change in _halves(seed):
+        dims = seed.dims.replace(**change)
         try:
             config_with_dims(config, dims)
         except ValueError:
             continue  # the architecture does not take this one
         points.append((dims.as_dict(), measure_decode_ms(config, dims, context=context, batch_size=batch_size)))
-    return _fitted(config, context, batch_size, points)
+    return _fitted(seed.axes, context, batch_size, points)
 
 
-def _halves(config: Any, seed: ModelDims) -> list[dict[str, int]]:
+def _halves(seed: Sized) -> list[dict[str, int]]:
     """Nothing changed; each axis halved on its own, heads also with their groups; all of them halved."""
-    axes = probe_axes(config)
-    half = {name: values[len(values) // 2] for name, values in legal_values(axes, seed).items()}
-    groups = half["num_key_value_heads"]
-    half["num_attention_heads"] = groups * (seed.num_attention_heads // seed.num_key_value_heads)
+    half = {name: values[len(values) // 2] for name, values in legal_values(seed).items()}
+    groups, dims = half["num_key_value_heads"], seed.dims
+    half["num_attention_heads"] = groups * (dims.num_attention_heads // dims.num_key_value_heads)
     with_groups = {name: half[name] for name in ("num_attention_heads", "num_key_value_heads")}
-    if axes.heads_fill_hidden:
-        half["hidden_size"] = half["num_attention_heads"] * seed.head_dim
+    if seed.axes.heads_fill_hidden:
+        half["hidden_size"] = half["num_attention_heads"] * dims.head_dim
         alone = [with_groups | {"hidden_size": half["hidden_size"]}]
     else:
         alone = [with_groups, {"hidden_size": half["hidden_size"]}]
         if groups < half["num_attention_heads"]:
             # As many key/value heads as before: the query heads are a multiple of those.
-            share = half["num_attention_heads"] // seed.num_key_value_heads
-            alone.append({"num_attention_heads": max(1, share) * seed.num_key_value_heads})
+            share = half["num_attention_heads"] // dims.num_key_value_heads
+            alone.append({"num_attention_heads": max(1, share) * dims.num_key_value_heads})
     alone += [{name: half[name]} for name in ("num_hidden_layers", "intermediate_size")]
     return [{}, *alone, half]
 
@@ -170,8 +170,9 @@ def corrected(latency: DecodeLatency, config: Any, target: Target, *, parent: An
     return latency
 
 
-def _fitted(config: Any, context: int, batch_size: int, points: list[tuple[dict[str, int], float]]) -> DecodeLatency:
-    axes = probe_axes(config)
+def _fitted(
+    axes: ModelAxes, context: int, batch_size: int, points: list[tuple[dict[str, int], float]]
+) -> DecodeLatency:
     rows = np.array(
         [_features(axes, ModelDims(**dims), context, batch_size) for dims, _ in points], dtype=np.float64
     ) / np.array([[milliseconds] for _, milliseconds in points])

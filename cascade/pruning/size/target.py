@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from cascade.models.architecture.axes import ModelAxes, probe_axes
-from cascade.models.architecture.dims import ModelDims, dims_of
+from cascade.models.architecture.axes import ModelAxes
+from cascade.models.architecture.dims import ModelDims
+from cascade.models.architecture.sized import Sized
 
 
 class Latency(Protocol):
@@ -77,4 +78,5 @@ def whole_measure(name: str, config: Any, target: Target) -> float:
     """The measure of the model that shares are of."""
     if name == "decode_ms" and target.latency is not None:
         return target.latency.parent_ms
-    return float(MEASURES[name](probe_axes(config), dims_of(config), target))
+    whole = Sized(config)
+    return float(MEASURES[name](whole.axes, whole.dims, target))
