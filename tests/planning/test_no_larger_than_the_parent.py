@@ -9,7 +9,8 @@ from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.sized import Sized
 from cascade.planning.family import resolve_family, score_for_dims
 from cascade.planning.parent import parent_config
-from cascade.planning.preview import preview, preview_text
+from cascade.planning.preview import preview
+from cascade.planning.preview_text import preview_text
 from cascade.pruning.choose import plan_pruning
 from cascade.pruning.importance.scores import score_importance
 from cascade.pruning.importance.statistics import collect_statistics
