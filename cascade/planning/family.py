@@ -333,6 +333,13 @@ def _resolve(recipe: Recipe, distill: Distill, outline: _Outline, parent: Sized)
     )
 
 
+def is_cut_from_parent(member: ResolvedMember, by_name: Mapping[str, ResolvedMember]) -> bool:
+    """Whether the chain of a member's seeds begins with the parent."""
+    while member.seed in by_name:
+        member = by_name[member.seed]
+    return member.seed == "parent"
+
+
 def run_folder_of(recipe: Recipe, output: str | Path | None) -> Path:
     """Where the run goes: --output, else the recipe's `output`, else runs/NAME."""
     return Path(output or recipe.output or Path("runs") / recipe.name)

@@ -27,7 +27,7 @@ from cascade.models.architecture.origin import even_origin
 from cascade.models.architecture.positions import require_context
 from cascade.planning.cache_choice import exact_ids, require_exact
 from cascade.planning.classifier import require_image_size
-from cascade.planning.family import ResolvedMember
+from cascade.planning.family import ResolvedMember, is_cut_from_parent
 from cascade.planning.inputs import classes_of, labelled_data, text_data
 from cascade.planning.vocabularies import require_common_text, text_tokenizer
 from cascade.recipe.schema import Recipe
@@ -105,12 +105,9 @@ def _require_models(recipe: Recipe, parent_config: Any, members: Sequence[Resolv
         return
     by_name = {one.name: one for one in members}
     for one in members:
-        first = one
-        while first.seed in by_name:
-            first = by_name[first.seed]
-        from_parent = first.seed == "parent"
-        asked = settings.hidden_features(from_parent), settings.features.embedding
-        if not from_parent and asked != ("none", "none"):
+        cut = is_cut_from_parent(one, by_name)
+        forms = settings.hidden_features(cut), settings.features.embedding
+        if not cut and forms != ("none", "none"):
             try:
                 even_origin(one.sized.dims, dims_of(parent_config))
             except UserError as error:

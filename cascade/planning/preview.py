@@ -14,6 +14,7 @@ from cascade.planning.cautions import cautions
 from cascade.planning.checks import check_family
 from cascade.planning.disk_room import bytes_still_needed
 from cascade.planning.estimates import flops_of, parent_seconds
+from cascade.planning.fading import fading_record
 from cascade.planning.family import ResolvedMember, resolve_family, run_folder_of
 from cascade.planning.foreseen import require_foreseen, rows_of_all
 from cascade.planning.generation import check_generation, missing_answers
@@ -74,6 +75,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         "cautions": [*cautions(recipe, members, config, folder, choice), *sentences],
         "copies": _copies(recipe, members),
         "decode_ms": _decode_ms(members, latencies),
+        "features_fade": fading_record(recipe, members),
     }
 
 

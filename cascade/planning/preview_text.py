@@ -1,6 +1,7 @@
 """What `cascade plan` prints: the record of `preview` as a table and sentences."""
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 from cascade.planning.cache_choice import options_table
@@ -23,6 +24,7 @@ def preview_text(plan: dict[str, Any]) -> str:
         *(_generation_lines(plan["generate"]) if plan["generate"] else ()),
         *_cost_lines(plan),
         *_optimizer_lines(plan["members"]),
+        *_fading_lines(plan["features_fade"], plan["members"]),
         *_targets_lines(plan["targets"]),
         *_shape_lines(plan),
     ]
@@ -103,6 +105,21 @@ def _optimizer_lines(members: list[dict[str, Any]]) -> list[str]:
     for member in members:
         steps.setdefault(member["optimizer"], []).append(f"{member['name']} in {member['num_steps']:,} steps")
     return [f"Trained with {optimizer}: {', '.join(names)}." for optimizer, names in steps.items()]
+
+
+def _fading_lines(fading: dict[str, Any], members: Sequence[dict[str, Any]]) -> list[str]:
+    """From when on members learn nothing more of the teacher's inside."""
+    steps = {member["name"]: member["num_steps"] for member in members}
+    ends = []
+    for name, fraction in fading["members"].items():
+        if fraction <= 1:
+            ends.append(f"of {name}'s nothing is left after {ceil(fraction * steps[name]):,} of {steps[name]:,} steps")
+        else:
+            ends.append(f"of {name}'s {1 - 1 / fraction:.0%} is left at the end")
+    if not ends:
+        return []
+    setting = f"distill.features.fade_fraction: {fading['setting']}"
+    return [f"The weight of the feature losses falls evenly from the first step on ({setting}): {', '.join(ends)}."]
 
 
 def _targets_lines(targets: dict[str, Any]) -> list[str]:
