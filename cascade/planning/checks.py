@@ -62,9 +62,9 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
         _require_roundable(recipe, {"parent": parent_config} | {member.name: member.sized.config for member in members})
     if recipe.prune.hidden == "pca":
         require_rotatable(Sized(parent_config))
-    made = is_classifier(parent_config) if recipe.classifies else model_class_of(parent_config).can_generate()
-    made = made or (recipe.task == "masked_language" and guesses(parent_config)) or recipe.task == "embedding"
-    if any(member.seed for member in members) and not made:
+    trainable = is_classifier(parent_config) if recipe.classifies else model_class_of(parent_config).can_generate()
+    trainable = trainable or (recipe.task == "masked_language" and guesses(parent_config)) or recipe.task == "embedding"
+    if any(member.seed for member in members) and not trainable:
         raise UserError(
             f"parent: model type '{parent_config.model_type}' as {model_class_of(parent_config).__name__} is no causal "
             "language model; recipes recover and evaluate those. `cascade prune` cuts it on its own"
@@ -73,8 +73,8 @@ def check_family(recipe: Recipe, parent_config: Any, members: list[ResolvedMembe
     sizes = [member.sized.dims.as_dict() for member in members if member.seed]
     cut = {name for name in CUT_DIMS if any(size[name] < before[name] for size in sizes)}
     for member in members:
-        tried = member.member.start == "prune" and (recipe.prune.search or len(member.hidden_choices) > 1)
-        if tried and member.target is not None and member.target.bounds():
+        several_shapes = member.member.start == "prune" and (recipe.prune.search or len(member.hidden_choices) > 1)
+        if several_shapes and member.target is not None and member.target.bounds():
             cut |= {name for name in CUT_DIMS if name not in (member.target.dims or {})}  # what may be tried
     rotated = any(member.seed and "pca" in (member.hidden, *member.hidden_choices) for member in members)
     return prove_cuts(parent_config, along=sorted(cut), rotated=rotated) if cut else {}
@@ -106,13 +106,13 @@ def _require_trainable(distill: Distill, parent_config: Any, members: list[Resol
     require_trackers(distill.trackers)
     if distill.optimizer != "auto":
         require_optimizer(distill.optimizer)
-    own = distill.on_policy
-    if own is not None:
+    on_policy = distill.on_policy
+    if on_policy is not None:
         for whose, config in [
             ("parent", parent_config),
             *((f"member {member.name}", member.sized.config) for member in members),
         ]:
-            require_context(config, own.max_new_tokens + 1, "distill.on_policy.max_new_tokens", whose)
+            require_context(config, on_policy.max_new_tokens + 1, "distill.on_policy.max_new_tokens", whose)
         if ranks.world_size() > 1:
             raise UserError("distill.on_policy: a student shared out to several processes cannot write; use one")
     if distill.features.relations:

@@ -59,14 +59,14 @@ def peak_memory(recipe: Recipe, distill: Distill, student: Sized, teacher: Sized
     """
     length = recipe.data.max_length if recipe.counts_examples else recipe.data.block_size
     tokens, dims = distill.microbatch_size * length, student.dims
-    kept_per_layer = 12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
+    layer_values = 12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
     if distill.features.hidden != "none":
-        kept_per_layer += 3 * dims.hidden_size
+        layer_values += 3 * dims.hidden_size
     per_weight = 8.0 + MOMENT_BYTES[optimizer] + (4.0 if distill.ema_decay else 0.0)
     head = 4.0 * dims.vocab_size * dims.hidden_size + 2.0 * CPU_CHUNK_BYTES
-    kept = 4.0 * tokens * dims.num_hidden_layers * kept_per_layer
+    activations = 4.0 * tokens * dims.num_hidden_layers * layer_values
     peak = BASE_PROCESS_BYTES + per_weight * student.num_parameters + 4.0 * teacher.num_parameters
-    return peak + kept + head + LIMIT_BYTES
+    return peak + activations + head + LIMIT_BYTES
 
 
 def member_bytes(count: int, stored_bytes: int, *, start: str, repaired: bool, ce: bool) -> int:
@@ -75,8 +75,8 @@ def member_bytes(count: int, stored_bytes: int, *, start: str, repaired: bool, c
     What it starts from, cut and then repaired, is in float32; what is recovered, published and trained as a baseline
     is as it is saved.
     """
-    made_here = {"checkpoint": 0, "prune": 1 + repaired}.get(start, 1)
-    return count * (4 * made_here + stored_bytes * (2 + ce))
+    float32_copies = {"checkpoint": 0, "prune": 1 + repaired}.get(start, 1)
+    return count * (4 * float32_copies + stored_bytes * (2 + ce))
 
 
 def training_state_bytes(count: int, *, optimizer: str, averaged: bool, keep_states: int) -> int:
@@ -139,10 +139,10 @@ def stage_seconds(
             repaired = units_in(recipe, recipe.prune.repair.num_blocks)
             seconds["repair"] = 1 + 10 * repaired * (flops + parent_flops) / rate
         search = recipe.prune.search
-        tried = search.candidates if search else choices if choices > 1 else 0
-        if tried:  # each is cut, repaired one way and recovered shortly
+        num_shapes = search.candidates if search else choices if choices > 1 else 0
+        if num_shapes:  # each is cut, repaired one way and recovered shortly
             short = short_recovery(recipe, tokens) * (3 * flops + parent_flops) / rate
-            seconds["candidate"] = tried * (1 + seconds.get("repair", 0.0) / 2 + short)
+            seconds["candidate"] = num_shapes * (1 + seconds.get("repair", 0.0) / 2 + short)
         if search:
             seconds["finalist"] = search.finalists * (1 + search.tokens * (3 * flops + parent_flops) / rate)
     searched = 0.0

@@ -30,6 +30,6 @@ def _mean_length(data_json: str, task: str, fingerprint: str, model: str, revisi
     data = Data.model_validate_json(data_json)
     tokenizer = load_tokenizer(resolve_model(model, revision=revision))
     texts = [example.content for example in read_examples(labelled_data(data, task), "train")]
-    chosen = [texts[number * len(texts) // _SAMPLE] for number in range(_SAMPLE)] if len(texts) > _SAMPLE else texts
-    lengths = [len(ids) for ids in tokenizer(chosen, truncation=True, max_length=data.max_length)["input_ids"]]
+    sample = [texts[number * len(texts) // _SAMPLE] for number in range(_SAMPLE)] if len(texts) > _SAMPLE else texts
+    lengths = [len(ids) for ids in tokenizer(sample, truncation=True, max_length=data.max_length)["input_ids"]]
     return sum(lengths) / max(1, len(lengths))

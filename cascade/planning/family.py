@@ -216,25 +216,25 @@ def _hidden_of(recipe: Recipe, member: Member, seed_config: Any, parent_config: 
     return score_for_dims(recipe.prune.hidden, target_of(member), seed_config, parent_config)
 
 
-def score_for_dims(wanted: str, target: Target, seed_config: Any, parent_config: Any) -> str:
+def score_for_dims(setting: str, target: Target, seed_config: Any, parent_config: Any) -> str:
     """As `hidden_score`; for explicit dims, `auto` is never what would make the member larger than the parent."""
-    hidden = hidden_score(wanted, parent_config)
-    if wanted != "auto" or hidden != "pca" or target.bounds():
+    hidden = hidden_score(setting, parent_config)
+    if setting != "auto" or hidden != "pca" or target.bounds():
         return hidden
     shaped = shape_config(seed_config, hidden)
     count = probe_axes(shaped).num_parameters(solve_shape(shaped, target, parent=parent_config))
     return hidden if count <= Sized(parent_config).num_parameters else "activation_norm"
 
 
-def hidden_score(wanted: str, parent_config: Any) -> str:
+def hidden_score(setting: str, parent_config: Any) -> str:
     """The score of hidden channels that `prune.hidden` asks for; `auto` is judged by the parent's config alone.
 
     A rotation gives the better cut of the same shape, but it unties the embeddings, and those of a small model with a
     large vocabulary cost it more than the rotation gives back. Members with a size to meet have both tried instead
     (`hidden_choices`).
     """
-    if wanted != "auto":
-        return wanted
+    if setting != "auto":
+        return setting
     parent = Sized(parent_config)
     try:
         require_rotatable(parent)
@@ -249,10 +249,10 @@ LARGEST_UNTIED_SHARE = 0.15
 """Of the parent's parameters: tied embeddings up to this share are untied by `prune.hidden: auto`."""
 
 
-def hidden_choices(wanted: str, parent_config: Any) -> tuple[str, ...]:
+def hidden_choices(setting: str, parent_config: Any) -> tuple[str, ...]:
     """The scores of hidden channels to choose among by trying, where there is a size to meet."""
-    if wanted != "auto":
-        return (hidden_score(wanted, parent_config),)
+    if setting != "auto":
+        return (hidden_score(setting, parent_config),)
     try:
         require_rotatable(Sized(parent_config))
     except UserError:

@@ -60,7 +60,7 @@ def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[Resol
 
 def rows_of_all(parent_config: Any, members: Sequence[ResolvedMember]) -> int:
     """Ids, from 0 on, that the parent and all members have."""
-    return min([dims_of(parent_config).vocab_size, *(one.vocab_size for one in members if one.vocab_size)])
+    return min([dims_of(parent_config).vocab_size, *(member.vocab_size for member in members if member.vocab_size)])
 
 
 def _require_tasks(recipe: Recipe) -> None:
@@ -68,14 +68,14 @@ def _require_tasks(recipe: Recipe) -> None:
     tasks = find_tasks(recipe.evaluate.tasks, [Path(folder) for folder in recipe.evaluate.task_folders])
     require_datasets(tasks)
     measured = measured_names(tasks) if recipe.evaluate.at_least else set()
-    own = {f"heldout/{name}" for name in _heldout_metrics(recipe)}
-    own |= {f"production/{name}" for name in (PRODUCTION_METRICS if recipe.data.production else ())}
+    heldout_names = {f"heldout/{name}" for name in _heldout_metrics(recipe)}
+    heldout_names |= {f"production/{name}" for name in (PRODUCTION_METRICS if recipe.data.production else ())}
     for name in recipe.evaluate.at_least:
-        if name in own or (measured is not None and name in measured):
+        if name in heldout_names or (measured is not None and name in measured):
             continue
         if measured is None and name.partition("/")[0] not in ("heldout", "production") and "/" in name:
             continue  # of a task with code of its own: what it reports is known once it has run
-        known = ", ".join(sorted(own | (measured or set())))
+        known = ", ".join(sorted(heldout_names | (measured or set())))
         raise UserError(f"evaluate.at_least: '{name}' is not measured here; known task/metric: {known}")
 
 
@@ -95,25 +95,25 @@ def _require_models(recipe: Recipe, parent_config: Any, members: Sequence[Resolv
     if recipe.parent.pretrain is not None:
         place = "parent.pretrain.block_size"
         require_context(parent_config, recipe.parent.pretrain.block_size, place)
-    apart = [one for one in members if not one.seed]
+    apart = [member for member in members if not member.seed]
     if settings is None or not members:
         return
     if not recipe.counts_examples:
-        for config in [parent_config, *(one.sized.config for one in apart)]:
+        for config in [parent_config, *(member.sized.config for member in apart)]:
             require_head(config)
     if settings.teacher != "parent":
         return
-    by_name = {one.name: one for one in members}
-    for one in members:
-        cut = is_cut_from_parent(one, by_name)
+    by_name = {member.name: member for member in members}
+    for member in members:
+        cut = is_cut_from_parent(member, by_name)
         forms = settings.hidden_features(cut), settings.features.embedding
         if not cut and forms != ("none", "none"):
             try:
-                even_origin(one.sized.dims, dims_of(parent_config))
+                even_origin(member.sized.dims, dims_of(parent_config))
             except UserError as error:
-                raise UserError(f"members: {one.name}: {error}") from error
+                raise UserError(f"members: {member.name}: {error}") from error
     if settings.features.relations:
-        for config in [parent_config, *(one.sized.config for one in apart)]:
+        for config in [parent_config, *(member.sized.config for member in apart)]:
             attention_projections(build_on_meta(config), dims_of(config).num_hidden_layers - 1)
 
 

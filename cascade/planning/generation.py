@@ -46,13 +46,13 @@ def missing_answers(
     for folder in run_folder.glob("stages/parent.generate-*"):
         if is_committed(folder):
             manifest = read_json(folder / MANIFEST)
-            digests = {name: value for name, value in manifest.get("inputs", {}).items() if name != "filter"}
+            digests = {name: digest for name, digest in manifest.get("inputs", {}).items() if name != "filter"}
             if {"settings": manifest.get("settings"), "inputs": digests} == expected:
                 return 0
     source = teacher_source(settings, parent)
     local = {} if settings.endpoint else {"tokenizer": load_tokenizer(source), "digest": fingerprint(source)}
     answered = AnswerLog(path).answers
-    return sum(one.key not in answered for one in wanted_answers(settings, prompts, seed=recipe.seed, **local))
+    return sum(answer.key not in answered for answer in wanted_answers(settings, prompts, seed=recipe.seed, **local))
 
 
 def generation_inputs(
@@ -60,7 +60,7 @@ def generation_inputs(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What the stage's key is made of but for a filter of the user's own: (settings, inputs)."""
     inputs = {
-        "prompts": hashlib.sha256(json.dumps([one.messages for one in prompts]).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest(),
         "teacher": "" if settings.endpoint else fingerprint(teacher_source(settings, parent)),
         "parent": fingerprint(parent) if settings.filters.max_perplexity else "",
     }
@@ -103,13 +103,13 @@ def key_settings(settings: Generate, *, public: bool = False) -> dict[str, Any]:
     endpoint = settings.endpoint
     if endpoint is None:
         return record | {"batch_size": settings.batch_size}
-    asked = endpoint.model_dump(exclude=set(HOW_ASKED), context=context)
+    request = endpoint.model_dump(exclude=set(HOW_ASKED), context=context)
     # A budget that only stops changes nothing; one that cuts the answers short does.
     limits = endpoint.budget.model_dump(include={"requests", "tokens", "money"})
     cut = {} if endpoint.budget.when_spent == "stop" else {"budget": limits}
     if endpoint.top_logprobs is None:
-        asked.pop("top_logprobs")
-    return record | {"endpoint": asked | cut}
+        request.pop("top_logprobs")
+    return record | {"endpoint": request | cut}
 
 
 def _prefix_settings(settings: Generate, parent: ModelSource) -> dict[str, Any]:

@@ -21,28 +21,29 @@ def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str
     """
     shaped = shape_config(parent_config, hidden_score(recipe.prune.hidden, parent_config))
     fits: dict[tuple[int, int], DecodeLatency] = {}
-    found = {}
+    latencies = {}
     for member in recipe.members:
         if member.target is None or member.target.decode_ms is None:
             continue
-        kept = _folder(recipe, member, parent_config, folder)
-        if kept.exists() and not verify_folder(kept):
-            found[member.name] = DecodeLatency.from_dict(json.loads((kept / _FILE).read_text(encoding="utf-8")))
+        stage_folder = _folder(recipe, member, parent_config, folder)
+        if stage_folder.exists() and not verify_folder(stage_folder):
+            record = json.loads((stage_folder / _FILE).read_text(encoding="utf-8"))
+            latencies[member.name] = DecodeLatency.from_dict(record)
             continue
         target = target_of(member)
         at = (target.context, target.batch_size)
         if at not in fits:
             fits[at] = fit_decode_latency(parent_config, context=target.context, batch_size=target.batch_size)
-        found[member.name] = corrected(fits[at], shaped, target, parent=parent_config)
-    return found
+        latencies[member.name] = corrected(fits[at], shaped, target, parent=parent_config)
+    return latencies
 
 
 def keep_latencies(recipe: Recipe, parent_config: Any, folder: Path, latencies: dict[str, DecodeLatency]) -> None:
     """Commit what was measured to the run directory, unless it has it."""
     for member in recipe.members:
-        kept = _folder(recipe, member, parent_config, folder)
-        if member.name in latencies and (not kept.exists() or verify_folder(kept)):
-            with staged(kept, {"stage": "latency"}) as staging:
+        stage_folder = _folder(recipe, member, parent_config, folder)
+        if member.name in latencies and (not stage_folder.exists() or verify_folder(stage_folder)):
+            with staged(stage_folder, {"stage": "latency"}) as staging:
                 (staging / _FILE).write_text(
                     json.dumps(latencies[member.name].as_dict(), indent=1) + "\n", encoding="utf-8"
                 )

@@ -102,9 +102,9 @@ def _with_merged_heads(name: str, weight: Tensor, axes: ModelAxes, plan: Pruning
     for part in axes.of(name)[position].parts:
         rows = part.rows_per_unit(source)
         if part.dim in merging:
-            for one, other in plan.merged_heads[plan.layers.index(layer)]:
-                ours, theirs = (weight.narrow(position, offset + head * rows, rows) for head in (one, other))
-                merged.narrow(position, offset + one * rows, rows).copy_(2 * ours - theirs)
+            for pair in plan.merged_heads[plan.layers.index(layer)]:
+                staying, removed = (weight.narrow(position, offset + head * rows, rows) for head in pair)
+                merged.narrow(position, offset + pair[0] * rows, rows).copy_(2 * staying - removed)
         offset += int(part.length(source))
     return merged
 
@@ -115,18 +115,18 @@ def kept_rows(axis: Axis, layer: int | None, plan: PruningPlan) -> Tensor | None
     Raises:
         ValueError: heads or neurons outside the layers.
     """
-    kept, offset, whole = [], 0, True
+    rows_of_parts, offset, whole = [], 0, True
     for part in axis.parts:
         length = int(part.length(plan.source_dims))
         units = plan.units(part.dim, layer)
         if units is None:
-            kept.append(torch.arange(offset, offset + length))
+            rows_of_parts.append(torch.arange(offset, offset + length))
         else:
             whole = False
             rows = part.rows_per_unit(plan.source_dims)
-            kept.append((torch.tensor(units)[:, None] * rows + torch.arange(rows)).flatten() + offset)
+            rows_of_parts.append((torch.tensor(units)[:, None] * rows + torch.arange(rows)).flatten() + offset)
         offset += length
-    return None if whole else torch.cat(kept)
+    return None if whole else torch.cat(rows_of_parts)
 
 
 def renumbered(name: str, axes: ModelAxes, plan: PruningPlan) -> str | None:

@@ -38,10 +38,12 @@ def prune_on_disk(
     pruned_config = config_of(plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in build_on_meta(pruned_config).named_parameters()}
     order = []
-    for name, (own_name, entry) in sorted(stored.items(), key=lambda item: (item[1][1].path, item[1][1].start)):
+    in_file_order = sorted(stored, key=lambda name: (stored[name][1].path, stored[name][1].start))
+    for name in in_file_order:
+        stored_name, entry = stored[name]
         new_name = renumbered(name, axes, plan)
         if new_name is not None and new_name in shapes:
-            order.append((name, new_name, _renamed(own_name, name, new_name), entry))
+            order.append((name, new_name, _renamed(stored_name, name, new_name), entry))
     for head, owner in axes.tied.items():
         if head in shapes:  # a rotated model has a head of its own
             order.append((head, head, head, stored[owner][1]))
@@ -52,7 +54,7 @@ def prune_on_disk(
     def values() -> Iterator[tuple[str, Tensor]]:
         for name, _, written_name, entry in order:
             weight = entry.read()
-            cut = cut_weight(name, weight, axes, plan, lambda other: stored[other][1].read())
+            cut = cut_weight(name, weight, axes, plan, lambda norm: stored[norm][1].read())
             if weight.isfinite().all() and not cut.isfinite().all():  # merged heads, rotated and rescaled weights grow
                 raise UserError(
                     f"{source.reference}: {entry.dtype} cannot hold {name} once it is cut; store in bfloat16"
@@ -69,10 +71,10 @@ def prune_on_disk(
     write_checkpoint(folder, tensors, values(), max_shard_bytes=max_shard_bytes)
 
 
-def _renamed(own_name: str, name: str, new_name: str) -> str:
+def _renamed(stored_name: str, name: str, new_name: str) -> str:
     """The name to write: the checkpoint's own, with the new number of its layer."""
     if name == new_name:
-        return own_name
-    if own_name.endswith(name):
-        return own_name.removesuffix(name) + new_name
-    return new_name.removeprefix(name.removesuffix(own_name))
+        return stored_name
+    if stored_name.endswith(name):
+        return stored_name.removesuffix(name) + new_name
+    return new_name.removeprefix(name.removesuffix(stored_name))

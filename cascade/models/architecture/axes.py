@@ -176,8 +176,8 @@ class CountedAxes(ModelAxes):
         return 2.0 * self.products
 
 
-def _counted(config: Any) -> CountedAxes:
-    shapes = [tuple(one.shape) for one in build_on_meta(config).parameters()]
+def _image_axes(config: Any) -> CountedAxes:
+    shapes = [tuple(parameter.shape) for parameter in build_on_meta(config).parameters()]
     patch = getattr(config, "patch_size", None) or 1
     rows, columns = patch if isinstance(patch, list | tuple) else (patch, patch)
     _, height, width = image_shape(config)
@@ -196,7 +196,7 @@ def probe_axes(config: Any) -> ModelAxes:
     """
     require_supported(config)
     if reads_images(config):
-        return _counted(config)
+        return _image_axes(config)
     return _probe(config.__class__, config.to_json_string(use_diff=False), tuple(config.architectures or ()))
 
 

@@ -116,7 +116,7 @@ def fit_decode_latency(config: Any, *, context: int, batch_size: int) -> DecodeL
         except ValueError:
             continue  # the architecture does not take this one
         points.append((dims.as_dict(), measure_decode_ms(config, dims, context=context, batch_size=batch_size)))
-    return _fitted(seed.axes, context, batch_size, points)
+    return _fit(seed.axes, context, batch_size, points)
 
 
 def _halves(seed: Sized) -> list[dict[str, int]]:
@@ -149,45 +149,43 @@ def corrected(latency: DecodeLatency, config: Any, target: Target, *, parent: An
     for _ in range(_CORRECTIONS):
         dims = solve_shape(config, target.with_latency(latency), parent=parent)
         known = [milliseconds for point, milliseconds in latency.points if point == dims.as_dict()]
-        found = (
+        measured = (
             known[-1]
             if known
             else measure_decode_ms(config, dims, context=latency.context, batch_size=latency.batch_size)
         )
         predicted = float(latency.milliseconds(probe_axes(config), dims))
-        latency = replace(latency, points=(*latency.points, (dims.as_dict(), found)))
-        if found <= bound * (1 + TOLERANCE) and abs(found / predicted - 1) <= 2 * TOLERANCE:
+        latency = replace(latency, points=(*latency.points, (dims.as_dict(), measured)))
+        if measured <= bound * (1 + TOLERANCE) and abs(measured / predicted - 1) <= 2 * TOLERANCE:
             return latency
         # The whole fit is moved to what was measured here, where it has to be right.
-        latency = replace(latency, coefficients=tuple(rate * found / predicted for rate in latency.coefficients))
+        latency = replace(latency, coefficients=tuple(rate * measured / predicted for rate in latency.coefficients))
     logger.warning(
         "target.decode_ms: after %d corrections the shape still measures %.3g ms where %.3g ms are allowed; is the "
         "machine busy?",
         _CORRECTIONS,
-        found,
+        measured,
         bound,
     )
     return latency
 
 
-def _fitted(
-    axes: ModelAxes, context: int, batch_size: int, points: list[tuple[dict[str, int], float]]
-) -> DecodeLatency:
+def _fit(axes: ModelAxes, context: int, batch_size: int, points: list[tuple[dict[str, int], float]]) -> DecodeLatency:
     rows = np.array(
         [_features(axes, ModelDims(**dims), context, batch_size) for dims, _ in points], dtype=np.float64
     ) / np.array([[milliseconds] for _, milliseconds in points])
     used = list(range(rows.shape[1]))
-    found = np.zeros(rows.shape[1])
+    coefficients = np.zeros(rows.shape[1])
     while used:
         rates = np.linalg.lstsq(rows[:, used], np.ones(len(rows)), rcond=None)[0]
         if (rates >= 0).all():
-            found[used] = rates
+            coefficients[used] = rates
             break
         used.pop(int(rates.argmin()))
     return DecodeLatency(
         context=context,
         batch_size=batch_size,
-        coefficients=tuple(float(rate) for rate in found),
+        coefficients=tuple(float(rate) for rate in coefficients),
         points=tuple(points),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),

@@ -67,7 +67,7 @@ def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iter
     """
     seed = Sized(config)
     reference = seed.dims if parent is None else dims_of(parent)
-    fixed = _completed(dict(target.dims or {}), seed)
+    fixed = _with_dependent_dims(dict(target.dims or {}), seed)
     _check_dims(fixed, seed)
     bounds = _absolute_bounds(seed, target, parent)
     if bounds:
@@ -89,10 +89,10 @@ def _absolute_bounds(seed: Sized, target: Target, parent: Any) -> dict[str, floa
         whole = whole_measure(name, seed.config if parent is None else parent, target)
         bounds[name] = bound * whole if bound <= 1 else bound
         if parent is not None and bounds[name] > whole * (1 + 1e-9):
-            raise UserError(f"target of {_counted(name, bounds[name])} is larger than the parent's {_number(whole)}")
+            raise UserError(f"target of {_bound_text(name, bounds[name])} is larger than the parent's {_number(whole)}")
         size = MEASURES[name](seed.axes, seed.dims, target)
         if bounds[name] > size * (1 + 1e-9):
-            beyond.append(f"target of {_counted(name, bounds[name])} is larger than the seed's {_number(size)}")
+            beyond.append(f"target of {_bound_text(name, bounds[name])} is larger than the seed's {_number(size)}")
     if beyond and len(beyond) == len(bounds):  # a bound that does not bind is none
         raise UserError(beyond[0])
     return bounds
@@ -107,12 +107,12 @@ def diverse_shapes(config: Any, target: Target, *, parent: Any = None, count: in
     Raises:
         UserError: no legal shape meets the target.
     """
-    found: dict[tuple[int, int], ModelDims] = {}
+    shapes: dict[tuple[int, int], ModelDims] = {}
     for dims in candidate_shapes(config, target, parent=parent):
-        found.setdefault((dims.num_hidden_layers, dims.hidden_size), dims)
-        if len(found) == count:
+        shapes.setdefault((dims.num_hidden_layers, dims.hidden_size), dims)
+        if len(shapes) == count:
             break
-    return list(found.values())
+    return list(shapes.values())
 
 
 def legal_values(seed: Sized) -> dict[str, list[int]]:
@@ -135,12 +135,12 @@ def legal_values(seed: Sized) -> dict[str, list[int]]:
     }
 
 
-def _counted(name: str, bound: float) -> str:
+def _bound_text(name: str, bound: float) -> str:
     return f"{_number(bound)} {'parameters' if name == 'params' else name}"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def _number(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _multiples(size: int) -> list[int]:
@@ -150,7 +150,7 @@ def _multiples(size: int) -> list[int]:
     return rounded if rounded and rounded[0] == size else [size, *rounded]
 
 
-def _completed(fixed: dict[str, int], seed: Sized) -> dict[str, int]:
+def _with_dependent_dims(fixed: dict[str, int], seed: Sized) -> dict[str, int]:
     """The explicit dims with those that follow from them."""
     dims = seed.dims
     if seed.axes.heads_fill_hidden:
@@ -171,10 +171,10 @@ def _check_dims(fixed: dict[str, int], seed: Sized) -> None:
     if unknown:
         raise UserError(f"target.dims: {', '.join(unknown)} cannot be cut; known: {', '.join(CUT_DIMS)}")
     legal, dims = legal_values(seed), seed.dims
-    for name, value in fixed.items():
+    for name, size in fixed.items():
         limit = getattr(dims, name)
-        if not 0 < value <= limit:
-            raise UserError(f"target.dims.{name}: {value} is not between 1 and the seed's {limit}")
+        if not 0 < size <= limit:
+            raise UserError(f"target.dims.{name}: {size} is not between 1 and the seed's {limit}")
     heads = fixed.get("num_attention_heads", dims.num_attention_heads)
     groups = fixed.get("num_key_value_heads", dims.num_key_value_heads)
     per_group = dims.num_attention_heads // dims.num_key_value_heads
@@ -224,12 +224,12 @@ def _shapes_within(
     """
     values = _axis_values(seed, fixed)
     columns = _columns(values, seed, fixed, groups_alone=bool(bounds.keys() & _COUNT_THE_CACHE))
-    candidates = _measured(columns, seed, bounds, target, limit)
+    candidates = _candidates(columns, seed, bounds, target, limit)
     order = np.argsort(_cost(columns, seed.dims, reference), kind="stable")
     binding, small = candidates.binding[order], candidates.small[order]
     near = [small & (binding <= 1) & (binding >= 1 - tolerance) for tolerance in TOLERANCES]
     refusals: list[str] = []
-    shapes = _accepted(seed, columns, (*order[near[0]], *order[near[1] & ~near[0]]), refusals)
+    shapes = _legal_shapes(seed, columns, (*order[near[0]], *order[near[1] & ~near[0]]), refusals)
     first = next(shapes, None)
     if first is None:
         raise UserError(_no_shape(candidates, values, bounds, limit, refusals))
@@ -264,7 +264,7 @@ def _columns(values: dict[str, list[int]], seed: Sized, fixed: dict[str, int], *
     return columns
 
 
-def _measured(
+def _candidates(
     columns: dict[str, Any], seed: Sized, bounds: dict[str, float], target: Target, limit: float
 ) -> _Candidates:
     candidates = seed.dims.replace(**columns)
@@ -288,7 +288,9 @@ def _cost(columns: dict[str, Any], seed: ModelDims, reference: ModelDims) -> Any
     )
 
 
-def _accepted(seed: Sized, columns: dict[str, Any], order: tuple[Any, ...], refusals: list[str]) -> Iterator[ModelDims]:
+def _legal_shapes(
+    seed: Sized, columns: dict[str, Any], order: tuple[Any, ...], refusals: list[str]
+) -> Iterator[ModelDims]:
     """The shapes of these rows that the config class takes; what it says against others goes into `refusals`."""
     for row in order:
         dims = seed.dims.replace(**{name: int(column[row]) for name, column in columns.items()})
@@ -311,13 +313,12 @@ def _no_shape(
     name, bound = next(iter(bounds.items()))
     binding, small = candidates.binding, candidates.small
     if (binding[~small] <= 1).any() and not (binding[small] >= 1 - TOLERANCES[-1]).any():
-        return (
-            f"every shape of {_counted(name, bound)} has more parameters than the parent's {_number(limit)}; {_ROTATED}"
-        )
+        bound_text = _bound_text(name, bound)
+        return f"every shape of {bound_text} has more parameters than the parent's {_number(limit)}; {_ROTATED}"
     sizes = candidates.shares[name] * bound
     smallest, nearest = sizes.min(), sizes[np.abs(binding - 1).argmin()]
     return (
-        f"no legal shape has {_number((1 - TOLERANCES[-1]) * bound)} to {_counted(name, bound)}; the smallest has "
+        f"no legal shape has {_number((1 - TOLERANCES[-1]) * bound)} to {_bound_text(name, bound)}; the smallest has "
         f"{_number(smallest)}, the nearest {_number(nearest)}."
         + "".join(f" {axis}: {listed(lengths)}." for axis, lengths in values.items())
         + (f" {refusals[0]}" if refusals else "")

@@ -52,7 +52,7 @@ class Target:
 
     def bounds(self) -> dict[str, float]:
         """The bounds that are given, by name."""
-        return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
+        return {name: bound for name in MEASURES if (bound := getattr(self, name)) is not None}
 
 
 def _decode_ms(axes: ModelAxes, dims: ModelDims, target: Target) -> Any:
