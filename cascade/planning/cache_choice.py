@@ -23,47 +23,47 @@ from cascade.teacher.targets.record import Layout
 _CHOICE_FILE = "stages/targets.json"
 
 HIDDEN_LIMIT_BYTES = 8e9
-"""Up to so many bytes of hidden states are kept without being asked for."""
+"""Hidden states of up to this many bytes are kept where the recipe says `cache: auto`."""
 _LABELLING, _LEAST_SAVED = 1.1, 0.1
-"""Labelling against the teacher's forward pass; what has to be saved of it to be worth the disk."""
+"""Cost of labelling, in forward passes of the teacher; least share of its work that kept targets have to save."""
 _IDS_PER_DRAW = 0.45
 """Distinct ids among the draws, as measured on a vocabulary of 49,152."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to keep, or not, what the teacher says."""
+    """One form in which the teacher's targets could be kept."""
 
     kind: str
     refused: str
-    """Why it cannot serve this recipe; empty: it can."""
+    """Why this form cannot serve the recipe; empty where it can."""
     num_bytes: float
     label_flops: float
     saved_flops: float
-    """Of all trainings together, labelling subtracted."""
+    """FLOPs of the teacher that all trainings together save, less those of labelling."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run does."""
+    """The form in which a run keeps the teacher's targets, with the reason and the alternatives."""
 
     layout: Layout | None
-    """None: the teacher is asked each time. Exact ids come in once the tokenizer is there."""
+    """None: the teacher runs at each step. Exact ids are added once the tokenizer is loaded."""
     why: str
     num_labelled: int
-    """Tokens, once."""
+    """Tokens that the teacher labels, once."""
     num_read: int
-    """Tokens, by all trainings."""
+    """Tokens that all trainings read."""
     options: list[Option]
 
     @property
     def kind(self) -> str:
-        """Of the targets that are kept."""
+        """The kind of targets that the run keeps: none, sampled, top_k or hidden."""
         return self.layout.kind if self.layout else "none"
 
     @property
     def num_bytes(self) -> float:
-        """Of all that is kept; 0 where nothing is."""
+        """Bytes on disk of all kept targets; 0 where none are kept."""
         return 0.0 if self.layout is None else self.num_labelled * bytes_per_token(self.layout)
 
     def records(self, num_members: int) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ class Choice:
 def options_table(
     options: Sequence[dict[str, Any]], size: Callable[[float], str], time: Callable[[float], str]
 ) -> list[list[str]]:
-    """What each form of targets takes, gives and cannot give."""
+    """A table of the forms of targets: disk, labelling time, time saved, and the losses that each allows."""
     gives = {"sampled": "forward KL, temperature 1", "top_k": "the same, a bucket for the rest", "hidden": "all"}
     table = [["targets", "on disk", "labelling", "saves a member", "losses", "here"]]
     for option in options:
@@ -98,7 +98,7 @@ def options_table(
 def with_cache(
     recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember], choice: Choice
 ) -> list[ResolvedMember]:
-    """The members with the seconds that they take where the teacher is not asked each time."""
+    """The members with their training times for a run that keeps the teacher's targets."""
     if choice.layout is None:
         return list(members)
     rate, flops, dims = flops_per_second(), flops_of(recipe, parent_config), dims_of(parent_config)
@@ -116,7 +116,7 @@ def with_cache(
 def choose_cache(
     recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember], *, run_folder: Path | None = None
 ) -> Choice:
-    """What `distill.cache` comes to for these members; what a run directory has settled for stays.
+    """What `distill.cache` comes to for these members; a run directory that has made the choice keeps it.
 
     Raises:
         UserError: the kind that is asked for cannot give the losses that are.
@@ -276,7 +276,7 @@ def _layout(distill: Distill, config: Any, kind: str, inside: dict[str, str]) ->
 
 
 def bytes_per_token(layout: Layout) -> float:
-    """About what a token takes on disk."""
+    """Estimated bytes on disk of one token's targets."""
     if layout.kind == "hidden":
         width = layout.hidden_size * 2 if layout.dtype == "bfloat16" else layout.hidden_size + 4
         return float(width * (1 + len(layout.points)))
@@ -288,7 +288,7 @@ def bytes_per_token(layout: Layout) -> float:
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Where a recipe's cache is."""
+    """The folder of the recipe's kept targets."""
     folder = recipe.distill.cache.folder if recipe.distill else ""
     return Path(folder).expanduser() if folder else default_folder()
 

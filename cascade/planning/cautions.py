@@ -1,4 +1,4 @@
-"""What a plan tells of and does not refuse: memory and disk beyond the machine's, rows that are not compared."""
+"""What a plan warns of without refusing it: too little memory or disk, few steps, rows that no loss reads."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from cascade.store.lock import existing
 def cautions(
     recipe: Recipe, members: Sequence[ResolvedMember], parent_config: Any, run_folder: Path, choice: Choice
 ) -> list[str]:
-    """A sentence for each, those about a member beginning with its name; `choice` is of the targets to be kept."""
+    """One sentence a warning, beginning with the member's name where it is about one; `choice`: the kept targets."""
     return [
         *_little_memory(members),
         *_little_disk(members, run_folder, cache_folder(recipe), choice.num_bytes),
@@ -35,7 +35,7 @@ FEW_STEPS = 150
 
 
 def _few_steps(recipe: Recipe, members: Sequence[ResolvedMember]) -> list[str]:
-    """Language models on one process whose batch can be halved; others were not measured."""
+    """Members whose batch could be halved: language models on one process, as no others were measured."""
     batch_size = recipe.distill.batch_size if recipe.distill else 1
     if recipe.task != "language" or batch_size % 2 or ranks.world_size() > 1:
         return []
@@ -50,7 +50,7 @@ def _few_steps(recipe: Recipe, members: Sequence[ResolvedMember]) -> list[str]:
 
 
 def _side_arms(members: Sequence[ResolvedMember]) -> list[str]:
-    """Where the chain goes on from a member that the recipe cuts from the parent beside a larger one of the chain."""
+    """Members whose seed is itself cut from the parent beside a larger member of the chain."""
     cut = {member.name: member for member in members if member.seed}
     names = list(cut)  # largest first
     beside = {
@@ -67,7 +67,7 @@ def _side_arms(members: Sequence[ResolvedMember]) -> list[str]:
 
 
 def _little_memory(members: Sequence[ResolvedMember]) -> list[str]:
-    """Where the estimate of a training's peak is above all the memory that its device has."""
+    """Members whose estimated peak memory is above what the training device has."""
     if torch.cuda.is_available():
         held, what = torch.cuda.get_device_properties(0).total_memory, "GPU"
     else:

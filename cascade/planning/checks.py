@@ -102,7 +102,7 @@ def require_one_process(recipe: Recipe) -> None:
 
 
 def _require_trainable(distill: Distill, parent_config: Any, members: list[ResolvedMember]) -> None:
-    """Refuse now what would stop the training of a member later."""
+    """Refuse trackers, optimizers and feature losses that would stop the training of a member later."""
     require_trackers(distill.trackers)
     if distill.optimizer != "auto":
         require_optimizer(distill.optimizer)
@@ -121,7 +121,7 @@ def _require_trainable(distill: Distill, parent_config: Any, members: list[Resol
 
 
 def _require_held_by_save_dtype(recipe: Recipe, parent_config: Any) -> None:
-    """Refuse a dtype that cannot hold the parent's own weights, let alone those of what is made of it."""
+    """Refuse a `save.dtype` that cannot hold the parent's own weights."""
     dtype = parent_config.dtype if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
     existing = recipe.parent.pretrain is None and recipe.parent.fit is None
     if dtype == torch.float16 and existing:
@@ -166,7 +166,7 @@ def _require_same_width(parent_config: Any, members: list[ResolvedMember]) -> No
 
 
 def _require_roundable(recipe: Recipe, configs: dict[str, Any]) -> None:
-    """Refuse now the copies that could not be made of what a run has taken hours for."""
+    """Refuse copies in fewer bits that the finished members could not be rounded to."""
     require_torchao()
     for entry in recipe.finish:
         for name in entry.members or configs:

@@ -30,7 +30,7 @@ from cascade.runtime.errors import UserError
 
 
 def made_dtype(recipe: Recipe) -> torch.dtype:
-    """What a language model that is made here is stored in."""
+    """The dtype in which a language model that the run trains is stored."""
     dtype: torch.dtype = torch.bfloat16 if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
     return dtype
 

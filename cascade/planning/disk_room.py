@@ -9,11 +9,11 @@ from cascade.planning.family import ResolvedMember
 from cascade.store.lock import require_room
 
 MARGIN = 1.1
-"""Of what is counted: manifests, statistics and evaluations come on top of the weights."""
+"""Factor on the counted bytes, for manifests, statistics and evaluations, which come on top of the weights."""
 
 
 def bytes_still_needed(run_folder: Path, members: Sequence[ResolvedMember]) -> int:
-    """What the members that are not published will take, less the weights that their stages hold already.
+    """Bytes that unpublished members will still take: their total, less the weights that their stages hold already.
 
     One member trains at a time, so of the training states only the largest counts.
     """
@@ -26,7 +26,7 @@ def bytes_still_needed(run_folder: Path, members: Sequence[ResolvedMember]) -> i
 
 
 def require_room_for(run_folder: Path, members: Sequence[ResolvedMember]) -> None:
-    """Refuse now what would not fit on the disk at its end.
+    """Refuse a run whose members will not fit on the disk.
 
     Raises:
         DiskError: less is free than the members still need.
@@ -36,7 +36,7 @@ def require_room_for(run_folder: Path, members: Sequence[ResolvedMember]) -> Non
 
 
 def memory_bytes() -> int | None:
-    """Of the machine, or of the container where that has less."""
+    """Bytes of memory of the machine, or of the container where that has less; None where neither can be read."""
     try:
         held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Whether this machine can do what a run needs: asked before hours depend on it."""
+"""Whether this machine has what a run needs, checked before it starts."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ _HUB_TIMEOUT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Check:
-    """One answer."""
+    """The result of one check."""
 
     name: str
     status: Literal["ok", "warning", "fault"]
@@ -65,7 +65,7 @@ def _memory(recipe: Recipe | None, output: str | Path | None) -> Iterator[Check]
 
 
 def _versions() -> Iterator[Check]:
-    """Every package that this one asks for, against the versions that it asks for."""
+    """Each dependency of this package: its installed version against the required one."""
     for text in importlib.metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

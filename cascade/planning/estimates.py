@@ -19,16 +19,16 @@ from cascade.recipe.schema import Recipe
 from cascade.runtime import ranks
 
 BASE_PROCESS_BYTES = 600_000_000
-"""torch, transformers and lm-eval themselves."""
+"""Memory of a process that has imported torch, transformers and lm-eval."""
 
 _USUAL_TRIES = 4
-"""Of a search for a learning rate."""
+"""Short trainings that a search for a learning rate usually takes."""
 
 MUON_SHARE = 0.5
 """`distill.optimizer: auto` is Muon where its orthogonalisation costs at most this share of a step's other FLOPs."""
 
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "muon": 8.0}
-"""What an optimizer remembers of one weight."""
+"""Bytes of an optimizer's state for one weight."""
 
 
 def optimizer_of(recipe: Recipe, config: Any, parent_config: Any) -> str:
@@ -51,7 +51,7 @@ def optimizer_of(recipe: Recipe, config: Any, parent_config: Any) -> str:
 
 
 def peak_memory(recipe: Recipe, distill: Distill, student: Sized, teacher: Sized, *, optimizer: str) -> float:
-    """Estimated bytes while training.
+    """Estimated peak memory of a training, in bytes.
 
     Weights, gradients, the optimizer's moments and the average of the student, the teacher's weights, what the backward
     pass keeps of each layer (and the feature losses of its hidden states), the head's gradient, a chunk of both models'
@@ -99,7 +99,7 @@ def flops_of(recipe: Recipe, config: Any) -> float:
 
 
 def units_in(recipe: Recipe, num_blocks: int) -> float:
-    """How many tokens, or examples, so many blocks of packed text amount to."""
+    """The tokens, or examples, that `num_blocks` blocks of packed text amount to."""
     if not recipe.counts_examples:
         return float(num_blocks * recipe.data.block_size)
     if recipe.task == "image_classification":
@@ -108,7 +108,7 @@ def units_in(recipe: Recipe, num_blocks: int) -> float:
 
 
 SHORT_SHARE = 0.05
-"""Of a member's tokens: the recovery of each of the two shapes that `prune.hidden: auto` tries."""
+"""Share of a member's tokens on which each of the two shapes that `prune.hidden: auto` tries is recovered."""
 
 
 def short_recovery(recipe: Recipe, num_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""How long a recipe's examples are, in tokens: what one of them costs goes by that."""
+"""The mean length of a recipe's examples in tokens, which their cost depends on."""
 
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ from cascade.recipe.data import Data
 from cascade.recipe.schema import Recipe
 
 _SAMPLE = 512
-"""Examples that are looked at, spread over the training split."""
+"""Examples that are measured, spread evenly over the training split."""
 
 
 def tokens_per_example(recipe: Recipe) -> float:

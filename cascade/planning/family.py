@@ -31,7 +31,7 @@ from cascade.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class FoundShape:
-    """What was chosen for a member among several that were tried."""
+    """The shape that a search has chosen for a member."""
 
     dims: ModelDims
     hidden: str
@@ -44,34 +44,34 @@ class ResolvedMember:
 
     member: Member
     target: Target | None
-    """What its shape is solved by; None where that is given."""
+    """The target that the shape is solved for; None where the member has a shape already."""
     seed: str
-    """'parent', a member's name, or '' for one that is not cut"""
+    """'parent', a member's name, or '' for a member that is not cut."""
     sized: Sized
-    """Of the shape solved for (the plan settles the config's per-layer lists)."""
+    """The member's architecture, of the shape solved for (the pruning plan settles the config's per-layer lists)."""
     parent_config: Any
     hidden: str
     """The score of hidden channels: activation_norm or pca."""
     hidden_choices: tuple[str, ...]
-    """More than one where `prune.hidden: auto` is settled by trying."""
+    """The scores of hidden channels that are tried; more than one where `prune.hidden: auto` chooses by trying."""
     vocab_size: int | None
-    """Ids, from 0 on, that it is compared with the parent over; None: all rows, of which both have as many."""
+    """Ids, from 0 on, over which the member is compared with the parent; None: all rows, as both have equally many."""
     flops_per_token: float
-    """Forward, at the recipe's block size; of a whole example where it counts those."""
+    """Forward FLOPs of a token at the recipe's block size; of a whole example where the recipe counts examples."""
     num_steps: int
     num_tokens: int
     """Training tokens (examples where it classifies), in whole steps."""
     optimizer: str
-    """What distill.optimizer comes to for it."""
+    """What `distill.optimizer` comes to for this member."""
     first_position: int
     """Blocks that the chain of seeds has read before."""
     peak_memory_bytes: float
     disk_bytes: float
-    """Of what stays when it is finished."""
+    """Bytes of the checkpoints that stay once the member is finished."""
     state_bytes: float
-    """Of training states, the one being written included, while it is trained."""
+    """Bytes of training states during training, the state being written included."""
     seconds: dict[str, float]
-    """Estimated time of each stage on this machine."""
+    """Stage name -> its estimated seconds on this machine."""
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ def resolve_family(
     found_shapes: Mapping[str, FoundShape] | None = None,
     latencies: Mapping[str, Latency] | None = None,
 ) -> list[ResolvedMember]:
-    """Members, largest first, a seed always before what is cut from it.
+    """The members with their shapes and costs, largest first, a seed always before the members cut from it.
 
     `pinned_seeds` (member -> seed) holds for members that already exist: adding a size between two others must not
     give the smaller one another seed. `found_shapes` are those that a search has chosen by now; `latencies` say how
@@ -119,9 +119,9 @@ class _Seed:
     name: str = ""
     """'parent', a member's name, or '' for a member that is not cut."""
     config: Any
-    """The seed's; the member's own where it is not cut."""
+    """The config of the seed, or of the member itself where it is not cut."""
     member: ResolvedMember | None = None
-    """None where the seed is no member."""
+    """The seed as a member; None where it is the parent or there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ def _seed_of(member: Member, resolved: dict[str, ResolvedMember], parent_config:
 def _outline(
     recipe: Recipe, member: Member, target: Target | None, seed: _Seed, parent: Sized, shape: FoundShape | None
 ) -> _Outline:
-    """`shape` is what a search has chosen; None: the target is solved."""
+    """What a member starts from and its shape: `shape` where a search has chosen one, else the solved target."""
     hidden = shape.hidden if shape else _hidden_of(recipe, member, seed.config, parent.config)
     config = seed.config
     if target is not None:
@@ -206,7 +206,7 @@ def _outline(
 
 
 def _hidden_of(recipe: Recipe, member: Member, seed_config: Any, parent_config: Any) -> str:
-    """Nothing is rotated where no channels are cut, or none by scores."""
+    """The score of a member's hidden channels; without rotation where no channels are cut, or none by scores."""
     target = member.target
     stays = target is None or (not target.has_bounds() and "hidden_size" not in target.dims)
     if target is None or member.start != "prune" or (recipe.prune.hidden == "auto" and stays):
@@ -246,7 +246,7 @@ def hidden_score(setting: str, parent_config: Any) -> str:
 
 
 LARGEST_UNTIED_SHARE = 0.15
-"""Of the parent's parameters: tied embeddings up to this share are untied by `prune.hidden: auto`."""
+"""Share of the parent's parameters up to which `prune.hidden: auto` unties tied embeddings."""
 
 
 def hidden_choices(setting: str, parent_config: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What would stop a run after hours and can be known before: looked for by `cascade plan`, and as a run begins."""
+"""What would stop a run after hours and can be known before: `cascade plan` and the start of a run check it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ from cascade.runtime.errors import UserError
 
 
 def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember]) -> None:
-    """Refuse now what a later stage would refuse; loads no weights.
+    """Refuse at the start what a later stage would refuse; loads no weights.
 
     Raises:
         UserError: with the key, what is wrong and what is accepted.
@@ -64,7 +64,7 @@ def rows_of_all(parent_config: Any, members: Sequence[ResolvedMember]) -> int:
 
 
 def _require_tasks(recipe: Recipe) -> None:
-    """Their datasets are here, and report what `at_least` asks for."""
+    """Refuse evaluation tasks whose datasets are missing, and thresholds on metrics that no task reports."""
     tasks = find_tasks(recipe.evaluate.tasks, [Path(folder) for folder in recipe.evaluate.task_folders])
     require_datasets(tasks)
     measured = measured_names(tasks) if recipe.evaluate.at_least else set()
@@ -90,7 +90,7 @@ def _heldout_metrics(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _require_models(recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember]) -> None:
-    """Heads whose logits can be compared, and insides that can be, where losses ask for them."""
+    """Refuse models whose logits or hidden states the losses cannot compare."""
     settings = recipe.distill
     if recipe.parent.pretrain is not None:
         place = "parent.pretrain.block_size"
@@ -118,7 +118,7 @@ def _require_models(recipe: Recipe, parent_config: Any, members: Sequence[Resolv
 
 
 def _require_processes(recipe: Recipe) -> None:
-    """Each step's blocks can be shared out to as many processes as there are."""
+    """Refuse batches that cannot be shared out evenly to the processes."""
     sections = [recipe.distill, recipe.parent.pretrain, recipe.parent.fit]
     for section in sections:
         if section is not None:
@@ -126,7 +126,7 @@ def _require_processes(recipe: Recipe) -> None:
 
 
 def _require_framing(recipe: Recipe, tokenizer: Any | None) -> None:
-    """Something keeps documents apart where no end token does."""
+    """Refuse packed text in which neither an end token nor a begin token keeps documents apart."""
     if recipe.data.end_token != "none":
         return
     if tokenizer is not None:
@@ -139,7 +139,7 @@ def _require_framing(recipe: Recipe, tokenizer: Any | None) -> None:
 
 
 def _require_examples(recipe: Recipe, parent_config: Any) -> None:
-    """Held-out examples are there, and images have the parent's size."""
+    """Refuse missing held-out examples, and images of another size than the parent's."""
     data = labelled_data(recipe.data, recipe.task)
     heldout = heldout_rows(data)
     if recipe.task != "image_classification":
@@ -149,7 +149,7 @@ def _require_examples(recipe: Recipe, parent_config: Any) -> None:
 
 
 def _require_text(recipe: Recipe, tokenizer: Any) -> None:
-    """Held-out and production text fill a block; hidden tokens and log-probabilities have what they need."""
+    """Refuse held-out or production text below a block, and text that lacks mask tokens or log-probabilities."""
     if tokenizer is None:
         heldout_documents(text_data(recipe.data))
         return

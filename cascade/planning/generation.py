@@ -58,7 +58,7 @@ def missing_answers(
 def generation_inputs(
     recipe: Recipe, settings: Generate, prompts: list[Prompt], parent: ModelSource
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the stage's key is made of but for a filter of the user's own: (settings, inputs)."""
+    """(settings, inputs) of the stage's key, without those of a user's own filter."""
     inputs = {
         "prompts": hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest(),
         "teacher": "" if settings.endpoint else fingerprint(teacher_source(settings, parent)),
@@ -68,7 +68,7 @@ def generation_inputs(
 
 
 def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], parent: ModelSource) -> None:
-    """What would make the text useless once it is there.
+    """Refuse prompts and settings that would make the written text useless.
 
     Raises:
         UserError: too few prompts for the splits, one that leaves no room for an answer, or a chat that the parent has
@@ -95,7 +95,7 @@ def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], 
 
 
 def key_settings(settings: Generate, *, public: bool = False) -> dict[str, Any]:
-    """All that changes the dataset: not how an endpoint is reached, nor a budget that only stops."""
+    """The settings that change the dataset, without how an endpoint is reached and budgets that only stop."""
     context = PUBLIC if public else None
     record = settings.model_dump(exclude={"endpoint", "prompts", "text", "batch_size"}, context=context)
     if settings.filters.thoughts == "stop":  # what is made then is what was made before there was a choice

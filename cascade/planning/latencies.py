@@ -14,7 +14,7 @@ _FILE = "latency.json"
 
 
 def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str, DecodeLatency]:
-    """By member with a target in decode_ms: as the run directory has them, or measured now.
+    """Member with a target in decode_ms -> its latency, from the run directory or measured now.
 
     Raises:
         UserError: the parent does not decode, or not at the target's context.
@@ -39,7 +39,7 @@ def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str
 
 
 def keep_latencies(recipe: Recipe, parent_config: Any, folder: Path, latencies: dict[str, DecodeLatency]) -> None:
-    """Commit what was measured to the run directory, unless it has it."""
+    """Commit measured latencies to the run directory, unless it has them already."""
     for member in recipe.members:
         stage_folder = _folder(recipe, member, parent_config, folder)
         if member.name in latencies and (not stage_folder.exists() or verify_folder(stage_folder)):
@@ -50,7 +50,7 @@ def keep_latencies(recipe: Recipe, parent_config: Any, folder: Path, latencies: 
 
 
 def _folder(recipe: Recipe, member: Member, parent_config: Any, folder: Path) -> Path:
-    """A member's own: a size that is added later does not have the others measured again."""
+    """The stage folder of one member's latency, so that a member added later does not have others measured again."""
     settings = {
         "target": member.target.model_dump() if member.target else None,
         "hidden": recipe.prune.hidden,

@@ -89,7 +89,7 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
 
 
 def _left_by_a_start(path: Path) -> bool:
-    """Whether a run that died before it had written its recipe can have left this."""
+    """Whether a run that died before it wrote its recipe can have left this file."""
     return path.is_file() and path.name.startswith((LOCK, f".{LOCK}-", ".recipe.yaml-"))
 
 

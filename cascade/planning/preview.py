@@ -34,7 +34,7 @@ from cascade.teacher.writing.generate import collect_prompts, planned
 
 
 def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
-    """Members with their shapes and costs; checks paths, tasks, tokenizer, text, legality and the cut itself.
+    """The record of a plan: members with their shapes and costs, after every check that needs no weights.
 
     Raises:
         UserError: whatever would stop the run.

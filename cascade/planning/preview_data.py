@@ -59,7 +59,7 @@ def _require_splits(data: TextData, block_size: int, tokenizer: Any | None) -> N
 
 
 def data_lines(record: dict[str, Any]) -> list[str]:
-    """What `preview_data` gave, as lines for a terminal."""
+    """The record of `preview_data` as lines for a terminal."""
     lines: list[str] = []
     for name, rows in record["files"].items():
         lines += skipped_lines(name, rows) if "files" not in rows else look_text(name, rows)

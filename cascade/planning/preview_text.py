@@ -100,7 +100,7 @@ def _shape_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def _optimizer_lines(members: list[dict[str, Any]]) -> list[str]:
-    """With what, and in how many steps, members are trained."""
+    """The optimizers that members are trained with, and the steps of each training."""
     steps: dict[str, list[str]] = {}
     for member in members:
         steps.setdefault(member["optimizer"], []).append(f"{member['name']} in {member['num_steps']:,} steps")
@@ -108,7 +108,7 @@ def _optimizer_lines(members: list[dict[str, Any]]) -> list[str]:
 
 
 def _fading_lines(fading: dict[str, Any], members: Sequence[dict[str, Any]]) -> list[str]:
-    """From when on members learn nothing more of the teacher's inside."""
+    """A sentence about when the weight of the feature losses has faded, for each member whose losses fade."""
     steps = {member["name"]: member["num_steps"] for member in members}
     ends = []
     for name, fraction in fading["members"].items():
@@ -123,7 +123,7 @@ def _fading_lines(fading: dict[str, Any], members: Sequence[dict[str, Any]]) -> 
 
 
 def _targets_lines(targets: dict[str, Any]) -> list[str]:
-    """What is kept of the teacher, and beside it what might be."""
+    """The form in which the teacher's targets are kept, and a table of the alternatives."""
     lines = [f"Teacher's targets: {targets['kind']} ({targets['why']})."]
     if not targets["options"]:
         return lines
@@ -141,7 +141,7 @@ def _targets_lines(targets: dict[str, Any]) -> list[str]:
 
 
 def hops_too_large(members: Sequence[dict[str, Any]]) -> list[str]:
-    """What is worth a thought: a student below a tenth of its teacher or above it, more than a third cut."""
+    """Warnings about a student below a tenth of its teacher or above it, or cut by more than a third at once."""
     sizes = {"parent": 1.0} | {member["name"]: member["fraction_of_parent"] for member in members}
     warnings = []
     for member in members:

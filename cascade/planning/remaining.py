@@ -36,7 +36,7 @@ def shapes_on_disk(run_folder: Path, names: Sequence[str]) -> dict[str, FoundSha
 
 
 def remaining_members(run_folder: Path, recipe: Recipe, members: Sequence[ResolvedMember]) -> list[ResolvedMember]:
-    """The members with the seconds of those stages alone that are not done yet."""
+    """The members with the seconds of only those stages that are not done yet."""
     remaining = []
     for member in members:
         seconds = remaining_seconds(run_folder, recipe, member.name, member.seconds)
@@ -48,7 +48,7 @@ def remaining_members(run_folder: Path, recipe: Recipe, members: Sequence[Resolv
 
 
 def remaining_seconds(run_folder: Path, recipe: Recipe, name: str, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Of a member's stages, or the parent's, those that are not done."""
+    """The estimated seconds of the stages of a member, or of the parent, that are not done yet."""
     done = {stage for stage in STAGES if _is_done(run_folder, recipe, name, stage)}
     if "distill" in done:
         done |= {stage.name for stage in STAGES.values() if stage.before_training}

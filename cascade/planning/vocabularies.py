@@ -1,4 +1,4 @@
-"""Over which token ids a member is compared with its teacher, and whether its text has others."""
+"""The token ids over which a member is compared with its teacher, and whether the text contains others."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which units stay: the best-scored of each kind, as many as the target says."""
+"""Choosing the units that stay: the best-scored of each kind, as many as the target says."""
 
 import json
 from typing import Any
@@ -25,7 +25,7 @@ def plan_pruning(
     statistics: Statistics | None = None,
     merge_heads: bool = False,
 ) -> PruningPlan:
-    """Keep the best-scored units of each kind, as many as `target` says.
+    """The plan that keeps the best-scored units of each kind, as many as `target` says.
 
     Query heads are ranked inside each key/value group and kept equally per group; with as many key/value heads as
     heads, whole heads are ranked. With `statistics` the norms are corrected by the energy that the kept channels

@@ -1,4 +1,4 @@
-"""Which axis of which weight belongs to which dimension, found by probing sizes, not by knowing architectures.
+"""The dimension that each axis of each weight belongs to, found by probing sizes, not by knowing architectures.
 
 The architecture is built on the meta device (no memory) under configs that differ in one dimension. An axis whose
 length changed belongs to that dimension; by how much it changed says how many rows one unit has. What sizes cannot say
@@ -156,7 +156,7 @@ class ModelAxes:
 
 @dataclass(frozen=True)
 class CountedAxes(ModelAxes):
-    """Of a model that reads no text, and is not cut: its weights are counted as they are, whatever the dims."""
+    """Axes of an image model, which is not cut: its weights are counted as they are, whatever the dims."""
 
     total: int = 0
     """Parameters."""
@@ -164,15 +164,15 @@ class CountedAxes(ModelAxes):
     """Weights of matrix products, once for each patch of an image."""
 
     def num_parameters(self, dims: ModelDims) -> Any:
-        """All of them."""
+        """The count of all weights, whatever `dims` are."""
         return self.total
 
     def num_parameters_non_embedding(self, dims: ModelDims) -> Any:
-        """All of them: there is no vocabulary."""
+        """The count of all weights, as there is no vocabulary."""
         return self.total
 
     def flops_per_token(self, dims: ModelDims, context: float) -> Any:
-        """Of one image: two for each weight of a matrix at each patch."""
+        """Forward FLOPs of one image: two for each weight of a matrix at each patch."""
         return 2.0 * self.products
 
 

@@ -35,7 +35,7 @@ class ModelDims:
     """0 where a model reads no text."""
 
     def as_dict(self) -> dict[str, int]:
-        """By Hugging Face name, in a fixed order."""
+        """Hugging Face name -> size, in a fixed order."""
         return asdict(self)
 
     def replace(self, **changes: int) -> "ModelDims":

@@ -47,21 +47,21 @@ class DecodeLatency:
 
     @property
     def parent_ms(self) -> float:
-        """What the parent itself was measured at: shares are of this."""
+        """Measured milliseconds of the parent, which shares are of."""
         return self.points[0][1]
 
     def milliseconds(self, axes: ModelAxes, dims: ModelDims) -> Any:
-        """Of one step, under `dims` (numbers, or arrays of candidates)."""
+        """Milliseconds of one step under `dims` (numbers, or arrays of candidates)."""
         features = _features(axes, dims, self.context, self.batch_size)
         return sum(rate * feature for rate, feature in zip(self.coefficients, features, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """The record for a JSON file."""
         return vars(self) | {"points": [list(point) for point in self.points]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecodeLatency":
-        """What `as_dict` gave."""
+        """The latency that `as_dict` gave a record of."""
         points = tuple((dims, float(milliseconds)) for dims, milliseconds in values["points"])
         return cls(**values | {"points": points, "coefficients": tuple(values["coefficients"])})
 
@@ -102,7 +102,7 @@ def measure_decode_ms(config: Any, dims: ModelDims, *, context: int, batch_size:
 
 
 def fit_decode_latency(config: Any, *, context: int, batch_size: int) -> DecodeLatency:
-    """Times the model of `config`, and one cut along each axis and along all, and fits the coefficients.
+    """The fitted latency of the model of `config`: times it, a cut along each axis and one along all axes.
 
     Raises:
         UserError: the model does not decode at this context.
@@ -120,7 +120,7 @@ def fit_decode_latency(config: Any, *, context: int, batch_size: int) -> DecodeL
 
 
 def _halves(seed: Sized) -> list[dict[str, int]]:
-    """Nothing changed; each axis halved on its own, heads also with their groups; all of them halved."""
+    """Changes to time: none; each axis halved alone, heads also with their groups; all axes halved."""
     half = {name: values[len(values) // 2] for name, values in legal_values(seed).items()}
     groups, dims = half["num_key_value_heads"], seed.dims
     half["num_attention_heads"] = groups * (dims.num_attention_heads // dims.num_key_value_heads)
@@ -139,7 +139,7 @@ def _halves(seed: Sized) -> list[dict[str, int]]:
 
 
 def corrected(latency: DecodeLatency, config: Any, target: Target, *, parent: Any) -> DecodeLatency:
-    """The fit, once the shape that it solves `target` by has been measured and counted among the points.
+    """The fit after the shape that it solves `target` for has been measured and added to the points.
 
     Raises:
         UserError: no legal shape meets the target.

@@ -1,4 +1,4 @@
-"""Which shapes: the legal dims that meet a target."""
+"""The legal shapes that meet a target."""
 
 import math
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ one size the first by these weights is within 2.3% of the best KL; the evenly cu
 _COST_POWER = 1.5
 
 _GROUP_COST = 0.1
-"""The same for key/value heads, where they are cut besides the query heads."""
+"""The weight of key/value heads, where they are cut besides the query heads."""
 
 _COUNT_THE_CACHE = {"memory_bytes", "decode_ms"}
 
@@ -144,7 +144,7 @@ def _number(number: float) -> str:
 
 
 def _multiples(size: int) -> list[int]:
-    """Down from `size` in steps of a power of two, at most a sixteenth of it and at most 128."""
+    """`size` and smaller lengths, in steps of a power of two of at most a sixteenth of it and at most 128."""
     step = min(128, 1 << max(0, (size // 16).bit_length() - 1))
     rounded = list(range(size - size % step, 0, -step))
     return rounded if rounded and rounded[0] == size else [size, *rounded]
@@ -218,7 +218,7 @@ def _shapes_within(
     limit: float,
     reference: ModelDims,
 ) -> Iterator[ModelDims]:
-    """Those within the bounds that have no more than `limit` parameters: the parent's, as it is.
+    """Legal shapes within the bounds, with at most `limit` parameters (the parent's), the cheapest first.
 
     What an axis has lost is counted from `reference`, the parent's dims, so that a chain of cuts ends where one would.
     """
@@ -237,7 +237,7 @@ def _shapes_within(
 
 
 def _axis_values(seed: Sized, fixed: dict[str, int]) -> dict[str, list[int]]:
-    """The values that each axis which is solved for can take; a fixed one's alone."""
+    """The lengths that each axis can take; of a fixed axis only the fixed length."""
     dims, legal = seed.dims, legal_values(seed)
     solved = [name for name in _AXIS_COST if not (seed.axes.heads_fill_hidden and name == "hidden_size")]
     values = {name: [fixed[name]] if name in fixed else legal[name] for name in solved}
@@ -367,7 +367,7 @@ def _require_accepted(seed: Sized, dims: ModelDims) -> None:
 
 
 def listed(values: list[int]) -> str:
-    """The values in words: one by one, or as a range with its step."""
+    """The values as text: each, or a range with its step."""
     return (
         ", ".join(map(str, values))
         if len(values) <= 12

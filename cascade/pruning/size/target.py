@@ -10,14 +10,14 @@ from cascade.models.architecture.sized import Sized
 
 
 class Latency(Protocol):
-    """What says how long a shape takes to decode."""
+    """A measured latency: how long a shape takes to decode."""
 
     @property
     def parent_ms(self) -> float:
-        """What shares are of."""
+        """Milliseconds of one decoding step of the parent, which shares are of."""
 
     def milliseconds(self, axes: ModelAxes, dims: ModelDims) -> Any:
-        """Of one step."""
+        """Milliseconds of one decoding step under `dims`."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Target:
     """Explicit dims by Hugging Face name; what is not named stays as in the seed, or is solved for."""
 
     latency: "Latency | None" = None
-    """Measured on this machine: `latency.fit_decode_latency`."""
+    """The latency measured on this machine by `latency.fit_decode_latency`; needed for decode_ms."""
 
     def with_latency(self, latency: "Latency") -> "Target":
-        """The same target, its decode_ms to be judged by this."""
+        """A copy of the target that judges decode_ms by this latency."""
         return replace(self, latency=latency)
 
     def bounds(self) -> dict[str, float]:
