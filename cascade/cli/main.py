@@ -109,7 +109,8 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
-    from cascade.planning.preview import preview, preview_text
+    from cascade.planning.preview import preview
+    from cascade.planning.preview_text import preview_text
 
     found = preview(loaded, output)
     click.echo(json.dumps(found) if as_json else preview_text(found))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cascade.distillation import sharding
 from cascade.distillation.options import OPTIMIZERS
 from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.sized import Sized
 from cascade.runtime import ranks
 from cascade.runtime.errors import UserError
 
@@ -91,8 +91,8 @@ _NEWTON_SCHULZ_STEPS = 5
 
 def orthogonalisation_flops(config: Any) -> float:
     """FLOPs that Muon adds to each optimizer step of a model of `config`: five Newton-Schulz iterations a matrix."""
-    axes, dims = probe_axes(config), dims_of(config)
-    total = 0.0
+    sized, total = Sized(config), 0.0
+    axes, dims = sized.axes, sized.dims
     for name in axes.weights:
         lengths = sorted(float(axis.length(dims)) for axis in axes.weights[name])
         if len(lengths) == 2 and ".*." in name:

@@ -23,7 +23,7 @@ def provenance_of(
 ) -> Provenance:
     """Of a member; `parent` is its reference, `tokens` those of its row."""
     start: Any = member.member.start
-    of = {"checkpoint": shown_model(member.member.student), "random": str(member.config.model_type)}
+    of = {"checkpoint": shown_model(member.member.student), "random": str(member.sized.config.model_type)}
     first = _first(members, member)
     taught_by: Any = recipe.distill.teacher if recipe.distill else "none"
     provenance = Provenance(

@@ -84,7 +84,7 @@ def publish_member(
     lineage = {
         **_lineage(provenance, parent),
         "seed": member.seed or None,
-        "auto_class": auto_class_of(member.config),
+        "auto_class": auto_class_of(member.sized.config),
         "tokens": vars(row.tokens),
         "stages": {
             name: {"folder": f"stages/{stage.folder.name}", "sha256": stage.digest}

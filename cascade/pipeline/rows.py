@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.sized import Sized
 from cascade.models.checkpoint.load import CHECKPOINT, ModelSource, load_config
 from cascade.pipeline.kept_targets import LABELS, taught_steps
 from cascade.pipeline.stage_output import Made
@@ -69,15 +69,14 @@ class FinishedMember:
 
 def teacher_row(parent: ModelSource, evaluation: Made) -> Row:
     """The parent's row."""
-    config = load_config(parent)
-    axes, dims = probe_axes(config), dims_of(config)
+    sized = Sized(load_config(parent))
     return Row(
         name="parent",
         role="teacher",
         status="done",
-        dims=dims.as_dict(),
-        num_parameters=int(axes.num_parameters(dims)),
-        num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),
+        dims=sized.dims.as_dict(),
+        num_parameters=sized.num_parameters,
+        num_parameters_non_embedding=sized.num_parameters_non_embedding,
         bytes=weight_bytes(parent.folder),
         cost=Cost(seconds=evaluation.cost()["seconds"]),
         metrics=_metrics(evaluation),
@@ -96,9 +95,9 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
         status="done",
         seed=member.seed or None,
         checkpoint=f"members/{member.name}",
-        dims=member.dims.as_dict(),
-        num_parameters=member.num_parameters,
-        num_parameters_non_embedding=member.num_parameters_non_embedding,
+        dims=member.sized.dims.as_dict(),
+        num_parameters=member.sized.num_parameters,
+        num_parameters_non_embedding=member.sized.num_parameters_non_embedding,
         bytes=weight_bytes(finished.distilled.folder / CHECKPOINT),
         tokens=Tokens(
             hop=member.num_tokens, cumulative=_tokens_along_chain(members, member), teacher_labelled=labelled
@@ -126,9 +125,9 @@ def baseline_row(member: ResolvedMember, kind: str, stages: list[Made]) -> Row:
         role="baseline",
         status=_BASELINES[kind],
         seed=member.seed or None,
-        dims=member.dims.as_dict(),
-        num_parameters=member.num_parameters,
-        num_parameters_non_embedding=member.num_parameters_non_embedding,
+        dims=member.sized.dims.as_dict(),
+        num_parameters=member.sized.num_parameters,
+        num_parameters_non_embedding=member.sized.num_parameters_non_embedding,
         tokens=Tokens(hop=num_tokens, cumulative=num_tokens),
         cost=Cost(seconds=_seconds(stages), flops=num_tokens * 3 * member.flops_per_token),
         metrics=_metrics(stages[0]),

@@ -28,6 +28,7 @@ from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.head import require_head
 from cascade.models.architecture.model_class import model_class_of, require_language
 from cascade.models.architecture.positions import require_context
+from cascade.models.architecture.sized import Sized
 from cascade.models.architecture.vocabulary import common_vocabulary, require_ids
 from cascade.models.checkpoint.load import (
     ModelSource,
@@ -84,14 +85,14 @@ def prune_model(
     config = load_config(source)
     check_weights(source, config)
     require_context(config, block_size, "--block-size", "model")
-    axes, before = probe_axes(config), dims_of(config)
+    sized = Sized(config)
     target = Target(params=params, dims=dims)
     hidden = score_for_dims(hidden, target, config, config)
     if hidden == "pca":
-        require_rotatable(config, axes)
+        require_rotatable(sized)
     shaped = untied(config) if hidden == "pca" else config
     wanted = solve_shape(shaped, target, parent=config)
-    cut = [name for name in CUT_DIMS if wanted.as_dict()[name] < before.as_dict()[name]]
+    cut = [name for name in CUT_DIMS if wanted.as_dict()[name] < sized.dims.as_dict()[name]]
     prove_cuts(config, along=cut, rotated=hidden == "pca")
     framing = _framing(source, data, block_size, ask=not offload)
     blocks = _blocks(data, "calibration", source, block_size, framing).take(num_blocks)

@@ -54,9 +54,9 @@ def _require_common_ids(run: Run, vocab_size: int, name: str) -> None:
 
 def _start_from_checkpoint(run: Run, member: ResolvedMember) -> Start:
     source, parent = resolve_model(member.member.student), run.parent.source
-    if member.dims.vocab_size:
+    if member.sized.dims.vocab_size:
         tokenizers = load_tokenizer(parent), load_tokenizer(source)
-        rows = dims_of(load_config(parent)).vocab_size, member.dims.vocab_size
+        rows = dims_of(load_config(parent)).vocab_size, member.sized.dims.vocab_size
         common_vocabulary(*tokenizers, *rows, f"members: {member.name}")
     return Start(model=Checkpoint(source, fingerprint(source)))
 

@@ -20,50 +20,50 @@ from cascade.runtime.files import write_atomically
 from cascade.teacher.targets.keys import default_folder
 from cascade.teacher.targets.record import Layout
 
-_SETTLED = "stages/targets.json"
+_CHOICE_FILE = "stages/targets.json"
 
 HIDDEN_LIMIT_BYTES = 8e9
-"""Up to so many bytes of hidden states are kept without being asked for."""
+"""Hidden states of up to this many bytes are kept where the recipe says `cache: auto`."""
 _LABELLING, _LEAST_SAVED = 1.1, 0.1
-"""Labelling against the teacher's forward pass; what has to be saved of it to be worth the disk."""
+"""Cost of labelling, in forward passes of the teacher; least share of its work that kept targets have to save."""
 _IDS_PER_DRAW = 0.45
 """Distinct ids among the draws, as measured on a vocabulary of 49,152."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to keep, or not, what the teacher says."""
+    """One form in which the teacher's targets could be kept."""
 
     kind: str
     refused: str
-    """Why it cannot serve this recipe; empty: it can."""
+    """Why this form cannot serve the recipe; empty where it can."""
     num_bytes: float
     label_flops: float
     saved_flops: float
-    """Of all trainings together, labelling subtracted."""
+    """FLOPs of the teacher that all trainings together save, less those of labelling."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run does."""
+    """The form in which a run keeps the teacher's targets, with the reason and the alternatives."""
 
     layout: Layout | None
-    """None: the teacher is asked each time. Exact ids come in once the tokenizer is there."""
+    """None: the teacher runs at each step. Exact ids are added once the tokenizer is loaded."""
     why: str
     num_labelled: int
-    """Tokens, once."""
+    """Tokens that the teacher labels, once."""
     num_read: int
-    """Tokens, by all trainings."""
+    """Tokens that all trainings read."""
     options: list[Option]
 
     @property
     def kind(self) -> str:
-        """Of the targets that are kept."""
+        """The kind of targets that the run keeps: none, sampled, top_k or hidden."""
         return self.layout.kind if self.layout else "none"
 
     @property
     def num_bytes(self) -> float:
-        """Of all that is kept; 0 where nothing is."""
+        """Bytes on disk of all kept targets; 0 where none are kept."""
         return 0.0 if self.layout is None else self.num_labelled * bytes_per_token(self.layout)
 
     def records(self, num_members: int) -> list[dict[str, Any]]:
@@ -71,52 +71,52 @@ class Choice:
         rate = flops_per_second()
         return [
             {
-                "kind": one.kind,
-                "refused": one.refused,
-                "bytes": round(one.num_bytes),
-                "label_seconds": one.label_flops / rate,
-                "saved_seconds_per_member": one.saved_flops / rate / num_members,
+                "kind": option.kind,
+                "refused": option.refused,
+                "bytes": round(option.num_bytes),
+                "label_seconds": option.label_flops / rate,
+                "saved_seconds_per_member": option.saved_flops / rate / num_members,
             }
-            for one in self.options
+            for option in self.options
         ]
 
 
 def options_table(
     options: Sequence[dict[str, Any]], size: Callable[[float], str], time: Callable[[float], str]
 ) -> list[list[str]]:
-    """What each form of targets takes, gives and cannot give."""
+    """A table of the forms of targets: disk, labelling time, time saved, and the losses that each allows."""
     gives = {"sampled": "forward KL, temperature 1", "top_k": "the same, a bucket for the rest", "hidden": "all"}
     table = [["targets", "on disk", "labelling", "saves a member", "losses", "here"]]
-    for one in options:
-        saved = one["saved_seconds_per_member"]
+    for option in options:
+        saved = option["saved_seconds_per_member"]
         gained = time(saved) if saved > 0 else f"-{time(-saved)}"
-        cells = [one["kind"], size(one["bytes"]), time(one["label_seconds"]), gained, gives[one["kind"]]]
-        table.append([*cells, "no" if one["refused"] else "yes"])
+        cells = [option["kind"], size(option["bytes"]), time(option["label_seconds"]), gained, gives[option["kind"]]]
+        table.append([*cells, "no" if option["refused"] else "yes"])
     return table
 
 
 def with_cache(
     recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember], choice: Choice
 ) -> list[ResolvedMember]:
-    """The members with the seconds that they take where the teacher is not asked each time."""
+    """The members with their training times for a run that keeps the teacher's targets."""
     if choice.layout is None:
         return list(members)
     rate, flops, dims = flops_per_second(), flops_of(recipe, parent_config), dims_of(parent_config)
     head = 2.0 * dims.vocab_size * dims.hidden_size if choice.kind == "hidden" else 0.0
-    found, labelled = [], choice.num_labelled
+    cached, labelled = [], choice.num_labelled
     for member in members:
         first = min(labelled, member.num_tokens)
         labelled -= first
         spared = member.num_tokens * (flops - head) / rate
         seconds = member.seconds | {"label": 0.5 + _LABELLING * first * flops / rate}
-        found.append(replace(member, seconds=seconds | {"distill": max(0.0, member.seconds["distill"] - spared)}))
-    return found
+        cached.append(replace(member, seconds=seconds | {"distill": max(0.0, member.seconds["distill"] - spared)}))
+    return cached
 
 
 def choose_cache(
     recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember], *, run_folder: Path | None = None
 ) -> Choice:
-    """What `distill.cache` comes to for these members; what a run directory has settled for stays.
+    """What `distill.cache` comes to for these members; a run directory that has made the choice keeps it.
 
     Raises:
         UserError: the kind that is asked for cannot give the losses that are.
@@ -124,24 +124,24 @@ def choose_cache(
     distill = recipe.distill
     if distill is None or not members:
         return Choice(None, "there is no training", 0, 0, [])
-    asked, outside = distill.cache.kind, _outside(recipe)
+    setting, outside = distill.cache.kind, _outside(recipe)
     if outside:
-        if asked not in ("auto", "none"):
-            raise UserError(f"distill.cache: {asked}: {outside}; remove it")
+        if setting not in ("auto", "none"):
+            raise UserError(f"distill.cache: {setting}: {outside}; remove it")
         return Choice(None, outside, 0, 0, [])
     labelled, read = _tokens(recipe, members)
     inside = _inside(distill, members)
     options = [
         _option(recipe, distill, parent_config, kind, inside, labelled, read) for kind in ("sampled", "hidden", "top_k")
     ]
-    by_kind = {one.kind: one for one in options}
-    if asked == "none":
+    by_kind = {option.kind: option for option in options}
+    if setting == "none":
         return Choice(None, "as the recipe says", labelled, read, options)
-    if asked != "auto":
-        if by_kind[asked].refused:
-            raise UserError(f"distill.cache: {asked}: {by_kind[asked].refused}")
-        return Choice(_layout(distill, parent_config, asked, inside), "as the recipe says", labelled, read, options)
-    kind, why = _settled(run_folder) or _auto(recipe, parent_config, by_kind, read)
+    if setting != "auto":
+        if by_kind[setting].refused:
+            raise UserError(f"distill.cache: {setting}: {by_kind[setting].refused}")
+        return Choice(_layout(distill, parent_config, setting, inside), "as the recipe says", labelled, read, options)
+    kind, why = _recorded_choice(run_folder) or _auto(recipe, parent_config, by_kind, read)
     if kind != "none" and by_kind[kind].refused:
         raise UserError(f"distill.cache: this run has kept {kind} targets so far, and {by_kind[kind].refused}")
     layout = None if kind == "none" else _layout(distill, parent_config, kind, inside)
@@ -150,18 +150,18 @@ def choose_cache(
 
 def settle(run_folder: Path, choice: Choice) -> None:
     """Remember a run's choice: a member that is added later does not change the others' targets."""
-    if _settled(run_folder) is None and choice.options:
-        (run_folder / _SETTLED).parent.mkdir(exist_ok=True)
-        write_atomically(run_folder / _SETTLED, json.dumps({"kind": choice.kind, "why": choice.why}) + "\n")
+    if _recorded_choice(run_folder) is None and choice.options:
+        (run_folder / _CHOICE_FILE).parent.mkdir(exist_ok=True)
+        write_atomically(run_folder / _CHOICE_FILE, json.dumps({"kind": choice.kind, "why": choice.why}) + "\n")
 
 
-def _settled(run_folder: Path | None) -> tuple[str, str] | None:
-    path = None if run_folder is None else run_folder / _SETTLED
+def _recorded_choice(run_folder: Path | None) -> tuple[str, str] | None:
+    path = None if run_folder is None else run_folder / _CHOICE_FILE
     if path is None or not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return str(found["kind"]), str(found["why"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return str(record["kind"]), str(record["why"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it, and the choice is made again") from error
 
@@ -170,10 +170,10 @@ def _auto(recipe: Recipe, parent_config: Any, by_kind: dict[str, Option], read: 
     """(kind, why): hidden states, which lose nothing, where they fit; else a sample; else the teacher each time."""
     live = max(1, read) * flops_of(recipe, parent_config)
     hidden, sampled = by_kind["hidden"], by_kind["sampled"]
-    able = [one for one in (hidden, sampled) if not one.refused]
+    able = [option for option in (hidden, sampled) if not option.refused]
     if not able:
         return "none", hidden.refused
-    best = max(able, key=lambda one: one.saved_flops)
+    best = max(able, key=lambda option: option.saved_flops)
     if best.saved_flops < _LEAST_SAVED * live:
         if not recipe.shares_text:
             return "none", "no text is read often enough to pay for labelling it; data.reuse: shared may change that"
@@ -204,17 +204,17 @@ def _tokens(recipe: Recipe, members: Sequence[ResolvedMember]) -> tuple[int, int
         if member.member.start != "prune" or member.target is None or not member.target.bounds():
             continue
         search = recipe.prune.search
-        tried = search.candidates if search else len(member.hidden_choices)
-        read += tried * short_recovery(recipe, member.num_tokens) if tried > 1 else 0
+        num_shapes = search.candidates if search else len(member.hidden_choices)
+        read += num_shapes * short_recovery(recipe, member.num_tokens) if num_shapes > 1 else 0
         read += search.finalists * search.tokens if search else 0
-    own = recipe.distill.on_policy.fraction if recipe.distill and recipe.distill.on_policy else 0.0
+    written = recipe.distill.on_policy.fraction if recipe.distill and recipe.distill.on_policy else 0.0
     starts = sorted((member.first_position * size, end) for member, end in zip(members, ends, strict=True))
     labelled, done = 0, 0
     for start, end in starts:
         labelled += max(0, end - max(start, done))
         done = max(done, end)
     # Steps on the student's own text ask the teacher itself.
-    return round((1 - own) * min(labelled, recipe.data.max_tokens)), round((1 - own) * read)
+    return round((1 - written) * min(labelled, recipe.data.max_tokens)), round((1 - written) * read)
 
 
 def _inside(distill: Distill, members: Sequence[ResolvedMember]) -> dict[str, str]:
@@ -252,11 +252,11 @@ def _refused(distill: Distill, kind: str, inside: dict[str, str]) -> str:
         return f"{named} reads the teacher's hidden states; use cache: hidden or none, or {off}"
     if kind == "top_k" and distill.cache.exact_tokens:
         return "distill.cache.exact_tokens are for sampled targets; remove them"
-    wanted = ("forward_kl",) if kind == "sampled" else ("forward_kl", "ghost_top_k")
-    if distill.loss not in wanted or distill.temperature != 1:
+    losses = ("forward_kl",) if kind == "sampled" else ("forward_kl", "ghost_top_k")
+    if distill.loss not in losses or distill.temperature != 1:
         return (
             f"distill.loss: {distill.loss} at temperature {distill.temperature:g} needs all the teacher's "
-            f"probabilities; use cache: hidden or none, or loss: {wanted[0]} at temperature 1"
+            f"probabilities; use cache: hidden or none, or loss: {losses[0]} at temperature 1"
         )
     return ""
 
@@ -276,7 +276,7 @@ def _layout(distill: Distill, config: Any, kind: str, inside: dict[str, str]) ->
 
 
 def bytes_per_token(layout: Layout) -> float:
-    """About what a token takes on disk."""
+    """Estimated bytes on disk of one token's targets."""
     if layout.kind == "hidden":
         width = layout.hidden_size * 2 if layout.dtype == "bfloat16" else layout.hidden_size + 4
         return float(width * (1 + len(layout.points)))
@@ -288,9 +288,9 @@ def bytes_per_token(layout: Layout) -> float:
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Where a recipe's cache is."""
-    given = recipe.distill.cache.folder if recipe.distill else ""
-    return Path(given).expanduser() if given else default_folder()
+    """The folder of the recipe's kept targets."""
+    folder = recipe.distill.cache.folder if recipe.distill else ""
+    return Path(folder).expanduser() if folder else default_folder()
 
 
 def exact_ids(tokens: Sequence[str], tokenizer: Any) -> tuple[int, ...]:

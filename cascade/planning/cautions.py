@@ -1,4 +1,4 @@
-"""What a plan tells of and does not refuse: memory and disk beyond the machine's, rows that are not compared."""
+"""What a plan warns of without refusing it: too little memory or disk, few steps, rows that no loss reads."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from cascade.store.lock import existing
 def cautions(
     recipe: Recipe, members: Sequence[ResolvedMember], parent_config: Any, run_folder: Path, choice: Choice
 ) -> list[str]:
-    """A sentence for each, those about a member beginning with its name; `choice` is of the targets to be kept."""
+    """One sentence a warning, beginning with the member's name where it is about one; `choice`: the kept targets."""
     return [
-        *_of_memory(members),
-        *_of_disk(members, run_folder, cache_folder(recipe), choice.num_bytes),
-        *_of_vocabularies(members, parent_config),
-        *_of_few_steps(recipe, members),
-        *_of_side_arms(members),
+        *_little_memory(members),
+        *_little_disk(members, run_folder, cache_folder(recipe), choice.num_bytes),
+        *_rows_without_loss(members, parent_config),
+        *_few_steps(recipe, members),
+        *_side_arms(members),
     ]
 
 
@@ -34,23 +34,23 @@ FEW_STEPS = 150
 0.91 times, and 391 at 0.87 times, the KL of 98 (AdamW, each at its best rate)."""
 
 
-def _of_few_steps(recipe: Recipe, members: Sequence[ResolvedMember]) -> list[str]:
-    """Language models on one process whose batch can be halved; others were not measured."""
+def _few_steps(recipe: Recipe, members: Sequence[ResolvedMember]) -> list[str]:
+    """Members whose batch could be halved: language models on one process, as no others were measured."""
     batch_size = recipe.distill.batch_size if recipe.distill else 1
     if recipe.task != "language" or batch_size % 2 or ranks.world_size() > 1:
         return []
-    given = recipe.distill is not None and recipe.distill.learning_rate != "auto"
+    fixed_rate = recipe.distill is not None and recipe.distill.learning_rate != "auto"
     return [
-        f"{one.name}: its training has {one.num_steps:,} optimizer steps; more and smaller ones often recover more: "
-        f"distill.batch_size: {batch_size // 2} makes twice as many of the same tokens"
-        + (", at a rate of its own (learning_rate: auto finds it)." if given else ".")
-        for one in members
-        if 0 < one.num_steps < FEW_STEPS
+        f"{member.name}: its training has {member.num_steps:,} optimizer steps; more and smaller ones often recover "
+        f"more: distill.batch_size: {batch_size // 2} makes twice as many of the same tokens"
+        + (", at a rate of its own (learning_rate: auto finds it)." if fixed_rate else ".")
+        for member in members
+        if 0 < member.num_steps < FEW_STEPS
     ]
 
 
-def _of_side_arms(members: Sequence[ResolvedMember]) -> list[str]:
-    """Where the chain goes on from a member that the recipe cuts from the parent beside a larger one of the chain."""
+def _side_arms(members: Sequence[ResolvedMember]) -> list[str]:
+    """Members whose seed is itself cut from the parent beside a larger member of the chain."""
     cut = {member.name: member for member in members if member.seed}
     names = list(cut)  # largest first
     beside = {
@@ -66,45 +66,45 @@ def _of_side_arms(members: Sequence[ResolvedMember]) -> list[str]:
     ]
 
 
-def _of_memory(members: Sequence[ResolvedMember]) -> list[str]:
-    """Where the estimate of a training's peak is above all the memory that its device has."""
+def _little_memory(members: Sequence[ResolvedMember]) -> list[str]:
+    """Members whose estimated peak memory is above what the training device has."""
     if torch.cuda.is_available():
         held, what = torch.cuda.get_device_properties(0).total_memory, "GPU"
     else:
         held, what = memory_bytes() or 0, "machine"
     return [
-        f"{one.name}: its training takes about {one.peak_memory_bytes / 1e9:,.1f} GB of memory, {times:.1f} times what "
-        f"this {what} has ({held / 1e9:,.1f} GB): it will be stopped. What helps: a smaller "
+        f"{member.name}: its training takes about {member.peak_memory_bytes / 1e9:,.1f} GB of memory, "
+        f"{times:.1f} times what this {what} has ({held / 1e9:,.1f} GB): it will be stopped. What helps: a smaller "
         "distill.microbatch_size or data.block_size, gradient_checkpointing: true, optimizer: adamw_8bit, a larger "
         "machine."
-        for one in members
-        if held and (times := one.peak_memory_bytes / held) > 1
+        for member in members
+        if held and (times := member.peak_memory_bytes / held) > 1
     ]
 
 
-def _of_disk(members: Sequence[ResolvedMember], run_folder: Path, targets: Path, target_bytes: float) -> list[str]:
-    told = []
+def _little_disk(members: Sequence[ResolvedMember], run_folder: Path, targets: Path, target_bytes: float) -> list[str]:
+    sentences = []
     needed, free = bytes_still_needed(run_folder, members), shutil.disk_usage(existing(run_folder)).free
     if needed > free:
-        told.append(
+        sentences.append(
             f"{run_folder}: the members need {needed / 1e9:,.2f} GB of disk and {free / 1e9:,.2f} GB are free: "
             "`cascade run` will refuse to start. Make room, or give an --output on another disk."
         )
     free = shutil.disk_usage(existing(targets)).free
     if target_bytes > free:
-        told.append(
+        sentences.append(
             f"{targets}: {target_bytes / 1e9:,.2f} GB of the teacher's targets are to be kept and "
             f"{free / 1e9:,.2f} GB are free: labelling will stop. Make room (`cascade cache prune`), or give another "
             "distill.cache.folder or distill.cache.kind."
         )
-    return told
+    return sentences
 
 
-def _of_vocabularies(members: Sequence[ResolvedMember], parent_config: Any) -> list[str]:
+def _rows_without_loss(members: Sequence[ResolvedMember], parent_config: Any) -> list[str]:
     rows = dims_of(parent_config).vocab_size
     return [
-        f"{one.name}: compared with its teacher over {one.vocab_size:,} token ids that both have; its embedding has "
-        f"{one.dims.vocab_size:,} rows, the teacher's {rows:,}, and no loss reads the others."
-        for one in members
-        if one.vocab_size is not None
+        f"{member.name}: compared with its teacher over {member.vocab_size:,} token ids that both have; its "
+        f"embedding has {member.sized.dims.vocab_size:,} rows, the teacher's {rows:,}, and no loss reads the others."
+        for member in members
+        if member.vocab_size is not None
     ]

@@ -31,7 +31,7 @@ from cascade.runtime.errors import UserError
 
 
 def made_dtype(recipe: Recipe) -> torch.dtype:
-    """What a language model that is made here is stored in."""
+    """The dtype in which a language model that the run trains is stored."""
     dtype: torch.dtype = torch.bfloat16 if recipe.save.dtype == "parent" else getattr(torch, recipe.save.dtype)
     return dtype
 
@@ -61,7 +61,7 @@ def numbered_classes(config: Any, classes: Sequence[str]) -> list[str]:
     count = max(map(int, classes)) + 1 if numbers and set(names) != set(classes) else len(classes)
     if len(names) == 1:
         raise UserError("parent: it has one output: it is a regression, which this task does not do")
-    told = f"parent: its classes are {', '.join(names[:9])}; the data's are {', '.join(classes[:9])}"
+    both = f"parent: its classes are {', '.join(names[:9])}; the data's are {', '.join(classes[:9])}"
     if len(names) != count:
         largest = count - 1
         hint = (
@@ -74,17 +74,17 @@ def numbered_classes(config: Any, classes: Sequence[str]) -> list[str]:
             f"({', '.join(classes[:9])}). {hint}"
         )
     if len(set(names)) < len(names):
-        raise UserError(f"{told}. Two of the parent's have one name")
+        raise UserError(f"{both}. Two of the parent's have one name")
     wrong = [name for name, number in (config.label2id or {}).items() if str(config.id2label.get(number)) != str(name)]
     if set(names) == set(classes):
         if wrong:
-            raise UserError(f"{told}. The parent's config contradicts itself: label2id is not id2label at '{wrong[0]}'")
+            raise UserError(f"{both}. The parent's config contradicts itself: label2id is not id2label at '{wrong[0]}'")
         return names
     if not numbers:
-        raise UserError(f"{told}. Write the labels as the parent does")
+        raise UserError(f"{both}. Write the labels as the parent does")
     places = [str(number) for number in range(len(names))]
     if names != places and any(is_number(name) for name in names):
-        raise UserError(f"{told}. Whether a number is a name or a place there cannot be told; write the parent's names")
+        raise UserError(f"{both}. Whether a number is a name or a place there cannot be told; write the parent's names")
     return places
 
 
@@ -182,10 +182,10 @@ def require_image_size(examples: Examples, config: Any) -> None:
     Raises:
         UserError: they are.
     """
-    found = tuple(examples.tensors["pixel_values"].shape[1:])
-    wanted = image_shape(config)
-    if found != wanted:
+    shape = tuple(examples.tensors["pixel_values"].shape[1:])
+    parent_shape = image_shape(config)
+    if shape != parent_shape:
         raise UserError(
-            f"data: images of {found[0]} channels, {found[1]} x {found[2]}; the parent takes {wanted[0]} channels, "
-            f"{wanted[1]} x {wanted[2]}"
+            f"data: images of {shape[0]} channels, {shape[1]} x {shape[2]}; the parent takes {parent_shape[0]} "
+            f"channels, {parent_shape[1]} x {parent_shape[2]}"
         )

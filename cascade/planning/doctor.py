@@ -1,4 +1,4 @@
-"""Whether this machine can do what a run needs: asked before hours depend on it."""
+"""Whether this machine has what a run needs, checked before it starts."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ _HUB_TIMEOUT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Check:
-    """One answer."""
+    """The result of one check."""
 
     name: str
     status: Literal["ok", "warning", "fault"]
@@ -50,8 +50,8 @@ def _machine() -> Check:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    said = f"{platform.system()} {platform.machine()}, {cores} cores, torch uses {torch.get_num_threads()}"
-    return Check("machine", "ok", f"{said}, Python {platform.python_version()}")
+    hardware = f"{platform.system()} {platform.machine()}, {cores} cores, torch uses {torch.get_num_threads()}"
+    return Check("machine", "ok", f"{hardware}, Python {platform.python_version()}")
 
 
 def _memory(recipe: Recipe | None, output: str | Path | None) -> Iterator[Check]:
@@ -65,25 +65,26 @@ def _memory(recipe: Recipe | None, output: str | Path | None) -> Iterator[Check]
 
 
 def _versions() -> Iterator[Check]:
-    """Every package that this one asks for, against the versions that it asks for."""
+    """Each dependency of this package: its installed version against the required one."""
     for text in importlib.metadata.requires(DISTRIBUTION) or []:
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = importlib.metadata.version(wanted.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Check(wanted.name, "fault", "not installed", f"pip install '{text}'")
+            yield Check(requirement.name, "fault", "not installed", f"pip install '{text}'")
             continue
-        if wanted.specifier.contains(found, prereleases=True):
-            yield Check(wanted.name, "ok", found)
+        if requirement.specifier.contains(version, prereleases=True):
+            yield Check(requirement.name, "ok", version)
         else:
-            yield Check(wanted.name, "fault", f"{found}; {wanted.specifier} is needed", f"pip install '{text}'")
+            answer = f"{version}; {requirement.specifier} is needed"
+            yield Check(requirement.name, "fault", answer, f"pip install '{text}'")
 
 
 def _disk(folder: Path) -> Iterator[Check]:
     """Room, and whether files can be made, synced and renamed where runs will be."""
-    place = next(one for one in (folder.absolute(), *folder.absolute().parents) if _can_see(one))
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if _can_see(path))
     free = shutil.disk_usage(place).free
     status: Literal["ok", "warning"] = "ok" if free > _LITTLE_DISK else "warning"
     yield Check("disk", status, f"{free / 1e9:.1f} GB free at {place}")
@@ -113,8 +114,8 @@ def _accelerator() -> Check:
         return Check("GPU", "ok", f"none{built}; the CPU is used, in float32")
     free, total = torch.cuda.mem_get_info()
     names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
-    said = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-    return Check("GPU", "ok" if free > total / 2 else "warning", said, "" if free > total / 2 else "see who uses it")
+    devices = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    return Check("GPU", "ok" if free > total / 2 else "warning", devices, "" if free > total / 2 else "see who uses it")
 
 
 def _environment() -> Check:
@@ -156,19 +157,19 @@ def _recipe(recipe: Recipe, output: str | Path | None) -> Iterator[Check]:
     from cascade.planning.preview import preview
 
     try:
-        found: dict[str, Any] = preview(recipe, output)
+        plan: dict[str, Any] = preview(recipe, output)
     except UserError as error:
         yield Check("recipe", "fault", str(error), "mend that first")
         return
-    yield Check("recipe", "ok", f"{len(found['members'])} members; every check of `cascade plan` passes")
-    most = max((one["peak_memory_bytes"] for one in found["members"]), default=0)
+    yield Check("recipe", "ok", f"{len(plan['members'])} members; every check of `cascade plan` passes")
+    most = max((member["peak_memory_bytes"] for member in plan["members"]), default=0)
     held = memory_bytes() or 0
     if most > held > 0:
         yield Check("memory for the recipe", "warning", f"about {most / 1e9:.1f} GB of {held / 1e9:.1f} GB",
                     "a smaller distill.microbatch_size, or gradient_checkpointing: true")  # fmt: skip
     else:
         yield Check("memory for the recipe", "ok", f"about {most / 1e9:.2f} GB of {held / 1e9:.1f} GB")
-    needed, free = found["disk_needed_bytes"], found["disk_free_bytes"]
+    needed, free = plan["disk_needed_bytes"], plan["disk_free_bytes"]
     enough = needed <= free
-    said = f"about {needed / 1e9:.2f} GB more, {free / 1e9:.1f} GB free"
-    yield Check("disk for the recipe", "ok" if enough else "fault", said, "" if enough else "make room")
+    answer = f"about {needed / 1e9:.2f} GB more, {free / 1e9:.1f} GB free"
+    yield Check("disk for the recipe", "ok" if enough else "fault", answer, "" if enough else "make room")

@@ -11,19 +11,19 @@ from cascade.distillation.losses.fused import CPU_CHUNK_BYTES
 from cascade.distillation.optimizer import orthogonalisation_flops
 from cascade.distillation.range_test import FEWEST_STEPS, MOST_STEPS, SHARE
 from cascade.distillation.teacher_memory import LIMIT_BYTES
-from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import ModelDims, dims_of
+from cascade.models.architecture.dims import ModelDims
 from cascade.models.architecture.model_class import attends_causally
+from cascade.models.architecture.sized import Sized
 from cascade.planning.example_length import tokens_per_example
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
 from cascade.runtime import ranks
 
 BASE_PROCESS_BYTES = 600_000_000
-"""torch, transformers and lm-eval themselves."""
+"""Memory of a process that has imported torch, transformers and lm-eval."""
 
 _USUAL_TRIES = 4
-"""Of a search for a learning rate."""
+"""Short trainings that a search for a learning rate usually takes."""
 
 MUON_SHARE = 0.5
 """`distill.optimizer: auto` is Muon where its orthogonalisation costs at most this share of a step's other FLOPs."""
@@ -34,7 +34,7 @@ Measured on a CPU with glibc: a training of 23M parameters in two microbatches t
 freed tensor goes back to the system."""
 
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "muon": 8.0}
-"""What an optimizer remembers of one weight."""
+"""Bytes of an optimizer's state for one weight."""
 
 
 def optimizer_of(recipe: Recipe, config: Any, parent_config: Any) -> str:
@@ -56,34 +56,31 @@ def optimizer_of(recipe: Recipe, config: Any, parent_config: Any) -> str:
     return "muon" if orthogonalisation_flops(config) <= MUON_SHARE * step else "adamw"
 
 
-def peak_memory(recipe: Recipe, distill: Distill, config: Any, parent_config: Any, *, optimizer: str) -> float:
-    """Estimated bytes while a student of `config` trains.
+def peak_memory(recipe: Recipe, distill: Distill, student: Sized, teacher: Sized, *, optimizer: str) -> float:
+    """Estimated peak memory of a training, in bytes.
 
     Weights, gradients, the optimizer's moments and the average of the student (or its start, which a search for a rate
     goes back to), the teacher's weights, what the backward pass keeps of each layer (and the feature losses of its
     hidden states), the head's gradient, a chunk of both models' logits, and what is remembered of the teacher.
     """
-    axes, dims = probe_axes(config), dims_of(config)
-    count, parent_count = axes.num_parameters(dims), probe_axes(parent_config).num_parameters(dims_of(parent_config))
     length = recipe.data.max_length if recipe.counts_examples else recipe.data.block_size
-    tokens = distill.microbatch_size * length
-    layer_activations = (
-        12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
-    )
+    tokens, dims = distill.microbatch_size * length, student.dims
+    layer_values = 12 * dims.hidden_size + 4 * dims.intermediate_size + 6 * dims.num_attention_heads * dims.head_dim
     if distill.features.hidden != "none":
-        layer_activations += 3 * dims.hidden_size
-    activations: float = dims.num_hidden_layers * layer_activations
+        layer_values += 3 * dims.hidden_size
+    values: float = dims.num_hidden_layers * layer_values
     if distill.gradient_checkpointing:  # what enters each layer, and all of one of them with its gradients
-        activations = dims.num_hidden_layers * dims.hidden_size + 2 * layer_activations
-    moments = MOMENT_BYTES[optimizer] * count
+        values = dims.num_hidden_layers * dims.hidden_size + 2 * layer_values
+    moments = MOMENT_BYTES[optimizer] * student.num_parameters
     if optimizer == "muon":  # one moment of each matrix inside the layers
-        moments -= 4.0 * axes.num_parameters_non_embedding(dims)
-    weights = (8.0 + 4.0 * (distill.ema_decay is not None or distill.learning_rate == "auto")) * count + moments
+        moments -= 4.0 * student.num_parameters_non_embedding
+    copies = 8.0 + 4.0 * (distill.ema_decay is not None or distill.learning_rate == "auto")
+    weights = copies * student.num_parameters + moments + 4.0 * teacher.num_parameters
     if distill.microbatch_size < distill.batch_size:
-        activations *= 1 + _HOLES_SHARE
+        values *= 1 + _HOLES_SHARE
     head = 4.0 * dims.vocab_size * dims.hidden_size + 2 * min(4.0 * tokens * dims.vocab_size, CPU_CHUNK_BYTES)
-    teacher_states = min(LIMIT_BYTES, _remembered_bytes(recipe, distill, dims, dims_of(parent_config)))
-    return float(BASE_PROCESS_BYTES + weights + 4.0 * parent_count + 4.0 * tokens * activations + head + teacher_states)
+    teacher_states = min(LIMIT_BYTES, _remembered_bytes(recipe, distill, dims, teacher.dims))
+    return float(BASE_PROCESS_BYTES + weights + 4.0 * tokens * values + head + teacher_states)
 
 
 def _remembered_bytes(recipe: Recipe, distill: Distill, dims: ModelDims, parent: ModelDims) -> float:
@@ -105,8 +102,8 @@ def member_bytes(count: int, stored_bytes: int, *, start: str, repaired: bool, c
     What it starts from, cut and then repaired, is in float32; what is recovered, published and trained as a baseline
     is as it is saved.
     """
-    made_here = {"checkpoint": 0, "prune": 1 + repaired}.get(start, 1)
-    return count * (4 * made_here + stored_bytes * (2 + ce))
+    float32_copies = {"checkpoint": 0, "prune": 1 + repaired}.get(start, 1)
+    return count * (4 * float32_copies + stored_bytes * (2 + ce))
 
 
 def training_state_bytes(count: int, *, optimizer: str, averaged: bool, keep_states: int) -> int:
@@ -120,18 +117,18 @@ def flops_of(recipe: Recipe, config: Any) -> float:
     A text has the mean length of those that are trained on. Models that look both ways attend to all of it, others to
     half of it on average.
     """
-    axes, dims = probe_axes(config), dims_of(config)
+    sized = Sized(config)
     if recipe.task == "image_classification":
-        return float(axes.flops_per_token(dims, 0))
+        return sized.flops_per_token(0)
     length = tokens_per_example(recipe) if recipe.counts_examples else recipe.data.block_size
-    per_token = float(axes.flops_per_token(dims, length if attends_causally(config) else 2 * length))
+    per_token = sized.flops_per_token(length if attends_causally(config) else 2 * length)
     if not recipe.counts_examples:
         return per_token
-    return per_token * length - float(axes.flops_once(dims)) * (length - 1)
+    return per_token * length - float(sized.axes.flops_once(sized.dims)) * (length - 1)
 
 
 def units_in(recipe: Recipe, num_blocks: int) -> float:
-    """How many tokens, or examples, so many blocks of packed text amount to."""
+    """The tokens, or examples, that `num_blocks` blocks of packed text amount to."""
     if not recipe.counts_examples:
         return float(num_blocks * recipe.data.block_size)
     if recipe.task == "image_classification":
@@ -140,7 +137,7 @@ def units_in(recipe: Recipe, num_blocks: int) -> float:
 
 
 SHORT_SHARE = 0.05
-"""Of a member's tokens: the recovery of each of the two shapes that `prune.hidden: auto` tries."""
+"""Share of a member's tokens on which each of the two shapes that `prune.hidden: auto` tries is recovered."""
 
 
 def short_recovery(recipe: Recipe, num_tokens: int) -> int:
@@ -171,10 +168,10 @@ def stage_seconds(
             repaired = units_in(recipe, recipe.prune.repair.num_blocks)
             seconds["repair"] = 1 + 10 * repaired * (flops + parent_flops) / rate
         search = recipe.prune.search
-        tried = search.candidates if search else choices if choices > 1 else 0
-        if tried:  # each is cut, repaired one way and recovered shortly
+        num_shapes = search.candidates if search else choices if choices > 1 else 0
+        if num_shapes:  # each is cut, repaired one way and recovered shortly
             short = short_recovery(recipe, tokens) * (3 * flops + parent_flops) / rate
-            seconds["candidate"] = tried * (1 + seconds.get("repair", 0.0) / 2 + short)
+            seconds["candidate"] = num_shapes * (1 + seconds.get("repair", 0.0) / 2 + short)
         if search:
             seconds["finalist"] = search.finalists * (1 + search.tokens * (3 * flops + parent_flops) / rate)
     searched = 0.0
@@ -200,8 +197,7 @@ def parent_seconds(recipe: Recipe, parent_config: Any) -> dict[str, float]:
     flops = flops_of(recipe, parent_config)
     seconds = {"data": 5.0, "evaluate": stage_seconds(recipe, flops, 0.0, 0, cut=False)["evaluate"]}
     if recipe.parent.model.endswith(".gguf"):
-        parameters = int(probe_axes(parent_config).num_parameters(dims_of(parent_config)))
-        seconds["convert"] = 10 + parameters / 1e7
+        seconds["convert"] = 10 + Sized(parent_config).num_parameters / 1e7
     if recipe.parent.fit is not None:
         seconds["fit"] = 3 * flops * recipe.parent.fit.examples / flops_per_second()
     if recipe.parent.pretrain is not None:
@@ -221,9 +217,9 @@ def flops_per_second() -> float:
     return rounds * 2 * size**3 / (time.perf_counter() - started) / 3
 
 
-def dtype_bytes(config: Any) -> int:
-    """Bytes of one stored weight."""
-    dtype = getattr(config, "dtype", None)
+def stored_weight_bytes(recipe: Recipe, parent_config: Any) -> int:
+    """Bytes of one weight of a published member: of `save.dtype`, or of the parent's own dtype."""
+    dtype = getattr(parent_config, "dtype", None) if recipe.save.dtype == "parent" else recipe.save.dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     return dtype.itemsize if isinstance(dtype, torch.dtype) else 4

@@ -1,4 +1,4 @@
-"""How long a recipe's examples are, in tokens: what one of them costs goes by that."""
+"""The mean length of a recipe's examples in tokens, which their cost depends on."""
 
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ from cascade.recipe.data import Data
 from cascade.recipe.schema import Recipe
 
 _SAMPLE = 512
-"""Examples that are looked at, spread over the training split."""
+"""Examples that are measured, spread evenly over the training split."""
 
 
 def tokens_per_example(recipe: Recipe) -> float:
@@ -30,6 +30,6 @@ def _mean_length(data_json: str, task: str, fingerprint: str, model: str, revisi
     data = Data.model_validate_json(data_json)
     tokenizer = load_tokenizer(resolve_model(model, revision=revision))
     texts = [example.content for example in read_examples(labelled_data(data, task), "train")]
-    chosen = [texts[number * len(texts) // _SAMPLE] for number in range(_SAMPLE)] if len(texts) > _SAMPLE else texts
-    lengths = [len(ids) for ids in tokenizer(chosen, truncation=True, max_length=data.max_length)["input_ids"]]
+    sample = [texts[number * len(texts) // _SAMPLE] for number in range(_SAMPLE)] if len(texts) > _SAMPLE else texts
+    lengths = [len(ids) for ids in tokenizer(sample, truncation=True, max_length=data.max_length)["input_ids"]]
     return sum(lengths) / max(1, len(lengths))

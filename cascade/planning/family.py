@@ -8,14 +8,15 @@ from typing import Any
 
 from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.architecture.sized import Sized
 from cascade.models.checkpoint.load import check_weights, load_config, resolve_model
 from cascade.planning.estimates import (
-    dtype_bytes,
     flops_of,
     member_bytes,
     optimizer_of,
     peak_memory,
     stage_seconds,
+    stored_weight_bytes,
     training_state_bytes,
 )
 from cascade.planning.starts import plan_layers, require_same_classes, student_config
@@ -30,7 +31,7 @@ from cascade.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class FoundShape:
-    """What was chosen for a member among several that were tried."""
+    """The shape that a search has chosen for a member."""
 
     dims: ModelDims
     hidden: str
@@ -43,37 +44,34 @@ class ResolvedMember:
 
     member: Member
     target: Target | None
-    """What its shape is solved by; None where that is given."""
+    """The target that the shape is solved for; None where the member has a shape already."""
     seed: str
-    """'parent', a member's name, or '' for one that is not cut"""
-    config: Any
-    """The member's config, of the shape solved for (per-layer lists are settled by the plan)."""
+    """'parent', a member's name, or '' for a member that is not cut."""
+    sized: Sized
+    """The member's architecture, of the shape solved for (the pruning plan settles the config's per-layer lists)."""
     parent_config: Any
     hidden: str
     """The score of hidden channels: activation_norm or pca."""
     hidden_choices: tuple[str, ...]
-    """More than one where `prune.hidden: auto` is settled by trying."""
-    dims: ModelDims
+    """The scores of hidden channels that are tried; more than one where `prune.hidden: auto` chooses by trying."""
     vocab_size: int | None
-    """Ids, from 0 on, that it is compared with the parent over; None: all rows, of which both have as many."""
-    num_parameters: int
-    num_parameters_non_embedding: int
+    """Ids, from 0 on, over which the member is compared with the parent; None: all rows, as both have equally many."""
     flops_per_token: float
-    """Forward, at the recipe's block size; of a whole example where it counts those."""
+    """Forward FLOPs of a token at the recipe's block size; of a whole example where the recipe counts examples."""
     num_steps: int
     num_tokens: int
     """Training tokens (examples where it classifies), in whole steps."""
     optimizer: str
-    """What distill.optimizer comes to for it."""
+    """What `distill.optimizer` comes to for this member."""
     first_position: int
     """Blocks that the chain of seeds has read before."""
     peak_memory_bytes: float
     disk_bytes: float
-    """Of what stays when it is finished."""
+    """Bytes of the checkpoints that stay once the member is finished."""
     state_bytes: float
-    """Of training states, the one being written included, while it is trained."""
+    """Bytes of training states during training, the state being written included."""
     seconds: dict[str, float]
-    """Estimated time of each stage on this machine."""
+    """Stage name -> its estimated seconds on this machine."""
 
     @property
     def name(self) -> str:
@@ -89,7 +87,7 @@ def resolve_family(
     found_shapes: Mapping[str, FoundShape] | None = None,
     latencies: Mapping[str, Latency] | None = None,
 ) -> list[ResolvedMember]:
-    """Members, largest first, a seed always before what is cut from it.
+    """The members with their shapes and costs, largest first, a seed always before the members cut from it.
 
     `pinned_seeds` (member -> seed) holds for members that already exist: adding a size between two others must not
     give the smaller one another seed. `found_shapes` are those that a search has chosen by now; `latencies` say how
@@ -98,88 +96,117 @@ def resolve_family(
     Raises:
         UserError: a target that cannot be met, or a student with another vocabulary.
     """
-    axes, parent = probe_axes(parent_config), dims_of(parent_config)
-    total = int(axes.num_parameters(parent))
+    parent = Sized(parent_config)
     if recipe.distill is None:
         return []
     targets = {
         member.name: target_of(member, (latencies or {}).get(member.name)) for member in recipe.members if member.target
     }
+    sizes = {member.name: _expected_parameters(member, targets.get(member.name), parent) for member in recipe.members}
     resolved: dict[str, ResolvedMember] = {}
-    sizes = {member.name: _wanted(member, targets.get(member.name), parent_config, total) for member in recipe.members}
     for member in sorted(recipe.members, key=lambda member: -sizes[member.name]):
-        seed, seed_config = _seed(member, resolved, parent_config, pinned_seeds or {})
-        target, found = targets.get(member.name), (found_shapes or {}).get(member.name)
-        hidden = found.hidden if found else _hidden_of(recipe, member, seed_config, parent_config)
-        config = _shape(member, target, seed_config, parent_config, found, hidden)
-        if member.start == "layers":
-            plan_layers(seed_config, dims_of(config), member.name)
-        before = 0
-        if seed in resolved and not recipe.shares_text:
-            before = resolved[seed].first_position + resolved[seed].num_steps * recipe.distill.batch_size
-        if seed:
-            vocab_size = resolved[seed].vocab_size if seed in resolved else None
-        else:
-            require_same_classes(config, parent_config, member.name)
-            vocab_size = common_ids(recipe, member, config, parent_config)
-        resolved[member.name] = _resolve(
-            recipe, recipe.distill, member, target, seed, config, parent_config, before, hidden, vocab_size
-        )
+        seed = _seed_of(member, resolved, parent_config, pinned_seeds or {})
+        shape = (found_shapes or {}).get(member.name)
+        outline = _outline(recipe, member, targets.get(member.name), seed, parent, shape)
+        resolved[member.name] = _resolve(recipe, recipe.distill, outline, parent)
     return list(resolved.values())
 
 
-def _wanted(member: Member, target: Target | None, parent_config: Any, total: int) -> float:
+@dataclass(frozen=True, kw_only=True)
+class _Seed:
+    """The model that a member is cut from."""
+
+    name: str = ""
+    """'parent', a member's name, or '' for a member that is not cut."""
+    config: Any
+    """The config of the seed, or of the member itself where it is not cut."""
+    member: ResolvedMember | None = None
+    """The seed as a member; None where it is the parent or there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outline:
+    """A member before its costs are counted: what it starts from, and the shape that it takes."""
+
+    member: Member
+    target: Target | None
+    seed: str
+    """As in `ResolvedMember`."""
+    sized: Sized
+    hidden: str
+    """activation_norm or pca."""
+    vocab_size: int | None
+    """As in `ResolvedMember`."""
+    first_position: int
+    """Blocks that the chain of seeds has read before."""
+
+
+def _expected_parameters(member: Member, target: Target | None, parent: Sized) -> float:
     """Parameters that a member will have, to sort by."""
     if target is not None and target.params is not None and len(target.bounds()) == 1 and not target.dims:
-        return target.params * (total if target.params <= 1 else 1)
+        return target.params * (parent.num_parameters if target.params <= 1 else 1)
     if target is not None:
-        dims = _solved(member, target, parent_config, parent_config)
-        return float(probe_axes(parent_config).num_parameters(dims))
+        dims = _solved(member, target, parent.config, parent.config)
+        return float(parent.axes.num_parameters(dims))
     if member.config:
-        config = student_config(member.config, parent_config, member.name)
+        config = student_config(member.config, parent.config, member.name)
     else:
         config = load_config(resolve_model(member.student))
-    return float(probe_axes(config).num_parameters(dims_of(config)))
+    return float(Sized(config).num_parameters)
 
 
-def _seed(
-    member: Member, resolved: dict[str, ResolvedMember], parent_config: Any, pinned: dict[str, str]
-) -> tuple[str, Any]:
+def _seed_of(member: Member, resolved: dict[str, ResolvedMember], parent_config: Any, pinned: dict[str, str]) -> _Seed:
     if member.student:
         source = resolve_model(member.student)
         config = load_config(source)
         check_weights(source, config)
-        return "", config
+        return _Seed(config=config)
     if member.start == "random":
-        own = student_config(member.config, parent_config, member.name) if member.config else parent_config
-        return "", own
-    seed = member.seed
-    if seed == "previous":
-        chain = [name for name, other in resolved.items() if other.seed and other.member.chain]
-        seed = pinned.get(member.name) or (chain[-1] if chain else "parent")
-    if seed == "parent":
-        return seed, parent_config
-    if seed not in resolved:
-        raise UserError(f"members: {member.name}: its seed '{seed}' is smaller; a seed has to be larger")
-    return seed, resolved[seed].config
+        config = student_config(member.config, parent_config, member.name) if member.config else parent_config
+        return _Seed(config=config)
+    name = member.seed
+    if name == "previous":
+        chain = [larger.name for larger in resolved.values() if larger.seed and larger.member.chain]
+        name = pinned.get(member.name) or (chain[-1] if chain else "parent")
+    if name == "parent":
+        return _Seed(name=name, config=parent_config)
+    if name not in resolved:
+        raise UserError(f"members: {member.name}: its seed '{name}' is smaller; a seed has to be larger")
+    return _Seed(name=name, config=resolved[name].sized.config, member=resolved[name])
 
 
-def _shape(
-    member: Member,
-    target: Target | None,
-    seed_config: Any,
-    parent_config: Any,
-    found: FoundShape | None,
-    hidden: str,
-) -> Any:
-    if target is None:
-        return seed_config
-    config = shape_config(seed_config, hidden)
-    return config_with_dims(config, found.dims if found else _solved(member, target, config, parent_config))
+def _outline(
+    recipe: Recipe, member: Member, target: Target | None, seed: _Seed, parent: Sized, shape: FoundShape | None
+) -> _Outline:
+    """What a member starts from and its shape: `shape` where a search has chosen one, else the solved target."""
+    hidden = shape.hidden if shape else _hidden_of(recipe, member, seed.config, parent.config)
+    config = seed.config
+    if target is not None:
+        shaped = shape_config(seed.config, hidden)
+        config = config_with_dims(shaped, shape.dims if shape else _solved(member, target, shaped, parent.config))
+    if member.start == "layers":
+        plan_layers(seed.config, dims_of(config), member.name)
+    first_position, vocab_size = 0, None
+    if seed.member is not None:
+        vocab_size = seed.member.vocab_size
+        if recipe.distill is not None and not recipe.shares_text:
+            first_position = seed.member.first_position + seed.member.num_steps * recipe.distill.batch_size
+    elif not seed.name:
+        require_same_classes(config, parent.config, member.name)
+        vocab_size = common_ids(recipe, member, config, parent.config)
+    return _Outline(
+        member=member,
+        target=target,
+        seed=seed.name,
+        sized=Sized(config),
+        hidden=hidden,
+        vocab_size=vocab_size,
+        first_position=first_position,
+    )
 
 
 def _hidden_of(recipe: Recipe, member: Member, seed_config: Any, parent_config: Any) -> str:
-    """Nothing is rotated where no channels are cut, or none by scores."""
+    """The score of a member's hidden channels; without rotation where no channels are cut, or none by scores."""
     target = member.target
     stays = target is None or (not target.has_bounds() and "hidden_size" not in target.dims)
     if target is None or member.start != "prune" or (recipe.prune.hidden == "auto" and stays):
@@ -189,45 +216,45 @@ def _hidden_of(recipe: Recipe, member: Member, seed_config: Any, parent_config: 
     return score_for_dims(recipe.prune.hidden, target_of(member), seed_config, parent_config)
 
 
-def score_for_dims(wanted: str, target: Target, seed_config: Any, parent_config: Any) -> str:
+def score_for_dims(setting: str, target: Target, seed_config: Any, parent_config: Any) -> str:
     """As `hidden_score`; for explicit dims, `auto` is never what would make the member larger than the parent."""
-    hidden = hidden_score(wanted, parent_config)
-    if wanted != "auto" or hidden != "pca" or target.bounds():
+    hidden = hidden_score(setting, parent_config)
+    if setting != "auto" or hidden != "pca" or target.bounds():
         return hidden
     shaped = shape_config(seed_config, hidden)
     count = probe_axes(shaped).num_parameters(solve_shape(shaped, target, parent=parent_config))
-    return hidden if count <= probe_axes(parent_config).num_parameters(dims_of(parent_config)) else "activation_norm"
+    return hidden if count <= Sized(parent_config).num_parameters else "activation_norm"
 
 
-def hidden_score(wanted: str, parent_config: Any) -> str:
+def hidden_score(setting: str, parent_config: Any) -> str:
     """The score of hidden channels that `prune.hidden` asks for; `auto` is judged by the parent's config alone.
 
     A rotation gives the better cut of the same shape, but it unties the embeddings, and those of a small model with a
     large vocabulary cost it more than the rotation gives back. Members with a size to meet have both tried instead
     (`hidden_choices`).
     """
-    if wanted != "auto":
-        return wanted
-    axes, dims = probe_axes(parent_config), dims_of(parent_config)
+    if setting != "auto":
+        return setting
+    parent = Sized(parent_config)
     try:
-        require_rotatable(parent_config, axes)
+        require_rotatable(parent)
     except UserError:
         return "activation_norm"
-    total = axes.num_parameters(dims)
-    embeddings = total - axes.num_parameters_non_embedding(dims)
-    return "pca" if not axes.tied or embeddings <= LARGEST_UNTIED_SHARE * total else "activation_norm"
+    embeddings = parent.num_parameters - parent.num_parameters_non_embedding
+    small = embeddings <= LARGEST_UNTIED_SHARE * parent.num_parameters
+    return "pca" if small or not parent.axes.tied else "activation_norm"
 
 
 LARGEST_UNTIED_SHARE = 0.15
-"""Of the parent's parameters: tied embeddings up to this share are untied by `prune.hidden: auto`."""
+"""Share of the parent's parameters up to which `prune.hidden: auto` unties tied embeddings."""
 
 
-def hidden_choices(wanted: str, parent_config: Any) -> tuple[str, ...]:
+def hidden_choices(setting: str, parent_config: Any) -> tuple[str, ...]:
     """The scores of hidden channels to choose among by trying, where there is a size to meet."""
-    if wanted != "auto":
-        return (hidden_score(wanted, parent_config),)
+    if setting != "auto":
+        return (hidden_score(setting, parent_config),)
     try:
-        require_rotatable(parent_config, probe_axes(parent_config))
+        require_rotatable(Sized(parent_config))
     except UserError:
         return ("activation_norm",)
     return ("activation_norm", "pca")
@@ -256,56 +283,41 @@ def target_of(member: Member, latency: Latency | None = None) -> Target:
     return Target(**member.target.model_dump(), latency=latency)
 
 
-def _resolve(
-    recipe: Recipe,
-    distill: Distill,
-    member: Member,
-    target: Target | None,
-    seed: str,
-    config: Any,
-    parent_config: Any,
-    before: int,
-    hidden: str,
-    vocab_size: int | None,
-) -> ResolvedMember:
-    axes, dims = probe_axes(config), dims_of(config)
+def _resolve(recipe: Recipe, distill: Distill, outline: _Outline, parent: Sized) -> ResolvedMember:
+    """The member of an outline, with what it costs."""
+    member, sized, target = outline.member, outline.sized, outline.target
     # A classifier's examples count as one token each, whatever their length.
     step_tokens = distill.batch_size * (1 if recipe.counts_examples else recipe.data.block_size)
     budget = member.tokens or member.examples or distill.tokens or distill.examples or 0
     num_steps = math.ceil(budget / step_tokens)
-    count = int(axes.num_parameters(dims))
-    flops, parent_flops = flops_of(recipe, config), flops_of(recipe, parent_config)
-    stored_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.save.dtype) or dtype_bytes(parent_config)
-    optimizer = optimizer_of(recipe, config, parent_config)
+    flops, parent_flops = flops_of(recipe, sized.config), flops_of(recipe, parent.config)
+    optimizer = optimizer_of(recipe, sized.config, parent.config)
     several = member.start == "prune" and target is not None and target.bounds()
-    choices = hidden_choices(recipe.prune.hidden, parent_config) if several else (hidden,)
+    choices = hidden_choices(recipe.prune.hidden, parent.config) if several else (outline.hidden,)
     return ResolvedMember(
         member=member,
         target=target,
-        seed=seed,
-        config=config,
-        parent_config=parent_config,
-        hidden=hidden,
+        seed=outline.seed,
+        sized=sized,
+        parent_config=parent.config,
+        hidden=outline.hidden,
         hidden_choices=choices,
-        dims=dims,
-        vocab_size=vocab_size,
-        num_parameters=count,
-        num_parameters_non_embedding=int(axes.num_parameters_non_embedding(dims)),
+        vocab_size=outline.vocab_size,
         flops_per_token=flops,
         num_steps=num_steps,
         num_tokens=num_steps * step_tokens,
         optimizer=optimizer,
-        first_position=before,
-        peak_memory_bytes=peak_memory(recipe, distill, config, parent_config, optimizer=optimizer),
+        first_position=outline.first_position,
+        peak_memory_bytes=peak_memory(recipe, distill, sized, parent, optimizer=optimizer),
         disk_bytes=member_bytes(
-            count,
-            stored_bytes,
+            sized.num_parameters,
+            stored_weight_bytes(recipe, parent.config),
             start=member.start,
             repaired=recipe.prune.repair.method != "none",
             ce="ce" in recipe.baseline_kinds,
         ),
         state_bytes=training_state_bytes(
-            count,
+            sized.num_parameters,
             optimizer=optimizer,
             averaged=distill.ema_decay is not None,
             keep_states=distill.keep_states,
@@ -315,10 +327,17 @@ def _resolve(
             flops,
             parent_flops,
             num_steps * step_tokens,
-            cut=bool(seed) and member.start == "prune",
+            cut=bool(outline.seed) and member.start == "prune",
             choices=len(choices),
         ),
     )
+
+
+def is_cut_from_parent(member: ResolvedMember, by_name: Mapping[str, ResolvedMember]) -> bool:
+    """Whether the chain of a member's seeds begins with the parent."""
+    while member.seed in by_name:
+        member = by_name[member.seed]
+    return member.seed == "parent"
 
 
 def run_folder_of(recipe: Recipe, output: str | Path | None) -> Path:

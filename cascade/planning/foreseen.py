@@ -1,4 +1,4 @@
-"""What would stop a run after hours and can be known before: looked for by `cascade plan`, and as a run begins."""
+"""What would stop a run after hours and can be known before: `cascade plan` and the start of a run check it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ from cascade.models.architecture.origin import even_origin
 from cascade.models.architecture.positions import require_context
 from cascade.planning.cache_choice import exact_ids, require_exact
 from cascade.planning.classifier import require_image_size
-from cascade.planning.family import ResolvedMember
+from cascade.planning.family import ResolvedMember, is_cut_from_parent
 from cascade.planning.inputs import classes_of, labelled_data, text_data
 from cascade.planning.vocabularies import require_common_text, text_tokenizer
 from cascade.recipe.schema import Recipe
@@ -36,7 +36,7 @@ from cascade.runtime.errors import UserError
 
 
 def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember]) -> None:
-    """Refuse now what a later stage would refuse; loads no weights.
+    """Refuse at the start what a later stage would refuse; loads no weights.
 
     Raises:
         UserError: with the key, what is wrong and what is accepted.
@@ -60,22 +60,22 @@ def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[Resol
 
 def rows_of_all(parent_config: Any, members: Sequence[ResolvedMember]) -> int:
     """Ids, from 0 on, that the parent and all members have."""
-    return min([dims_of(parent_config).vocab_size, *(one.vocab_size for one in members if one.vocab_size)])
+    return min([dims_of(parent_config).vocab_size, *(member.vocab_size for member in members if member.vocab_size)])
 
 
 def _require_tasks(recipe: Recipe) -> None:
-    """Their datasets are here, and report what `at_least` asks for."""
+    """Refuse evaluation tasks whose datasets are missing, and thresholds on metrics that no task reports."""
     tasks = find_tasks(recipe.evaluate.tasks, [Path(folder) for folder in recipe.evaluate.task_folders])
     require_datasets(tasks)
     measured = measured_names(tasks) if recipe.evaluate.at_least else set()
-    own = {f"heldout/{name}" for name in _heldout_metrics(recipe)}
-    own |= {f"production/{name}" for name in (PRODUCTION_METRICS if recipe.data.production else ())}
+    heldout_names = {f"heldout/{name}" for name in _heldout_metrics(recipe)}
+    heldout_names |= {f"production/{name}" for name in (PRODUCTION_METRICS if recipe.data.production else ())}
     for name in recipe.evaluate.at_least:
-        if name in own or (measured is not None and name in measured):
+        if name in heldout_names or (measured is not None and name in measured):
             continue
         if measured is None and name.partition("/")[0] not in ("heldout", "production") and "/" in name:
             continue  # of a task with code of its own: what it reports is known once it has run
-        known = ", ".join(sorted(own | (measured or set())))
+        known = ", ".join(sorted(heldout_names | (measured or set())))
         raise UserError(f"evaluate.at_least: '{name}' is not measured here; known task/metric: {known}")
 
 
@@ -90,38 +90,35 @@ def _heldout_metrics(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _require_models(recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember]) -> None:
-    """Heads whose logits can be compared, and insides that can be, where losses ask for them."""
+    """Refuse models whose logits or hidden states the losses cannot compare."""
     settings = recipe.distill
     if recipe.parent.pretrain is not None:
         place = "parent.pretrain.block_size"
         require_context(parent_config, recipe.parent.pretrain.block_size, place)
-    apart = [one for one in members if not one.seed]
+    apart = [member for member in members if not member.seed]
     if settings is None or not members:
         return
     if not recipe.counts_examples:
-        for config in [parent_config, *(one.config for one in apart)]:
+        for config in [parent_config, *(member.sized.config for member in apart)]:
             require_head(config)
     if settings.teacher != "parent":
         return
-    by_name = {one.name: one for one in members}
-    for one in members:
-        first = one
-        while first.seed in by_name:
-            first = by_name[first.seed]
-        from_parent = first.seed == "parent"
-        asked = settings.hidden_features(from_parent), settings.features.embedding
-        if not from_parent and asked != ("none", "none"):
+    by_name = {member.name: member for member in members}
+    for member in members:
+        cut = is_cut_from_parent(member, by_name)
+        forms = settings.hidden_features(cut), settings.features.embedding
+        if not cut and forms != ("none", "none"):
             try:
-                even_origin(one.dims, dims_of(parent_config))
+                even_origin(member.sized.dims, dims_of(parent_config))
             except UserError as error:
-                raise UserError(f"members: {one.name}: {error}") from error
+                raise UserError(f"members: {member.name}: {error}") from error
     if settings.features.relations:
-        for config in [parent_config, *(one.config for one in apart)]:
+        for config in [parent_config, *(member.sized.config for member in apart)]:
             attention_projections(build_on_meta(config), dims_of(config).num_hidden_layers - 1)
 
 
 def _require_processes(recipe: Recipe) -> None:
-    """Each step's blocks can be shared out to as many processes as there are."""
+    """Refuse batches that cannot be shared out evenly to the processes."""
     sections = [recipe.distill, recipe.parent.pretrain, recipe.parent.fit]
     for section in sections:
         if section is not None:
@@ -129,7 +126,7 @@ def _require_processes(recipe: Recipe) -> None:
 
 
 def _require_framing(recipe: Recipe, tokenizer: Any | None) -> None:
-    """Something keeps documents apart where no end token does."""
+    """Refuse packed text in which neither an end token nor a begin token keeps documents apart."""
     if recipe.data.end_token != "none":
         return
     if tokenizer is not None:
@@ -142,7 +139,7 @@ def _require_framing(recipe: Recipe, tokenizer: Any | None) -> None:
 
 
 def _require_examples(recipe: Recipe, parent_config: Any) -> None:
-    """Held-out examples are there, and images have the parent's size."""
+    """Refuse missing held-out examples, and images of another size than the parent's."""
     data = labelled_data(recipe.data, recipe.task)
     heldout = heldout_rows(data)
     if recipe.task != "image_classification":
@@ -152,7 +149,7 @@ def _require_examples(recipe: Recipe, parent_config: Any) -> None:
 
 
 def _require_text(recipe: Recipe, tokenizer: Any) -> None:
-    """Held-out and production text fill a block; hidden tokens and log-probabilities have what they need."""
+    """Refuse held-out or production text below a block, and text that lacks mask tokens or log-probabilities."""
     if tokenizer is None:
         heldout_documents(text_data(recipe.data))
         return

@@ -46,21 +46,21 @@ def missing_answers(
     for folder in run_folder.glob("stages/parent.generate-*"):
         if is_committed(folder):
             manifest = read_json(folder / MANIFEST)
-            digests = {name: value for name, value in manifest.get("inputs", {}).items() if name != "filter"}
+            digests = {name: digest for name, digest in manifest.get("inputs", {}).items() if name != "filter"}
             if {"settings": manifest.get("settings"), "inputs": digests} == expected:
                 return 0
     source = teacher_source(settings, parent)
     local = {} if settings.endpoint else {"tokenizer": load_tokenizer(source), "digest": fingerprint(source)}
     answered = AnswerLog(path).answers
-    return sum(one.key not in answered for one in wanted_answers(settings, prompts, seed=recipe.seed, **local))
+    return sum(answer.key not in answered for answer in wanted_answers(settings, prompts, seed=recipe.seed, **local))
 
 
 def generation_inputs(
     recipe: Recipe, settings: Generate, prompts: list[Prompt], parent: ModelSource
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the stage's key is made of but for a filter of the user's own: (settings, inputs)."""
+    """(settings, inputs) of the stage's key, without those of a user's own filter."""
     inputs = {
-        "prompts": hashlib.sha256(json.dumps([one.messages for one in prompts]).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest(),
         "teacher": "" if settings.endpoint else fingerprint(teacher_source(settings, parent)),
         "parent": fingerprint(parent) if settings.filters.max_perplexity else "",
     }
@@ -68,7 +68,7 @@ def generation_inputs(
 
 
 def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], parent: ModelSource) -> None:
-    """What would make the text useless once it is there.
+    """Refuse prompts and settings that would make the written text useless.
 
     Raises:
         UserError: too few prompts for the splits, one that leaves no room for an answer, or a chat that the parent has
@@ -95,7 +95,7 @@ def check_generation(recipe: Recipe, settings: Generate, prompts: list[Prompt], 
 
 
 def key_settings(settings: Generate, *, public: bool = False) -> dict[str, Any]:
-    """All that changes the dataset: not how an endpoint is reached, nor a budget that only stops."""
+    """The settings that change the dataset, without how an endpoint is reached and budgets that only stop."""
     context = PUBLIC if public else None
     record = settings.model_dump(exclude={"endpoint", "prompts", "text", "batch_size"}, context=context)
     if settings.filters.thoughts == "stop":  # what is made then is what was made before there was a choice
@@ -103,13 +103,13 @@ def key_settings(settings: Generate, *, public: bool = False) -> dict[str, Any]:
     endpoint = settings.endpoint
     if endpoint is None:
         return record | {"batch_size": settings.batch_size}
-    asked = endpoint.model_dump(exclude=set(HOW_ASKED), context=context)
+    request = endpoint.model_dump(exclude=set(HOW_ASKED), context=context)
     # A budget that only stops changes nothing; one that cuts the answers short does.
     limits = endpoint.budget.model_dump(include={"requests", "tokens", "money"})
     cut = {} if endpoint.budget.when_spent == "stop" else {"budget": limits}
     if endpoint.top_logprobs is None:
-        asked.pop("top_logprobs")
-    return record | {"endpoint": asked | cut}
+        request.pop("top_logprobs")
+    return record | {"endpoint": request | cut}
 
 
 def _prefix_settings(settings: Generate, parent: ModelSource) -> dict[str, Any]:

@@ -28,15 +28,15 @@ def text_data(data: Data) -> TextData:
         "selection": data.selection,
         "heldout": data.heldout,
     }
-    given = {name: tuple(values) for name, values in splits.items() if values}
+    files = {name: tuple(values) for name, values in splits.items() if values}
     return TextData(
         source=data.source,
-        files=given if data.source == "files" else {},
+        files=files if data.source == "files" else {},
         text_field=data.text_field,
         dataset=data.dataset,
         revision=data.revision,
         dataset_config=data.dataset_config,
-        hub_splits={name: values[0] for name, values in given.items()} if data.source == "hub" else None,
+        hub_splits={name: values[0] for name, values in files.items()} if data.source == "hub" else None,
         messages_field=data.messages_field,
         chat_template=data.template == "model",
         weights=tuple(data.weights),
@@ -135,7 +135,7 @@ def task_fingerprint(recipe: Recipe) -> str:
         for part in files.values() if isinstance(files, dict) else [files]:
             for file in part if isinstance(part, list) else [part]:
                 digest.update(file_sha256(Path(file)).encode())
-        arguments = {key: value for key, value in task["dataset_kwargs"].items() if key != "data_files"}
+        arguments = {key: argument for key, argument in task["dataset_kwargs"].items() if key != "data_files"}
         digest.update(json.dumps(task | {"dataset_kwargs": arguments}, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

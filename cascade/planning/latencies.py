@@ -14,42 +14,43 @@ _FILE = "latency.json"
 
 
 def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str, DecodeLatency]:
-    """By member with a target in decode_ms: as the run directory has them, or measured now.
+    """Member with a target in decode_ms -> its latency, from the run directory or measured now.
 
     Raises:
         UserError: the parent does not decode, or not at the target's context.
     """
     shaped = shape_config(parent_config, hidden_score(recipe.prune.hidden, parent_config))
     fits: dict[tuple[int, int], DecodeLatency] = {}
-    found = {}
+    latencies = {}
     for member in recipe.members:
         if member.target is None or member.target.decode_ms is None:
             continue
-        kept = _folder(recipe, member, parent_config, folder)
-        if kept.exists() and not verify_folder(kept):
-            found[member.name] = DecodeLatency.from_dict(json.loads((kept / _FILE).read_text(encoding="utf-8")))
+        stage_folder = _folder(recipe, member, parent_config, folder)
+        if stage_folder.exists() and not verify_folder(stage_folder):
+            record = json.loads((stage_folder / _FILE).read_text(encoding="utf-8"))
+            latencies[member.name] = DecodeLatency.from_dict(record)
             continue
         target = target_of(member)
         at = (target.context, target.batch_size)
         if at not in fits:
             fits[at] = fit_decode_latency(parent_config, context=target.context, batch_size=target.batch_size)
-        found[member.name] = corrected(fits[at], shaped, target, parent=parent_config)
-    return found
+        latencies[member.name] = corrected(fits[at], shaped, target, parent=parent_config)
+    return latencies
 
 
 def keep_latencies(recipe: Recipe, parent_config: Any, folder: Path, latencies: dict[str, DecodeLatency]) -> None:
-    """Commit what was measured to the run directory, unless it has it."""
+    """Commit measured latencies to the run directory, unless it has them already."""
     for member in recipe.members:
-        kept = _folder(recipe, member, parent_config, folder)
-        if member.name in latencies and (not kept.exists() or verify_folder(kept)):
-            with staged(kept, {"stage": "latency"}) as staging:
+        stage_folder = _folder(recipe, member, parent_config, folder)
+        if member.name in latencies and (not stage_folder.exists() or verify_folder(stage_folder)):
+            with staged(stage_folder, {"stage": "latency"}) as staging:
                 (staging / _FILE).write_text(
                     json.dumps(latencies[member.name].as_dict(), indent=1) + "\n", encoding="utf-8"
                 )
 
 
 def _folder(recipe: Recipe, member: Member, parent_config: Any, folder: Path) -> Path:
-    """A member's own: a size that is added later does not have the others measured again."""
+    """The stage folder of one member's latency, so that a member added later does not have others measured again."""
     settings = {
         "target": member.target.model_dump() if member.target else None,
         "hidden": recipe.prune.hidden,

@@ -8,22 +8,22 @@ from cascade.recipe.schema import Recipe
 
 def origins_of(recipe: Recipe) -> list[Origin]:
     """The parent, unless the recipe trains it, students that are there already, and who writes the text."""
-    found = []
+    origins = []
     parent = recipe.parent.model
     if parent:
         cut = all(member.start in ("prune", "layers") for member in recipe.members)
         source = resolve_model(parent, revision=recipe.parent.revision)
-        found.append(_origin("parent", source, derived=cut))
+        origins.append(_origin("parent", source, derived=cut))
     students = sorted({member.student for member in recipe.members if member.student})
-    found += [_origin("members.student", resolve_model(one), derived=True) for one in students]
+    origins += [_origin("members.student", resolve_model(student), derived=True) for student in students]
     settings = recipe.generate
     if settings is not None and settings.endpoint is not None:
         endpoint = settings.endpoint
         name = f"{served_model(endpoint.model)} at {endpoint.url}"
-        found.append(Origin("generate.endpoint", name, endpoint_terms(endpoint.url)))
+        origins.append(Origin("generate.endpoint", name, endpoint_terms(endpoint.url)))
     elif settings is not None and settings.teacher != "parent":
-        found.append(_origin("generate.teacher", resolve_model(settings.teacher), derived=False))
-    return found
+        origins.append(_origin("generate.teacher", resolve_model(settings.teacher), derived=False))
+    return origins
 
 
 def check_licences(recipe: Recipe) -> None:

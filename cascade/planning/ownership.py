@@ -47,7 +47,7 @@ def pinned_seeds(folder: Path) -> dict[str, str]:
     """Member -> seed, of the members that a run directory already knows."""
     return {
         member["name"]: member["seed"]
-        for member in _recorded(folder).get("members", [])
+        for member in _recorded_recipe(folder).get("members", [])
         if member["seed"] != "previous"
     }
 
@@ -63,12 +63,12 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
     except OSError as error:  # a name too long for the file system, a folder that may not be looked into
         raise UserError(f"{folder}: cannot be written to: {error.strerror}; give another --output") from error
     if not known:
-        if folder.is_file() or (folder.is_dir() and any(not _begun(path) for path in folder.iterdir())):
+        if folder.is_file() or (folder.is_dir() and any(not _left_by_a_start(path) for path in folder.iterdir())):
             raise UserError(f"{folder}: holds something that is not a run of this program; give another --output")
         return
     if not any(folder.glob("stages/*/MANIFEST.json")):
         return  # nothing was finished: whatever stopped that run may be mended
-    before, now = _flat(_recorded(folder)), _flat(_without_nulls(recipe.model_dump(mode="json")))
+    before, now = _flat(_recorded_recipe(folder)), _flat(_without_nulls(recipe.model_dump(mode="json")))
     new_members = {member.name for member in recipe.members} - pinned_names(folder)
     differing = []
     # Until something has read the text, it may become another: the answers themselves are kept apart.
@@ -88,17 +88,17 @@ def check_ownership(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _begun(path: Path) -> bool:
-    """Whether a run that died before it had written its recipe can have left this."""
+def _left_by_a_start(path: Path) -> bool:
+    """Whether a run that died before it wrote its recipe can have left this file."""
     return path.is_file() and path.name.startswith((LOCK, f".{LOCK}-", ".recipe.yaml-"))
 
 
 def pinned_names(folder: Path) -> set[str]:
     """Names of the members that a run directory already knows."""
-    return {member["name"] for member in _recorded(folder).get("members", [])}
+    return {member["name"] for member in _recorded_recipe(folder).get("members", [])}
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def _recorded_recipe(folder: Path) -> dict[str, Any]:
     path = folder / "recipe.yaml"
     if not path.exists():
         return {}

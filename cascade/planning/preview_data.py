@@ -24,28 +24,28 @@ def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None, vocab_size:
         UserError: a split cannot be filled, a row or a label cannot be used, or too many.
     """
     data = text_data(recipe.data)
-    found: dict[str, Any] = {"files": {}, "passages": None, "classes": None, "labels_read": "", "prompts": None}
+    record: dict[str, Any] = {"files": {}, "passages": None, "classes": None, "labels_read": "", "prompts": None}
     if recipe.counts_examples:
         bad = data.bad_row_counter()
         for split in ("train", "selection"):
             read_examples(labelled_data(recipe.data, recipe.task), split, bad)
-        found["files"]["train"] = bad.record() | {"rows_of": "train and selection"}
+        record["files"]["train"] = bad.record() | {"rows_of": "train and selection"}
         if recipe.classifies:
             check_labels(recipe, config)
-            found |= {"classes": list(classes_of(recipe)), "labels_read": labels_read(recipe, config)}
-        return found
+            record |= {"classes": list(classes_of(recipe)), "labels_read": labels_read(recipe, config)}
+        return record
     if recipe.generate is not None:
-        return found
+        return record
     if data.source != "stdlib":
-        found["files"] = {
+        record["files"] = {
             name: look_at(data, name, names, tokenizer, vocab_size) for name, names in data.own_splits.items()
         }
-        found["passages"] = look_at_passages(data)
+        record["passages"] = look_at_passages(data)
     if recipe.data.production:
         sample = production_data(data, recipe.data.production)
-        found["files"]["production"] = look_at(sample, "production", recipe.data.production, tokenizer, vocab_size)
+        record["files"]["production"] = look_at(sample, "production", recipe.data.production, tokenizer, vocab_size)
     _require_splits(data, recipe.data.block_size, tokenizer)
-    return found
+    return record
 
 
 def _require_splits(data: TextData, block_size: int, tokenizer: Any | None) -> None:
@@ -58,26 +58,26 @@ def _require_splits(data: TextData, block_size: int, tokenizer: Any | None) -> N
             prepare_blocks(data, split, tokenizer, block_size=block_size, max_blocks=blocks, bad=bad)
 
 
-def data_lines(found: dict[str, Any]) -> list[str]:
-    """What `preview_data` gave, as lines for a terminal."""
+def data_lines(record: dict[str, Any]) -> list[str]:
+    """The record of `preview_data` as lines for a terminal."""
     lines: list[str] = []
-    for name, one in found["files"].items():
-        lines += skipped_lines(name, one) if "files" not in one else look_text(name, one)
-    if found["passages"]:
-        shares = ", ".join(f"{split} {letters:,} letters" for split, letters in found["passages"].items())
+    for name, rows in record["files"].items():
+        lines += skipped_lines(name, rows) if "files" not in rows else look_text(name, rows)
+    if record["passages"]:
+        shares = ", ".join(f"{split} {letters:,} letters" for split, letters in record["passages"].items())
         lines.append(
             "Too few documents to give each split one: they are dealt out in stretches of neighbours, long ones cut at "
             f"paragraphs: {shares}."
         )
-    example = next((one["example"] for one in found["files"].values() if one.get("example")), None)
+    example = next((rows["example"] for rows in record["files"].values() if rows.get("example")), None)
     if example:
         lines.append(
             f"The first conversation; what counts for the loss stands between [[ and ]]:\n{example_text(example)}"
         )
-    if found["classes"]:
-        lines.append(f"{len(found['classes'])} classes: {', '.join(found['classes'])[:200]}.")
-    if found["labels_read"]:
-        lines.append(f"Labels that are numbers are read as places among the parent's classes: {found['labels_read']}.")
-    if found["prompts"]:
-        lines += skipped_lines("prompts", found["prompts"])
+    if record["classes"]:
+        lines.append(f"{len(record['classes'])} classes: {', '.join(record['classes'])[:200]}.")
+    if record["labels_read"]:
+        lines.append(f"Labels that are numbers are read as places among the parent's classes: {record['labels_read']}.")
+    if record["prompts"]:
+        lines += skipped_lines("prompts", record["prompts"])
     return lines

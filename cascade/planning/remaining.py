@@ -15,40 +15,40 @@ from cascade.store.commits import INCOMPLETE, MANIFEST, is_committed, stage_key
 from cascade.store.stage_table import STAGES
 from cascade.store.strict_json import read_json
 
-_FOUND_IN_THE_RUN = ("begin_token", "end_token", "vocab_size")
+_SETTLED_BY_RUN = ("begin_token", "end_token", "vocab_size")
 """Settings that a recipe may leave to the run."""
 
 
 def shapes_on_disk(run_folder: Path, names: Sequence[str]) -> dict[str, FoundShape]:
     """The shapes that finished members were cut to."""
-    found = {}
+    shapes = {}
     for name in names:
-        plan = run_folder / str(_lineage(run_folder, name).get("plan"))
-        if not plan.is_file():
+        path = run_folder / str(_lineage(run_folder, name).get("plan"))
+        if not path.is_file():
             continue
         try:
-            made = load_plan(plan)
+            plan = load_plan(path)
         except (UserError, OSError, ValueError, KeyError, TypeError):
             continue  # damaged: the run makes it again, and shows which
-        hidden = "activation_norm" if made.rotation is None else "pca"
-        found[name] = FoundShape(made.target_dims, hidden)
-    return found
+        hidden = "activation_norm" if plan.rotation is None else "pca"
+        shapes[name] = FoundShape(plan.target_dims, hidden)
+    return shapes
 
 
 def remaining_members(run_folder: Path, recipe: Recipe, members: Sequence[ResolvedMember]) -> list[ResolvedMember]:
-    """The members with the seconds of those stages alone that are not done yet."""
-    found = []
+    """The members with the seconds of only those stages that are not done yet."""
+    remaining = []
     for member in members:
         seconds = remaining_seconds(run_folder, recipe, member.name, member.seconds)
         stays = set(seconds) - {"report"}
         if not stays and is_committed(run_folder / "members" / member.name):
             seconds = {}
-        found.append(replace(member, seconds=seconds))
-    return found
+        remaining.append(replace(member, seconds=seconds))
+    return remaining
 
 
 def remaining_seconds(run_folder: Path, recipe: Recipe, name: str, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Of a member's stages, or the parent's, those that are not done."""
+    """The estimated seconds of the stages of a member, or of the parent, that are not done yet."""
     done = {stage for stage in STAGES if _is_done(run_folder, recipe, name, stage)}
     if "distill" in done:
         done |= {stage.name for stage in STAGES.values() if stage.before_training}
@@ -74,16 +74,16 @@ def _is_done(run_folder: Path, recipe: Recipe, name: str, stage: str) -> bool:
             same = stage_key(stage, STAGES[stage].format, manifest["settings"], manifest["inputs"]) == manifest["key"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if same and _as_asked(recipe, stage, manifest["settings"]) and not (folder / INCOMPLETE).exists():
+        if same and _matches_recipe(recipe, stage, manifest["settings"]) and not (folder / INCOMPLETE).exists():
             return True
     return False
 
 
-def _as_asked(recipe: Recipe, stage: str, settings: dict[str, Any]) -> bool:
+def _matches_recipe(recipe: Recipe, stage: str, settings: dict[str, Any]) -> bool:
     if stage == "evaluate" or stage.startswith("heldout-"):
-        asked = json.loads(json.dumps(evaluation_settings(recipe, heldout_only=stage != "evaluate")))
-        found_in_the_run = {name for name in _FOUND_IN_THE_RUN if name not in asked}
-        return bool({name: value for name, value in settings.items() if name not in found_in_the_run} == asked)
+        expected = json.loads(json.dumps(evaluation_settings(recipe, heldout_only=stage != "evaluate")))
+        settled_by_run = {name for name in _SETTLED_BY_RUN if name not in expected}
+        return bool({name: value for name, value in settings.items() if name not in settled_by_run} == expected)
     if stage == "baseline-ce" and recipe.ce_learning_rate != "auto":
         return bool(settings["learning_rate"] == recipe.ce_learning_rate)
     return True
@@ -95,7 +95,7 @@ def _lineage(run_folder: Path, name: str) -> dict[str, Any]:
     if not is_committed(folder):
         return {}
     try:
-        found = json.loads((folder / "cascade.json").read_text(encoding="utf-8"))
+        lineage = json.loads((folder / "cascade.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return lineage if isinstance(lineage, dict) else {}

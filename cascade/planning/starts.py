@@ -78,18 +78,18 @@ def plan_layers(config: Any, target: ModelDims, name: str) -> PruningPlan:
     """
     source = dims_of(config)
     before, after = source.as_dict(), target.as_dict()
-    other = [key for key in before if key != "num_hidden_layers" and before[key] != after[key]]
-    if other:
+    changed = [key for key in before if key != "num_hidden_layers" and before[key] != after[key]]
+    if changed:
         raise UserError(
-            f"members: {name}: init 'layers' copies whole layers, and its target also changes {', '.join(other)}; give "
-            "target: {dims: {num_hidden_layers: N}}, or init: prune"
+            f"members: {name}: init 'layers' copies whole layers, and its target also changes {', '.join(changed)}; "
+            "give target: {dims: {num_hidden_layers: N}}, or init: prune"
         )
-    wanted = torch.zeros(source.num_hidden_layers)
-    wanted[even_layers(source.num_hidden_layers, target.num_hidden_layers)] = 1.0
-    return plan_pruning(_alike(source, wanted), config, target)
+    scores = torch.zeros(source.num_hidden_layers)
+    scores[even_layers(source.num_hidden_layers, target.num_hidden_layers)] = 1.0
+    return plan_pruning(_equal_scores(source, scores), config, target)
 
 
-def _alike(dims: ModelDims, layers: Tensor) -> Scores:
+def _equal_scores(dims: ModelDims, layers: Tensor) -> Scores:
     count = dims.num_hidden_layers
     return Scores(
         layers=layers,

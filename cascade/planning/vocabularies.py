@@ -1,4 +1,4 @@
-"""Over which token ids a member is compared with its teacher, and whether its text has others."""
+"""The token ids over which a member is compared with its teacher, and whether the text contains others."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -38,8 +38,8 @@ def common_ids(recipe: Recipe, member: Member, config: Any, parent_config: Any) 
         return None
     common, tokenizer = min(rows, parent_rows), text_tokenizer(recipe)
     if member.student and tokenizer is not None:
-        own = load_tokenizer(resolve_model(member.student))
-        common = common_vocabulary(tokenizer, own, parent_rows, rows, f"members: {member.name}")
+        student_tokenizer = load_tokenizer(resolve_model(member.student))
+        common = common_vocabulary(tokenizer, student_tokenizer, parent_rows, rows, f"members: {member.name}")
     elif tokenizer is not None:
         beyond = set(tokens_beyond(tokenizer, common).values()) - set(tokenizer.get_added_vocab())
         if beyond:
@@ -65,15 +65,15 @@ def require_common_text(recipe: Recipe, tokenizer: Any, shared: int) -> None:
     if not beyond or recipe.generate is not None or recipe.data.streaming:
         return
     for place, documents in _texts(recipe):
-        require_texts([_as_text(one) for one in documents], beyond, shared, place)
+        require_texts([_as_text(document) for document in documents], beyond, shared, place)
 
 
 def _texts(recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:
     split: Split
     if recipe.counts_examples:
         for split in ("train", "selection"):
-            found = read_examples(labelled_data(recipe.data, recipe.task), split)
-            yield f"data.{split}", [example.content for example in found]
+            examples = read_examples(labelled_data(recipe.data, recipe.task), split)
+            yield f"data.{split}", [example.content for example in examples]
         yield "data.heldout", [example.content for example in heldout_rows(labelled_data(recipe.data, recipe.task))]
         return
     text = text_data(recipe.data)
@@ -87,4 +87,4 @@ def _texts(recipe: Recipe) -> Iterator[tuple[str, list[Any]]]:
 def _as_text(document: Any) -> str:
     if isinstance(document, str):
         return document
-    return "\n".join(str(one.get("content")) if isinstance(one, dict) else str(one) for one in document)
+    return "\n".join(str(part.get("content")) if isinstance(part, dict) else str(part) for part in document)

@@ -1,4 +1,4 @@
-"""What a shorter stream asks of the weights that stay: values that depend on a size but do not show it."""
+"""Corrections of the weights that stay after a cut: norms and scales whose values depend on the hidden size."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def corrected(plan: "PruningPlan", axes: ModelAxes, statistics: Statistics | None) -> "PruningPlan":
-    """The plan with the factors that its cut asks for, and with the epsilon of its norms.
+    """The plan with the factors on norms and scaled weights that its cut needs, and the norms' epsilon.
 
     A norm divides by the root of a mean square, and over fewer channels that mean is another. With `statistics` its
     weight is multiplied by the root of the mean energy that the kept channels really carry (all channels' mean being

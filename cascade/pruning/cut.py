@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from cascade.models.architecture.axes import ModelAxes, probe_axes
-from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.axes import ModelAxes
 from cascade.models.architecture.model_class import model_from_config
 from cascade.models.architecture.parts import Axis
+from cascade.models.architecture.sized import Sized
 from cascade.pruning.plan import PruningPlan, config_of
 from cascade.pruning.rotation import rotated_weight
 
@@ -22,9 +22,10 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         UserError: a weight has an axis that nobody explains.
         ValueError: the plan is for a model of another size.
     """
-    axes = probe_axes(model.config)
-    if dims_of(model.config) != plan.source_dims:
-        raise ValueError(f"the plan is for {plan.source_dims}, the model has {dims_of(model.config)}")
+    sized = Sized(model.config)
+    axes = sized.axes
+    if sized.dims != plan.source_dims:
+        raise ValueError(f"the plan is for {plan.source_dims}, the model has {sized.dims}")
     with no_init_weights():
         pruned = model_from_config(config_of(plan), dtype=next(model.parameters()).dtype)
     weights = dict(model.named_parameters())
@@ -101,9 +102,9 @@ def _with_merged_heads(name: str, weight: Tensor, axes: ModelAxes, plan: Pruning
     for part in axes.of(name)[position].parts:
         rows = part.rows_per_unit(source)
         if part.dim in merging:
-            for one, other in plan.merged_heads[plan.layers.index(layer)]:
-                ours, theirs = (weight.narrow(position, offset + head * rows, rows) for head in (one, other))
-                merged.narrow(position, offset + one * rows, rows).copy_(2 * ours - theirs)
+            for pair in plan.merged_heads[plan.layers.index(layer)]:
+                staying, removed = (weight.narrow(position, offset + head * rows, rows) for head in pair)
+                merged.narrow(position, offset + pair[0] * rows, rows).copy_(2 * staying - removed)
         offset += int(part.length(source))
     return merged
 
@@ -114,18 +115,18 @@ def kept_rows(axis: Axis, layer: int | None, plan: PruningPlan) -> Tensor | None
     Raises:
         ValueError: heads or neurons outside the layers.
     """
-    kept, offset, whole = [], 0, True
+    rows_of_parts, offset, whole = [], 0, True
     for part in axis.parts:
         length = int(part.length(plan.source_dims))
         units = plan.units(part.dim, layer)
         if units is None:
-            kept.append(torch.arange(offset, offset + length))
+            rows_of_parts.append(torch.arange(offset, offset + length))
         else:
             whole = False
             rows = part.rows_per_unit(plan.source_dims)
-            kept.append((torch.tensor(units)[:, None] * rows + torch.arange(rows)).flatten() + offset)
+            rows_of_parts.append((torch.tensor(units)[:, None] * rows + torch.arange(rows)).flatten() + offset)
         offset += length
-    return None if whole else torch.cat(kept)
+    return None if whole else torch.cat(rows_of_parts)
 
 
 def renumbered(name: str, axes: ModelAxes, plan: PruningPlan) -> str | None:

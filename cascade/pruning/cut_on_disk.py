@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.model_class import build_on_meta, model_class_of
+from cascade.models.architecture.sized import Sized
 from cascade.models.checkpoint.load import ModelSource, copy_companions, load_config
 from cascade.models.checkpoint.older_keys import add_older_keys
 from cascade.models.checkpoint.stored_names import stored_parameters
@@ -31,17 +30,20 @@ def prune_on_disk(
     if source.gguf_file:
         raise UserError(f"{source.reference}: a GGUF file is quantised; only safetensors are cut on disk")
     config = load_config(source)
-    if dims_of(config) != plan.source_dims:
-        raise ValueError(f"the plan is for {plan.source_dims}, the model has {dims_of(config)}")
-    axes = probe_axes(config)
+    sized = Sized(config)
+    axes = sized.axes
+    if sized.dims != plan.source_dims:
+        raise ValueError(f"the plan is for {plan.source_dims}, the model has {sized.dims}")
     stored = stored_parameters(config, axes, source)
     pruned_config = config_of(plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in build_on_meta(pruned_config).named_parameters()}
     order = []
-    for name, (own_name, entry) in sorted(stored.items(), key=lambda item: (item[1][1].path, item[1][1].start)):
+    in_file_order = sorted(stored, key=lambda name: (stored[name][1].path, stored[name][1].start))
+    for name in in_file_order:
+        stored_name, entry = stored[name]
         new_name = renumbered(name, axes, plan)
         if new_name is not None and new_name in shapes:
-            order.append((name, new_name, _renamed(own_name, name, new_name), entry))
+            order.append((name, new_name, _renamed(stored_name, name, new_name), entry))
     for head, owner in axes.tied.items():
         if head in shapes:  # a rotated model has a head of its own
             order.append((head, head, head, stored[owner][1]))
@@ -52,7 +54,7 @@ def prune_on_disk(
     def values() -> Iterator[tuple[str, Tensor]]:
         for name, _, written_name, entry in order:
             weight = entry.read()
-            cut = cut_weight(name, weight, axes, plan, lambda other: stored[other][1].read())
+            cut = cut_weight(name, weight, axes, plan, lambda norm: stored[norm][1].read())
             if weight.isfinite().all() and not cut.isfinite().all():  # merged heads, rotated and rescaled weights grow
                 raise UserError(
                     f"{source.reference}: {entry.dtype} cannot hold {name} once it is cut; store in bfloat16"
@@ -69,10 +71,10 @@ def prune_on_disk(
     write_checkpoint(folder, tensors, values(), max_shard_bytes=max_shard_bytes)
 
 
-def _renamed(own_name: str, name: str, new_name: str) -> str:
+def _renamed(stored_name: str, name: str, new_name: str) -> str:
     """The name to write: the checkpoint's own, with the new number of its layer."""
     if name == new_name:
-        return own_name
-    if own_name.endswith(name):
-        return own_name.removesuffix(name) + new_name
-    return new_name.removeprefix(name.removesuffix(own_name))
+        return stored_name
+    if stored_name.endswith(name):
+        return stored_name.removesuffix(name) + new_name
+    return new_name.removeprefix(name.removesuffix(stored_name))

@@ -19,7 +19,7 @@ class Stream:
 
     @classmethod
     def of(cls, model: nn.Module, **inputs: Tensor) -> "Stream":
-        """At the first layer's input."""
+        """The stream of a batch at the first layer's input."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: list[Tensor] = []
 
@@ -39,12 +39,12 @@ class Stream:
         return cls(first[0], calls)
 
     def through(self, layer: nn.Module, number: int, hidden: Tensor | None = None) -> Tensor:
-        """The layer's output, without going on."""
+        """The layer's output for `hidden` (default: the stream), which the stream does not move to."""
         args, kwargs = self.calls[number]
         return first_tensor(layer(self.hidden if hidden is None else hidden, *args, **kwargs))
 
     def watched(self, layer: nn.Module, number: int, modules: dict[str, nn.Module]) -> "Watched":
-        """What some modules see and give while the stream goes through their layer."""
+        """Inputs and outputs of some modules while the stream passes through their layer."""
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
@@ -65,10 +65,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class Watched:
-    """One pass of a layer."""
+    """Inputs and outputs of some modules in one pass of their layer, and the layer's output."""
 
     inputs: dict[str, Tensor]
-    """By weight name."""
+    """Weight name -> the input of its module."""
     outputs: dict[str, Tensor]
     after: Tensor
     """The layer's output."""

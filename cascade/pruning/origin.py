@@ -19,18 +19,18 @@ def origin_of(plans: Sequence[PruningPlan]) -> Origin:
         raise ValueError("at least one plan")
     before = plans[0].source_dims
     depth, width = before.num_hidden_layers, before.hidden_size
-    kept, channels = list(range(depth)), torch.arange(width)
+    layers, channels = list(range(depth)), torch.arange(width)
     projection: Tensor | None = None
     for plan in plans:
-        if plan.source_dims.num_hidden_layers != len(kept) or plan.source_dims.hidden_size != len(channels):
+        if plan.source_dims.num_hidden_layers != len(layers) or plan.source_dims.hidden_size != len(channels):
             raise ValueError("a plan does not start from the model that the plan before it made")
-        kept = [kept[layer] for layer in plan.layers]
+        layers = [layers[layer] for layer in plan.layers]
         if plan.rotation is not None:
             before_it = torch.eye(width, dtype=torch.float64)[:, channels] if projection is None else projection
             projection = before_it @ plan.rotation.double()
         channels = channels[plan.hidden]
         projection = None if projection is None else projection[:, plan.hidden]
-    points = (*kept, depth)
+    points = (*layers, depth)
     if projection is not None:
         return Origin(points, None, projection.float())
     return Origin(points, None if len(channels) == width else channels)

@@ -23,7 +23,7 @@ _ROTATION = ".rotation.safetensors"
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What `prune` needs to know; all indices are the source's, ascending."""
+    """The units that a cut keeps, and its factors; all indices are the source's, ascending."""
 
     source_dims: ModelDims
     target_dims: ModelDims
@@ -93,7 +93,7 @@ def save_plan(plan: PruningPlan, path: Path) -> None:
 
 
 def load_plan(path: Path) -> PruningPlan:
-    """What `save_plan` wrote.
+    """Read the plan that `save_plan` wrote.
 
     Raises:
         UserError: it is no plan, one of another format, or without the rotation that belongs to it.

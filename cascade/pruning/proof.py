@@ -53,9 +53,9 @@ def _differences(config: Any, along: Sequence[str], rotated: bool, seed: int) ->
     before = dims_of(twin.config)
     differences = {}
     cuts = proof_cuts(config)
-    wanted = {name: change for name, change in cuts.items() if not along or set(change) & set(along)}
-    together = {dim: size for change in wanted.values() for dim, size in change.items()}
-    for name, change in [*wanted.items(), ("all axes", together)]:
+    chosen_cuts = {name: change for name, change in cuts.items() if not along or set(change) & set(along)}
+    together = {dim: size for change in chosen_cuts.values() for dim, size in change.items()}
+    for name, change in [*chosen_cuts.items(), ("all axes", together)]:
         scores = random_scores(twin, seed=seed)
         plan = plan_pruning(scores, twin.config, before.replace(**change))
         differences[name] = silenced_difference(twin, plan, seed=seed)
@@ -161,7 +161,7 @@ def _silence_weight(name: str, weight: Tensor, axes: ModelAxes, plan: PruningPla
         return
     written = 0 if output is None else output
     dim = weight_axes[written].dim
-    spans_heads = any(axes.of(other)[0].dim in _HEADS for other in axes.weights if axes.is_norm(other))
+    spans_heads = any(axes.of(norm_name)[0].dim in _HEADS for norm_name in axes.weights if axes.is_norm(norm_name))
     if dim == "hidden_size" or (dim in _HEADS and spans_heads):
         weight.index_fill_(written, rows[written], 0)
     if dim == "hidden_size":
@@ -174,9 +174,9 @@ _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def _removed_rows(axis: Any, layer: int | None, plan: PruningPlan) -> Tensor:
-    kept = kept_rows(axis, layer, plan)
+    rows = kept_rows(axis, layer, plan)
     removed = torch.ones(int(axis.length(plan.source_dims)), dtype=torch.bool)
-    removed[slice(None) if kept is None else kept] = False
+    removed[slice(None) if rows is None else rows] = False
     return removed.nonzero().flatten()
 
 
@@ -185,21 +185,21 @@ def _centre(weight: Tensor, position: int, axis: Any, axes: ModelAxes, plan: Pru
     centres = any(norm.centres for norm in axes.behaviour.norms.values())
     if axis.dim != "hidden_size" or not centres or stream_is_centred_by_norms(axes):
         return
-    kept = torch.tensor(plan.hidden)
-    part = weight.index_select(position, kept)
-    weight.index_copy_(position, kept, part - part.mean(position, keepdim=True))
+    channels = torch.tensor(plan.hidden)
+    part = weight.index_select(position, channels)
+    weight.index_copy_(position, channels, part - part.mean(position, keepdim=True))
 
 
 @contextmanager
 def _norms_over_kept_channels(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     """Where norms that take the mean off write the stream themselves, they see the kept channels only."""
-    axes, kept = probe_axes(model.config), torch.tensor(plan.hidden)
+    axes, channels = probe_axes(model.config), torch.tensor(plan.hidden)
 
     def hook(module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
-        inputs = args[0][..., kept]
+        inputs = args[0][..., channels]
         normal = nn.functional.layer_norm(inputs, inputs.shape[-1:], eps=module.eps)
         result = torch.zeros_like(output)
-        result[..., kept] = normal * module.weight[kept] + (0 if module.bias is None else module.bias[kept])
+        result[..., channels] = normal * module.weight[channels] + (0 if module.bias is None else module.bias[channels])
         return result
 
     handles = []

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from cascade.models.architecture.axes import ModelAxes
+from cascade.models.architecture.sized import Sized
 from cascade.runtime.errors import UserError
 
 
-def require_rotatable(config: Any, axes: ModelAxes) -> None:
+def require_rotatable(sized: Sized) -> None:
     """Refuse a stream that cannot be rotated.
 
     Raises:
         UserError: a norm subtracts a mean, or stands between a branch and the stream; it is named.
     """
-    for name, norm in axes.behaviour.norms.items():
-        if axes.weights[f"{name}.weight"][0].dim != "hidden_size":
+    for name, norm in sized.axes.behaviour.norms.items():
+        if sized.axes.weights[f"{name}.weight"][0].dim != "hidden_size":
             continue
         reason = ""
         if norm.centres:
@@ -34,8 +35,8 @@ def require_rotatable(config: Any, axes: ModelAxes) -> None:
             reason = "multiplies what a branch writes to the stream channel by channel, which cannot be folded"
         if reason:
             raise UserError(
-                f"model type '{config.model_type}' cannot be rotated (prune.hidden: pca): its norm '{name}' {reason}. "
-                "Use prune.hidden: activation_norm"
+                f"model type '{sized.config.model_type}' cannot be rotated (prune.hidden: pca): its norm '{name}' "
+                f"{reason}. Use prune.hidden: activation_norm"
             )
 
 

@@ -195,12 +195,12 @@ def magnitudes(model):
     import torch
     import torch_pruning
 
-    from cascade.models.architecture.axes import probe_axes
-    from cascade.models.architecture.dims import dims_of
+    from cascade.models.architecture.sized import Sized
     from cascade.pruning.importance.gradients import group_of
     from cascade.pruning.importance.scores import Scores
 
-    axes, dims = probe_axes(model.config), dims_of(model.config)
+    sized = Sized(model.config)
+    axes, dims = sized.axes, sized.dims
     score = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="sum", normalizer=None)
     depth = range(dims.num_hidden_layers)
     heads = torch.stack([score(group_of(model, axes, "num_attention_heads", layer)) for layer in depth])

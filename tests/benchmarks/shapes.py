@@ -109,14 +109,14 @@ class Setting:
 
     def shape(self, text: str) -> dict | None:
         """The shape of a text as a row; None where it does not fit."""
-        from cascade.models.architecture.axes import probe_axes
-        from cascade.models.architecture.dims import dims_of
+        from cascade.models.architecture.sized import Sized
         from cascade.planning.family import shape_config
 
         rotated = text.startswith("p")
         config = shape_config(self.teacher.config, "pca" if rotated else "activation_norm")
-        axes, dims = probe_axes(config), dims_of(config)
-        limit = self.options.share * probe_axes(self.teacher.config).num_parameters(dims_of(self.teacher.config))
+        sized = Sized(config)
+        axes, dims = sized.axes, sized.dims
+        limit = self.options.share * Sized(self.teacher.config).num_parameters
         values = dict(zip(AXES, map(int, text.removeprefix("p").split(",")), strict=True))
         step = max(4, dims.intermediate_size // 43)
         widths = (

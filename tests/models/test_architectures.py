@@ -15,6 +15,7 @@ from conftest import make_blocks
 from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.dims import config_with_dims, dims_of
 from cascade.models.architecture.model_class import model_class_of
+from cascade.models.architecture.sized import Sized
 from cascade.models.architecture.twin import EPSILON_KEYS, twin_of
 from cascade.models.checkpoint.load import ModelSource, load_model, save_checkpoint
 from cascade.pruning import corrections, proof
@@ -117,7 +118,8 @@ def test_pruned_equals_silenced_with_a_large_epsilon_too(architecture):
 @pytest.mark.parametrize("architecture", ALL)
 def test_axes_give_the_shape_of_every_parameter_and_the_count(architecture):
     model = twin(architecture)
-    axes, dims = probe_axes(model.config), dims_of(model.config)
+    sized = Sized(model.config)
+    axes, dims = sized.axes, sized.dims
     for name, parameter in model.named_parameters():
         assert tuple(axis.length(dims) for axis in axes.of(name)) == tuple(parameter.shape), name
     assert axes.num_parameters(dims) == sum(parameter.numel() for parameter in model.parameters())
@@ -274,7 +276,7 @@ def test_the_proof_fails_when_a_value_that_is_not_visible_in_shapes_is_forgotten
 def forget(monkeypatch, fact):
     from dataclasses import replace
 
-    from cascade.pruning import choose, cut
+    from cascade.models.architecture import sized
 
     def probe(config):
         axes = probe_axes(config)
@@ -284,8 +286,7 @@ def forget(monkeypatch, fact):
         norms = {name: replace(norm, zero_centred=False) for name, norm in behaviour.norms.items()}
         return replace(axes, behaviour=replace(behaviour, norms=norms))
 
-    for module in (choose, cut):
-        monkeypatch.setattr(module, "probe_axes", probe)
+    monkeypatch.setattr(sized, "probe_axes", probe)  # what the plan and the cut read; the silenced model does not
 
 
 def test_gemmas_embedding_is_scaled_for_the_new_size_and_its_tied_head_gets_it_back():

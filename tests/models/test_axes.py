@@ -5,8 +5,7 @@ from conftest import ARCHITECTURES, make_config, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.sized import Sized
 
 ALL = sorted(ARCHITECTURES)
 
@@ -35,16 +34,17 @@ def test_counted_parameters_equal_the_models_own(
         hidden_size=12 * multiple * groups * per_group,
     )
     model = make_model_of(config)
-    axes, dims = probe_axes(config), dims_of(config)
+    sized = Sized(config)
     counted = sum(parameter.numel() for parameter in model.parameters())
     vocabulary = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    assert axes.num_parameters(dims) == counted
-    assert axes.num_parameters_non_embedding(dims) == counted - sum(weight.numel() for weight in vocabulary)
+    assert sized.num_parameters == counted
+    assert sized.num_parameters_non_embedding == counted - sum(weight.numel() for weight in vocabulary)
 
 
 def test_flops_per_token_count_each_matrix_product_twice():
     model = make_model("llama")
-    axes, dims = probe_axes(model.config), dims_of(model.config)
+    sized = Sized(model.config)
+    dims = sized.dims
     ids = torch.zeros(1, 16, dtype=torch.int64)
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,7 +55,7 @@ def test_flops_per_token_count_each_matrix_product_twice():
         model(input_ids=ids, use_cache=False)
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     attention = 2 * 16 * dims.num_attention_heads * dims.head_dim * dims.num_hidden_layers
-    assert axes.flops_per_token(dims, 16) == linear + attention
+    assert sized.flops_per_token(16) == linear + attention
     # torch counts the whole square of attention scores; half of it lies above the causal diagonal.
     assert counter.get_total_flops() / 16 == linear + 2 * attention
 

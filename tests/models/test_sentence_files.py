@@ -8,7 +8,8 @@ from conftest import ROOT, SHARED, needs_shared
 from test_embeddings import minilm  # noqa: F401
 
 from cascade.models.checkpoint.sentence_files import copy_sentence_files, require_mean_pooling, unlearned_settings
-from cascade.planning.preview import preview, preview_text
+from cascade.planning.preview import preview
+from cascade.planning.preview_text import preview_text
 from cascade.recipe.load import load_recipe
 from cascade.runtime.errors import UserError
 

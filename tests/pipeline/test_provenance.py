@@ -78,7 +78,7 @@ def made(start="cut from the parent", *, distill=None, parent=None, copy_of=None
             name=one.name,
             member=one,
             seed=one.seed if one.start in ("prune", "layers") else "",
-            config=SimpleNamespace(model_type=one.config.get("model_type", "llama")),
+            sized=SimpleNamespace(config=SimpleNamespace(model_type=one.config.get("model_type", "llama"))),
         )
         for one in recipe.members
     ]

@@ -563,6 +563,7 @@ def test_a_target_in_decode_time_is_measured_once_and_kept_by_the_run(tiny_paren
     from test_latency import costing
 
     import cascade.pruning.size.latency as latency_of
+    from cascade.models.architecture.sized import Sized
     from cascade.planning.family import resolve_family
     from cascade.planning.latencies import find_latencies, keep_latencies
     from cascade.planning.parent import parent_config
@@ -581,16 +582,10 @@ def test_a_target_in_decode_time_is_measured_once_and_kept_by_the_run(tiny_paren
     again = find_latencies(recipe, config, tmp_path / "run")
     assert again == first
     shapes = [resolve_family(recipe, config, latencies=found)[0] for found in (first, again)]
-    assert shapes[0].dims == shapes[1].dims
-    whole = first["quick"].milliseconds(*_axes_and_dims(config))
-    assert first["quick"].milliseconds(*_axes_and_dims(shapes[0].config)) <= 0.85 * whole
-
-
-def _axes_and_dims(config):
-    from cascade.models.architecture.axes import probe_axes
-    from cascade.models.architecture.dims import dims_of
-
-    return probe_axes(config), dims_of(config)
+    assert shapes[0].sized.dims == shapes[1].sized.dims
+    whole, quick = Sized(config), shapes[0].sized
+    milliseconds = first["quick"].milliseconds
+    assert milliseconds(quick.axes, quick.dims) <= 0.85 * milliseconds(whole.axes, whole.dims)
 
 
 def test_the_learning_rate_is_found_once_and_trained_at(recipe_folder, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from cascade.models.architecture.dims import dims_of
 from cascade.pipeline.run import run_recipe
-from cascade.planning.preview import hops_too_large
+from cascade.planning.preview_text import hops_too_large
 from cascade.planning.starts import even_layers, plan_layers, student_config
 from cascade.pruning.cut import prune
 from cascade.recipe.load import load_recipe

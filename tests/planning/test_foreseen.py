@@ -7,7 +7,8 @@ from click.testing import CliRunner
 from conftest import ROOT, make_blocks, make_model
 
 from cascade.distillation.losses.divergences import DIVERGENCES
-from cascade.planning.preview import preview, preview_text
+from cascade.planning.preview import preview
+from cascade.planning.preview_text import preview_text
 from cascade.recipe.load import load_recipe
 from cascade.runtime.errors import UserError
 

@@ -148,6 +148,7 @@ def main(setting, folder):
 
     from cascade.models.architecture.axes import probe_axes
     from cascade.models.architecture.dims import dims_of
+    from cascade.models.architecture.sized import Sized
     from cascade.planning import estimates
 
     def config_of(**sizes):
@@ -160,7 +161,9 @@ def main(setting, folder):
     before = resident_bytes()
     parent_config = config_of(**setting["teacher"], vocab_size=vocab_size)
     config = config_of(**(setting["teacher"] | {"num_hidden_layers": setting["layers"]}), vocab_size=vocab_size)
-    plan = estimates.peak_memory(recipe, recipe.distill, config, parent_config, optimizer=recipe.distill.optimizer)
+    plan = estimates.peak_memory(
+        recipe, recipe.distill, Sized(config), Sized(parent_config), optimizer=recipe.distill.optimizer
+    )
     train(recipe, config, parent_config, setting.get("cache"), folder / "real")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     count = int(probe_axes(config).num_parameters(dims_of(config)))

@@ -6,10 +6,11 @@ from conftest import make_config, make_model
 
 from cascade.cli.main import main
 from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.sized import Sized
 from cascade.planning.family import resolve_family, score_for_dims
 from cascade.planning.parent import parent_config
-from cascade.planning.preview import preview, preview_text
+from cascade.planning.preview import preview
+from cascade.planning.preview_text import preview_text
 from cascade.pruning.choose import plan_pruning
 from cascade.pruning.importance.scores import score_importance
 from cascade.pruning.importance.statistics import collect_statistics
@@ -22,12 +23,12 @@ from cascade.recipe.load import load_recipe
 from cascade.runtime.errors import UserError
 
 TIED = make_config("llama", tied=True, vocab_size=512)
-AXES, DIMS = probe_axes(TIED), dims_of(TIED)
-WHOLE = int(AXES.num_parameters(DIMS))
+PARENT = Sized(TIED)
+WHOLE = PARENT.num_parameters
 
 
 def test_a_number_between_the_parents_and_the_untied_parents_is_refused():
-    assert int(probe_axes(untied(TIED)).num_parameters(DIMS)) > 1.2 * WHOLE
+    assert Sized(untied(TIED)).num_parameters > 1.2 * WHOLE
     for config in (TIED, untied(TIED)):
         with pytest.raises(UserError, match=rf"{WHOLE + 2000:,} parameters is larger than the parent's {WHOLE:,}"):
             solve_shape(config, Target(params=WHOLE + 2000), parent=TIED)
@@ -35,14 +36,14 @@ def test_a_number_between_the_parents_and_the_untied_parents_is_refused():
 
 @pytest.mark.parametrize("name", sorted(set(MEASURES) - {"decode_ms"}))
 def test_any_bound_above_the_parents_is_refused_also_beside_one_that_binds(name):
-    whole = float(MEASURES[name](AXES, DIMS, Target()))
+    whole = float(MEASURES[name](PARENT.axes, PARENT.dims, Target()))
     for bounds in ({name: 1.01 * whole}, {"params": 0.5} | {name: 1.01 * whole}):
         with pytest.raises(UserError, match="is larger than the parent's"):
             solve_shape(untied(TIED), Target(**bounds), parent=TIED)
 
 
 def test_a_time_above_the_parents_is_refused():
-    latency = DecodeLatency(16, 1, (0.0, 1.0, 0.0, 0.0), ((DIMS.as_dict(), 3.0),), "cpu", 1)
+    latency = DecodeLatency(16, 1, (0.0, 1.0, 0.0, 0.0), ((PARENT.dims.as_dict(), 3.0),), "cpu", 1)
     with pytest.raises(UserError, match="is larger than the parent's 3"):
         solve_shape(TIED, Target(decode_ms=3.2, context=16, latency=latency), parent=TIED)
 
@@ -55,7 +56,7 @@ def test_any_dim_above_the_parents_is_refused(dims):
 
 def test_bounds_that_do_not_count_the_head_still_give_no_larger_member():
     small = make_config("llama", tied=True, vocab_size=64)
-    axes, whole = probe_axes(untied(small)), probe_axes(small).num_parameters(dims_of(small))
+    axes, whole = probe_axes(untied(small)), Sized(small).num_parameters
     for bounds in ({"flops_per_token": 0.95}, {"params_non_embedding": 0.95}):
         shapes = diverse_shapes(untied(small), Target(**bounds), parent=small, count=20)
         assert shapes and all(axes.num_parameters(one) <= whole for one in shapes)
@@ -80,13 +81,13 @@ def test_a_share_is_of_the_model_as_it_is_also_where_its_cut_has_a_head_of_its_o
     plan = plan_pruning(
         score_importance(statistics, hidden="pca"), model.config, Target(params=0.9), statistics=statistics
     )
-    whole = probe_axes(model.config).num_parameters(dims_of(model.config))
-    assert probe_axes(config_of(plan)).num_parameters(plan.target_dims) <= 0.9 * whole
+    whole = Sized(model.config).num_parameters
+    assert Sized(config_of(plan)).num_parameters <= 0.9 * whole
 
 
 def test_the_plan_refuses_what_would_be_larger_and_makes_nothing_larger(recipe_folder):
     parent = parent_config(load_recipe(recipe_folder / "tiny.yaml"))
-    whole = int(probe_axes(parent).num_parameters(dims_of(parent)))
+    whole = Sized(parent).num_parameters
     command = ["plan", str(recipe_folder / "tiny.yaml"), "--set", f"members.0.target.params={whole + 1000}"]
     for more in ([], ["--set", "prune.hidden=pca"], ["--set", "prune.hidden=activation_norm"]):
         result = CliRunner().invoke(main, [*command, *more])
@@ -95,7 +96,7 @@ def test_the_plan_refuses_what_would_be_larger_and_makes_nothing_larger(recipe_f
     for hidden in ("auto", "activation_norm"):
         changes = [f"prune.hidden={hidden}", "members=[{name: m, target: {flops_per_token: 0.9}}]"]
         (member,) = resolve_family(load_recipe(recipe_folder / "tiny.yaml", changes), parent)
-        assert member.num_parameters <= whole
+        assert member.sized.num_parameters <= whole
 
 
 def test_dims_that_are_asked_for_rotated_are_made_so_and_the_plan_says_that_they_are_larger(recipe_folder, tmp_path):

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from cascade.planning.preview import preview, preview_text
+from cascade.planning.preview import preview
+from cascade.planning.preview_text import preview_text
 from cascade.recipe.load import load_recipe
 from cascade.report.records import load_family
 

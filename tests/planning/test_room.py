@@ -46,11 +46,11 @@ def test_members_that_are_not_cut_or_not_repaired_need_no_room_for_it(recipe_fol
         return resolve_family(recipe, parent_config(recipe))[-1]
 
     cut = bytes_of()
-    assert cut.disk_bytes == cut.num_parameters * (8 + 2 * 2)  # float32 twice, then as the parent: bfloat16
-    assert bytes_of("prune.repair.method=none").disk_bytes == cut.num_parameters * (4 + 2 * 2)
+    assert cut.disk_bytes == cut.sized.num_parameters * (8 + 2 * 2)  # float32 twice, then as the parent: bfloat16
+    assert bytes_of("prune.repair.method=none").disk_bytes == cut.sized.num_parameters * (4 + 2 * 2)
     given = bytes_of(f"members=[{{name: given, student: {tiny_parent}}}]")
-    assert given.disk_bytes == member_bytes(given.num_parameters, 2, start="checkpoint", repaired=True, ce=False)
-    assert given.disk_bytes == given.num_parameters * 4
+    assert given.disk_bytes == member_bytes(given.sized.num_parameters, 2, start="checkpoint", repaired=True, ce=False)
+    assert given.disk_bytes == given.sized.num_parameters * 4
     assert bytes_of("distill.optimizer=adamw_8bit").state_bytes < 0.6 * cut.state_bytes
     assert bytes_of("distill.keep_states=5").state_bytes == 2 * cut.state_bytes
 

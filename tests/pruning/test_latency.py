@@ -11,6 +11,8 @@ from test_architectures import config_of
 import cascade.pruning.size.latency as latency_of
 from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.sized import Sized
+from cascade.models.checkpoint.load import load_config, resolve_model
 from cascade.pruning.size.latency import DecodeLatency, corrected, fit_decode_latency, measure_decode_ms
 from cascade.pruning.size.shape import solve_shape
 from cascade.pruning.size.target import Target
@@ -63,6 +65,14 @@ def test_no_coefficient_is_negative_and_every_architecture_gives_enough_points(a
     assert len(found.points) >= 4
 
 
+def test_every_shape_that_is_timed_has_whole_groups_of_query_heads():
+    parent = load_config(resolve_model("builtin:pico-python"))  # 12 heads in 4 groups: half as many are no whole groups
+    timed = [dims for dims, _ in fit_decode_latency(parent, context=4, batch_size=1).points]
+    assert not [dims for dims in timed if dims["num_attention_heads"] % dims["num_key_value_heads"]]
+    heads_alone = {dims["num_attention_heads"] for dims in timed if dims["num_key_value_heads"] == 4}
+    assert heads_alone == {12, 4}
+
+
 def test_a_fit_that_is_off_at_the_solution_is_corrected_there(monkeypatch):
     config, target = llama(), Target(decode_ms=0.5, context=64)
     clock = costing((0.3, 0.2, 0.05, 0.4), drift=1.4)
@@ -85,11 +95,11 @@ def test_the_solved_shape_meets_a_latency_and_another_bound_together(monkeypatch
     monkeypatch.setattr(latency_of, "measure_decode_ms", costing((0.3, 0.2, 0.05, 0.4)))
     config = llama()
     latency = fit_decode_latency(config, context=64, batch_size=1)
-    axes, whole = probe_axes(config), dims_of(config)
+    whole = Sized(config)
     for share, params in ((0.5, 0.9), (0.9, 0.5)):
         dims = solve_shape(config, Target(decode_ms=share, params=params, context=64, latency=latency))
-        assert latency.milliseconds(axes, dims) <= share * latency.milliseconds(axes, whole)
-        assert axes.num_parameters(dims) <= params * axes.num_parameters(whole)
+        assert latency.milliseconds(whole.axes, dims) <= share * latency.milliseconds(whole.axes, whole.dims)
+        assert whole.axes.num_parameters(dims) <= params * whole.num_parameters
 
 
 def test_a_deeper_model_is_measured_slower():

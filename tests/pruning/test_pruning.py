@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.dims import config_with_dims, dims_of
+from cascade.models.architecture.sized import Sized
 from cascade.pruning.choose import plan_pruning
 from cascade.pruning.cut import prune
 from cascade.pruning.importance.scores import score_importance
@@ -188,7 +189,7 @@ def test_a_solved_shape_is_legal_and_within_the_tolerance(share, groups):
     config = make_config(
         "llama", hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_key_value_heads=groups
     )
-    total = probe_axes(config).num_parameters(dims_of(config))
+    total = Sized(config).num_parameters
     dims = solve_shape(config, Target(params=share))
     size = probe_axes(config).num_parameters(dims)
     assert (1 - TOLERANCES[1]) * round(share * total) <= size <= round(share * total)
@@ -199,7 +200,7 @@ def test_a_solved_shape_is_legal_and_within_the_tolerance(share, groups):
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_where_there_is_room_a_solved_shape_is_within_the_first_tolerance(share):
     config = make_config("llama", hidden_size=96, intermediate_size=256, num_hidden_layers=6)
-    total = probe_axes(config).num_parameters(dims_of(config))
+    total = Sized(config).num_parameters
     dims = solve_shape(config, Target(params=share))
     assert probe_axes(config).num_parameters(dims) >= (1 - TOLERANCES[0]) * share * total
 
@@ -212,7 +213,7 @@ def test_explicit_dims_bind_and_the_rest_is_solved_for():
 
 def test_illegal_targets_are_refused_with_what_is_legal():
     config = make_config("llama")
-    total = probe_axes(config).num_parameters(dims_of(config))
+    total = Sized(config).num_parameters
     cases = {
         "larger than the seed": Target(params=2 * total),
         "legal: 8, 6, 4, 2": Target(dims={"num_attention_heads": 5}),
@@ -228,7 +229,7 @@ def test_illegal_targets_are_refused_with_what_is_legal():
 
 def legal(architecture, **changes):
     config = make_config(architecture, **changes)
-    return legal_values(probe_axes(config), dims_of(config))
+    return legal_values(Sized(config))
 
 
 def test_legal_heads_are_multiples_of_the_groups_or_any_number_of_whole_heads():

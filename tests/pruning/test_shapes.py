@@ -65,6 +65,6 @@ def test_heads_and_groups_of_every_row_fit_together_and_none_is_left_out():
     pairs = _possible_heads(values, seed, groups_alone=False)
     assert set(pairs) == {(8, 4), (4, 4), (4, 2), (2, 2), (2, 1), (1, 1)}
     assert set(_possible_heads(values, seed, groups_alone=True)) == set(pairs)
-    columns = _grid(values | {"num_hidden_layers": [5, 4]}, ["num_hidden_layers", *values], pairs)
+    columns = _grid({"num_hidden_layers": [5, 4]} | values, pairs)
     rows = set(zip(*(columns[name].tolist() for name in ("num_hidden_layers", *values)), strict=True))
     assert rows == {(layers, *pair) for layers in (5, 4) for pair in pairs}

@@ -7,7 +7,8 @@ from endpoint_server import serving
 from test_generate import NUMBERS, WRITTEN
 
 from cascade.pipeline.run import run_generate
-from cascade.planning.preview import preview, preview_text
+from cascade.planning.preview import preview
+from cascade.planning.preview_text import preview_text
 from cascade.recipe.load import load_recipe
 from cascade.runtime.errors import UserError
 

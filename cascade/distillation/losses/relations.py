@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import ModelDims, dims_of
+from cascade.models.architecture.dims import ModelDims
+from cascade.models.architecture.sized import Sized
 from cascade.runtime.errors import UserError
 
 
@@ -52,7 +52,8 @@ def attention_projections(model: Any, layer: int) -> list[tuple[nn.Module, list[
     Raises:
         UserError: a projection is missing.
     """
-    axes, dims = probe_axes(model.config), dims_of(model.config)
+    sized = Sized(model.config)
+    axes, dims = sized.axes, sized.dims
     prefix = f"{axes.layers_prefix}.{layer}."
     found: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
     for name, _ in model.named_parameters():

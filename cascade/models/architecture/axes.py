@@ -1,4 +1,4 @@
-"""Which axis of which weight belongs to which dimension, found by probing sizes, not by knowing architectures.
+"""The dimension that each axis of each weight belongs to, found by probing sizes, not by knowing architectures.
 
 The architecture is built on the meta device (no memory) under configs that differ in one dimension. An axis whose
 length changed belongs to that dimension; by how much it changed says how many rows one unit has. What sizes cannot say
@@ -166,7 +166,7 @@ class ModelAxes:
 
 @dataclass(frozen=True)
 class CountedAxes(ModelAxes):
-    """Of a model that reads no text, and is not cut: its weights are counted as they are, whatever the dims."""
+    """Axes of an image model, which is not cut: its weights are counted as they are, whatever the dims."""
 
     total: int = 0
     """Parameters."""
@@ -174,19 +174,19 @@ class CountedAxes(ModelAxes):
     """Forward FLOPs of one image."""
 
     def num_parameters(self, dims: ModelDims) -> Any:
-        """All of them."""
+        """The count of all weights, whatever `dims` are."""
         return self.total
 
     def num_parameters_non_embedding(self, dims: ModelDims) -> Any:
-        """All of them: there is no vocabulary."""
+        """The count of all weights, as there is no vocabulary."""
         return self.total
 
     def flops_per_token(self, dims: ModelDims, context: float) -> Any:
-        """Of one image."""
+        """Forward FLOPs of one image."""
         return self.flops
 
 
-def _counted(config: Any) -> CountedAxes:
+def _image_axes(config: Any) -> CountedAxes:
     model = build_on_meta(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -204,7 +204,7 @@ def probe_axes(config: Any) -> ModelAxes:
     """
     require_supported(config)
     if reads_images(config):
-        return _counted(config)
+        return _image_axes(config)
     return _probe(config.__class__, config.to_json_string(use_diff=False), tuple(config.architectures or ()))
 
 

@@ -35,7 +35,7 @@ class ModelDims:
     """0 where a model reads no text."""
 
     def as_dict(self) -> dict[str, int]:
-        """By Hugging Face name, in a fixed order."""
+        """Hugging Face name -> size, in a fixed order."""
         return asdict(self)
 
     def replace(self, **changes: int) -> "ModelDims":
@@ -73,11 +73,11 @@ def config_with_dims(config: Any, dims: ModelDims, *, kept_layers: list[int] | N
     """
     values = config.to_dict()
     before = dims_of(config)
-    kept = list(range(dims.num_hidden_layers)) if kept_layers is None else kept_layers
+    layers = list(range(dims.num_hidden_layers)) if kept_layers is None else kept_layers
     for name in _PER_LAYER_LISTS:
         if isinstance(values.get(name), list) and len(values[name]) == before.num_hidden_layers:
             # A deeper twin than the original repeats the last entry.
-            values[name] = [values[name][min(layer, before.num_hidden_layers - 1)] for layer in kept]
+            values[name] = [values[name][min(layer, before.num_hidden_layers - 1)] for layer in layers]
     # Qwen's sliding window starts at this layer: layer_types, sliced above, says so to transformers 5 alone.
     if "max_window_layers" in values and values.get("layer_types"):
         windows = [number for number, kind in enumerate(values["layer_types"]) if kind == "sliding_attention"]

@@ -45,14 +45,14 @@ class Base:
 def make_cut(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
     """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
     teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
-    plan = plan_shape(run, base, model, FoundShape(member.dims, member.hidden))
+    plan = plan_shape(run, base, model, FoundShape(member.sized.dims, member.hidden))
     _save_cut(run, model, plan, teacher, folder)
 
 
 def make_layers(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
     """What make_cut writes, of whole layers that are spread evenly: no statistics, nothing scored."""
     teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
-    plan = plan_layers(model.config, member.dims, member.name)
+    plan = plan_layers(model.config, member.sized.dims, member.name)
     _save_cut(run, model, plan, teacher, folder)
 
 
@@ -119,7 +119,7 @@ def write_losses(path: Path, value: Any) -> None:
 
 def take_layers(run: Run, member: ResolvedMember, base: Base) -> Made:
     """The stage prune of a member that starts from whole layers, spread evenly."""
-    dims, num_selected = member.dims.as_dict(), selection_size(run.recipe)
+    dims, num_selected = member.sized.dims.as_dict(), selection_size(run.recipe)
     return run.runner.make(
         "prune",
         member.name,
@@ -137,7 +137,7 @@ def cut_by_scores(run: Run, member: ResolvedMember, base: Base) -> Made:
         settings=run.recipe.prune.model_dump(exclude={"repair", "search"})
         | {
             "hidden": member.hidden,
-            "dims": member.dims.as_dict(),
+            "dims": member.sized.dims.as_dict(),
             "selection_blocks": selection_size(run.recipe),
         },
         inputs=cut_inputs(run, base),

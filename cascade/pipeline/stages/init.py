@@ -21,9 +21,9 @@ def draw_weights(run: Run, member: ResolvedMember) -> Made:
     return run.runner.make(
         "init",
         member.name,
-        settings={"config": member.config.to_dict(), "seed": run.recipe.seed},
+        settings={"config": member.sized.config.to_dict(), "seed": run.recipe.seed},
         inputs={},
-        write=partial(make_random, member.config, run.recipe.seed),
+        write=partial(make_random, member.sized.config, run.recipe.seed),
     )
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from cascade.models.architecture.axes import ModelAxes, probe_axes
-from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.model_class import model_from_config
+from cascade.models.architecture.sized import Sized
 from cascade.models.checkpoint.load import ModelSource, load_config
 from cascade.models.checkpoint.stored_names import stored_parameters
 from cascade.models.checkpoint.tensor_file import Entry
@@ -59,7 +59,8 @@ def offloaded(source: ModelSource, device: torch.device) -> Iterator[nn.Module]:
 
 def blocks_at_once(config: Any, block_size: int) -> int:
     """How many blocks' activations take about the memory of one layer's weights."""
-    axes, dims = probe_axes(config), dims_of(config)
+    sized = Sized(config)
+    axes, dims = sized.axes, sized.dims
     deeper = dims.replace(num_hidden_layers=dims.num_hidden_layers + 1)
     layer = axes.num_parameters(deeper) - axes.num_parameters(dims)
     per_token = 6 * dims.hidden_size + 3 * dims.intermediate_size + 4 * dims.num_attention_heads * dims.head_dim

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.data.blocks import TokenBlocks
-from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.behaviour import run_body
-from cascade.models.architecture.dims import ModelDims, dims_of
+from cascade.models.architecture.dims import ModelDims
+from cascade.models.architecture.sized import Sized
 from cascade.pruning.importance.sums import RotatedEnergies, Sums
 from cascade.runtime import ranks
 from cascade.runtime.errors import UserError
@@ -79,8 +79,8 @@ def collect_statistics(
         UserError: the architecture's axes cannot be explained.
         UserError: an activation is not finite; the message names the layer.
     """
-    axes = probe_axes(model.config)
-    sums = Sums(model, axes, head_contributions)
+    sized = Sized(model.config)
+    sums = Sums(model, sized.axes, head_contributions)
     device = device or next(model.parameters()).device
     batches = blocks.split(batch_size)
     with torch.inference_mode(), sums.hooked():
@@ -103,7 +103,7 @@ def collect_statistics(
                 run_body(model, **part.inputs(device))
         turned.sums = ranks.summed(turned.sums)
         rotated = turned.finish()
-    return _finished(sums, rotation, rotated, dims_of(model.config), blocks.input_ids.numel(), len(blocks))
+    return _finished(sums, rotation, rotated, sized.dims, blocks.input_ids.numel(), len(blocks))
 
 
 _BY_NORM = ("norm_energies", "rotated_energies")

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from cascade.models.architecture.axes import ModelAxes, probe_axes
-from cascade.models.architecture.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.architecture.dims import ModelDims, config_with_dims
 from cascade.models.architecture.model_class import model_from_config
 from cascade.models.architecture.positions import usable_context
+from cascade.models.architecture.sized import Sized
 from cascade.pruning.size.shape import legal_values, solve_shape
 from cascade.pruning.size.target import Target
 from cascade.runtime.errors import UserError
@@ -46,21 +47,21 @@ class DecodeLatency:
 
     @property
     def parent_ms(self) -> float:
-        """What the parent itself was measured at: shares are of this."""
+        """Measured milliseconds of the parent, which shares are of."""
         return self.points[0][1]
 
     def milliseconds(self, axes: ModelAxes, dims: ModelDims) -> Any:
-        """Of one step, under `dims` (numbers, or arrays of candidates)."""
+        """Milliseconds of one step under `dims` (numbers, or arrays of candidates)."""
         features = _features(axes, dims, self.context, self.batch_size)
         return sum(rate * feature for rate, feature in zip(self.coefficients, features, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """The record for a JSON file."""
         return vars(self) | {"points": [list(point) for point in self.points]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecodeLatency":
-        """What `as_dict` gave."""
+        """The latency that `as_dict` gave a record of."""
         points = tuple((dims, float(milliseconds)) for dims, milliseconds in values["points"])
         return cls(**values | {"points": points, "coefficients": tuple(values["coefficients"])})
 
@@ -101,43 +102,44 @@ def measure_decode_ms(config: Any, dims: ModelDims, *, context: int, batch_size:
 
 
 def fit_decode_latency(config: Any, *, context: int, batch_size: int) -> DecodeLatency:
-    """Times the model of `config`, and one cut along each axis and along all, and fits the coefficients.
+    """The fitted latency of the model of `config`: times it, a cut along each axis and one along all axes.
 
     Raises:
         UserError: the model does not decode at this context.
     """
-    seed = dims_of(config)
+    seed = Sized(config)
     points: list[tuple[dict[str, int], float]] = []
-    for change in _halves(config, seed):
-        dims = seed.replace(**change)
+    for change in _halves(seed):
+        dims = seed.dims.replace(**change)
         try:
             config_with_dims(config, dims)
         except ValueError:
             continue  # the architecture does not take this one
         points.append((dims.as_dict(), measure_decode_ms(config, dims, context=context, batch_size=batch_size)))
-    return _fitted(config, context, batch_size, points)
+    return _fit(seed.axes, context, batch_size, points)
 
 
-def _halves(config: Any, seed: ModelDims) -> list[dict[str, int]]:
-    """Nothing changed; each axis halved on its own, heads also with their groups; all of them halved."""
-    axes = probe_axes(config)
-    half = {name: values[len(values) // 2] for name, values in legal_values(axes, seed).items()}
-    groups = half["num_key_value_heads"]
-    half["num_attention_heads"] = groups * (seed.num_attention_heads // seed.num_key_value_heads)
+def _halves(seed: Sized) -> list[dict[str, int]]:
+    """Changes to time: none; each axis halved alone, heads also with their groups; all axes halved."""
+    half = {name: values[len(values) // 2] for name, values in legal_values(seed).items()}
+    groups, dims = half["num_key_value_heads"], seed.dims
+    half["num_attention_heads"] = groups * (dims.num_attention_heads // dims.num_key_value_heads)
     with_groups = {name: half[name] for name in ("num_attention_heads", "num_key_value_heads")}
-    if axes.heads_fill_hidden:
-        half["hidden_size"] = half["num_attention_heads"] * seed.head_dim
+    if seed.axes.heads_fill_hidden:
+        half["hidden_size"] = half["num_attention_heads"] * dims.head_dim
         alone = [with_groups | {"hidden_size": half["hidden_size"]}]
     else:
         alone = [with_groups, {"hidden_size": half["hidden_size"]}]
         if groups < half["num_attention_heads"]:
-            alone.append({"num_attention_heads": half["num_attention_heads"]})
+            # As many key/value heads as before: the query heads are a multiple of those.
+            share = half["num_attention_heads"] // dims.num_key_value_heads
+            alone.append({"num_attention_heads": max(1, share) * dims.num_key_value_heads})
     alone += [{name: half[name]} for name in ("num_hidden_layers", "intermediate_size")]
     return [{}, *alone, half]
 
 
 def corrected(latency: DecodeLatency, config: Any, target: Target, *, parent: Any) -> DecodeLatency:
-    """The fit, once the shape that it solves `target` by has been measured and counted among the points.
+    """The fit after the shape that it solves `target` for has been measured and added to the points.
 
     Raises:
         UserError: no legal shape meets the target.
@@ -147,44 +149,43 @@ def corrected(latency: DecodeLatency, config: Any, target: Target, *, parent: An
     for _ in range(_CORRECTIONS):
         dims = solve_shape(config, target.with_latency(latency), parent=parent)
         known = [milliseconds for point, milliseconds in latency.points if point == dims.as_dict()]
-        found = (
+        measured = (
             known[-1]
             if known
             else measure_decode_ms(config, dims, context=latency.context, batch_size=latency.batch_size)
         )
         predicted = float(latency.milliseconds(probe_axes(config), dims))
-        latency = replace(latency, points=(*latency.points, (dims.as_dict(), found)))
-        if found <= bound * (1 + TOLERANCE) and abs(found / predicted - 1) <= 2 * TOLERANCE:
+        latency = replace(latency, points=(*latency.points, (dims.as_dict(), measured)))
+        if measured <= bound * (1 + TOLERANCE) and abs(measured / predicted - 1) <= 2 * TOLERANCE:
             return latency
         # The whole fit is moved to what was measured here, where it has to be right.
-        latency = replace(latency, coefficients=tuple(rate * found / predicted for rate in latency.coefficients))
+        latency = replace(latency, coefficients=tuple(rate * measured / predicted for rate in latency.coefficients))
     logger.warning(
         "target.decode_ms: after %d corrections the shape still measures %.3g ms where %.3g ms are allowed; is the "
         "machine busy?",
         _CORRECTIONS,
-        found,
+        measured,
         bound,
     )
     return latency
 
 
-def _fitted(config: Any, context: int, batch_size: int, points: list[tuple[dict[str, int], float]]) -> DecodeLatency:
-    axes = probe_axes(config)
+def _fit(axes: ModelAxes, context: int, batch_size: int, points: list[tuple[dict[str, int], float]]) -> DecodeLatency:
     rows = np.array(
         [_features(axes, ModelDims(**dims), context, batch_size) for dims, _ in points], dtype=np.float64
     ) / np.array([[milliseconds] for _, milliseconds in points])
     used = list(range(rows.shape[1]))
-    found = np.zeros(rows.shape[1])
+    coefficients = np.zeros(rows.shape[1])
     while used:
         rates = np.linalg.lstsq(rows[:, used], np.ones(len(rows)), rcond=None)[0]
         if (rates >= 0).all():
-            found[used] = rates
+            coefficients[used] = rates
             break
         used.pop(int(rates.argmin()))
     return DecodeLatency(
         context=context,
         batch_size=batch_size,
-        coefficients=tuple(float(rate) for rate in found),
+        coefficients=tuple(float(rate) for rate in coefficients),
         points=tuple(points),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         threads=torch.get_num_threads(),

@@ -1,13 +1,15 @@
-"""Which shapes: the legal dims that meet a target."""
+"""The legal shapes that meet a target."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from cascade.models.architecture.axes import ModelAxes, probe_axes
 from cascade.models.architecture.dims import ModelDims, config_with_dims, dims_of
+from cascade.models.architecture.sized import Sized
 from cascade.pruning.size.target import MEASURES, Target, whole_measure
 from cascade.runtime.errors import UserError
 
@@ -30,7 +32,7 @@ one size the first by these weights is within 2.3% of the best KL; the evenly cu
 _COST_POWER = 1.5
 
 _GROUP_COST = 0.1
-"""The same for key/value heads, where they are cut besides the query heads."""
+"""The weight of key/value heads, where they are cut besides the query heads."""
 
 _COUNT_THE_CACHE = {"memory_bytes", "decode_ms"}
 
@@ -63,27 +65,37 @@ def candidate_shapes(config: Any, target: Target, *, parent: Any = None) -> Iter
     Raises:
         UserError: there is none.
     """
-    axes, seed = probe_axes(config), dims_of(config)
-    reference = seed if parent is None else dims_of(parent)
-    fixed = _completed(dict(target.dims or {}), axes, seed)
-    _check_dims(fixed, axes, seed)
-    bounds, beyond = {}, []
-    for name, bound in target.bounds().items():
-        whole = whole_measure(name, config if parent is None else parent, target)
-        bounds[name] = bound * whole if bound <= 1 else bound
-        if parent is not None and bounds[name] > whole * (1 + 1e-9):
-            raise UserError(f"target of {_counted(name, bounds[name])} is larger than the parent's {_number(whole)}")
-        size = MEASURES[name](axes, seed, target)
-        if bounds[name] > size * (1 + 1e-9):
-            beyond.append(f"target of {_counted(name, bounds[name])} is larger than the seed's {_number(size)}")
-    if beyond and len(beyond) == len(bounds):  # a bound that does not bind is none
-        raise UserError(beyond[0])
+    seed = Sized(config)
+    reference = seed.dims if parent is None else dims_of(parent)
+    fixed = _with_dependent_dims(dict(target.dims or {}), seed)
+    _check_dims(fixed, seed)
+    bounds = _absolute_bounds(seed, target, parent)
     if bounds:
         limit = math.inf if parent is None else whole_measure("params", parent, target)
-        return _shapes_within(config, axes, seed, fixed, bounds, target, limit, reference)
-    dims = seed.replace(**fixed)
-    _require_accepted(config, dims)
+        return _shapes_within(seed, fixed, bounds, target, limit, reference)
+    dims = seed.dims.replace(**fixed)
+    _require_accepted(seed, dims)
     return iter([dims])
+
+
+def _absolute_bounds(seed: Sized, target: Target, parent: Any) -> dict[str, float]:
+    """The target's bounds as numbers: shares are of the measures of `parent` (a config; None: the seed).
+
+    Raises:
+        UserError: a bound is above the parent's measure, or all are above the seed's.
+    """
+    bounds, beyond = {}, []
+    for name, bound in target.bounds().items():
+        whole = whole_measure(name, seed.config if parent is None else parent, target)
+        bounds[name] = bound * whole if bound <= 1 else bound
+        if parent is not None and bounds[name] > whole * (1 + 1e-9):
+            raise UserError(f"target of {_bound_text(name, bounds[name])} is larger than the parent's {_number(whole)}")
+        size = MEASURES[name](seed.axes, seed.dims, target)
+        if bounds[name] > size * (1 + 1e-9):
+            beyond.append(f"target of {_bound_text(name, bounds[name])} is larger than the seed's {_number(size)}")
+    if beyond and len(beyond) == len(bounds):  # a bound that does not bind is none
+        raise UserError(beyond[0])
+    return bounds
 
 
 def diverse_shapes(config: Any, target: Target, *, parent: Any = None, count: int) -> list[ModelDims]:
@@ -95,57 +107,58 @@ def diverse_shapes(config: Any, target: Target, *, parent: Any = None, count: in
     Raises:
         UserError: no legal shape meets the target.
     """
-    found: dict[tuple[int, int], ModelDims] = {}
+    shapes: dict[tuple[int, int], ModelDims] = {}
     for dims in candidate_shapes(config, target, parent=parent):
-        found.setdefault((dims.num_hidden_layers, dims.hidden_size), dims)
-        if len(found) == count:
+        shapes.setdefault((dims.num_hidden_layers, dims.hidden_size), dims)
+        if len(shapes) == count:
             break
-    return list(found.values())
+    return list(shapes.values())
 
 
-def legal_values(axes: ModelAxes, seed: ModelDims) -> dict[str, list[int]]:
+def legal_values(seed: Sized) -> dict[str, list[int]]:
     """Values that each axis can be cut to, largest first: rounded to what kernels like, heads equal per group.
 
     Where heads fill the hidden size, its values are those of whole heads. Key/value heads can be cut where they are
     fewer than the heads; a parameter target does so only where few heads are left: they make the cache, not the count.
     """
-    per_group = seed.num_attention_heads // seed.num_key_value_heads
-    whole = per_group == 1
-    heads = list(range(seed.num_attention_heads, 0, -1 if whole else -seed.num_key_value_heads))
+    dims = seed.dims
+    whole = dims.num_attention_heads // dims.num_key_value_heads == 1
+    heads = list(range(dims.num_attention_heads, 0, -1 if whole else -dims.num_key_value_heads))
     return {
-        "num_hidden_layers": list(range(seed.num_hidden_layers, 0, -1)),
-        "hidden_size": [count * seed.head_dim for count in heads]
-        if axes.heads_fill_hidden
-        else _multiples(seed.hidden_size),
-        "intermediate_size": _multiples(seed.intermediate_size),
+        "num_hidden_layers": list(range(dims.num_hidden_layers, 0, -1)),
+        "hidden_size": [count * dims.head_dim for count in heads]
+        if seed.axes.heads_fill_hidden
+        else _multiples(dims.hidden_size),
+        "intermediate_size": _multiples(dims.intermediate_size),
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if whole else list(range(seed.num_key_value_heads, 0, -1)),
+        "num_key_value_heads": heads if whole else list(range(dims.num_key_value_heads, 0, -1)),
     }
 
 
-def _counted(name: str, bound: float) -> str:
+def _bound_text(name: str, bound: float) -> str:
     return f"{_number(bound)} {'parameters' if name == 'params' else name}"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def _number(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _multiples(size: int) -> list[int]:
-    """Down from `size` in steps of a power of two, at most a sixteenth of it and at most 128."""
+    """`size` and smaller lengths, in steps of a power of two of at most a sixteenth of it and at most 128."""
     step = min(128, 1 << max(0, (size // 16).bit_length() - 1))
     rounded = list(range(size - size % step, 0, -step))
     return rounded if rounded and rounded[0] == size else [size, *rounded]
 
 
-def _completed(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> dict[str, int]:
+def _with_dependent_dims(fixed: dict[str, int], seed: Sized) -> dict[str, int]:
     """The explicit dims with those that follow from them."""
-    if axes.heads_fill_hidden:
+    dims = seed.dims
+    if seed.axes.heads_fill_hidden:
         if "hidden_size" in fixed and "num_attention_heads" not in fixed:
-            fixed["num_attention_heads"] = fixed["hidden_size"] // seed.head_dim
+            fixed["num_attention_heads"] = fixed["hidden_size"] // dims.head_dim
         elif "num_attention_heads" in fixed and "hidden_size" not in fixed:
-            fixed["hidden_size"] = fixed["num_attention_heads"] * seed.head_dim
-    per_group = seed.num_attention_heads // seed.num_key_value_heads
+            fixed["hidden_size"] = fixed["num_attention_heads"] * dims.head_dim
+    per_group = dims.num_attention_heads // dims.num_key_value_heads
     if per_group == 1 and "num_attention_heads" in fixed:
         fixed.setdefault("num_key_value_heads", fixed["num_attention_heads"])
     elif "num_key_value_heads" in fixed:
@@ -153,18 +166,18 @@ def _completed(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> dict[
     return fixed
 
 
-def _check_dims(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> None:
+def _check_dims(fixed: dict[str, int], seed: Sized) -> None:
     unknown = sorted(set(fixed) - set(CUT_DIMS))
     if unknown:
         raise UserError(f"target.dims: {', '.join(unknown)} cannot be cut; known: {', '.join(CUT_DIMS)}")
-    legal = legal_values(axes, seed)
-    for name, value in fixed.items():
-        limit = getattr(seed, name)
-        if not 0 < value <= limit:
-            raise UserError(f"target.dims.{name}: {value} is not between 1 and the seed's {limit}")
-    heads = fixed.get("num_attention_heads", seed.num_attention_heads)
-    groups = fixed.get("num_key_value_heads", seed.num_key_value_heads)
-    per_group = seed.num_attention_heads // seed.num_key_value_heads
+    legal, dims = legal_values(seed), seed.dims
+    for name, size in fixed.items():
+        limit = getattr(dims, name)
+        if not 0 < size <= limit:
+            raise UserError(f"target.dims.{name}: {size} is not between 1 and the seed's {limit}")
+    heads = fixed.get("num_attention_heads", dims.num_attention_heads)
+    groups = fixed.get("num_key_value_heads", dims.num_key_value_heads)
+    per_group = dims.num_attention_heads // dims.num_key_value_heads
     if per_group > 1 and (heads % groups or heads // groups > per_group):
         possible = [groups * count for count in range(per_group, 0, -1)]
         raise UserError(
@@ -175,88 +188,141 @@ def _check_dims(fixed: dict[str, int], axes: ModelAxes, seed: ModelDims) -> None
         raise UserError(
             f"target.dims.num_key_value_heads: {groups} is not {heads}, but every head has keys and values of its own"
         )
-    hidden = fixed.get("hidden_size", seed.hidden_size)
-    if axes.heads_fill_hidden and hidden != heads * seed.head_dim:
+    hidden = fixed.get("hidden_size", dims.hidden_size)
+    if seed.axes.heads_fill_hidden and hidden != heads * dims.head_dim:
         raise UserError(
-            f"target.dims.hidden_size: {hidden} is not {heads} heads x {seed.head_dim}, as this architecture wires in; "
+            f"target.dims.hidden_size: {hidden} is not {heads} heads x {dims.head_dim}, as this architecture wires in; "
             f"legal, with as many heads: {listed(legal['hidden_size'])}"
         )
 
 
+@dataclass(frozen=True)
+class _Candidates:
+    """Every combination of the axes' values, one shape a row of each array."""
+
+    columns: dict[str, Any]
+    """Dimension -> its length in each shape, int64."""
+    shares: dict[str, Any]
+    """Bound -> the share of it that each shape's measure reaches."""
+    binding: Any
+    """The largest of the shares: that of the bound that binds."""
+    small: Any
+    """Whether a shape has no more parameters than the parent."""
+
+
 def _shapes_within(
-    config: Any,
-    axes: ModelAxes,
-    seed: ModelDims,
+    seed: Sized,
     fixed: dict[str, int],
     bounds: dict[str, float],
     target: Target,
     limit: float,
     reference: ModelDims,
 ) -> Iterator[ModelDims]:
-    """Those within the bounds that have no more than `limit` parameters: the parent's, as it is.
+    """Legal shapes within the bounds, with at most `limit` parameters (the parent's), the cheapest first.
 
     What an axis has lost is counted from `reference`, the parent's dims, so that a chain of cuts ends where one would.
     """
-    legal = legal_values(axes, seed)
-    solved = [name for name in _AXIS_COST if not (axes.heads_fill_hidden and name == "hidden_size")]
+    values = _axis_values(seed, fixed)
+    columns = _columns(values, seed, fixed, groups_alone=bool(bounds.keys() & _COUNT_THE_CACHE))
+    candidates = _candidates(columns, seed, bounds, target, limit)
+    order = np.argsort(_cost(columns, seed.dims, reference), kind="stable")
+    binding, small = candidates.binding[order], candidates.small[order]
+    near = [small & (binding <= 1) & (binding >= 1 - tolerance) for tolerance in TOLERANCES]
+    refusals: list[str] = []
+    shapes = _legal_shapes(seed, columns, (*order[near[0]], *order[near[1] & ~near[0]]), refusals)
+    first = next(shapes, None)
+    if first is None:
+        raise UserError(_no_shape(candidates, values, bounds, limit, refusals))
+    return chain([first], shapes)
+
+
+def _axis_values(seed: Sized, fixed: dict[str, int]) -> dict[str, list[int]]:
+    """The lengths that each axis can take; of a fixed axis only the fixed length."""
+    dims, legal = seed.dims, legal_values(seed)
+    solved = [name for name in _AXIS_COST if not (seed.axes.heads_fill_hidden and name == "hidden_size")]
     values = {name: [fixed[name]] if name in fixed else legal[name] for name in solved}
-    per_group = seed.num_attention_heads // seed.num_key_value_heads
-    counts_the_cache = bool(bounds.keys() & _COUNT_THE_CACHE)
+    per_group = dims.num_attention_heads // dims.num_key_value_heads
     if per_group > 1 and "num_key_value_heads" not in fixed:
         # Halves only: five full axes are more shapes than are worth looking at.
-        halves = [seed.num_key_value_heads >> power for power in range(seed.num_key_value_heads.bit_length())]
+        halves = [dims.num_key_value_heads >> power for power in range(dims.num_key_value_heads.bit_length())]
         values["num_key_value_heads"] = [groups for groups in halves if groups in legal["num_key_value_heads"]]
-        solved = [*solved, "num_key_value_heads"]
         if "num_attention_heads" not in fixed:
             values["num_attention_heads"] = sorted({*values["num_attention_heads"], *halves}, reverse=True)
-    columns = _grid(values, solved, _possible_heads(values, seed, groups_alone=counts_the_cache))
-    if axes.heads_fill_hidden:
-        columns["hidden_size"] = columns["num_attention_heads"] * seed.head_dim
-    if seed.num_key_value_heads == seed.num_attention_heads:
+    return values
+
+
+def _columns(values: dict[str, list[int]], seed: Sized, fixed: dict[str, int], *, groups_alone: bool) -> dict[str, Any]:
+    """Every combination of the values, with the dims that follow from them; one array for each dimension."""
+    dims = seed.dims
+    columns = _grid(values, _possible_heads(values, dims, groups_alone=groups_alone))
+    if seed.axes.heads_fill_hidden:
+        columns["hidden_size"] = columns["num_attention_heads"] * dims.head_dim
+    if dims.num_key_value_heads == dims.num_attention_heads:
         columns["num_key_value_heads"] = columns["num_attention_heads"]
     elif "num_key_value_heads" in fixed:
         columns["num_key_value_heads"] = np.full_like(columns["num_attention_heads"], fixed["num_key_value_heads"])
-    candidates = seed.replace(**columns)
-    # The share of its bound that each measure reaches; the largest is the one that binds.
-    shares = {name: MEASURES[name](axes, candidates, target) / bound for name, bound in bounds.items()}
-    binding = np.max(np.stack([np.broadcast_to(share, columns[solved[0]].shape) for share in shares.values()]), axis=0)
-    cost = sum(
+    return columns
+
+
+def _candidates(
+    columns: dict[str, Any], seed: Sized, bounds: dict[str, float], target: Target, limit: float
+) -> _Candidates:
+    candidates = seed.dims.replace(**columns)
+    shape = columns["num_hidden_layers"].shape
+    shares = {name: MEASURES[name](seed.axes, candidates, target) / bound for name, bound in bounds.items()}
+    return _Candidates(
+        columns=columns,
+        shares=shares,
+        binding=np.max(np.stack([np.broadcast_to(share, shape) for share in shares.values()]), axis=0),
+        small=np.broadcast_to(seed.axes.num_parameters(candidates) <= limit, shape),
+    )
+
+
+def _cost(columns: dict[str, Any], seed: ModelDims, reference: ModelDims) -> Any:
+    """What each shape loses by what its axes have lost since `reference`."""
+    return sum(
         # A seed that was not cut from the parent can be larger than it along an axis.
         weight * np.log(max(getattr(reference, name), getattr(seed, name)) / columns[name]) ** _COST_POWER
         for name, weight in (_AXIS_COST | {"num_key_value_heads": _GROUP_COST}).items()
         if name in columns
     )
-    order = np.argsort(cost, kind="stable")
-    small = np.broadcast_to(axes.num_parameters(candidates) <= limit, binding.shape)[order]
-    near = [small & (binding[order] <= 1) & (binding[order] >= 1 - tolerance) for tolerance in TOLERANCES]
-    refusals: list[str] = []
 
-    def accepted() -> Iterator[ModelDims]:
-        for index in (*order[near[0]], *order[near[1] & ~near[0]]):
-            dims = seed.replace(**{name: int(column[index]) for name, column in columns.items()})
-            try:
-                config_with_dims(config, dims)
-            except ValueError as error:
-                refusals.append(str(error))
-                continue
-            yield dims
 
-    found = accepted()
-    first = next(found, None)
-    if first is None:
-        name, bound = next(iter(bounds.items()))
-        if (binding[order][~small] <= 1).any() and not (binding[order][small] >= 1 - TOLERANCES[-1]).any():
-            told = f"every shape of {_counted(name, bound)} has more parameters than the parent's {_number(limit)}"
-            raise UserError(f"{told}; {_ROTATED}")
-        sizes = shares[name] * bound
-        smallest, nearest = sizes.min(), sizes[np.abs(binding - 1).argmin()]
-        raise UserError(
-            f"no legal shape has {_number((1 - TOLERANCES[-1]) * bound)} to {_counted(name, bound)}; the smallest has "
-            f"{_number(smallest)}, the nearest {_number(nearest)}."
-            + "".join(f" {name}: {listed(part)}." for name, part in values.items())
-            + (f" {refusals[0]}" if refusals else "")
-        )
-    return (dims for source in ([first], found) for dims in source)
+def _legal_shapes(
+    seed: Sized, columns: dict[str, Any], order: tuple[Any, ...], refusals: list[str]
+) -> Iterator[ModelDims]:
+    """The shapes of these rows that the config class takes; what it says against others goes into `refusals`."""
+    for row in order:
+        dims = seed.dims.replace(**{name: int(column[row]) for name, column in columns.items()})
+        try:
+            config_with_dims(seed.config, dims)
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        yield dims
+
+
+def _no_shape(
+    candidates: _Candidates,
+    values: dict[str, list[int]],
+    bounds: dict[str, float],
+    limit: float,
+    refusals: list[str],
+) -> str:
+    """Why no shape meets the bounds, and what the nearest ones would have."""
+    name, bound = next(iter(bounds.items()))
+    binding, small = candidates.binding, candidates.small
+    if (binding[~small] <= 1).any() and not (binding[small] >= 1 - TOLERANCES[-1]).any():
+        bound_text = _bound_text(name, bound)
+        return f"every shape of {bound_text} has more parameters than the parent's {_number(limit)}; {_ROTATED}"
+    sizes = candidates.shares[name] * bound
+    smallest, nearest = sizes.min(), sizes[np.abs(binding - 1).argmin()]
+    return (
+        f"no legal shape has {_number((1 - TOLERANCES[-1]) * bound)} to {_bound_text(name, bound)}; the smallest has "
+        f"{_number(smallest)}, the nearest {_number(nearest)}."
+        + "".join(f" {axis}: {listed(lengths)}." for axis, lengths in values.items())
+        + (f" {refusals[0]}" if refusals else "")
+    )
 
 
 def _possible_heads(
@@ -277,10 +343,10 @@ def _possible_heads(
     ]
 
 
-def _grid(values: dict[str, list[int]], names: list[str], pairs: list[tuple[int, int]] | None) -> dict[str, Any]:
+def _grid(values: dict[str, list[int]], pairs: list[tuple[int, int]] | None) -> dict[str, Any]:
     """Every combination of the axes' values as columns, one row a shape; `pairs` are those of heads and groups."""
     joint = {"num_attention_heads", "num_key_value_heads"} if pairs is not None else set()
-    single = [name for name in names if name not in joint]
+    single = [name for name in values if name not in joint]
     sizes = [np.array(values[name], dtype=np.int64) for name in single]
     grid = np.meshgrid(*sizes, *([np.arange(len(pairs))] if pairs is not None else []), indexing="ij")
     columns: dict[str, Any] = dict(zip(single, (part.ravel() for part in grid), strict=False))
@@ -291,17 +357,17 @@ def _grid(values: dict[str, list[int]], names: list[str], pairs: list[tuple[int,
     return columns
 
 
-def _require_accepted(config: Any, dims: ModelDims) -> None:
+def _require_accepted(seed: Sized, dims: ModelDims) -> None:
     try:
-        config_with_dims(config, dims)
+        config_with_dims(seed.config, dims)
     except ValueError as error:
-        values = legal_values(probe_axes(config), dims_of(config))
+        values = legal_values(seed)
         legal = " ".join(f"{name}: {listed(part)}." for name, part in values.items())
         raise UserError(f"target.dims: {error}. Usual values: {legal}") from error
 
 
 def listed(values: list[int]) -> str:
-    """The values in words: one by one, or as a range with its step."""
+    """The values as text: each, or a range with its step."""
     return (
         ", ".join(map(str, values))
         if len(values) <= 12

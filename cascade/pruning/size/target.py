@@ -4,19 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from cascade.models.architecture.axes import ModelAxes, probe_axes
-from cascade.models.architecture.dims import ModelDims, dims_of
+from cascade.models.architecture.axes import ModelAxes
+from cascade.models.architecture.dims import ModelDims
+from cascade.models.architecture.sized import Sized
 
 
 class Latency(Protocol):
-    """What says how long a shape takes to decode."""
+    """A measured latency: how long a shape takes to decode."""
 
     @property
     def parent_ms(self) -> float:
-        """What shares are of."""
+        """Milliseconds of one decoding step of the parent, which shares are of."""
 
     def milliseconds(self, axes: ModelAxes, dims: ModelDims) -> Any:
-        """Of one step."""
+        """Milliseconds of one decoding step under `dims`."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,15 @@ class Target:
     """Explicit dims by Hugging Face name; what is not named stays as in the seed, or is solved for."""
 
     latency: "Latency | None" = None
-    """Measured on this machine: `latency.fit_decode_latency`."""
+    """The latency measured on this machine by `latency.fit_decode_latency`; needed for decode_ms."""
 
     def with_latency(self, latency: "Latency") -> "Target":
-        """The same target, its decode_ms to be judged by this."""
+        """A copy of the target that judges decode_ms by this latency."""
         return replace(self, latency=latency)
 
     def bounds(self) -> dict[str, float]:
         """The bounds that are given, by name."""
-        return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
+        return {name: bound for name in MEASURES if (bound := getattr(self, name)) is not None}
 
 
 def _decode_ms(axes: ModelAxes, dims: ModelDims, target: Target) -> Any:
@@ -77,4 +78,5 @@ def whole_measure(name: str, config: Any, target: Target) -> float:
     """The measure of the model that shares are of."""
     if name == "decode_ms" and target.latency is not None:
         return target.latency.parent_ms
-    return float(MEASURES[name](probe_axes(config), dims_of(config), target))
+    whole = Sized(config)
+    return float(MEASURES[name](whole.axes, whole.dims, target))
