@@ -38,7 +38,7 @@ def prune_on_disk(
     pruned_config = config_of(plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in build_on_meta(pruned_config).named_parameters()}
     order = []
-    for name, (own_name, entry) in sorted(stored.items(), key=lambda item: (item[1][1].path, item[1][1].start)):
+    for name, (own_name, entry) in stored.items():
         new_name = renumbered(name, axes, plan)
         if new_name is not None and new_name in shapes:
             order.append((name, new_name, _renamed(own_name, name, new_name), entry))

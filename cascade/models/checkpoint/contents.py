@@ -46,7 +46,7 @@ class WeightMatch:
     """The tensors of a checkpoint as the parameters of its model."""
 
     stored: dict[str, tuple[str, Entry]]
-    """By the model's name of a parameter or buffer: its name in the checkpoint, and where it is."""
+    """By the model's name of a parameter or buffer: its name in the checkpoint, and where; ordered as in the files."""
     notes: tuple[str, ...] = ()
     """What is not read, or is absent, although nothing is wrong; with the reason."""
     left_out: frozenset[str] = frozenset()
