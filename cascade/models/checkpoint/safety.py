@@ -1,7 +1,7 @@
-"""A model's folder looked through before anything reads it: data it may hold, code and paths out of it may not.
+"""Checks of a model's folder before anything reads it: it may hold data, but neither code nor paths out of it.
 
 The flag that turns remote code off is no boundary by itself: a key inside config.json has turned it on again
-(CVE-2026-5241). What is looked for here is therefore looked for before transformers sees the folder.
+(CVE-2026-5241). These checks therefore run before transformers sees the folder.
 """
 
 import json
@@ -33,7 +33,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_settings(folder: Path, pattern: str = "*") -> None:
-    """As `check_model_folder`, all but the weights.
+    """Refuse settings, of the files that match `pattern`, as `check_model_folder` does; weights are not looked at.
 
     Raises:
         UserError: a config asks for code, or a file is a link out of the folder.
@@ -46,9 +46,9 @@ def check_settings(folder: Path, pattern: str = "*") -> None:
 
 
 def _check_link(path: Path) -> None:
-    """Files are copied with a model and published: what they are may not lie elsewhere on this machine.
+    """Refuse a link out of the model's folder: files are copied with a model and published.
 
-    The hub's cache is made of links, from snapshots/COMMIT into blobs beside it.
+    Links of the hub's cache, from snapshots/COMMIT into the blobs beside it, are allowed.
     """
     folder = path.parent.resolve()
     homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
@@ -57,7 +57,7 @@ def _check_link(path: Path) -> None:
 
 
 def plain_name(name: object) -> bool:
-    """Whether it names a file of the same folder, on every system: no path, no drive, no device."""
+    """Whether a name is that of a file in the same folder on every system: no path, no drive, no device."""
     if not isinstance(name, str) or not name or "\0" in name or name in (".", ".."):
         return False
     return PurePosixPath(name).name == name and PureWindowsPath(name).name == name
@@ -69,12 +69,12 @@ def _check_json(path: Path) -> None:
     if path.name.endswith(".index.json"):
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON: {error}") from error
     if path.name in ("tokenizer.json", "vocab.json"):
         return  # tables of tokens, in which any word may stand
-    for place, key, value in _entries(found, ()):
+    for place, key, value in _entries(settings, ()):
         if key in _CODE_KEYS and value not in (None, False, {}, []):
             raise UserError(
                 f"{path}: {'.'.join([*place, key])} asks for code that is not transformers' own; this program runs "
@@ -83,8 +83,8 @@ def _check_json(path: Path) -> None:
             )
         if key == "transformers_weights" and value is not None:
             raise UserError(f"{path}: {'.'.join([*place, key])} names other weights than model.safetensors; remove it")
-        texts = [one for one in (value.values() if isinstance(value, dict) else [value]) if isinstance(one, str)]
-        if key.lstrip("_") in _KERNELS and not all(_PLAIN_NAME.fullmatch(one) for one in texts):
+        texts = [text for text in (value.values() if isinstance(value, dict) else [value]) if isinstance(text, str)]
+        if key.lstrip("_") in _KERNELS and not all(_PLAIN_NAME.fullmatch(text) for text in texts):
             raise UserError(
                 f"{path}: {'.'.join([*place, key])}: {value} would be fetched and run; remove the key from a copy of "
                 "the model, and give that"
@@ -95,13 +95,13 @@ def _entries(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
     """(place, key, value) of every key at any depth, without recursion."""
     waiting = [(place, value)]
     while waiting:
-        at, one = waiting.pop()
-        if isinstance(one, dict):
-            for key, inner in one.items():
-                yield at, key, inner
-                waiting.append(((*at, key), inner))
-        elif isinstance(one, list):
-            waiting += [((*at, str(number)), inner) for number, inner in enumerate(one)]
+        path, node = waiting.pop()
+        if isinstance(node, dict):
+            for key, child in node.items():
+                yield path, key, child
+                waiting.append(((*path, key), child))
+        elif isinstance(node, list):
+            waiting += [((*path, str(number)), child) for number, child in enumerate(node)]
 
 
 def _check_index(path: Path) -> None:

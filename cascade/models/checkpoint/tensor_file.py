@@ -67,9 +67,9 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def sort_metadata(path: Path) -> None:
-    """Put a file's metadata into an order: the library writes it in any, and equal content should be equal bytes.
+    """Sort a file's metadata in place, so that equal content is equal bytes: the library writes it in any order.
 
-    In place, for files that nobody reads yet.
+    For files that nobody reads yet.
     """
     header, data_bytes = read_header(path)
     if "__metadata__" in header:
@@ -112,26 +112,26 @@ def write_checkpoint(
     *,
     max_shard_bytes: int,
 ) -> None:
-    """Shards named as transformers does, with their index; `values` come in the order of `tensors`."""
+    """Write shards named as transformers names them, with their index; `values` come in the order of `tensors`."""
     shards: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[]]
-    held = 0
-    for item in tensors:
-        size = _size(item[1], item[2])
-        if shards[-1] and held + size > max_shard_bytes:
+    shard_bytes = 0
+    for name, shape, dtype in tensors:
+        size = _size(shape, dtype)
+        if shards[-1] and shard_bytes + size > max_shard_bytes:
             shards.append([])
-            held = 0
-        shards[-1].append(item)
-        held += size
-    names = (
+            shard_bytes = 0
+        shards[-1].append((name, shape, dtype))
+        shard_bytes += size
+    file_names = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     )
-    for file_name, shard in zip(names, shards, strict=True):
+    for file_name, shard in zip(file_names, shards, strict=True):
         _write_shard(folder / file_name, shard, values)
     if len(shards) > 1:
         total = sum(_size(shape, dtype) for shard in shards for _, shape, dtype in shard)
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
+        weight_map = {name: file for file, shard in zip(file_names, shards, strict=True) for name, _, _ in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -168,11 +168,11 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for expected, shape, dtype in shard:
-            name, value = next(values)
-            if (name, tuple(value.shape), value.dtype) != (expected, shape, dtype):
+            name, tensor = next(values)
+            if (name, tuple(tensor.shape), tensor.dtype) != (expected, shape, dtype):
                 raise ValueError(
-                    f"'{name}' {tuple(value.shape)} {value.dtype} where '{expected}' {shape} {dtype} was due"
+                    f"'{name}' {tuple(tensor.shape)} {tensor.dtype} where '{expected}' {shape} {dtype} was due"
                 )
-            flat = value.contiguous().view(-1)
+            flat = tensor.contiguous().view(-1)
             file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-            del value, flat
+            del tensor, flat  # before the next is read
