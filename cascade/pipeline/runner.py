@@ -32,7 +32,7 @@ from cascade.store.commits import (
     verify_folder,
 )
 from cascade.store.events import append_event
-from cascade.store.remake import Forced
+from cascade.store.remake import Remake
 from cascade.store.stage_table import REMAKE_POINTS, STAGES, Stage
 from cascade.store.strict_json import read_json
 from cascade.store.user_files import carry_over
@@ -51,7 +51,7 @@ class StageRunner:
 
     folder: Path
     progress: RunProgress
-    forced: Forced | None = None
+    forced: Remake | None = None
     """What is made again though it is there."""
     incomplete: list[str] = field(default_factory=list)
     """What could not be measured; all else goes on, and the next run tries it again."""
@@ -155,7 +155,7 @@ class StageRunner:
         return not damaged and not (final / INCOMPLETE).exists()
 
     def _is_forced(self, owner: str, stage: str, name: str) -> bool:
-        if self.forced is None or owner not in self.forced.members or name in self.forced.made:
+        if self.forced is None or owner not in self.forced.members or name in self.forced.finished:
             return False
         point = STAGES[stage].remade_from
         return bool(point) and REMAKE_POINTS.index(point) >= REMAKE_POINTS.index(self.forced.stage)
