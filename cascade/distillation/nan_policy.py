@@ -14,7 +14,7 @@ from cascade.distillation.training_state import Progress, States, Trained, load_
 from cascade.runtime import ranks
 from cascade.runtime.errors import DivergedError, NotFiniteError
 from cascade.runtime.files import make_folder, write_atomically
-from cascade.store.health import CLIMBED, FIRST, LONG, diverged
+from cascade.store.health import DIVERGED_STEPS, EARLY_STEPS, HIGH_LOSS_FACTOR, diverged
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ def require_no_divergence(progress: Progress) -> None:
     Raises:
         DivergedError: it has.
     """
-    since = diverged(progress.curve) if progress.step % LONG == 0 else None
+    since = diverged(progress.curve) if progress.step % DIVERGED_STEPS == 0 else None
     if since is not None:
         raise DivergedError(
-            f"step {progress.step}: the loss has been over {CLIMBED:g} times its first {FIRST} steps' since step "
-            f"{since}. Try a lower learning_rate, or on_divergence: warn"
+            f"step {progress.step}: the loss has been over {HIGH_LOSS_FACTOR:g} times its first {EARLY_STEPS} steps' "
+            f"since step {since}. Try a lower learning_rate, or on_divergence: warn"
         )
 
 

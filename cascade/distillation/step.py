@@ -143,4 +143,4 @@ def _losses(
             (loss * share).backward()
         for name, summed in sums_of(found, task.taught).items():
             sums[name] = sums.get(name, 0.0) + summed / total_valid
-    return ranks.total(sums, next(task.student.parameters()).device)
+    return ranks.sum_numbers(sums, next(task.student.parameters()).device)

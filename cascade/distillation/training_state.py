@@ -21,7 +21,7 @@ from cascade.distillation.optimizer import Optimizer
 from cascade.runtime import ranks
 from cascade.runtime.errors import DiskError
 from cascade.runtime.failpoints import at, failpoint
-from cascade.runtime.stopping import asked, stop
+from cascade.runtime.stopping import stop, stop_requested
 from cascade.store.commits import is_committed, staged, verify_folder
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,9 @@ class States:
         Raises:
             Stopped: a signal has come.
         """
-        stopping = ranks.anyone(asked())
+        stopping = ranks.any_process(stop_requested())
         due = not last and time.perf_counter() - self.saved >= 60 * self.every_minutes
-        if stopping or ranks.agreed(due):
+        if stopping or ranks.broadcast_flag(due):
             self.save(trained, progress)
         if stopping:
             stop()

@@ -32,7 +32,7 @@ from cascade.store.commits import (
     verify_folder,
 )
 from cascade.store.events import append_event
-from cascade.store.remake import Forced
+from cascade.store.remake import Remake
 from cascade.store.stage_table import REMAKE_POINTS, STAGES, Stage
 from cascade.store.strict_json import read_json
 from cascade.store.user_files import carry_over
@@ -51,7 +51,7 @@ class StageRunner:
 
     folder: Path
     progress: RunProgress
-    forced: Forced | None = None
+    forced: Remake | None = None
     """What is made again though it is there."""
     incomplete: list[str] = field(default_factory=list)
     """What could not be measured; all else goes on, and the next run tries it again."""
@@ -84,7 +84,7 @@ class StageRunner:
             self._take_over(final, owner, stage)
         if forced is None and self._is_whole(final, owner, stage):
             drop_partials(final)  # a death right after the commit has left them
-            ranks.tell(_DONE)
+            ranks.send(_DONE)
             self.progress.skip(owner, stage, "already done with the same inputs and settings")
             append_event(self.folder, "skipped", member=owner, stage=stage, key=key)
             return committed(final)
@@ -95,14 +95,14 @@ class StageRunner:
         self._note_incomplete(final, owner, stage)
         if forced is not None:
             forced.done(final.name)
-        ranks.tell(_DONE)
+        ranks.send(_DONE)
         append_event(self.folder, "finished", member=owner, stage=stage, key=key, seconds=round(seconds, 3))
         return committed(final)
 
     def _commit(self, final: Path, owner: str, stage: Stage, depends_on: dict[str, Any], write: Write) -> float:
         """Make a stage; the seconds that this took."""
         if stage.every_rank:
-            ranks.tell(_JOIN)
+            ranks.send(_JOIN)
         provenance = depends_on | {"made_with": _versions()}
         place = staged(final, provenance, carry=carry_over if stage.read_by_users else None)
         with at(stage.name), self.progress.stage(owner, stage.name) as on_step, place as staging:
@@ -124,7 +124,7 @@ class StageRunner:
 
     def _follow(self, final: Path, write: Write) -> None:
         """What a process other than the first does: wait, or take part and leave the writing to the first."""
-        if ranks.told() == _JOIN:
+        if ranks.receive() == _JOIN:
             # Beside the first one's, so that both find the same training state; nothing in it is kept.
             staging = final.with_name(f".staging-{final.name}-{os.getpid()}r{ranks.rank()}")
             staging.mkdir()
@@ -132,7 +132,7 @@ class StageRunner:
                 write(staging, lambda done, total: None)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-            ranks.told()
+            ranks.receive()
 
     def _take_over(self, final: Path, owner: str, stage: str) -> None:
         """Have a stage's output as another run has made it: the folder's name is that of its inputs and settings."""
@@ -155,7 +155,7 @@ class StageRunner:
         return not damaged and not (final / INCOMPLETE).exists()
 
     def _is_forced(self, owner: str, stage: str, name: str) -> bool:
-        if self.forced is None or owner not in self.forced.members or name in self.forced.made:
+        if self.forced is None or owner not in self.forced.members or name in self.forced.finished:
             return False
         point = STAGES[stage].remade_from
         return bool(point) and REMAKE_POINTS.index(point) >= REMAKE_POINTS.index(self.forced.stage)

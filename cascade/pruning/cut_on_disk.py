@@ -38,9 +38,7 @@ def prune_on_disk(
     pruned_config = config_of(plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in build_on_meta(pruned_config).named_parameters()}
     order = []
-    in_file_order = sorted(stored, key=lambda name: (stored[name][1].path, stored[name][1].start))
-    for name in in_file_order:
-        stored_name, entry = stored[name]
+    for name, (stored_name, entry) in stored.items():
         new_name = renumbered(name, axes, plan)
         if new_name is not None and new_name in shapes:
             order.append((name, new_name, _renamed(stored_name, name, new_name), entry))

@@ -1,4 +1,4 @@
-"""The errors that a user can cause or has to know of: told in one message, without a traceback.
+"""The errors that a user can cause or has to know of; each is printed as one message, without a traceback.
 
 Exit codes: 2 a recipe or arguments that cannot be used, 73 a directory that another run is writing to; 1 a stage that
 could not be done, 65 numbers that are not finite or a loss that climbs, 75 a disk that takes no more (try again); 130
@@ -9,13 +9,13 @@ import errno
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used: the message says where, what, what is accepted, what to do."""
+    """A user's input cannot be used; the message says where, what was given, what is accepted, what to do."""
 
     exit_code = 2
 
 
 class RecipeError(UserError):
-    """All that is wrong with a recipe, at once, each line with its place in the file."""
+    """All problems of a recipe at once, one a line, each with its place in the file."""
 
     def __init__(self, source: str, problems: list[str]):
         self.source = source
@@ -30,7 +30,7 @@ class BusyError(UserError):
 
 
 class RunError(Exception):
-    """A stage could not be done though nothing that the user wrote is wrong."""
+    """A stage could not be made, although nothing that the user wrote is wrong."""
 
     exit_code = 1
 
@@ -46,7 +46,7 @@ class NotFiniteError(TrainingError):
 
 
 class DivergedError(TrainingError):
-    """A loss has climbed and stays there."""
+    """A loss has climbed and stays high."""
 
     exit_code = 65
 
@@ -62,7 +62,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As the shell would tell it."""
+        """The exit code by the shell's convention: 128 and the signal's number."""
         return 128 + int(self.args[0])
 
 
@@ -71,7 +71,7 @@ _DISK_WORDS = ("No space left on device", "quota exceeded", "File too large", "R
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether it says that a disk takes no more, in whichever library's words."""
+    """Whether an error says that a disk takes no more, in whichever library's words."""
     if isinstance(error, UserError | RunError):  # told already, as what they are
         return False
     number = getattr(error, "errno", None)

@@ -1,4 +1,4 @@
-"""Named places where a test lets the program die, fail or go wrong; nothing at all unless one is set.
+"""Named places where a test lets the program die, fail or go wrong; they do nothing unless a fault is set.
 
 CASCADE_FAILPOINT="NAME:ACTION[=VALUE][@COUNT]", several with commas, taken by the command line only where
 CASCADE_ALLOW_FAILPOINTS=1 stands beside it. NAME is that of a place, with what the program is at before it
@@ -25,11 +25,11 @@ _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT
 _ACTIONS = (*_SIGNALS, *_ERRNOS, "exit", "raise", "sleep", "oom", "nan")
 
 EXIT_STATUS = 17
-"""Of a process that an `exit` has ended."""
+"""Exit status of a process that the action `exit` has ended."""
 
 
 class InjectedError(Exception):
-    """What `raise` raises."""
+    """The error that the action `raise` raises."""
 
 
 @dataclass
@@ -41,16 +41,17 @@ class _Fault:
     each: bool
 
 
+# A process has one environment and so one set of faults; the places are too deep in the code for an argument.
 _armed: list[_Fault] = []
 _log: Path | None = None
 _at: list[str] = []
 
 
 def arm(environment: Mapping[str, str]) -> None:
-    """Set what the environment asks for, and nothing else.
+    """Set the faults that the environment names; earlier ones are dropped.
 
     Raises:
-        UserError: it cannot be read, or nothing beside it says that this is a test.
+        UserError: a fault cannot be read, or CASCADE_ALLOW_FAILPOINTS does not allow faults.
     """
     text = environment.get("CASCADE_FAILPOINT", "")
     if text and environment.get("CASCADE_ALLOW_FAILPOINTS") != "1":
@@ -64,7 +65,7 @@ def arm(environment: Mapping[str, str]) -> None:
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """What the program is at, for the names of the places inside."""
+    """Put the name of what the program works on before the names of the places inside."""
     _at.append(place)
     try:
         yield
@@ -73,7 +74,7 @@ def at(place: str) -> Iterator[None]:
 
 
 def failpoint(name: str) -> bool:
-    """Do here what is set for this place; whether a `nan` is asked for, which is the caller's to put in."""
+    """Carry out the fault that is set for this place; True where it is `nan`, which the caller has to put in."""
     if not _armed:
         return False
     full = "/".join([*_at[-1:], name])

@@ -10,15 +10,19 @@ from cascade.runtime.failpoints import failpoint
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; each new entry is synced."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    for one in reversed(missing):
-        one.mkdir(exist_ok=True)
-        sync_folder(one.parent)
+    """Make a folder and the missing ones above it; each new entry survives a crash."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
+    """Replace a text file in one step, durably: after a crash the file has either its old or its new content.
+
+    Raises:
+        DiskError: the disk takes no more.
+    """
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -38,23 +42,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def no_room(path: Path, error: BaseException, written: int) -> str:
-    """What to say of a disk that takes no more."""
-    place = next(one for one in path.parents if one.exists())
-    said = getattr(error, "strerror", None) or str(error)
+    """The message about a file that a disk could not take; `written` counts the bytes until then."""
+    place = next(folder for folder in path.parents if folder.exists())
+    reason = getattr(error, "strerror", None) or str(error)
     return (
-        f"{path}: cannot be written: {said}. {written:,} bytes were written before that, "
+        f"{path}: cannot be written: {reason}. {written:,} bytes were written before that, "
         f"{shutil.disk_usage(place).free:,} are free there. Make room"
     )
 
 
 def sync_file(path: Path) -> None:
-    """What was written into a file is on the disk then."""
+    """Fsync a file, so that its content survives a crash."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Names that were given in a folder, or taken, are on the disk then."""
+    """Fsync a folder, so that created, renamed and removed entries survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

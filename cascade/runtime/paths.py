@@ -1,4 +1,4 @@
-"""What may be said of a path before it is opened, by the rules of every system, and which files an entry stands for."""
+"""Checks of a path before it is opened, by the rules of every system, and the files that an entry stands for."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from cascade.runtime.errors import UserError
 
 
 def inside(name: str) -> bool:
-    """Whether a relative path stays in the folder that it counts from."""
+    """Whether a relative path stays in the folder that it starts from, on every system."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     leads = posix.is_absolute() or windows.drive or windows.root or ".." in (*posix.parts, *windows.parts)
     return bool(name) and not leads and not any(sign in name for sign in "\0\\")
@@ -19,7 +19,7 @@ def inside(name: str) -> bool:
 ROWS, TABLE, TEXT = "JSON", "Parquet", "text"
 
 KINDS = {".jsonl": ROWS, ".json": ROWS, ".parquet": TABLE, ".txt": TEXT, ".md": TEXT, ".py": TEXT}
-"""What files of data hold, by suffix; a suffix of compression may follow."""
+"""Suffix -> what a file of data with it holds; a suffix of compression may follow."""
 
 _PACKED = (".gz", ".bz2", ".xz")
 
@@ -27,17 +27,17 @@ _UNREAD = ".zst"
 """Compression that many datasets use, and that the standard library does not read."""
 
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog)([._-].*)?", re.IGNORECASE)
-"""Texts about a folder, which are none of its texts."""
+"""Names of texts about a folder, which are no data."""
 
 
 def kind_of(name: str) -> str:
-    """What a file of data holds, by the end of its name; '' where that does not say, as for a.jsonl.bak."""
+    """What a file of data holds by its suffix; '' where the suffix is unknown, as that of a.jsonl.bak."""
     path = PurePath(name)
     return KINDS.get(PurePath(path.stem).suffix if path.suffix in _PACKED else path.suffix, "")
 
 
 def require_kind(name: str, place: str) -> None:
-    """Refuse a file that is not read by its name.
+    """Refuse a file of data whose kind its name does not tell.
 
     Raises:
         UserError: its name ends in no known suffix; `place` names the recipe's key.
@@ -55,7 +55,7 @@ def files_of(entry: str, place: str) -> list[str]:
     neither '.' nor '_', and of texts those that are not about the folder, as README.md is.
 
     Raises:
-        UserError: there is none, or a folder's files are of several kinds; `place` names the recipe's key.
+        UserError: the entry stands for no file, or for files of several kinds; `place` names the recipe's key.
     """
     if not entry.strip():
         raise UserError(f"{place}: an empty path; name a file, a folder or a pattern")
@@ -87,10 +87,10 @@ def files_of(entry: str, place: str) -> list[str]:
 
 
 def distinct_files(entries: Sequence[str], place: str) -> list[str]:
-    """The files that several entries stand for, as `files_of`, in their order.
+    """The files that several entries of a recipe stand for, in the order of the entries.
 
     Raises:
-        UserError: as `files_of`, or one file is there twice, by whatever name.
+        UserError: an entry stands for no file (see `files_of`), or a file is there twice, by whatever names.
     """
     first: dict[str, tuple[str, str]] = {}
     for entry in entries:
@@ -98,18 +98,18 @@ def distinct_files(entries: Sequence[str], place: str) -> list[str]:
             real = os.path.realpath(file)
             if real in first:
                 before, name = first[real]
-                told = f"{before} and {entry}" if before != entry else f"{entry} twice"
+                entries_of_file = f"{before} and {entry}" if before != entry else f"{entry} twice"
                 links = f" ({name} and {file} are one file)" if name != file else ""
                 raise UserError(
-                    f"{place}: {file} is named by {told}{links}, and would be read twice; name it once, and with "
-                    "data.weights if it is to count more"
+                    f"{place}: {file} is named by {entries_of_file}{links}, and would be read twice; name it once, and "
+                    "with data.weights if it is to count more"
                 )
             first[real] = (entry, file)
     return [file for _, file in first.values()]
 
 
 def lead_to(entry: str) -> list[str]:
-    """Every file that an entry might be read from; none where there is nothing of that name."""
+    """Every file that an entry might be read from; empty where nothing has that name."""
     if not entry.strip():
         return []
     path = Path(entry).expanduser()
@@ -140,13 +140,14 @@ def _expanded(entry: str, place: str) -> Path:
 
 
 def _below(folder: Path) -> list[str]:
-    found, seen = [], {os.path.realpath(folder)}
+    """Files below a folder, also through links, each real folder once; names with a leading . or _ are passed over."""
+    paths, visited = [], {os.path.realpath(folder)}
     for above, folders, names in os.walk(folder, followlinks=True):
-        inside = {name: os.path.realpath(os.path.join(above, name)) for name in sorted(folders)}
+        real_paths = {name: os.path.realpath(os.path.join(above, name)) for name in sorted(folders)}
         folders[:] = []
-        for name, real in inside.items():
-            if real not in seen and not name.startswith((".", "_")):
-                seen.add(real)
+        for name, real in real_paths.items():
+            if real not in visited and not name.startswith((".", "_")):
+                visited.add(real)
                 folders.append(name)
-        found += [os.path.join(above, name) for name in names if not name.startswith((".", "_"))]
-    return sorted(name for name in found if Path(name).is_file())
+        paths += [os.path.join(above, name) for name in names if not name.startswith((".", "_"))]
+    return sorted(name for name in paths if Path(name).is_file())

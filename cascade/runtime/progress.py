@@ -1,4 +1,4 @@
-"""What is going on: family > member > stage, with the time left. Bars on a terminal, plain lines elsewhere."""
+"""Progress of a run: family > member > stage, with the time left. Bars on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +13,13 @@ OnStep = Callable[[int, int], None]
 
 
 class RunProgress:
-    """Counts estimated seconds of work, corrected by how long finished work really took."""
+    """The progress of a run in estimated seconds of work, corrected by the time that finished work really took."""
 
     def __init__(self, console: Console, title: str, estimates: dict[tuple[str, str], float]):
         self.console, self.title, self.estimates = console, redact(title), estimates
         self.started = time.monotonic()
         self.done: dict[tuple[str, str], float] = {}
-        """Seconds that each finished stage took; 0 for those that were already there."""
+        """(member, stage) -> seconds that the finished stage took; 0 for a stage that was already there."""
         self.bars = Progress(
             TextColumn("{task.description:<34}"),
             BarColumn(bar_width=28),
@@ -39,7 +39,7 @@ class RunProgress:
         self.bars.stop()
 
     def skip(self, member: str, stage: str, reason: str) -> None:
-        """A stage that is not run; said once."""
+        """Note a stage that is not run, with the reason; the line is printed once."""
         if (member, stage) in self.done:
             return
         self.done[member, stage] = 0.0
@@ -48,7 +48,7 @@ class RunProgress:
 
     @contextmanager
     def stage(self, member: str, stage: str) -> Iterator[OnStep]:
-        """A stage being run; yields a callback for (steps done, steps in all)."""
+        """Show a stage that runs inside; yields a callback for (steps done, steps in all)."""
         began, key = time.monotonic(), (member, stage)
         self._show(key, 0.0)
         yield lambda done, total: self._show(key, done / max(1, total))
@@ -59,7 +59,7 @@ class RunProgress:
         self._show(key, 1.0)
 
     def _seconds_left(self, current: tuple[str, str] | None, fraction: float) -> float:
-        """Estimates of the stages to come, scaled by actual over estimated time of those that ran."""
+        """Estimated seconds of the stages to come, scaled by actual over estimated time of the finished ones."""
         ran = {key: seconds for key, seconds in self.done.items() if seconds > 0 and key in self.estimates}
         expected = sum(self.estimates[key] for key in ran)
         # The estimates count for 20 seconds of evidence, so that one odd small stage does not turn them over.
@@ -83,12 +83,12 @@ class RunProgress:
             note=f"{left} left",
         )
         if current is not None:
-            mine = {key: value for key, value in self.estimates.items() if key[0] == current[0]}
-            ended = sum(value for key, value in mine.items() if key in self.done)
+            of_member = {key: seconds for key, seconds in self.estimates.items() if key[0] == current[0]}
+            ended = sum(seconds for key, seconds in of_member.items() if key in self.done)
             self.bars.update(
                 self.tasks["member"],
                 description=redact(f"  {current[0]}"),
-                completed=(ended + running) / (sum(mine.values()) or 1.0),
+                completed=(ended + running) / (sum(of_member.values()) or 1.0),
             )
             self.bars.update(self.tasks["stage"], description=redact(f"    {current[1]}"), completed=fraction)
 

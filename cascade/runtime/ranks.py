@@ -1,6 +1,6 @@
-"""Several processes, one training step: parameters sharded with FSDP2, each process with its share of the blocks.
+"""The processes that torchrun starts: their number, and what they say to each other.
 
-Everything here is the identity in a single process.
+In a single process every function here is the identity, or does nothing.
 """
 
 import os
@@ -16,11 +16,11 @@ from torch import Tensor
 from cascade.runtime.errors import UserError
 
 _TIMEOUT = timedelta(hours=12)
-"""The longest that processes wait for the one that evaluates."""
+"""The longest time that processes wait for the process that evaluates."""
 
 
 def join() -> None:
-    """Join the processes that torchrun started; nothing to do in one of its own."""
+    """Join the processes that torchrun started; does nothing in a process that it did not start."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -29,17 +29,18 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Undo `join`."""
+    """Leave the processes that `join` has joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 _alone = False
+"""Whether this process works on its own at present: a property of the process, as its rank is."""
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What this process does meanwhile is no work of all: it does not wait for the others."""
+    """Let this process work on its own inside: `world_size` is 1, and nothing waits for the other processes."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -49,64 +50,64 @@ def alone() -> Iterator[None]:
 
 
 def rank() -> int:
-    """This process's number."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """The number of processes that work together at present."""
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
-def tell(message: int) -> None:
-    """Say a number to the others, who wait for it in `told`."""
+def send(number: int) -> None:
+    """Send a number from the first process to the others, which wait for it in `receive`."""
     if world_size() > 1:
-        dist.broadcast(torch.tensor([message]), src=0)
+        dist.broadcast(torch.tensor([number]), src=0)
 
 
-def told() -> int:
-    """The number that the first process says."""
-    message = torch.zeros(1, dtype=torch.int64)
-    dist.broadcast(message, src=0)
-    return int(message)
+def receive() -> int:
+    """The number that the first process sends next; waits for it."""
+    number = torch.zeros(1, dtype=torch.int64)
+    dist.broadcast(number, src=0)
+    return int(number)
 
 
 def require_even(batch_size: int) -> None:
-    """Refuse a batch that cannot be shared out evenly.
+    """Refuse a batch that cannot be shared out evenly to the processes.
 
     Raises:
-        UserError: it cannot.
+        UserError: `batch_size` is no multiple of the number of processes.
     """
     if batch_size % world_size():
         raise UserError(f"batch_size: {batch_size} blocks cannot be shared out evenly to {world_size()} processes")
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have come to this call."""
     if world_size() > 1:
         dist.barrier()
 
 
-def agreed(value: bool) -> bool:
-    """What the first process says."""
+def broadcast_flag(flag: bool) -> bool:
+    """The first process's flag, in every process."""
     if world_size() == 1:
-        return value
-    answer = torch.tensor([int(value)])
+        return flag
+    answer = torch.tensor([int(flag)])
     dist.broadcast(answer, src=0)
     return bool(answer)
 
 
-def anyone(value: bool) -> bool:
-    """Whether any process says so."""
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process, in every process."""
     if world_size() == 1:
-        return value
-    answer = torch.tensor([int(value)])
+        return flag
+    answer = torch.tensor([int(flag)])
     dist.all_reduce(answer, op=dist.ReduceOp.MAX)
     return bool(answer)
 
 
-def same(values: Tensor) -> Tensor:
-    """int64 [n]: what the first process has, whatever its length."""
+def broadcast_ints(values: Tensor) -> Tensor:
+    """int64 [n]: the first process's values, in every process; the lengths before may differ."""
     if world_size() == 1:
         return values
     length = torch.tensor([len(values)])
@@ -116,8 +117,8 @@ def same(values: Tensor) -> Tensor:
     return sent
 
 
-def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Each value's sum over all processes."""
+def sum_numbers(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The sum of each number over all processes, in every process."""
     if world_size() == 1:
         return values
     sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
@@ -125,19 +126,19 @@ def total(values: dict[str, float], device: torch.device) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
-def summed(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor's sum over all processes, on the CPU; one that a process does not have counts as zeros there.
+def sum_tensors(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sum of each tensor over all processes, on the CPU; a tensor that a process lacks counts as zeros there.
 
-    All processes have to ask.
+    All processes have to make this call.
     """
     if world_size() == 1:
         return values
     shapes: list[dict[str, Any]] = [{} for _ in range(world_size())]
     dist.all_gather_object(shapes, {name: (tuple(value.shape), value.dtype) for name, value in values.items()})
-    known = {name: shape for one in shapes for name, shape in one.items()}
-    found = {}
+    known = {name: shape for of_process in shapes for name, shape in of_process.items()}
+    sums = {}
     for name, (shape, dtype) in sorted(known.items()):
         total = values[name].to("cpu", torch.float64) if name in values else torch.zeros(shape, dtype=torch.float64)
         dist.all_reduce(total)
-        found[name] = total.to(dtype)
-    return {name: found[name] for name in [*values, *sorted(known.keys() - values.keys())]}
+        sums[name] = total.to(dtype)
+    return {name: sums[name] for name in [*values, *sorted(known.keys() - values.keys())]}

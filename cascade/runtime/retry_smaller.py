@@ -1,4 +1,4 @@
-"""What does not fit into memory is done in smaller parts."""
+"""Repeats an action with smaller parts where it runs out of memory."""
 
 import logging
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is what an error says."""
+    """Whether an error says that memory ran out, on the CPU or the GPU."""
     # On the CPU it is a plain RuntimeError of the allocator.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error)
@@ -30,10 +30,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def in_parts_that_fit(action: Callable[[int], _T], size: int, what: str) -> _T:
-    """`action(size)`, or with half the size, and so on, where that is out of memory.
+    """What `action(size)` returns; the size is halved for as long as the action runs out of memory.
 
     Raises:
-        RunError: it is so even with a size of one.
+        RunError: memory runs out even with a size of one.
     """
     while True:
         try:

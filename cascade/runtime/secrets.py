@@ -1,4 +1,4 @@
-"""Keys and tokens: found in what a user wrote, and taken out of whatever is printed or kept."""
+"""Keys and tokens: recognised in what a user wrote, and hidden in everything that is printed or stored."""
 
 import logging
 import os
@@ -33,35 +33,36 @@ _HARMLESS = re.compile(
     r"|(?:OMP|MKL|OPENBLAS|CUDA|NVIDIA|TORCH|PYTORCH|HF|TRANSFORMERS|TOKENIZERS|XDG|TQDM|SSL|REQUESTS)_\w+|\w+_PROXY",
     re.IGNORECASE,
 )
-"""What a process that runs foreign code may know of the environment."""
+"""Names of environment variables that a process which runs foreign code may see."""
 _SHORTEST = 8
-"""A shorter value is more likely a word than a key."""
+"""Characters of the shortest value that counts as a key; a shorter value is more likely a word."""
 
 _PLACEHOLDER_WORDS = frozenset(
     "a abc abc123 any anything api change changeme do does dummy empty example fake here insert is key local localhost "
     "lm matter me mock my needed no none not nothing null ollama optional placeholder replace required secret sk "
     "string studio test this token unused use used vllm whatever x your".split()
 )
-"""What servers that need no key are given instead of one is put together from these: sk-no-key-required, lm-studio."""
+"""Words of which placeholders for a key consist, for servers that need none: sk-no-key-required, lm-studio."""
 
 HIDDEN = "[hidden]"
 
 _known: set[str] = set()
+"""Keys that this process uses, for `redact`; every printed line, log record and traceback of the process needs them."""
 
 
 def remember(key: str) -> None:
-    """A key that this process uses, whatever its form and its variable's name; placeholders are not remembered."""
+    """Let `redact` hide a key that this process uses, whatever its form and its variable's name; placeholders stay."""
     if is_key(key):
         _known.add(key)
 
 
 def is_key(value: str) -> bool:
-    """Whether a value can be a key: a short one, or a placeholder such as `none`, is a word that any text may hold."""
+    """Whether a value can be a key; short values and placeholders such as `none` are words that any text may hold."""
     return len(value) >= _SHORTEST and not is_placeholder(value)
 
 
 def is_placeholder(value: str) -> bool:
-    """Whether a value is put together from words that are given instead of a key."""
+    """Whether a value consists of words that stand for no key."""
     return all(word in _PLACEHOLDER_WORDS for word in re.split(r"[\W_]+", value.lower()))
 
 
@@ -76,18 +77,18 @@ def looks_secret(text: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """The text without keys: those of known forms, those in addresses, and the values of this process's own."""
-    own = {value for name, value in os.environ.items() if is_secret_name(name) and is_key(value)}
-    own |= _known
-    own |= {quote(value, safe="") for value in own}
-    for value in sorted(own, key=len, reverse=True):
-        text = text.replace(value, HIDDEN)
-    text = _CARRIED.sub(lambda found: found.group(1) + HIDDEN, text)
+    """The text with keys hidden: keys of known forms, keys in addresses, and the values of this process's keys."""
+    keys = {value for name, value in os.environ.items() if is_secret_name(name) and is_key(value)}
+    keys |= _known
+    keys |= {quote(key, safe="") for key in keys}
+    for key in sorted(keys, key=len, reverse=True):
+        text = text.replace(key, HIDDEN)
+    text = _CARRIED.sub(lambda match: match.group(1) + HIDDEN, text)
     return _IN_ADDRESS.sub(HIDDEN, _FORMS.sub(HIDDEN, text))
 
 
 def redact_all(value: Any) -> Any:
-    """Dictionaries and lists with every text in them redacted."""
+    """A value of JSON's types with every text in it redacted; dictionaries and lists are walked through."""
     if isinstance(value, dict):
         return {name: redact_all(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -96,25 +97,27 @@ def redact_all(value: Any) -> Any:
 
 
 class Redacting(logging.Formatter):
-    """A formatter whose records, with their tracebacks, are redacted."""
+    """A logging formatter that redacts records and their tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As logging's own, redacted."""
+        """The formatted record, redacted."""
         return redact(super().format(record))
 
 
 def redact_tracebacks() -> None:
-    """What ends this process unforeseen is told without keys."""
+    """Print the traceback of an uncaught error, of any thread, without keys."""
 
-    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
-    sys.excepthook = told
-    threading.excepthook = lambda found: told(found.exc_type, found.exc_value or found.exc_type(), found.exc_traceback)
+    sys.excepthook = print_redacted
+    threading.excepthook = lambda hook: print_redacted(
+        hook.exc_type, hook.exc_value or hook.exc_type(), hook.exc_traceback
+    )
 
 
 def without_secrets(environment: dict[str, str]) -> dict[str, Any]:
-    """An environment for a process that runs foreign code."""
-    kept = {name: value for name, value in environment.items() if _HARMLESS.fullmatch(name)}
-    kept = {name: value for name, value in kept.items() if not is_secret_name(name) and value not in _known}
-    return {name: value for name, value in kept.items() if not looks_secret(value)}
+    """The harmless part of an environment, for a process that runs foreign code."""
+    harmless = {name: value for name, value in environment.items() if _HARMLESS.fullmatch(name)}
+    harmless = {name: value for name, value in harmless.items() if not is_secret_name(name) and value not in _known}
+    return {name: value for name, value in harmless.items() if not looks_secret(value)}

@@ -8,19 +8,22 @@ from types import FrameType
 
 from cascade.runtime.errors import Stopped
 
-_asked: int | None = None
+# Signals come to the process as a whole, so that what they have asked for is the process's state as well.
+_signal: int | None = None
+"""Number of the last signal that has come; None before."""
 _savers = 0
+"""Trainings inside `saving`."""
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Take both signals meanwhile; only a process's main thread can.
+    """Handle both signals inside; only the main thread of a process can.
 
     Raises:
-        Stopped: inside, when one has come.
+        Stopped: inside, when a signal has come.
     """
-    global _asked
-    _asked = None
+    global _signal
+    _signal = None
     before = {number: signal.signal(number, _take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -31,7 +34,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def saving() -> Iterator[None]:
-    """Whoever is inside asks `asked` after each step, saves, and calls `stop`."""
+    """Let a first signal wait for a training inside, which asks `stop_requested` after each step, saves and stops."""
     global _savers
     _savers += 1
     try:
@@ -40,27 +43,27 @@ def saving() -> Iterator[None]:
         _savers -= 1
 
 
-def asked() -> bool:
-    """Whether the run shall stop."""
-    return _asked is not None
+def stop_requested() -> bool:
+    """Whether a signal has asked the run to stop."""
+    return _signal is not None
 
 
 def stop() -> None:
-    """Stop, as asked.
+    """Stop the run as the signal asks.
 
     Raises:
         Stopped: always.
     """
-    raise Stopped(signal.SIGTERM if _asked is None else _asked)
+    raise Stopped(signal.SIGTERM if _signal is None else _signal)
 
 
 def _take(number: int, frame: FrameType | None) -> None:
-    global _asked
-    first, _asked = _asked is None, number
+    global _signal
+    first, _signal = _signal is None, number
     if first and _savers:
-        told = "Stopping once the training's state is saved; once more stops at once."
+        message = "Stopping once the training's state is saved; once more stops at once."
         # Nobody may be there to read it any more (| tee), or something is just being printed.
         with suppress(OSError, ValueError, RuntimeError):
-            print(f"\n{told}", file=sys.stderr, flush=True)
+            print(f"\n{message}", file=sys.stderr, flush=True)
         return
     stop()

@@ -1,4 +1,4 @@
-"""What a run has done, line by line: for whoever reads it; no stage depends on it."""
+"""events.jsonl, the history of a run line by line, for its readers; no stage depends on it."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def append_event(run_folder: Path, event: str, **fields: Any) -> None:
-    """One more line of events.jsonl, which nothing depends on: where it cannot be written, that is told."""
+    """Append an event to events.jsonl; where it cannot be written, a warning says so and the run goes on."""
     record = {"time": round(time.time(), 3), "event": event} | redact_all(fields)
     try:
         failpoint("event.begun")
@@ -24,7 +24,7 @@ def append_event(run_folder: Path, event: str, **fields: Any) -> None:
 
 
 def append_line(path: Path, line: str, *, sync: bool = True) -> None:
-    """One more line of a file, synced; a line that a death has cut off is ended first."""
+    """Append a line to a file and sync it; a line that a killed process has cut off is ended first."""
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -29,16 +29,16 @@ LOCK = ".cascade.lock"
 
 _BEAT_SECONDS = 15.0
 _WAIT_SECONDS = 60.0
-"""How long a holder on another machine is given to show that it lives."""
+"""Seconds within which a holder on another machine has to show that it lives."""
 
 
 @contextmanager
 def locked(run_folder: Path) -> Iterator[None]:
-    """Hold the run directory against a second run, and tidy what killed ones have left in it.
+    """Hold the lock of a run directory inside, and remove what killed runs have left in the directory.
 
     Raises:
-        BusyError: another run holds it.
-        UserError: nothing can be written there.
+        BusyError: another run holds the lock.
+        UserError: nothing can be written there, or the file system has no locks.
     """
     with _opened(run_folder) as file:
         try:
@@ -50,9 +50,9 @@ def locked(run_folder: Path) -> Iterator[None]:
                 f"{run_folder}: this file system has no locks ({error.strerror}), and two runs in one directory would "
                 "spoil each other; give an --output on one that has"
             ) from error
-        _wait_for_others(run_folder, file)
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        _write(file, json.dumps(mine | {"command": redact(" ".join(sys.argv))}))
+        _wait_for_holder(run_folder, file)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        _write(file, json.dumps(holder | {"command": redact(" ".join(sys.argv))}))
         ended = threading.Event()
         threading.Thread(target=_beat, args=(run_folder / LOCK, ended), daemon=True).start()
         try:
@@ -65,10 +65,10 @@ def locked(run_folder: Path) -> Iterator[None]:
 
 
 def require_room(folder: Path, num_bytes: int, what: str) -> None:
-    """Refuse to start what will not fit on the disk.
+    """Refuse to start work whose files will not fit on the disk; `what` names the files in the message.
 
     Raises:
-        DiskError: less is free than is needed.
+        DiskError: fewer than `num_bytes` are free.
     """
     free = shutil.disk_usage(existing(folder)).free
     if free < num_bytes:
@@ -79,13 +79,13 @@ def require_room(folder: Path, num_bytes: int, what: str) -> None:
 
 
 def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+    """The folder itself, or the nearest folder above it that exists."""
     folder = folder.resolve()
-    return next(one for one in (folder, *folder.parents) if one.exists())
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _opened(run_folder: Path) -> IO[str]:
-    """The lock file."""
+    """The lock file, open for reading and writing; made where it does not exist."""
     try:
         make_folder(run_folder)
         return (run_folder / LOCK).open("a+", encoding="utf-8")
@@ -109,11 +109,12 @@ def _try_writing(run_folder: Path) -> None:
 
 
 def _record(file: IO[str]) -> dict[str, Any]:
+    """Host, process, time and command that the lock file names; empty where it names none."""
     file.seek(0)
     with suppress(ValueError):
-        found = json.loads(file.read() or "{}")
-        if isinstance(found, dict):
-            return found
+        holder = json.loads(file.read() or "{}")
+        if isinstance(holder, dict):
+            return holder
     return {}
 
 
@@ -130,8 +131,12 @@ def _held_by(run_folder: Path, holder: dict[str, Any]) -> str:
     return f"{run_folder}: another run is writing here ({who}{since}); wait for it, stop it, or give another --output"
 
 
-def _wait_for_others(run_folder: Path, file: IO[str]) -> None:
-    """Where a run on another machine has not signed off, see whether it still touches the file."""
+def _wait_for_holder(run_folder: Path, file: IO[str]) -> None:
+    """Where a run on another machine has not signed off, wait to see whether it still touches the file.
+
+    Raises:
+        BusyError: the run is alive.
+    """
     holder = _record(file)
     if holder.get("host") in (None, socket.gethostname()):
         return
@@ -148,12 +153,13 @@ def _wait_for_others(run_folder: Path, file: IO[str]) -> None:
 
 
 def _clock_of(folder: Path) -> float:
-    """What time it is for the file system of a folder."""
+    """Seconds since the epoch by the clock of a folder's file system."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{LOCK}-") as file:
         return os.fstat(file.fileno()).st_mtime
 
 
 def _beat(path: Path, ended: threading.Event) -> None:
+    """Touch the lock file every few seconds until the run has ended."""
     while not ended.wait(_BEAT_SECONDS):
         with suppress(OSError):
             os.utime(path)

@@ -1,4 +1,4 @@
-"""What --from asks for, until it is done: a run that stops meanwhile goes on with it, and does not begin it again."""
+"""The stages that --from makes again: a run that stops meanwhile goes on with them and does not start them anew."""
 
 import json
 from collections.abc import Iterable
@@ -11,57 +11,58 @@ _FILE = "stages/from.json"
 
 
 @dataclass
-class Forced:
-    """Stages to be made again though they are there."""
+class Remake:
+    """Stages that are made again although they are there; recorded in the run directory until all are made."""
 
     path: Path
     stage: str
-    """The first of them."""
+    """The first stage that is made again, as --from names it."""
     members: list[str]
-    begun: list[str] = field(default_factory=list)
-    """Names of stages' folders."""
-    made: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+    """Names of the stage folders whose making was started."""
+    finished: list[str] = field(default_factory=list)
+    """Names of the stage folders that are made."""
 
     def begin(self, name: str) -> bool:
-        """Note that a stage is begun; whether it is for the first time."""
-        first = name not in self.begun
+        """Note that the making of a stage starts; True where it starts for the first time."""
+        first = name not in self.started
         if first:
-            self.begun.append(name)
+            self.started.append(name)
             self._write()
         return first
 
     def done(self, name: str) -> None:
         """Note that a stage is made."""
-        self.made.append(name)
+        self.finished.append(name)
         self._write()
 
     def end(self) -> None:
-        """All is made."""
+        """Remove the record: all stages are made."""
         self.path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        record = {name: value for name, value in vars(self).items() if name != "path"}
+        record = {"stage": self.stage, "members": self.members, "begun": self.started, "made": self.finished}
         write_atomically(self.path, json.dumps(record) + "\n")
 
 
-def forced_stages(run_folder: Path, stage: str | None, members: Iterable[str]) -> Forced | None:
-    """What is asked for, with what an earlier start that asked for the same has made of it; None without --from."""
-    path, wanted = run_folder / _FILE, sorted(members)
+def forced_stages(run_folder: Path, stage: str | None, members: Iterable[str]) -> Remake | None:
+    """The stages that --from makes again, with those that an earlier start of it has made; None without --from."""
+    path, names = run_folder / _FILE, sorted(members)
     if stage is None:
         path.unlink(missing_ok=True)
         return None
-    found = _read(path)
-    if found is not None and (found.stage, found.members) == (stage, wanted):
-        return found
+    earlier = _read(path)
+    if earlier is not None and (earlier.stage, earlier.members) == (stage, names):
+        return earlier
     make_folder(path.parent)
     path.unlink(missing_ok=True)
-    return Forced(path, stage, wanted)
+    return Remake(path, stage, names)
 
 
-def _read(path: Path) -> Forced | None:
-    """None where there is no record, or none that can be read: then all is made again."""
+def _read(path: Path) -> Remake | None:
+    """The record of an earlier start; None where there is none that can be read, and all is made again."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return Forced(path, str(record["stage"]), *(list(record[name]) for name in ("members", "begun", "made")))
+        return Remake(path, str(record["stage"]), *(list(record[name]) for name in ("members", "begun", "made")))
     except (OSError, ValueError, KeyError, TypeError):
         return None

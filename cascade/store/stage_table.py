@@ -13,17 +13,17 @@ class Stage:
     name: str
     """As in its key and in its folder's name, stages/OWNER.NAME-KEY."""
     format: int
-    """Raised by hand when what the stage writes changes its meaning; older outputs are then made again."""
+    """Version of the stage's files, raised by hand when their meaning changes; older outputs are then made again."""
     remade_from: str = ""
-    """The last of `REMAKE_POINTS` from which --from makes it again; empty where --from never does."""
+    """The last of `REMAKE_POINTS` from which --from makes the stage again; empty where --from never does."""
     every_rank: bool = False
-    """Whether all processes make it together; else the first one makes it alone."""
+    """Whether all processes make the stage together; else the first process makes it alone."""
     several: bool = False
-    """Whether a member can have several of it, with a key each."""
+    """Whether a member can have several stages of this kind, with a key each."""
     before_training: bool = False
-    """Whether a member whose training is finished needs it no longer."""
+    """Whether a member whose training is finished needs the stage no longer."""
     read_by_users: bool = False
-    """Whether users work in its folder: what they changed there is not lost where it is made again."""
+    """Whether users work in the stage's folder: their changes are not lost where the stage is made again."""
 
 
 STAGES = {
@@ -55,4 +55,4 @@ STAGES = {
         Stage(name="evaluate-quantised", format=2, remade_from="evaluate", several=True),
     )
 }
-"""Stage's name -> what it is."""
+"""Name of a stage -> the stage."""

@@ -1,4 +1,4 @@
-"""Strict JSON of whatever it is given: no NaN, nothing that only Python can read."""
+"""Strict JSON files: no NaN, nothing that only Python can read."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON, whatever lm-eval has put into it."""
+    """Write a value as strict JSON; `plain` turns what JSON lacks into what it has."""
     path.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
-    """JSON's own types: lm-eval's results also hold arrays, functions, dataclasses and NaN (null here)."""
+    """The value in JSON's types: lm-eval's results also hold arrays, functions, dataclasses and NaN (null here)."""
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -28,5 +28,5 @@ def plain(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a stage has written."""
+    """The content of a JSON file that a stage has written."""
     return json.loads(path.read_text(encoding="utf-8"))

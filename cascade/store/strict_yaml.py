@@ -27,10 +27,10 @@ class YamlDocument:
     source: str
     data: Any
     marks: dict[Place, tuple[int, int]]
-    """(line, column), from 1, of the value at each path of keys; of a mapping's entry, that of its key"""
+    """Path of keys -> (line, column), from 1, of the value there; for an entry of a mapping, those of its key."""
 
     def where(self, place: Place) -> str:
-        """'file:line:column' of a path of keys, or of the nearest part above it that the file has."""
+        """'file:line:column' of a path of keys, or of the nearest path above it that the file has."""
         for length in range(len(place), -1, -1):
             if place[:length] in self.marks:
                 line, column = self.marks[place[:length]]
@@ -73,7 +73,11 @@ def read_yaml(path: Path) -> YamlDocument:
 
 
 def parse_yaml(text: str, *, source: str) -> YamlDocument:
-    """As `read_yaml`, from text."""
+    """The strictly read document of a text; `source` names it in errors.
+
+    Raises:
+        RecipeError: the text is not plain YAML data; every duplicate key is named.
+    """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -157,7 +161,7 @@ class _Reader:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that puts into quotes whatever the loader would not read as the same text."""
+    """SafeDumper that quotes every text which the loader would read as another value."""
 
 
 _Dumper.yaml_implicit_resolvers = {
@@ -165,7 +169,7 @@ _Dumper.yaml_implicit_resolvers = {
     for first in _Loader.yaml_implicit_resolvers.keys() | yaml.SafeDumper.yaml_implicit_resolvers.keys()
 }
 _ODD = re.compile(r"[^ -~\u00a0-\ud7ff\ue000-\ufefe\U00010000-\U0010ffff]|[\u2028\u2029]")
-"""Line breaks and signs that only an escape keeps as they are."""
+"""Line breaks and signs that are written as escapes, as nothing else preserves them."""
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:

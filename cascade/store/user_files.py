@@ -1,7 +1,8 @@
-"""What a user put into a folder that a run writes again: carried over into the new one, nothing of it lost.
+"""Files that a user put into a folder that a run writes again: all are carried over into the new folder.
 
-The folder's manifest says what the run wrote. All else is the user's and stays where it is; a file of the run's that
-somebody has changed stays beside the new one, under another name. On a card the user's words come first.
+The folder's manifest lists the files that the run wrote. All other files are the user's and keep their places; a file
+of the run that somebody has changed stays beside the new one, under another name. On a card the user's words come
+first.
 """
 
 import logging
@@ -16,15 +17,15 @@ from cascade.store.commits import MANIFEST, read_manifest
 logger = logging.getLogger(__name__)
 
 CARD, NEW_CARD = "README.md", "README.new.md"
-"""What a user may write on, and where the new text goes where he has."""
+"""The card, which users may edit, and the name of the new card beside an edited one."""
 
 _BEFORE = ".before"
 
 
 def carry_over(earlier: Path, staging: Path) -> list[str]:
-    """Bring what is the user's in `earlier` into `staging`, which will replace it; its places in `staging`.
+    """Bring the user's files of `earlier` into `staging`, which will replace it; returns their places in `staging`.
 
-    To be called once the manifest of `staging` is written: what is carried over is no part of it.
+    To be called once the manifest of `staging` is written: files that are carried over are no part of it.
     """
     written = _written(earlier)
     carried = []
@@ -37,31 +38,33 @@ def carry_over(earlier: Path, staging: Path) -> list[str]:
         if source.is_dir() and not source.is_symlink():
             _as_folder(place, renames).mkdir(parents=True, exist_ok=True)
             continue
-        ours = name in written
-        if ours and _sha256(source) == written[name]:
+        is_run_file = name in written
+        if is_run_file and _sha256(source) == written[name]:
             continue
         if name == NEW_CARD and _sha256(source) == written.get(CARD):
             continue  # the new card of an earlier time
-        if not place.exists() and not ours:
-            kept = place
+        if not place.exists() and not is_run_file:
+            target = place
         elif place.is_file() and _sha256(source) == file_sha256(place):
             continue
         elif name == CARD and place.exists():
             os.replace(place, staging / NEW_CARD)
-            kept = place
+            target = place
             logger.warning("%s: was written on and stays; the new card is %s beside it", earlier / name, NEW_CARD)
         else:
-            kept = free_name(place)
-            logger.warning("%s: is not as it was written; it stays as %s beside the new one", earlier / name, kept.name)
-        _bring(source, kept)
-        carried.append(kept.relative_to(staging).as_posix())
+            target = free_name(place)
+            logger.warning(
+                "%s: is not as it was written; it stays as %s beside the new one", earlier / name, target.name
+            )
+        _bring(source, target)
+        carried.append(target.relative_to(staging).as_posix())
     for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir() and not path.is_symlink())):
         sync_folder(folder)
     return carried
 
 
 def free_name(path: Path, suffix: str = _BEFORE) -> Path:
-    """A name beside a file that nothing has yet: with the suffix, numbered from the second on.
+    """A free name beside a file: with the suffix, numbered from the second on.
 
     Weights lose the ending by which they would be loaded.
     """
@@ -74,7 +77,7 @@ def free_name(path: Path, suffix: str = _BEFORE) -> Path:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Everything below a folder by its path from there, folders before what is in them; links are not followed."""
+    """Relative paths of all files and folders below a folder, a folder before its content; links are not followed."""
     for root, folders, files in os.walk(folder):
         for name in sorted([*folders, *files]):
             relative = (Path(root) / name).relative_to(folder).as_posix()
@@ -96,7 +99,7 @@ def _as_folder(place: Path, renames: dict[Path, Path]) -> Path:
 
 
 def _written(folder: Path) -> dict[str, str]:
-    """File -> sha256 as the run wrote it; empty where that is not known, and anything may be the user's."""
+    """File -> sha256 as the run wrote it; empty where there is no manifest, so that every file may be the user's."""
     try:
         return {name: str(entry["sha256"]) for name, entry in read_manifest(folder).items()}
     except (OSError, ValueError):
@@ -108,7 +111,7 @@ def _sha256(path: Path) -> str:
 
 
 def _bring(source: Path, place: Path) -> None:
-    """Have a file, or a link as it is, in a second place: by a hard link where the disk has those."""
+    """Put a file, or a link as it is, into a second place: by a hard link where the disk has hard links."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if source.is_symlink():
         place.symlink_to(source.readlink())

@@ -17,8 +17,9 @@ from fault_process import failing, fired, results_of
 from safetensors.torch import load_file, save_file
 
 from cascade.cli.main import main
+from cascade.models.checkpoint.file_header import check_header
 from cascade.models.checkpoint.load import load_model, load_tokenizer, resolve_model
-from cascade.models.checkpoint.safety import check_header, check_model_folder, plain_name
+from cascade.models.checkpoint.safety import check_model_folder, plain_name
 from cascade.pipeline.run import run_recipe
 from cascade.pipeline.verify import verify_run
 from cascade.report.logs import training_logs
@@ -382,6 +383,7 @@ F32 = {"dtype": "F32", "shape": [2]}
         ({"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [16, 24]}}, b"\0" * 24),  # a hole
         ({"a": F32 | {"data_offsets": [0, 8]}}, b"\0" * 12),  # more than the tensors need
         ({"a": F32 | {"data_offsets": [0, 8]}}, b"\0" * 4),  # less
+        ({"a": F32 | {"data_offsets": [0, 12]}}, b"\0" * 12),  # more than its shape takes
         ({"a": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}}, b"\0" * 8),  # a huge shape
         ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, b"\0" * 8),
         ({"a": {"dtype": "F32", "shape": [0, 1 << 60], "data_offsets": [0, 8]}}, b"\0" * 8),

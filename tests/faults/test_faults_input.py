@@ -782,10 +782,10 @@ def test_F03_a_signal_that_nobody_can_be_told_of_is_taken_all_the_same(monkeypat
         flush = write
 
     monkeypatch.setattr(stopping, "_savers", 1)
-    monkeypatch.setattr(stopping, "_asked", None)
+    monkeypatch.setattr(stopping, "_signal", None)
     monkeypatch.setattr(sys, "stderr", Closed())
     stopping._take(2, None)
-    assert stopping.asked()
+    assert stopping.stop_requested()
 
 
 def test_F21_allocators_words_are_known():

@@ -198,11 +198,11 @@ def test_F03_a_signal_in_the_last_step_stops_too_and_what_was_learned_is_kept(mo
     expected, _ = trained(start, teacher, blocks, ema_decay=0.9)
     options = {"state_folder": tmp_path, "save_every_minutes": 60, "ema_decay": 0.9}
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(stopping, "_asked", None)
+        patch.setattr(stopping, "_signal", None)
         steps = iter([None] * 9 + [15] * 9)
         from cascade.distillation import training_state
 
-        patch.setattr(training_state, "asked", lambda: next(steps) is not None)
+        patch.setattr(training_state, "stop_requested", lambda: next(steps) is not None)
         trained(start, teacher, blocks, **options)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000010"]
     after, metrics = trained(start, teacher, blocks, **options)

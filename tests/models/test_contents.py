@@ -335,9 +335,9 @@ def test_a_warning_of_the_library_is_told_however_quiet_it_is_set(folder, caplog
     change_config(folder, num_nextn_predict_layers=1)
     tell_once.cache_clear()
     try:
-        from cascade.models.checkpoint.loading_messages import told_warnings
+        from cascade.models.checkpoint.loading_messages import relay_warnings
 
-        with caplog.at_level(logging.WARNING), told_warnings("here"):
+        with caplog.at_level(logging.WARNING), relay_warnings("here"):
             library.get_logger("transformers.modeling_utils").warning("weights are not what they seem")
         assert "here: transformers: weights are not what they seem" in caplog.text
         assert library.get_verbosity() == logging.ERROR

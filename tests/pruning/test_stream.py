@@ -80,7 +80,7 @@ def test_damaged_files_are_refused_with_their_name(tmp_path):
     header[name]["data_offsets"][1] += 2
     bad = json.dumps(header).encode()
     for damaged, message in (
-        (good[: len(good) - 10], "does not fit its place"),
+        (good[: len(good) - 10], "its tensors have .* bytes, the file holds .* damaged"),
         ((1 << 60).to_bytes(8, "little") + good[8:], "header claims"),
         (good[:8] + b"{" * length + good[8 + length :], "header cannot be read"),
         (len(bad).to_bytes(8, "little") + bad + good[8 + length :], f"'{name}'.*does not fit"),
@@ -88,6 +88,27 @@ def test_damaged_files_are_refused_with_their_name(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"model.safetensors.*{message}"):
             checkpoint_entries(source.folder)
+
+
+def test_a_file_that_was_cut_off_or_replaced_since_is_refused_when_a_tensor_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(4.0), "b": torch.ones(3)}, path)
+    entry = checkpoint_entries(tmp_path)["a"]
+    assert entry.read().tolist() == [0, 1, 2, 3]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: its tensors have 28 bytes, the file holds 23; it is damaged"
+    ):
+        entry.read()
+    save_file({"a": torch.arange(5.0)}, path)
+    with pytest.raises(UserError, match=r"model\.safetensors: 'a' has changed while it was in use"):
+        entry.read()
+    save_file({"b": torch.arange(4.0)}, path)
+    with pytest.raises(UserError, match=r"model\.safetensors: .*tensor a"):
+        entry.read()
 
 
 def test_a_tensor_that_nobody_explains_is_refused_with_its_name(tmp_path):

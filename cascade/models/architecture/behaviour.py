@@ -1,4 +1,4 @@
-"""What sizes cannot say about an architecture, seen on a tiny model at work rather than looked up by its name.
+"""What sizes cannot say about an architecture, observed on a tiny model at work instead of looked up by its name.
 
 The stream is the sum that runs through the layers: x + attention(x) + MLP(...).
 """
@@ -32,7 +32,7 @@ _DIMS = ModelDims(
 
 @dataclass(frozen=True)
 class Norm:
-    """What kind of norm a module is."""
+    """The kind of a norm module."""
 
     centres: bool
     """Subtracts the mean first (LayerNorm)."""
@@ -56,10 +56,10 @@ class Behaviour:
     reads_through: dict[str, str]
     """The norm whose output a reader reads, where one stands between it and the stream."""
     writers: dict[str, float | None]
-    """Linear maps inside a layer that do not read it (the outputs of attention and MLP), and the factor on their way
-    into the stream; None where a norm stands between."""
+    """Linear maps inside a layer that do not read the stream (the outputs of attention and MLP), and the factor on
+    their output's way into the stream; None where a norm stands between."""
     parallel: bool
-    """Attention and MLP both read the layer's input; neither sees the other."""
+    """Whether attention and MLP both read the layer's input, so that neither sees the other's output."""
     embedding_exponent: float
     """The embedding's output is its weight times hidden_size to this power (0.5 in Gemma), times a constant."""
     pooled: frozenset[str] = frozenset()
@@ -67,7 +67,7 @@ class Behaviour:
 
 
 def observe(config: Any, layers_prefix: str) -> Behaviour:
-    """Build a tiny model of the config, run it, nudge it, and note what moves.
+    """The behaviour of an architecture: a tiny model of the config is run and nudged, and what moves is noted.
 
     Raises:
         UserError: it cannot be run, or its embedding's scale follows the hidden size in an unknown way.
@@ -100,18 +100,18 @@ def _observe(model: nn.Module, prefix: str, embedding_exponent: float) -> Behavi
     outside = {name: module for name, module in model.named_modules() if not name.startswith(f"{prefix}.0")}
     linear = {name: module for name, module in inside.items() if isinstance(module, nn.Linear | Conv1D)}
     norms = {name: module for name, module in (outside | inside).items() if _is_norm(module)}
-    look = _Look(model, layer)
+    probe = _Probe(model, layer)
 
-    readers = frozenset(name for name, reads in look.reads_stream(linear).items() if reads)
+    readers = frozenset(name for name, reads in probe.reads_stream(linear).items() if reads)
     writers = [name for name in linear if name not in readers]
-    parallel = not any(look.reaches(linear[writer], [linear[name] for name in readers]) for writer in writers)
+    parallel = not any(probe.reaches(linear[writer], [linear[name] for name in readers]) for writer in writers)
     with torch.no_grad():
         for name in writers:
             for parameter in linear[name].parameters():
                 parameter.zero_()
     return Behaviour(
         norms={
-            name: _norm_facts(module, look.moves_stream(module, inside=name in inside))
+            name: _norm_facts(module, probe.moves_stream(module, inside=name in inside))
             for name, module in norms.items()
         },
         lookups=frozenset(name for name, module in outside.items() if isinstance(module, nn.Embedding)),
@@ -119,16 +119,16 @@ def _observe(model: nn.Module, prefix: str, embedding_exponent: float) -> Behavi
             name for name, module in (outside | inside).items() if isinstance(module, Conv1D) and name
         ),
         readers=readers,
-        reads_through=look.norms_before({name: linear[name] for name in readers}, norms),
-        writers={name: look.gain(linear[name]) for name in writers},
+        reads_through=probe.norms_before({name: linear[name] for name in readers}, norms),
+        writers={name: probe.gain(linear[name]) for name in writers},
         parallel=parallel,
         embedding_exponent=embedding_exponent,
-        pooled=look.pooled({name: module for name, module in outside.items() if isinstance(module, nn.Linear)}),
+        pooled=probe.pooled({name: module for name, module in outside.items() if isinstance(module, nn.Linear)}),
     )
 
 
-class _Look:
-    """Forward passes of one tiny model, with something changed on the way."""
+class _Probe:
+    """Forward passes of one tiny model, in which the output of some module is changed."""
 
     def __init__(self, model: nn.Module, layer: nn.Module):
         self.model, self.layer = model, layer
@@ -179,11 +179,11 @@ class _Look:
         return {name: places[tensor.data_ptr()] for name, tensor in inputs.items() if tensor.data_ptr() in places}
 
     def reaches(self, source: nn.Module, targets: list[nn.Module]) -> bool:
-        """Whether a change of one module's output changes the input of another."""
+        """Whether a change of the source's output changes the input of any target."""
         before = [self.run(target, at_input=True) for target in targets]
         with _nudged(source):
             after = [self.run(target, at_input=True) for target in targets]
-        return any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        return any(not torch.equal(first, second) for first, second in zip(before, after, strict=True))
 
     def moves_stream(self, module: nn.Module, *, inside: bool) -> bool:
         """Whether a change of a module's output changes the stream, all branches writing nothing."""

@@ -15,12 +15,12 @@ TOLERANCE = 1e-4
 
 
 def require_document_masks(config: Any) -> None:
-    """Refuse an architecture that does not read places which start again as a new document.
+    """Refuse an architecture that does not take position ids which start again for a new document.
 
-    Seen on a tiny model: two documents in one block have to give the logits that each gives alone.
+    A tiny model shows it: two documents in one block have to give the logits that each gives alone.
 
     Raises:
-        UserError: they do not.
+        UserError: the logits differ by more than `TOLERANCE`.
     """
     config_class: Any = type(config)
     difference = _difference(config_class, config.to_json_string(use_diff=False), model_class_of(config))
@@ -33,7 +33,7 @@ def require_document_masks(config: Any) -> None:
 
 @lru_cache(maxsize=16)
 def _difference(config_class: Any, config_json: str, model_class: Any) -> float:
-
+    """Largest difference between packed and single documents' logits, relative to the largest logit."""
     config = config_class(**json.loads(config_json))
     config.architectures = [model_class.__name__]
     model: Any = twin_of(config)

@@ -1,5 +1,6 @@
 """The head of a model: what turns its last hidden states into logits, and how to stop just before it."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from cascade.models.architecture.twin import twin_of
 from cascade.runtime.errors import UserError
 
 TOLERANCE = 1e-5
-"""Largest difference, relative to the largest logit, at which the head counts as understood."""
+"""Largest difference, as a share of the largest logit, at which the head counts as understood."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Head:
     softcap: float | None = None
 
     def narrowed(self, vocab_size: int) -> "Head":
-        """The first `vocab_size` rows: padding rows at the end stand for no token."""
+        """The head of the first `vocab_size` rows: padding rows at the end stand for no token."""
         if vocab_size == len(self.weight):
             return self
         bias = None if self.bias is None else self.bias[:vocab_size]
@@ -40,17 +41,17 @@ def head_of(model: nn.Module) -> Head:
     """The head of a causal or masked language model.
 
     Raises:
-        UserError: the model has none, or its logits are not what these few numbers say.
+        UserError: the model has no head, or its logits are not those that weight, bias, scale and softcap give.
     """
     _require_understood(model)
     return _read(model)
 
 
 def require_head(config: Any) -> None:
-    """`head_of`'s refusals for a model of this config, before any weight is read.
+    """Refuse, before any weight is read, a config whose model `head_of` would refuse.
 
     Raises:
-        UserError: it would have no head, or one that is not understood.
+        UserError: the model would have no head, or one that is not understood.
     """
     _require_understood(build_on_meta(config))
 
@@ -101,18 +102,17 @@ def _require_understood(model: Any) -> None:
 @lru_cache(maxsize=32)
 @torch.no_grad()
 def _difference_on_twin(config_class: Any, config_json: str, model_class: Any) -> float:
-    import json
-
+    """Largest difference between a twin's logits and its head's product, as a share of the largest logit."""
     config = config_class(**json.loads(config_json))
     config.architectures = [model_class.__name__]
     twin: Any = twin_of(config)
     ids = torch.arange(3, 11)[None]
     logits = twin(input_ids=ids).logits
-    found = logits_of(last_hidden(twin, input_ids=ids), _read(twin))
-    return float((found - logits).abs().max() / logits.abs().max())
+    computed = logits_of(last_hidden(twin, input_ids=ids), _read(twin))
+    return float((computed - logits).abs().max() / logits.abs().max())
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
-    """[..., V]: the logits themselves, for few tokens."""
+    """[..., V]: the logits of hidden states [..., D]; meant for few tokens, as they take V floats each."""
     logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -20,7 +20,7 @@ from transformers import (
 
 from cascade.runtime.errors import UserError
 
-# Config keys that give a kind of unit away which nothing here can score or cut.
+# Config keys that tell of units which nothing here can score or cut.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _STATES = ("state_size", "ssm_state_size", "mamba_d_state", "linear_num_value_heads", "lru_width", "rwkv_version")
 _STATE_LAYERS = ("linear_attention", "mamba", "recurrent", "conv")
@@ -33,10 +33,10 @@ def model_class_of(config: Any) -> Any:
         UserError: transformers has no such class.
     """
     for name in getattr(config, "architectures", None) or []:
-        found: Any = getattr(transformers, name, None)
+        candidate: Any = getattr(transformers, name, None)
         # The name comes from a file: only a model class made for this very kind of config will do.
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            kind: Any = found
+        if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
+            kind: Any = candidate
             if kind.config_class is type(config):
                 return kind
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -97,7 +97,7 @@ def require_language(config: Any, place: str) -> None:
     """Refuse a model that does not predict the next token of a text.
 
     Raises:
-        UserError: it does not.
+        UserError: the model has another head, or none.
     """
     if is_classifier(config) or is_body(config) or guesses(config) or reads_images(config):
         raise UserError(
@@ -110,7 +110,7 @@ def require_masked(config: Any, place: str) -> None:
     """Refuse a model that does not guess hidden tokens.
 
     Raises:
-        UserError: it does not.
+        UserError: the model has another head or none, or sees only what stands before a token.
     """
     if not guesses(config):
         raise UserError(
@@ -128,7 +128,7 @@ def require_single_label(config: Any, task: str, place: str) -> None:
     """Refuse a classifier whose outputs are not the logits of classes of which a text, or an image, has exactly one.
 
     Raises:
-        UserError: it gives each class a probability of its own, or a number.
+        UserError: the classifier gives each class a probability of its own, or gives a number.
     """
     what = "image" if task == "image_classification" else "text"
     problem = getattr(config, "problem_type", None)
@@ -142,7 +142,7 @@ def require_single_label(config: Any, task: str, place: str) -> None:
 
 
 def auto_class_of(config: Any) -> str:
-    """The transformers class that loads such a model, by its user."""
+    """The name of the transformers auto class with which a user loads such a model."""
     name = (getattr(config, "architectures", None) or [""])[0]
     if is_body(config):
         return "AutoModel"
@@ -159,7 +159,8 @@ def is_classifier(config: Any) -> bool:
 def is_body(config: Any) -> bool:
     """Whether the config is that of a model without any head, which gives hidden states."""
     kind: Any = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
-    names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)) if one is not None]
+    classes = kind if isinstance(kind, tuple) else (kind,)
+    names = [body_class.__name__ for body_class in classes if body_class is not None]
     return (getattr(config, "architectures", None) or [""])[0] in names
 
 
@@ -167,7 +168,7 @@ def require_body(config: Any, place: str) -> None:
     """Refuse a model that has a head.
 
     Raises:
-        UserError: it has.
+        UserError: the model has a head, or reads images.
     """
     if not is_body(config) or reads_images(config):
         raise UserError(
@@ -211,15 +212,15 @@ def own_names(model_type: str) -> dict[str, str]:
 
 
 def model_from_config(config: Any, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A new model of the config, its weights as transformers initialises them; the config itself stays as it is."""
+    """A new model of the config, its weights as transformers initialises them; the config is left unchanged."""
     # _from_config writes the dtype into the config that it is given.
     return model_class_of(config)._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def attends_causally(config: Any) -> bool:
     """Whether a token sees only what stands before it, as the model's attention says of itself."""
-    found = [one.is_causal for one in build_on_meta(config).modules() if hasattr(one, "is_causal")]
-    return any(found) if found else not guesses(config)
+    flags = [module.is_causal for module in build_on_meta(config).modules() if hasattr(module, "is_causal")]
+    return any(flags) if flags else not guesses(config)
 
 
 def build_on_meta(config: Any) -> nn.Module:
@@ -244,7 +245,7 @@ def require_supported(config: Any) -> None:
             "router are missing; only dense models can be cut"
         )
     state = next((key for key in _STATES if values.get(key)), None)
-    layers = sorted({str(one) for one in values.get("layer_types") or () if str(one).startswith(_STATE_LAYERS)})
+    layers = sorted({str(layer) for layer in values.get("layer_types") or () if str(layer).startswith(_STATE_LAYERS)})
     if state is not None or layers:
         raise UserError(
             f"{kind} has state-space or other layers without attention ({state or ', '.join(layers)}): scores and "

@@ -20,19 +20,19 @@ class Origin:
     layers. What enters a student's layer is compared with what enters its origin: where layers between two were
     dropped, the one before learns to write what came after the gap."""
     channels: Tensor | None = field(default=None, compare=False)
-    """[d]: those of the teacher's that stayed. None where all did, or where the stream was rotated."""
+    """[d]: the teacher's channels that the student has. None where it has all, or where the stream was rotated."""
     projection: Tensor | None = field(default=None, compare=False)
-    """[D, d] float32: where the stream was rotated, the student's is the teacher's times this."""
+    """[D, d] float32: the student's stream is the teacher's times this matrix, where the stream was rotated."""
 
     def project(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., d]."""
+        """The teacher's hidden states [..., D] in the student's channels [..., d]."""
         if self.projection is not None:
             return hidden @ self.projection.to(hidden.device, hidden.dtype)
         return hidden if self.channels is None else hidden[..., self.channels.to(hidden.device)]
 
 
 def even_origin(student: ModelDims, teacher: ModelDims) -> Origin:
-    """For a student that was not cut: evenly spaced layers, the same channels.
+    """The origin of a student that was not cut from its teacher: evenly spaced layers, the same channels.
 
     Raises:
         UserError: the student has another width, or more layers.

@@ -1,4 +1,4 @@
-"""The token that fills short rows up, and that no row's result depends on it.
+"""The token that fills short rows up, and checks that no row's result depends on it.
 
 Decoders that classify read the last token that is not `config.pad_token_id`, wherever the mask ends: config, tokenizer
 and padding have to say the same.
@@ -17,8 +17,8 @@ from cascade.models.architecture.model_class import is_classifier
 from cascade.models.architecture.twin import twin_of
 from cascade.runtime.errors import UserError
 
-_NAMED_SO = re.compile(r"(?i)pad"), re.compile(r"(?i)reserved|unused|extra_id")
-"""What tokens are called that no text holds, the best first."""
+_PADDING_NAMES = re.compile(r"(?i)pad"), re.compile(r"(?i)reserved|unused|extra_id")
+"""Names of special tokens that no text holds, the best first."""
 
 _NONE_POSSIBLE = "add one (tokenizer.add_special_tokens, then model.resize_token_embeddings), and save both"
 
@@ -45,7 +45,7 @@ def set_padding(config: Any, tokenizer: Any, place: str) -> bool:
 
 
 def write_padding(folder: Path, tokenizer: Any) -> None:
-    """Let the files of a saved tokenizer say its padding; nothing else of them is changed."""
+    """Write a tokenizer's padding into the files of a folder where it is saved; their other settings stay."""
     name = "tokenizer_config.json"
     _change(folder / name, {"pad_token": tokenizer.pad_token, "padding_side": tokenizer.padding_side})
     for name, values in {
@@ -60,20 +60,25 @@ def require_rows_apart(config: Any, tokenizer: Any, place: str) -> None:
     """Refuse a model that reads a text otherwise beside longer ones than alone: measured on a tiny twin.
 
     Raises:
-        UserError: it does, or there is no token to pad a classifier's texts with.
+        UserError: the model does, or there is no token to pad a classifier's texts with.
     """
-    ours, theirs = getattr(config, "pad_token_id", None), tokenizer.pad_token_id
-    if theirs is None and is_classifier(config):
+    by_config, by_tokenizer = getattr(config, "pad_token_id", None), tokenizer.pad_token_id
+    if by_tokenizer is None and is_classifier(config):
         raise UserError(
             f"{place}: its tokenizer has no padding token, so texts cannot stand beside each other; "
             f"{_advice(config, tokenizer)}"
         )
-    if _reads_apart(config, theirs, "right") and _reads_apart(config, theirs, tokenizer.padding_side):
+    if _ignores_padding(config, by_tokenizer, "right") and _ignores_padding(
+        config, by_tokenizer, tokenizer.padding_side
+    ):
         return
-    if ours != theirs:
-        why = f"pads with {theirs} ({tokenizer.pad_token!r}) by its tokenizer and with {ours} by its config, so it"
-        remedy = f'write "pad_token_id": {theirs} into its config.json'
-    elif _reads_apart(config, theirs, "right"):
+    if by_config != by_tokenizer:
+        why = (
+            f"pads with {by_tokenizer} ({tokenizer.pad_token!r}) by its tokenizer and with {by_config} by its config, "
+            "so it"
+        )
+        remedy = f'write "pad_token_id": {by_tokenizer} into its config.json'
+    elif _ignores_padding(config, by_tokenizer, "right"):
         why = f"its tokenizer pads at the left, and model type '{config.model_type}' then"
         remedy = 'write "padding_side": "right" into its tokenizer_config.json'
     else:
@@ -93,19 +98,19 @@ def _advice(config: Any, tokenizer: Any) -> str:
 
 
 def _first_possible(config: Any, tokenizer: Any) -> int | None:
-    return next(
-        (one for one in _candidates(config, tokenizer) if one is not None and 0 <= one < config.vocab_size), None
-    )
+    """The best candidate that the model has a row for; None where there is none."""
+    candidates = (number for number in _candidates(config, tokenizer) if number is not None)
+    return next((number for number in candidates if 0 <= number < config.vocab_size), None)
 
 
 def _candidates(config: Any, tokenizer: Any) -> list[int | None]:
     """Ids that may pad, the best first."""
     special = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = [number for form in _NAMED_SO for number, token in special.items() if form.search(token)]
+    named = [number for form in _PADDING_NAMES for number, token in special.items() if form.search(token)]
     last = tokenizer("a", verbose=False)["input_ids"][-1:]
-    own = getattr(config, "pad_token_id", None)
-    further = [own if own in special else None, *named, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    return [tokenizer.pad_token_id, *(one for one in further if one not in last)]
+    by_config = getattr(config, "pad_token_id", None)
+    further = [by_config if by_config in special else None, *named, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    return [tokenizer.pad_token_id, *(number for number in further if number not in last)]
 
 
 def _change(path: Path, values: dict[str, Any]) -> None:
@@ -114,12 +119,12 @@ def _change(path: Path, values: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _reads_apart(config: Any, fill: int | None, side: str) -> bool:
+def _ignores_padding(config: Any, fill: int | None, side: str) -> bool:
     """Whether a short row gives the same alone and beside a longer one, padded with `fill` at that side."""
     small = copy.deepcopy(config)
-    ours = getattr(config, "pad_token_id", None)
-    small.pad_token_id = None if ours is None else _PAD
-    filled = _PAD if fill is not None and fill == ours else _OTHER_PAD
+    by_config = getattr(config, "pad_token_id", None)
+    small.pad_token_id = None if by_config is None else _PAD
+    filled = _PAD if fill is not None and fill == by_config else _OTHER_PAD
     model: Any = twin_of(small)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(_OTHER_PAD + 1, model.config.vocab_size, (n,), generator=generator) for n in _LENGTHS]
@@ -138,8 +143,8 @@ def _reads_apart(config: Any, fill: int | None, side: str) -> bool:
 
 def _output(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits [rows, classes], or of a body its hidden states' mean over each row's tokens [rows, D]."""
-    found = model(input_ids=ids, attention_mask=mask)
-    if hasattr(found, "logits"):
-        return torch.as_tensor(found.logits)
+    output = model(input_ids=ids, attention_mask=mask)
+    if hasattr(output, "logits"):
+        return torch.as_tensor(output.logits)
     weights = mask[:, :, None].float()
-    return torch.as_tensor((found.last_hidden_state * weights).sum(1) / weights.sum(1))
+    return torch.as_tensor((output.last_hidden_state * weights).sum(1) / weights.sum(1))

@@ -21,7 +21,7 @@ _LENGTH = 8
 
 
 def usable_context(config: Any) -> int | None:
-    """Tokens that a model of this config can take at most; None where its config limits them in no way.
+    """The most tokens that a model of this config can take; None where its config sets no limit.
 
     Never more than `max_position_embeddings`, up to which rotary positions were trained.
     """
@@ -34,10 +34,10 @@ def usable_context(config: Any) -> int | None:
 
 
 def require_context(config: Any, length: int, place: str, whose: str = "parent") -> None:
-    """Refuse texts that are longer than a model can read.
+    """Refuse texts of `length` tokens where a model cannot read as many.
 
     Raises:
-        UserError: they are.
+        UserError: `length` is beyond the model's context.
     """
     context = usable_context(config)
     if context is None or length <= context:
@@ -49,7 +49,7 @@ def require_context(config: Any, length: int, place: str, whose: str = "parent")
 
 @lru_cache(maxsize=64)
 def _places(config_class: Any, config_json: str, architectures: tuple[str, ...]) -> list[int]:
-    """Of each learned table of positions, the rows from that of a text's first token on; and what the config says."""
+    """The tokens that the config declares, then those that each learned table of positions has rows for."""
     config = config_class(**json.loads(config_json))
     config.architectures = list(architectures) or None
     declared: list[int] = [config.max_position_embeddings]
@@ -66,7 +66,7 @@ def _places(config_class: Any, config_json: str, architectures: tuple[str, ...])
 
 
 class _Lookups(TorchFunctionMode):
-    """While it is entered, notes the rows that tables of positions have from the first one that is looked up."""
+    """While entered, notes for each table of positions its number of rows from the first looked-up row on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,13 +15,13 @@ EPSILON_KEYS = (
     "norm_epsilon",
     "norm_eps",
 )
-"""What configs call the epsilon of their norms."""
+"""Config keys of the norms' epsilon."""
 
 _VOCABULARY, _WINDOW = 64, 5
 
 
 def probe_values(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's values without what binds it to its own sizes: special tokens, quantisation, lists of factors."""
+    """A config's values without those that depend on its sizes: special tokens, quantisation, lists of factors."""
     padding = values.get("pad_token_id")
     changed: dict[str, Any] = {"quantization_config": None, "bos_token_id": 1, "eos_token_id": 2}
     # A padding id beyond a small vocabulary would stop nn.Embedding; RoBERTa counts positions from its own.
@@ -30,12 +30,12 @@ def probe_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_factor_lists(values: dict[str, Any]) -> dict[str, Any]:
-    """Rotary factors that are listed one by one are as long as half a head: plain rotary positions instead."""
+    """The values with plain rotary positions where factors are listed one by one: such lists are half a head long."""
     rope = values.get("rope_parameters")
     values = {name: value for name, value in values.items() if name != "rope_scaling"}
     if isinstance(rope, dict) and any(isinstance(value, list) for value in rope.values()):
-        kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        values["rope_parameters"] = kept | {"rope_type": "default"}
+        plain = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        values["rope_parameters"] = plain | {"rope_type": "default"}
     return values
 
 
@@ -84,7 +84,7 @@ def twin_of(config: Any, *, seed: int = 0, dims: ModelDims | None = None, epsilo
 
 
 def small_dims(config: Any) -> ModelDims:
-    """Dims of a twin that keep the head_dim, and the width that is wired to it."""
+    """Dims of a twin with the config's head_dim, and with the hidden size that follows from it where it must."""
     before = dims_of(config)
     wired = before.num_attention_heads * before.head_dim == before.hidden_size and not hasattr(config, "head_dim")
     return ModelDims(

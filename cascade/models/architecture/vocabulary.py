@@ -80,7 +80,7 @@ def _unreadable(place: str, token: str, number: int, vocab_size: int) -> str:
 
 
 def common_vocabulary(teacher: Any, student: Any, teacher_rows: int, student_rows: int, name: str) -> int:
-    """How many ids, from 0 on, a teacher and a student can be compared over.
+    """The number of ids, from 0 on, over which a teacher and a student can be compared.
 
     Their tokenizers must give each of these ids the same token, or both none. Added tokens that only one of them has,
     beyond all tokens of the other, are left out, and so are rows that the smaller of both embeddings lacks. Where the
@@ -89,24 +89,24 @@ def common_vocabulary(teacher: Any, student: Any, teacher_rows: int, student_row
     Raises:
         UserError: the tokenizers differ, with the first ids that do.
     """
-    expected, found = (
+    teacher_tokens, student_tokens = (
         {number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (teacher, student)
     )
-    last = min(max(expected, default=-1), max(found, default=-1))
+    last = min(max(teacher_tokens, default=-1), max(student_tokens, default=-1))
     added = [set(tokenizer.get_added_vocab()) for tokenizer in (teacher, student)]
     differing, extra = [], []
-    for number in sorted(expected.keys() | found.keys()):
-        ours, theirs = expected.get(number), found.get(number)
-        if ours == theirs:
+    for number in sorted(teacher_tokens.keys() | student_tokens.keys()):
+        taught, learned = teacher_tokens.get(number), student_tokens.get(number)
+        if taught == learned:
             continue
-        if number > last and (ours in added[0] or theirs in added[1]):
+        if number > last and (taught in added[0] or learned in added[1]):
             extra.append(number)
         else:
             differing.append(number)
     if differing:
-        shown = ", ".join(f"{n}: {expected.get(n)!r} / {found.get(n)!r}" for n in differing[:3])
+        examples = ", ".join(f"{n}: {teacher_tokens.get(n)!r} / {student_tokens.get(n)!r}" for n in differing[:3])
         raise UserError(
-            f"{name}: its tokenizer is not the teacher's: {len(differing)} ids differ (teacher / student: {shown}). "
+            f"{name}: its tokenizer is not the teacher's: {len(differing)} ids differ (teacher / student: {examples}). "
             "Logits can only be compared id by id over the same vocabulary."
         )
     common: int = min(teacher_rows, student_rows, *extra[:1])

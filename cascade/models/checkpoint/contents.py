@@ -1,7 +1,7 @@
 """Whether a checkpoint holds exactly the weights of its config.json: by names and shapes, from headers alone.
 
-Renamings are transformers' own, so that every reader takes the same tensor for a parameter. What does not fit is
-refused. What transformers leaves out on purpose, or computes, is left out and told.
+Names are translated as transformers does, so that every reader takes the same tensor for a parameter. A tensor that
+does not fit is refused; what transformers leaves out on purpose, or computes, is left out and reported.
 """
 
 import re
@@ -46,9 +46,9 @@ class WeightMatch:
     """The tensors of a checkpoint as the parameters of its model."""
 
     stored: dict[str, tuple[str, Entry]]
-    """By the model's name of a parameter or buffer: its name in the checkpoint, and where it is."""
+    """By the model's name of a parameter or buffer: its name in the checkpoint, and where; ordered as in the files."""
     notes: tuple[str, ...] = ()
-    """What is not read, or is absent, although nothing is wrong; with the reason."""
+    """A sentence for each group of tensors that are rightly not read or absent, with the reason."""
     left_out: frozenset[str] = frozenset()
     """Names of tensors that are not read, as they are stored and as transformers renames them."""
     absent: frozenset[str] = frozenset()
@@ -59,7 +59,7 @@ def match_weights(folder: Path, config: Any, reference: str, *, new_head: bool =
     """Each tensor of a checkpoint folder as the parameter that transformers makes of it.
 
     With `new_head` the head, and a pooler, may be absent or of another shape. Weights that are stored packed
-    (quantised) match nothing here: whether they fit is told by transformers' own loading report.
+    (quantised) match nothing here: transformers' own loading report says whether they fit.
 
     Raises:
         UserError: weights that the architecture does not read, or needs and does not find, or of other shapes; tied
@@ -99,11 +99,11 @@ def match_weights(folder: Path, config: Any, reference: str, *, new_head: bool =
 def _as_loaded(
     entries: dict[str, Entry], model: Any, reference: str
 ) -> tuple[dict[str, tuple[str, Entry]], dict[str, tuple[str, Entry]], bool]:
-    """Tensors by the model's names; those that have none by their own; and whether some are computed from several."""
+    """(tensors by the model's names, tensors that it has no name for, whether some are computed from several)."""
     state = model.state_dict()
     mapping = get_model_conversion_mapping(model)
-    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
-    converters = [item for item in mapping if isinstance(item, WeightConverter)]
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     stored: dict[str, tuple[str, Entry]] = {}
     surplus: dict[str, tuple[str, Entry]] = {}
     converted = False
@@ -134,7 +134,7 @@ def _tied_copies(stored: dict[str, tuple[str, Entry]], model: Any, reference: st
     """Tensors that repeat the weight that they are tied to.
 
     Raises:
-        UserError: one of them differs from it.
+        UserError: a tensor differs from the weight that it is tied to.
     """
     copies = []
     for names in _tied_groups(model).values():
@@ -151,16 +151,16 @@ def _tied_copies(stored: dict[str, tuple[str, Entry]], model: Any, reference: st
 
 
 def _lacking(stored: dict[str, tuple[str, Entry]], model: Any) -> list[str]:
-    """Names of the model that no tensor of the checkpoint fills, not even by being tied to them."""
-    given = set(stored)
+    """Names of the model that no tensor of the checkpoint fills, not even through a tie."""
+    filled = set(stored)
     for names in _tied_groups(model).values():
-        if given & set(names):
-            given |= set(names)
-    return sorted(model.state_dict().keys() - given)
+        if filled & set(names):
+            filled |= set(names)
+    return sorted(model.state_dict().keys() - filled)
 
 
 def _reason_to_lack(name: str, model: Any, config: Any, *, new_head: bool) -> str:
-    """Why a checkpoint may lack a weight; empty where it may not."""
+    """The reason why a checkpoint may lack a weight; empty where it may not."""
     if any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ()):
         return "absent, as its class allows"
     if new_head and _is_of_head(name, model):
@@ -173,7 +173,7 @@ def _reason_to_lack(name: str, model: Any, config: Any, *, new_head: bool) -> st
 
 
 def _reasons_to_leave_out(surplus: dict[str, tuple[str, Entry]], model: Any, config: Any) -> dict[str, tuple[str, str]]:
-    """For each tensor that the model has no name for: its name after renaming, and why it need not be read."""
+    """Tensor -> (its name after renaming, the reason why it need not be read) for those without a name in the model."""
     reasons = {
         name: (loaded, _reason_to_leave_out(loaded, entry, model, config)) for name, (loaded, entry) in surplus.items()
     }
@@ -186,7 +186,7 @@ def _reasons_to_leave_out(surplus: dict[str, tuple[str, Entry]], model: Any, con
 
 
 def _reason_to_leave_out(loaded: str, entry: Entry, model: Any, config: Any) -> str:
-    """Why a tensor need not be read; empty where it must."""
+    """The reason why a tensor need not be read; empty where it must be."""
     if any(re.search(pattern, loaded) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
         return "not read, as its class ignores them"
     buffers = {buffer for buffer, _ in model.named_buffers()}
@@ -203,7 +203,7 @@ def _reason_to_leave_out(loaded: str, entry: Entry, model: Any, config: Any) -> 
 
 
 def _is_of_head(name: str, model: Any) -> bool:
-    """Whether a weight is of no part of the body."""
+    """Whether a weight lies outside the body."""
     return not name.startswith(f"{model.base_model_prefix}.")
 
 
@@ -220,7 +220,7 @@ def _names_of_heads(config: Any) -> Iterator[str]:
 
 
 def _built(kind: Any, config: Any) -> PreTrainedModel | None:
-    """The class's model without memory; None where this config does not make one."""
+    """A model of the class without memory for weights; None where the class cannot be built from this config."""
     try:
         with torch.device("meta"):
             model: PreTrainedModel = kind(config)
@@ -243,7 +243,7 @@ def _refusal(
         "the checkpoint lacks": lacking,
         "another shape has": shapes,
     }
-    told = "; ".join(f"{what} {listed_names(names)}" for what, names in parts.items() if names)
+    differences = "; ".join(f"{what} {listed_names(names)}" for what, names in parts.items() if names)
     layers = getattr(config, "num_hidden_layers", None)
     numbers = [int(layer[1]) for name in unread if (layer := _LAYER.search(name))]
     remedy = "Put the config.json beside the weights that they were saved with, or save the model again"
@@ -252,4 +252,4 @@ def _refusal(
             f"config.json says num_hidden_layers: {layers}, the weights have {max(numbers) + 1} layers; correct the "
             "one that is wrong"
         )
-    return f"{reference}: its weights are not those of its config.json ({kind}); {told}. {remedy}"
+    return f"{reference}: its weights are not those of its config.json ({kind}); {differences}. {remedy}"

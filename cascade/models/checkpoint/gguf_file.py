@@ -20,7 +20,7 @@ def check_gguf(path: Path, config: Any, reference: str) -> tuple[str, ...]:
         UserError: the file is one part of several, lacks a tensor of the architecture, or holds others.
         ImportError: the gguf package is not installed.
     """
-    names, shares, ones, architecture = _contents(path, path.stat().st_mtime_ns)
+    names, shares, all_ones, architecture = _contents(path, path.stat().st_mtime_ns)
     part = _PART.search(path.name)
     count = max(shares, int(part[1]) if part else 1)
     if count > 1:
@@ -34,22 +34,22 @@ def check_gguf(path: Path, config: Any, reference: str) -> tuple[str, ...]:
     needed, allowed = expected
     lacking, unread = needed - names, names - allowed
     notes: list[str] = []
-    if _ROTARY in unread & ones:  # other values would scale the positions, which config.json then does not say
+    if _ROTARY in unread & all_ones:  # other values would scale the positions, which config.json then does not say
         unread -= {_ROTARY}
         notes.append(f"{reference}: not read, as its values are all 1: {_ROTARY}")
     if lacking or unread:
         parts = {"the file lacks": lacking, "the model does not read": unread}
-        told = "; ".join(f"{what} {listed_names(named)}" for what, named in parts.items() if named)
+        differences = "; ".join(f"{what} {listed_names(named)}" for what, named in parts.items() if named)
         raise UserError(
-            f"{reference}: its tensors are not those of its architecture ({type(config).__name__}); {told}. Get the "
-            "whole file again, or the model in safetensors"
+            f"{reference}: its tensors are not those of its architecture ({type(config).__name__}); {differences}. Get "
+            "the whole file again, or the model in safetensors"
         )
     return tuple(notes)
 
 
 @lru_cache(maxsize=8)
-def _contents(path: Path, changed: int) -> tuple[frozenset[str], int, frozenset[str], str]:
-    """Names of the tensors, number of the model's files, names of the tensors that are 1 everywhere, architecture."""
+def _contents(path: Path, changed_ns: int) -> tuple[frozenset[str], int, frozenset[str], str]:
+    """(names of the tensors, number of the model's files, names of the tensors that are 1 everywhere, architecture)."""
     from gguf import GGUFReader
 
     try:
@@ -57,7 +57,7 @@ def _contents(path: Path, changed: int) -> tuple[frozenset[str], int, frozenset[
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise UserError(f"{path}: cannot be read as GGUF: {error}; get the file again") from error
     count, architecture = reader.get_field("split.count"), reader.get_field("general.architecture")
-    ones = frozenset(
+    all_ones = frozenset(
         str(tensor.name)
         for tensor in reader.tensors
         if tensor.tensor_type.name == "F32" and len(tensor.shape) == 1 and bool((tensor.data == 1).all())
@@ -65,7 +65,7 @@ def _contents(path: Path, changed: int) -> tuple[frozenset[str], int, frozenset[
     return (
         frozenset(str(tensor.name) for tensor in reader.tensors),
         1 if count is None else int(count.contents()),
-        ones,
+        all_ones,
         "" if architecture is None else str(architecture.contents()),
     )
 

@@ -8,10 +8,10 @@ from cascade.runtime.secrets import redact
 
 
 def fetch(repository: str, revision: str | None) -> Path:
-    """The folder of a model of the hub, at a commit: from the cache, or downloaded; nothing that can hold code.
+    """The folder of a hub model at a commit, from the cache or downloaded; files that can hold code are left out.
 
     Raises:
-        UserError: it has no revision, or cannot be fetched; with what to do.
+        UserError: no revision is given, or the model cannot be fetched; with what to do.
     """
     if revision is None:
         raise UserError(
@@ -42,41 +42,46 @@ def fetch(repository: str, revision: str | None) -> Path:
 
 
 def bound_waiting() -> None:
-    """From now on no request of the hub's client waits for ever: some of them ask for no or a long time limit."""
+    """Bound how long the hub's client waits, from now on: some of its requests have no or a long time limit."""
     from huggingface_hub import constants, get_session, set_client_factory
 
     seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
-    usual: Any = get_session()
-    hooks = getattr(usual, "event_hooks", None)
-    if hooks is None or _limited in hooks["request"]:
+    session: Any = get_session()
+    hooks = getattr(session, "event_hooks", None)
+    if hooks is None or _limit_waiting in hooks["request"]:
         return
-    kind, hooks = type(usual), {name: list(those) for name, those in hooks.items()}
-    hooks["request"].append(_limited)
+    kind, hooks = type(session), {event: list(functions) for event, functions in hooks.items()}
+    hooks["request"].append(_limit_waiting)
     set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=seconds))
 
 
-def _limited(request: Any) -> None:
+def _limit_waiting(request: Any) -> None:
+    """Bound the seconds that a request waits, whatever limits it was made with."""
     from huggingface_hub import constants
 
-    asked = request.extensions.get("timeout") or {}
+    timeouts = request.extensions.get("timeout") or {}
     # Seconds without a byte; datasets asks for a hundred of them, others for no limit.
-    most = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    limits = {name: asked.get(name) for name in ("connect", "read", "write", "pool")}
-    request.extensions["timeout"] = {name: most if one is None else min(one, most) for name, one in limits.items()}
+    longest = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    limits = {name: timeouts.get(name) for name in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = {
+        name: longest if seconds is None else min(seconds, longest) for name, seconds in limits.items()
+    }
 
 
 def hub_cause(error: Exception) -> str:
-    """What to do about a hub that does not give what was asked for."""
+    """The client's message about a failed request, and what to do about it; without keys."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     kind = type(error).__name__
-    said = redact((str(error).strip().splitlines() or [kind])[0])
+    message = redact((str(error).strip().splitlines() or [kind])[0])
     if kind == "GatedRepoError" or status in (401, 403):
-        return f"{said} Accept its terms on its page, and give a token that may read it: HF_TOKEN, or `hf auth login`"
+        return (
+            f"{message} Accept its terms on its page, and give a token that may read it: HF_TOKEN, or `hf auth login`"
+        )
     if kind in ("RepositoryNotFoundError", "RevisionNotFoundError") or status == 404:
-        return f"{said} Check the name and the commit; of a private one, HF_TOKEN"
+        return f"{message} Check the name and the commit; of a private one, HF_TOKEN"
     if status == 429:
-        return f"{said} Too many requests: wait, or give HF_TOKEN"
+        return f"{message} Too many requests: wait, or give HF_TOKEN"
     if isinstance(error, ValueError) and not isinstance(error, OSError):  # a name, a split: nothing the network does
-        return said
-    return f"{said} Is there a network? With HF_HUB_OFFLINE=1 only what was fetched before is there"
+        return message
+    return f"{message} Is there a network? With HF_HUB_OFFLINE=1 only what was fetched before is there"

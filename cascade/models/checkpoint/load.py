@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints on disk: found, checked, loaded, saved. safetensors only, no remote code."""
+"""Finding, checking, loading and saving Hugging Face checkpoints. safetensors (or GGUF) only, no remote code."""
 
 import copy
 import hashlib
@@ -18,7 +18,7 @@ from cascade.models.architecture.vocabulary import require_embedded
 from cascade.models.checkpoint.contents import WeightMatch, match_weights
 from cascade.models.checkpoint.gguf_file import check_gguf
 from cascade.models.checkpoint.hub import fetch
-from cascade.models.checkpoint.loading_messages import require_whole, tell_once, told_warnings
+from cascade.models.checkpoint.loading_messages import relay_warnings, require_whole, tell_once
 from cascade.models.checkpoint.older_keys import add_older_keys
 from cascade.models.checkpoint.quantised import is_rounded, unpacked
 from cascade.models.checkpoint.revision import COMMIT
@@ -38,7 +38,7 @@ _LOADING_ERRORS = (
     TypeError,
     SafetensorError,
 )
-"""What transformers raises about a checkpoint that it cannot load."""
+"""Errors that transformers raises about a checkpoint that it cannot load."""
 
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
 
@@ -103,7 +103,7 @@ def resolve_model(reference: str, *, revision: str | None = None) -> ModelSource
 def load_config(source: ModelSource) -> Any:
     """The transformers config, without loading weights."""
     try:
-        with told_warnings(source.reference):
+        with relay_warnings(source.reference):
             return AutoConfig.from_pretrained(
                 source.folder, gguf_file=source.gguf_file or None, trust_remote_code=False
             )
@@ -115,13 +115,13 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
     """The tokenizer; checked against the model's vocabulary where `vocab_size` is given.
 
     Raises:
-        UserError: there is none, or it has ids that the model's embedding has not (`require_embedded`).
+        UserError: the folder has no tokenizer, or the model's embedding lacks some of its ids (`require_embedded`).
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, gguf_file=source.gguf_file or None, trust_remote_code=False
         )
-    except Exception as error:  # as above; and the tokenizers library has no class of its own for its errors
+    except Exception as error:  # as for the config; and the tokenizers library has no class for its errors
         raise UserError(f"{source.reference}: its tokenizer cannot be read: {_cause(source, error)}") from error
     if vocab_size is not None:
         require_embedded(tokenizer, vocab_size, source.reference)
@@ -129,7 +129,7 @@ def load_tokenizer(source: ModelSource, *, vocab_size: int | None = None) -> Any
 
 
 def check_weights(source: ModelSource, config: Any, *, new_head: bool = False) -> WeightMatch:
-    """The weights matched with the architecture, from headers alone; what is rightly not read is told once.
+    """The weights matched with the architecture, from headers alone; warns once of tensors that are rightly not read.
 
     Raises:
         UserError: the checkpoint is not exactly what its config asks for; with what differs.
@@ -152,13 +152,13 @@ def load_model(source: ModelSource, *, dtype: torch.dtype = torch.float32) -> nn
     Weights that torchao has rounded are plain ones here, of the same values.
 
     Raises:
-        UserError: it cannot be loaded, or the checkpoint is not exactly what its config asks for.
+        UserError: the model cannot be loaded, or the checkpoint is not exactly what its config asks for.
     """
     model: nn.Module
     config = load_config(source)
     match = check_weights(source, config)
     try:
-        with told_warnings(source.reference):
+        with relay_warnings(source.reference):
             if source.gguf_file:
                 return _load_gguf(source, dtype)
             rounded = is_rounded(config)
@@ -180,7 +180,7 @@ def load_with_new_head(source: ModelSource, config: Any) -> nn.Module:
     kind = model_class_of(config)
     match = check_weights(source, config, new_head=True)
     try:
-        with told_warnings(source.reference):
+        with relay_warnings(source.reference):
             model, report = kind.from_pretrained(
                 source.folder, config=config, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -205,7 +205,7 @@ def save_checkpoint(model: nn.Module, folder: Path, *, companions: Path | None, 
     for parameter in rounded.parameters():  # not .to(dtype): that would round the rotary frequencies, too
         parameter.data = parameter.data.to(dtype)
     rounded.config.dtype = dtype
-    # The parent's own is copied byte for byte below; transformers refuses to write some that it reads.
+    # The parent's generation config is copied byte for byte below; transformers refuses to write some that it reads.
     rounded.generation_config = GenerationConfig.from_model_config(rounded.config)
     rounded.save_pretrained(folder, max_shard_size="4GB")
     add_older_keys(folder)
@@ -226,7 +226,7 @@ def copy_companions(source: Path, target: Path) -> None:
 def stored_dtype(source: ModelSource) -> torch.dtype:
     """The dtype that most bytes of the weights are stored in, as their headers say; float32 for GGUF files.
 
-    What config.json says is no proof: it may be left out, or be another's.
+    config.json is no proof: its dtype may be missing, or be that of another save.
     """
     if source.gguf_file:
         return torch.float32
@@ -241,7 +241,7 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
 
 
 def _torch_dtype(value: Any) -> torch.dtype | None:
-    """A dtype as configs hold it: a name, or the dtype itself."""
+    """The dtype that a config names, or holds itself; None where it does neither."""
     if isinstance(value, str):
         value = getattr(torch, value.removeprefix("torch."))
     return value if isinstance(value, torch.dtype) else None
@@ -276,10 +276,10 @@ def _require_safetensors(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; this is not a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
-        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f" (found {', '.join(others)}, which can run code when read)" if others else ""
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        hint = f" (found {', '.join(pickles)}, which can run code when read)" if pickles else ""
         raise UserError(
-            f"{folder}: no safetensors weights{found}. Convert the model once with "
+            f"{folder}: no safetensors weights{hint}. Convert the model once with "
             "transformers' save_pretrained, in a place you trust."
         )
     check_model_folder(folder)

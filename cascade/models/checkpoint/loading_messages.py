@@ -1,4 +1,4 @@
-"""What transformers says while it reads a model: its warnings are told once, its loading report must be empty."""
+"""transformers' messages while it reads a model: warnings are logged once, its loading report must be empty."""
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -11,32 +11,32 @@ from cascade.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_SAID_BETTER = ("LOAD REPORT", "Dequantizing the whole model", "tied weights mapping")
-"""Of what is refused, told in the checkpoint's own terms, or of no consequence here."""
+_DROPPED = ("LOAD REPORT", "Dequantizing the whole model", "tied weights mapping")
+"""Parts of warnings that are not passed on: they are errors here, are said more clearly, or do not matter."""
 
 
 @lru_cache(maxsize=1024)
 def tell_once(message: str) -> None:
-    """A warning that each process gives once, however often the same model is read."""
+    """Log a warning once in this process, however often the same model is read."""
     logger.warning(message)
 
 
 @contextmanager
-def told_warnings(reference: str) -> Iterator[None]:
-    """Tells what transformers warns of meanwhile, whatever verbosity it is set to."""
-    theirs = logging.getLogger("transformers")
+def relay_warnings(reference: str) -> Iterator[None]:
+    """Log, once each, the warnings that transformers gives inside, whatever verbosity it is set to."""
+    transformers = logging.getLogger("transformers")
     messages: list[str] = []
     collector = _Collector(messages)
-    level, propagates, handlers = theirs.level, theirs.propagate, list(theirs.handlers)
-    theirs.handlers, theirs.propagate = [collector], False
-    theirs.setLevel(logging.WARNING)
+    level, propagates, handlers = transformers.level, transformers.propagate, list(transformers.handlers)
+    transformers.handlers, transformers.propagate = [collector], False
+    transformers.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        theirs.handlers, theirs.propagate = handlers, propagates
-        theirs.setLevel(level)
+        transformers.handlers, transformers.propagate = handlers, propagates
+        transformers.setLevel(level)
     for message in dict.fromkeys(messages):
-        if not any(part in message for part in _SAID_BETTER):
+        if not any(part in message for part in _DROPPED):
             tell_once(f"{reference}: transformers: {message.strip()}")
 
 
@@ -47,10 +47,10 @@ def require_whole(
     left_out: Collection[str] = (),
     absent: Collection[str] = (),
 ) -> None:
-    """Refuse a model that transformers has not filled, or filled only in part, with the weights given.
+    """Refuse a model that transformers has not filled, or filled only in part, with a checkpoint's weights.
 
     Raises:
-        UserError: its report names weights besides those that are rightly `left_out` or `absent`.
+        UserError: the loading report names weights besides those that are rightly `left_out` or `absent`.
     """
     missing = {str(name) for name in report["missing_keys"]} - set(absent)
     unread = {str(name) for name in report["unexpected_keys"]} - set(left_out)
@@ -61,17 +61,17 @@ def require_whole(
     }
     parts = {"missing": missing, "not read": unread, "of another shape": shapes}
     if missing or unread or shapes:
-        told = "; ".join(f"{what}: {listed_names(names)}" for what, names in parts.items() if names)
-        raise UserError(f"{reference}: its weights are not those of its architecture; {told}")
+        differences = "; ".join(f"{what}: {listed_names(names)}" for what, names in parts.items() if names)
+        raise UserError(f"{reference}: its weights are not those of its architecture; {differences}")
 
 
 class _Collector(logging.Handler):
-    """Keeps messages instead of printing them."""
+    """A logging handler that keeps messages instead of printing them."""
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__(logging.WARNING)
         self.messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
+        """Keep the message of a record."""
         self.messages.append(record.getMessage())

@@ -18,11 +18,11 @@ from cascade.runtime.errors import UserError
 _INT4 = getattr(torch, "int4")  # noqa: B009 - torch makes it while it starts, unseen by type checkers
 
 GROUPS = (128, 64, 32, 16, 8)
-"""Columns that share a scale in int4: the most of these that divide every weight's."""
+"""Possible numbers of columns that share a scale in int4; the largest that divides every weight's columns is taken."""
 
 
 def require_torchao() -> None:
-    """Refuse to begin what would fail at the end.
+    """Refuse to start a quantisation that would fail at its end.
 
     Raises:
         UserError: torchao is not installed.
@@ -34,23 +34,27 @@ def require_torchao() -> None:
 
 
 def group_size(model: nn.Module, *, least: int | None = GROUPS[-1], place: str = "finish") -> int:
-    """Columns that share a scale in int4; `least`: how many must, None: any.
+    """The number of columns that share a scale in int4; 1 where none of `GROUPS` fits and `least` is None.
+
+    `least` is the number that must divide every weight's columns; None where no number must.
 
     Raises:
-        UserError: there is nothing to round, or a weight's width is divided by none of `GROUPS`.
+        UserError: the body has no linear layer, or a weight's columns are divided by none of `GROUPS`.
     """
-    found = {name: one.in_features for name, one in _body(model).named_modules() if isinstance(one, nn.Linear)}
-    if not found:
+    widths = {
+        name: module.in_features for name, module in _body(model).named_modules() if isinstance(module, nn.Linear)
+    }
+    if not widths:
         raise UserError(f"{place}: {type(model).__name__} has no linear layers that could be rounded")
-    fitting = [size for size in GROUPS if all(width % size == 0 for width in found.values())]
+    fitting = [size for size in GROUPS if all(width % size == 0 for width in widths.values())]
     if not fitting and least is not None:
-        name = next(name for name, width in found.items() if width % least)
-        raise UserError(f"{place}: int4: {name} has {found[name]} columns, which {least} does not divide; use int8")
+        name = next(name for name, width in widths.items() if width % least)
+        raise UserError(f"{place}: int4: {name} has {widths[name]} columns, which {least} does not divide; use int8")
     return fitting[0] if fitting else 1
 
 
 def round_while_training(model: nn.Module, kind: str) -> None:
-    """From here on the body's linear layers compute with rounded weights, and pass gradients on to the unrounded."""
+    """Let the body's linear layers compute with rounded weights from now on; gradients reach the unrounded weights."""
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
@@ -62,25 +66,25 @@ def round_while_training(model: nn.Module, kind: str) -> None:
 
 
 def load_rounded(folder: Path, plain: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
-    """A plain checkpoint with the body's weights rounded as it is read, the rest in `dtype`.
+    """The model of a plain checkpoint, the body's weights rounded while they are read, the others in `dtype`.
 
-    `plain` is the same model as it is: it says which layers there are.
+    `plain` is the same model unrounded: its layers are those that are rounded.
     """
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
     from transformers import TorchAoConfig
 
     if kind == "int8":
-        wanted: Any = Int8WeightOnlyConfig()
+        rounding: Any = Int8WeightOnlyConfig()
     else:
-        wanted = IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=PerGroup(group_size(plain)))
+        rounding = IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=PerGroup(group_size(plain)))
     inside = {id(module) for module in _body(plain).modules()}
     linear = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
-    kept = [name for name, module in linear.items() if id(module) not in inside]
+    unrounded = [name for name, module in linear.items() if id(module) not in inside]
     model, report = type(plain).from_pretrained(  # type: ignore[attr-defined]
         folder,
         dtype=dtype,
-        quantization_config=TorchAoConfig(wanted, modules_to_not_convert=kept),
+        quantization_config=TorchAoConfig(rounding, modules_to_not_convert=unrounded),
         use_safetensors=True,
         output_loading_info=True,
     )
@@ -94,13 +98,14 @@ def load_rounded(folder: Path, plain: nn.Module, kind: str, dtype: torch.dtype) 
 
 def is_rounded(config: Any) -> bool:
     """Whether a checkpoint's weights are stored as torchao rounds them."""
-    found = getattr(config, "quantization_config", None) or {}
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    settings = getattr(config, "quantization_config", None) or {}
+    by_key = isinstance(settings, dict)
+    method = settings.get("quant_method") if by_key else getattr(settings, "quant_method", None)
     return str(getattr(method, "value", method)) == "torchao"
 
 
 def unpacked(model: Any, dtype: torch.dtype) -> nn.Module:
-    """The same model with plain weights of the same values, in `dtype`."""
+    """The model with plain weights of the same values, in `dtype`; changed in place."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:

@@ -1,7 +1,7 @@
-"""A model's folder looked through before anything reads it: data it may hold, code and paths out of it may not.
+"""Checks of a model's folder before anything reads it: it may hold data, but neither code nor paths out of it.
 
 The flag that turns remote code off is no boundary by itself: a key inside config.json has turned it on again
-(CVE-2026-5241). What is looked for here is therefore looked for before transformers sees the folder.
+(CVE-2026-5241). These checks therefore run before transformers sees the folder.
 """
 
 import json
@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from cascade.models.checkpoint.file_header import check_header, unique_names
 from cascade.runtime.errors import UserError
 
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 _KERNELS = ("attn_implementation", "experts_implementation")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]*")
 _MAX_JSON_BYTES = 200_000_000
-_MAX_HEADER_BYTES = 100_000_000
-"""As the format's own limit."""
-_MAX_DIMS, _MAX_LENGTH = 16, 1 << 48
 
 
 def check_model_folder(folder: Path) -> None:
@@ -35,7 +33,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_settings(folder: Path, pattern: str = "*") -> None:
-    """As `check_model_folder`, all but the weights.
+    """Refuse settings, of the files that match `pattern`, as `check_model_folder` does; weights are not looked at.
 
     Raises:
         UserError: a config asks for code, or a file is a link out of the folder.
@@ -48,9 +46,9 @@ def check_settings(folder: Path, pattern: str = "*") -> None:
 
 
 def _check_link(path: Path) -> None:
-    """Files are copied with a model and published: what they are may not lie elsewhere on this machine.
+    """Refuse a link out of the model's folder: files are copied with a model and published.
 
-    The hub's cache is made of links, from snapshots/COMMIT into blobs beside it.
+    Links of the hub's cache, from snapshots/COMMIT into the blobs beside it, are allowed.
     """
     folder = path.parent.resolve()
     homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
@@ -58,66 +56,11 @@ def _check_link(path: Path) -> None:
         raise UserError(f"{path}: is a link to {path.resolve()}, out of the model's folder; put the file itself there")
 
 
-def check_header(path: Path) -> None:
-    """Refuse a safetensors file whose header is not exactly what the format allows.
-
-    Every tensor's bytes are its shape's, they follow each other without holes or overlaps, and fill the file.
-
-    Raises:
-        UserError: it is damaged, cut off, or made to deceive.
-    """
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if total < 8 or length > min(_MAX_HEADER_BYTES, total - 8):
-            raise UserError(f"{path}: its header claims {length:,} bytes, the file has {total:,}; it is damaged")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_once)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: its header cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: its header is no table of tensors; it is damaged")
-    places = sorted(_place(path, name, entry) for name, entry in header.items() if name != "__metadata__")
-    end = 0
-    for start, stop, name in places:
-        if start != end:
-            raise UserError(f"{path}: '{name}' begins at byte {start:,}, where {end:,} is due; the file is damaged")
-        end = stop
-    if end != total - 8 - length:
-        raise UserError(f"{path}: its tensors have {end:,} bytes, the file holds {total - 8 - length:,}; it is damaged")
-
-
 def plain_name(name: object) -> bool:
-    """Whether it names a file of the same folder, on every system: no path, no drive, no device."""
+    """Whether a name is that of a file in the same folder on every system: no path, no drive, no device."""
     if not isinstance(name, str) or not name or "\0" in name or name in (".", ".."):
         return False
     return PurePosixPath(name).name == name and PureWindowsPath(name).name == name
-
-
-def _place(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
-    try:
-        (start, stop), shape = entry["data_offsets"], entry["shape"]
-        sound = all(type(number) is int and number >= 0 for number in (start, stop, *shape))
-        if not sound or not isinstance(entry["dtype"], str) or len(shape) > _MAX_DIMS or start > stop:
-            raise ValueError
-        elements = 1
-        for one in shape:
-            elements *= one
-            if elements > _MAX_LENGTH:
-                raise ValueError
-        if (elements == 0) != (start == stop):
-            raise ValueError
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: what it says of '{name}' cannot be; the file is damaged") from error
-    return start, stop, name
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A table whose keys stand once: of two equal ones, different readers take different ones."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name stands twice")
-    return table
 
 
 def _check_json(path: Path) -> None:
@@ -126,12 +69,12 @@ def _check_json(path: Path) -> None:
     if path.name.endswith(".index.json"):
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON: {error}") from error
     if path.name in ("tokenizer.json", "vocab.json"):
         return  # tables of tokens, in which any word may stand
-    for place, key, value in _entries(found, ()):
+    for place, key, value in _entries(settings, ()):
         if key in _CODE_KEYS and value not in (None, False, {}, []):
             raise UserError(
                 f"{path}: {'.'.join([*place, key])} asks for code that is not transformers' own; this program runs "
@@ -140,8 +83,8 @@ def _check_json(path: Path) -> None:
             )
         if key == "transformers_weights" and value is not None:
             raise UserError(f"{path}: {'.'.join([*place, key])} names other weights than model.safetensors; remove it")
-        texts = [one for one in (value.values() if isinstance(value, dict) else [value]) if isinstance(one, str)]
-        if key.lstrip("_") in _KERNELS and not all(_PLAIN_NAME.fullmatch(one) for one in texts):
+        texts = [text for text in (value.values() if isinstance(value, dict) else [value]) if isinstance(text, str)]
+        if key.lstrip("_") in _KERNELS and not all(_PLAIN_NAME.fullmatch(text) for text in texts):
             raise UserError(
                 f"{path}: {'.'.join([*place, key])}: {value} would be fetched and run; remove the key from a copy of "
                 "the model, and give that"
@@ -152,18 +95,18 @@ def _entries(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
     """(place, key, value) of every key at any depth, without recursion."""
     waiting = [(place, value)]
     while waiting:
-        at, one = waiting.pop()
-        if isinstance(one, dict):
-            for key, inner in one.items():
-                yield at, key, inner
-                waiting.append(((*at, key), inner))
-        elif isinstance(one, list):
-            waiting += [((*at, str(number)), inner) for number, inner in enumerate(one)]
+        path, node = waiting.pop()
+        if isinstance(node, dict):
+            for key, child in node.items():
+                yield path, key, child
+                waiting.append(((*path, key), child))
+        elif isinstance(node, list):
+            waiting += [((*path, str(number)), child) for number, child in enumerate(node)]
 
 
 def _check_index(path: Path) -> None:
     try:
-        names = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)["weight_map"].values()
+        names = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)["weight_map"].values()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is no index of weights: {error}") from error
     for name in sorted({str(name) for name in names}):

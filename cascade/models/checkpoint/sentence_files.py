@@ -1,7 +1,7 @@
-"""What sentence-transformers' files in a folder say of how a model's hidden states become an embedding.
+"""sentence-transformers' files in a folder: they say how a model's hidden states become an embedding.
 
-transformers does not read them. What is learned and judged here is the mean of the last hidden states over a text's
-tokens, before it is normalised: cosine similarity does not see the length.
+transformers does not read them. Training and evaluation here use the mean of the last hidden states over a text's
+tokens, before it is normalised: cosine similarity does not depend on the length.
 """
 
 import json
@@ -16,11 +16,11 @@ MODULES, _PROMPTS, _TRANSFORMER = "modules.json", "config_sentence_transformers.
 _MEAN = "mean"
 _FLAG = "pooling_mode_"
 _FLAGS = {"cls_token": "cls", "mean_tokens": _MEAN, "max_tokens": "max"}
-"""Flags of older files -> what newer files call it."""
+"""Flags of older files -> the newer files' name of the pooling."""
 
 
 def require_mean_pooling(folder: Path, place: str) -> None:
-    """Refuse a folder whose files make something else than the mean of the hidden states of them.
+    """Refuse a folder whose files make an embedding other than the mean of the hidden states.
 
     Raises:
         UserError: another pooling, a module that changes the embedding, or a file that cannot be read.
@@ -34,8 +34,8 @@ def require_mean_pooling(folder: Path, place: str) -> None:
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise UserError(f"{place}: {folder / MODULES}: expected a list of modules")
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
-    other = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if other or kinds[:2] != ["Transformer", "Pooling"] or kinds.count("Pooling") > 1:
+    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if unknown or kinds[:2] != ["Transformer", "Pooling"] or kinds.count("Pooling") > 1:
         raise UserError(
             f"{place}: {MODULES} makes its embeddings by {', '.join(kinds)}; {learned} (Transformer, Pooling, and "
             "Normalize where it is wanted)"
@@ -47,26 +47,26 @@ def require_mean_pooling(folder: Path, place: str) -> None:
 
 
 def unlearned_settings(folder: Path, place: str) -> list[str]:
-    """A sentence for each setting of the files that changes a text before the model reads it: it is not learned."""
-    told = []
+    """A sentence for each setting that changes a text before the model reads it, as such settings are not learned."""
+    sentences = []
     prompts = _settings(folder / _PROMPTS)
     name = prompts.get("default_prompt_name")
     known = prompts.get("prompts")
     prompt = known.get(name) if isinstance(known, dict) and isinstance(name, str) else None
     if prompt:
-        told.append(
+        sentences.append(
             f"{place}: {_PROMPTS} puts {str(prompt)!r} before every text (default_prompt_name: {name}); here texts are "
             "read as they are: write it before the data's texts if the members are used with it."
         )
     if _settings(folder / _TRANSFORMER).get("do_lower_case") is True:
-        told.append(
+        sentences.append(
             f"{place}: {_TRANSFORMER} writes every text in lower case (do_lower_case); here texts are read as they are."
         )
-    return told
+    return sentences
 
 
 def copy_sentence_files(source: Path, target: Path) -> None:
-    """Copy the files that make a sentence-transformers model of a folder; nothing where `source` is none."""
+    """Copy the files that make a folder a sentence-transformers model; nothing where `source` is no such model."""
     if not (source / MODULES).is_file():
         return
     places = [str(module.get("path") or "") for module in _read(source / MODULES)]
@@ -90,10 +90,10 @@ def _require_mean(path: Path, place: str, learned: str) -> None:
 def _settings(path: Path, *, missing_ok: bool = True) -> dict[str, Any]:
     if missing_ok and not path.is_file():
         return {}
-    found = _read(path)
-    if not isinstance(found, dict):
+    settings = _read(path)
+    if not isinstance(settings, dict):
         raise UserError(f"{path}: expected keys and values")
-    return found
+    return settings
 
 
 def _read(path: Path) -> Any:

@@ -10,7 +10,9 @@ from cascade.runtime.errors import UserError
 
 
 def stored_parameters(config: Any, axes: ModelAxes, source: ModelSource) -> dict[str, tuple[str, Entry]]:
-    """(name in the checkpoint, entry) of every parameter, by the model's own names; of tied ones the owner alone.
+    """(name in the checkpoint, entry) of every parameter, by the model's own names, in the order of the files.
+
+    Of tied parameters only the owner is there.
 
     Raises:
         UserError: the checkpoint is not exactly what its config asks for, or needs more than reading: tensors computed

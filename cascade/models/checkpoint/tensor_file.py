@@ -1,32 +1,24 @@
-"""safetensors files read by position and written in order, one tensor at a time: memory stays that of one tensor.
+"""safetensors files read with `safe_open` and written in order, one tensor at a time: memory stays that of one tensor.
 
-The format: 8 bytes of header length (little-endian), a JSON header with dtype, shape and place of each tensor, data.
+Files that are larger than memory are written here, as safetensors' own `save_file` takes all tensors at once.
 """
 
 import json
-import os
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cascade.models.checkpoint.file_header import DTYPES, check_header, read_header
 from cascade.runtime.errors import UserError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of weights, and the list of shards where there are several."""
 
@@ -36,47 +28,63 @@ class Entry:
     """One tensor in a checkpoint."""
 
     path: Path
+    name: str
+    """As the file calls it."""
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
-    """Byte in the file."""
-    size: int
-    """Bytes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return _size(self.shape, self.dtype)
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        data = bytearray(self.size)
-        view, done = memoryview(data), 0
-        with self.path.open("rb", buffering=0) as file:
-            while done < self.size:
-                count = os.preadv(file.fileno(), [view[done : done + (1 << 26)]], self.start + done)
-                if count == 0:
-                    raise UserError(f"{self.path}: ends before its tensor data does; the file is cut off")
-                done += count
-        if not data:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+        """The tensor, mapped from its file: bytes are read when they are looked at, and take no memory of the process.
+
+        Raises:
+            UserError: the file has become damaged since, or no longer has this tensor.
+        """
+        with opened(self.path) as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
+            raise UserError(f"{self.path}: '{self.name}' has changed while it was in use; run the same command again")
+        return tensor
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file as `safe_open` reads it into torch tensors; its errors name the file and what is wrong in it.
+
+    Raises:
+        UserError: the file is damaged, cut off, or lacks what is read from it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        check_header(path)  # says more, where the header is what is wrong
+        raise UserError(f"{path}: {error}; the file is damaged") from error
 
 
 def sort_metadata(path: Path) -> None:
-    """Put a file's metadata into an order: the library writes it in any, and equal content should be equal bytes.
+    """Sort a file's metadata in place, so that equal content is equal bytes: the library writes it in any order.
 
-    In place, for files that nobody reads yet.
+    For files that nobody reads yet.
     """
+    header, data_bytes = read_header(path)
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    length = path.stat().st_size - 8 - data_bytes
+    if len(text) > length:
+        raise ValueError(f"{path}: its header is not written as expected")
     with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > length:
-            raise ValueError(f"{path}: its header is not written as expected")
         file.seek(8)
         file.write(text.ljust(length))  # the format pads with spaces
 
 
 def checkpoint_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint folder by name, from the headers alone.
+    """Every tensor of a checkpoint folder by name, from the headers alone, in the order in which they lie in the files.
 
     Raises:
         UserError: a header is damaged, or says something that the file cannot hold.
@@ -104,62 +112,46 @@ def write_checkpoint(
     *,
     max_shard_bytes: int,
 ) -> None:
-    """Shards named as transformers does, with their index; `values` come in the order of `tensors`."""
+    """Write shards named as transformers names them, with their index; `values` come in the order of `tensors`."""
     shards: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[]]
-    held = 0
-    for item in tensors:
-        size = _size(item[1], item[2])
-        if shards[-1] and held + size > max_shard_bytes:
+    shard_bytes = 0
+    for name, shape, dtype in tensors:
+        size = _size(shape, dtype)
+        if shards[-1] and shard_bytes + size > max_shard_bytes:
             shards.append([])
-            held = 0
-        shards[-1].append(item)
-        held += size
-    names = (
+            shard_bytes = 0
+        shards[-1].append((name, shape, dtype))
+        shard_bytes += size
+    file_names = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     )
-    for file_name, shard in zip(names, shards, strict=True):
+    for file_name, shard in zip(file_names, shards, strict=True):
         _write_shard(folder / file_name, shard, values)
     if len(shards) > 1:
         total = sum(_size(shape, dtype) for shard in shards for _, shape, dtype in shard)
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
+        weight_map = {name: file for file, shard in zip(file_names, shards, strict=True) for name, _, _ in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def entries_of(path: Path) -> Iterator[tuple[str, Entry]]:
-    """(name, entry) of every tensor of one file, from its header alone.
+    """(name, entry) of every tensor of one file, from its header alone, in the order in which their bytes lie there.
 
     Raises:
         UserError: the header is damaged, or says something that the file cannot hold.
     """
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER, total - 8):
-            raise UserError(f"{path}: its header claims {length:,} bytes, the file has {total:,}; it is damaged")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError as error:
-            raise UserError(f"{path}: its header cannot be read: {error}") from error
-    for name, record in header.items():
-        if name == "__metadata__":
-            continue
-        if record["dtype"] not in DTYPES:
-            raise UserError(f"{path}: '{name}' has dtype {record['dtype']}; known: {', '.join(DTYPES)}")
-        start, end = record["data_offsets"]
-        shape, dtype = tuple(record["shape"]), DTYPES[record["dtype"]]
-        if not 0 <= start <= end <= total - 8 - length or end - start != _size(shape, dtype):
-            raise UserError(f"{path}: '{name}' {shape} does not fit its place [{start}, {end}); the file is damaged")
-        yield name, Entry(path, dtype, shape, 8 + length + start, end - start)
+    with opened(path) as file:
+        for name in file.offset_keys():
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise UserError(f"{path}: '{name}' has dtype {tensor.get_dtype()}; known: {', '.join(DTYPES)}")
+            yield name, Entry(path, name, DTYPES[tensor.get_dtype()], tuple(tensor.get_shape()))
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    count = dtype.itemsize
-    for length in shape:
-        count *= length
-    return count
+    return dtype.itemsize * math.prod(shape)
 
 
 def _write_shard(
@@ -176,11 +168,11 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for expected, shape, dtype in shard:
-            name, value = next(values)
-            if (name, tuple(value.shape), value.dtype) != (expected, shape, dtype):
+            name, tensor = next(values)
+            if (name, tuple(tensor.shape), tensor.dtype) != (expected, shape, dtype):
                 raise ValueError(
-                    f"'{name}' {tuple(value.shape)} {value.dtype} where '{expected}' {shape} {dtype} was due"
+                    f"'{name}' {tuple(tensor.shape)} {tensor.dtype} where '{expected}' {shape} {dtype} was due"
                 )
-            flat = value.contiguous().view(-1)
+            flat = tensor.contiguous().view(-1)
             file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-            del value, flat
+            del tensor, flat  # before the next is read

@@ -1,4 +1,4 @@
-"""Whether a dtype can hold a model: its weights, and what it computes. float16 ends at 65,504; beyond is infinity."""
+"""Whether a dtype can hold a model's weights and activations. float16 ends at 65,504; beyond is infinity."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def require_held(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, plac
 
 
 def require_stored_held(folder: Path, dtype: torch.dtype, place: str) -> None:
-    """As `require_held`, for a checkpoint on disk; one tensor in memory at a time.
+    """Refuse to round finite weights of a checkpoint on disk to infinity; one tensor is read at a time.
 
     Raises:
         UserError: `dtype` cannot hold a weight.
@@ -53,31 +53,31 @@ def require_stored_held(folder: Path, dtype: torch.dtype, place: str) -> None:
 def require_computable(
     model: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype, place: str, *, refuse: bool = True
 ) -> str:
-    """Whether what the model computes, in float32, stays within the range of `dtype`; empty, or what does not.
+    """A sentence on values beyond the range of `dtype` that the model computes in float32; empty where there are none.
 
     Raises:
-        UserError: it does not, and `refuse` is set.
+        UserError: there are such values, and `refuse` is set.
     """
     device = next(model.parameters()).device
     with _largest_values(model) as largest:
         model(**{name: value.to(device) for name, value in inputs.items()})
     limit = torch.finfo(dtype).max
-    beyond = {name: value for name, value in largest.items() if not value <= limit}
+    beyond = {name: magnitude for name, magnitude in largest.items() if not magnitude <= limit}
     if not beyond:
         return ""
     worst = max(beyond, key=lambda name: beyond[name])
-    told = (
+    message = (
         f"{place}: computes values of up to {beyond[worst]:,.0f} (in {worst}), and {_name(dtype)} ends at "
         f"{limit:,.0f}: whoever loads it in that dtype gets infinities or NaN. Use bfloat16 or float32 (save.dtype)"
     )
     if refuse:
-        raise UserError(told)
-    return told
+        raise UserError(message)
+    return message
 
 
 @contextmanager
 def _largest_values(model: nn.Module) -> Iterator[dict[str, float]]:
-    """The largest magnitude that goes into or out of each module meanwhile, but of the model as a whole."""
+    """The largest magnitude that enters or leaves each module inside; the model as a whole is left out."""
     largest: dict[str, float] = {}
 
     def note(name: str, values: Any) -> None:

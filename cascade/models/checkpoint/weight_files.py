@@ -14,7 +14,7 @@ from cascade.runtime.errors import UserError
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-\d{5}\.safetensors")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_SHOWN = 4
+_MAX_NAMES = 4
 
 
 def check_weight_files(folder: Path) -> None:
@@ -59,7 +59,7 @@ def refuse_adapters(folder: Path) -> None:
     """Refuse a folder with a peft adapter, which some readers apply to the weights beside it and some do not.
 
     Raises:
-        UserError: there is one; with what to do.
+        UserError: the folder holds an adapter; with what to do.
     """
     adapters = [name for name in _ADAPTERS if (folder / name).exists()]
     if adapters:
@@ -71,7 +71,7 @@ def refuse_adapters(folder: Path) -> None:
 
 
 def equal_values(left: Entry, right: Entry) -> bool:
-    """Whether two tensors on disk are the same, in shape and every value; read a slab at a time."""
+    """Whether two tensors on disk are the same, in shape and every value."""
     if left.shape != right.shape:
         return False
     if left.dtype != right.dtype:
@@ -79,26 +79,17 @@ def equal_values(left: Entry, right: Entry) -> bool:
     return _equal_bytes(left, right, left.path.stat().st_mtime_ns, right.path.stat().st_mtime_ns)
 
 
-def listed_names(names: Iterable[str], shown: int = _SHOWN) -> str:
-    """The first names, and how many there are in all."""
+def listed_names(names: Iterable[str], limit: int = _MAX_NAMES) -> str:
+    """Up to `limit` names in order, and the number of those that are not shown."""
     ordered = sorted(names)
-    more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
-    return ", ".join(ordered[:shown]) + more
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
 
 
 @lru_cache(maxsize=256)
 def _equal_bytes(left: Entry, right: Entry, left_time: int, right_time: int) -> bool:
     """The times are those of the files' last change: a file that has changed is compared again."""
-    with left.path.open("rb") as first, right.path.open("rb") as second:
-        first.seek(left.start)
-        second.seek(right.start)
-        remaining = left.size
-        while remaining:
-            count = min(remaining, 1 << 26)
-            if first.read(count) != second.read(count):
-                return False
-            remaining -= count
-    return True
+    return torch.equal(*(entry.read().flatten().view(torch.uint8) for entry in (left, right)))
 
 
 def _listed_files(folder: Path) -> set[str]:

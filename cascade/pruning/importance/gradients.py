@@ -21,7 +21,7 @@ _NEURONS = "intermediate_size"
 
 def taylor(model: nn.Module, blocks: TokenBlocks, batch_size: int = 8) -> Tensor:
     """[L, I]: sum over a neuron's weights of |weight x gradient of the loss|; Molchanov et al., CVPR 2019."""
-    return _scored(model, blocks, batch_size, squared=False)
+    return _neuron_scores(model, blocks, batch_size, squared=False)
 
 
 def hessian(model: nn.Module, blocks: TokenBlocks, batch_size: int = 1) -> Tensor:
@@ -30,18 +30,19 @@ def hessian(model: nn.Module, blocks: TokenBlocks, batch_size: int = 1) -> Tenso
     The mean is over batches, by default of one block each. torch-pruning's own accumulator keeps the last sample only
     (1.6.1), so the sums are taken here.
     """
-    return _scored(model, blocks, batch_size, squared=True)
+    return _neuron_scores(model, blocks, batch_size, squared=True)
 
 
-def _scored(model: nn.Module, blocks: TokenBlocks, batch_size: int, *, squared: bool) -> Tensor:
+def _neuron_scores(model: nn.Module, blocks: TokenBlocks, batch_size: int, *, squared: bool) -> Tensor:
+    """[L, I] by torch-pruning's Taylor criterion, or with `squared` its Hessian criterion; no gradients are left."""
     axes = probe_axes(model.config)
-    touched = {name: weight for name, weight in model.named_parameters() if _places(name, axes, _NEURONS)}
-    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    neuron_weights = {name: weight for name, weight in model.named_parameters() if _places(name, axes, _NEURONS)}
+    required_grad = {name: weight.requires_grad for name, weight in model.named_parameters()}
     try:
         for name, weight in model.named_parameters():
-            weight.requires_grad_(name in touched)
-        sums = _summed_gradients(model, touched, blocks, batch_size, squared)
-        for name, weight in touched.items():
+            weight.requires_grad_(name in neuron_weights)
+        sums = _summed_gradients(model, neuron_weights, blocks, batch_size, squared)
+        for name, weight in neuron_weights.items():
             weight.grad = sums[name].to(weight.dtype)
         criterion = (
             torch_pruning.importance.GroupHessianImportance
@@ -54,7 +55,7 @@ def _scored(model: nn.Module, blocks: TokenBlocks, batch_size: int, *, squared: 
         return torch.stack([score(group_of(model, axes, _NEURONS, layer)).float().cpu() for layer in range(depth)])
     finally:
         for name, weight in model.named_parameters():
-            weight.requires_grad_(before[name])
+            weight.requires_grad_(required_grad[name])
             weight.grad = None
 
 
@@ -85,8 +86,8 @@ def _places(name: str, axes: ModelAxes, dim: str) -> list[tuple[int, int]]:
     ]
 
 
-class _Item(tuple[Any, list[int]]):
-    """What torch-pruning's criteria read of a group's entry: (dependency, indices), and the root's indices."""
+class _GroupEntry(tuple[Any, list[int]]):
+    """An entry of a group as torch-pruning's criteria read it: (dependency, indices), and the root's indices."""
 
     root_idxs: list[int]
 
@@ -113,7 +114,7 @@ def group_of(model: nn.Module, axes: ModelAxes, dim: str, layer: int | None) -> 
             node = SimpleNamespace(module=module)
             # torch-pruning has two names for each of these.
             dependency = SimpleNamespace(target=node, layer=module, handler=handler, pruning_fn=handler)
-            item = _Item((dependency, list(range(start, start + count))))
-            item.root_idxs = list(range(count))
-            group.append(item)
+            entry = _GroupEntry((dependency, list(range(start, start + count))))
+            entry.root_idxs = list(range(count))
+            group.append(entry)
     return group

@@ -38,14 +38,14 @@ def removal_logits(model: nn.Module, blocks: TokenBlocks, batch_size: int = 8) -
     norm; Nemotron Elastic, https://arxiv.org/abs/2511.16664, equation 5, repeated after each removal.
     """
     depth = len(_layers(model))
-    left, order = list(range(depth)), []
-    while len(left) > 1:
-        gone = [layer for layer in range(depth) if layer not in left]
-        errors = {layer: _logit_error(model, blocks, [*gone, layer], batch_size) for layer in left}
+    remaining, order = list(range(depth)), []
+    while len(remaining) > 1:
+        removed = [layer for layer in range(depth) if layer not in remaining]
+        errors = {layer: _logit_error(model, blocks, [*removed, layer], batch_size) for layer in remaining}
         order.append(min(errors, key=lambda layer: errors[layer]))
-        left.remove(order[-1])
+        remaining.remove(order[-1])
     ranks = torch.empty(depth)
-    ranks[torch.tensor(order + left)] = torch.arange(depth, dtype=torch.float32)
+    ranks[torch.tensor(order + remaining)] = torch.arange(depth, dtype=torch.float32)
     return ranks
 
 
@@ -70,7 +70,7 @@ def contiguous_loss(model: nn.Module, blocks: TokenBlocks, num_removed: int, bat
 
 @contextmanager
 def skipped(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
-    """The model without some of its layers, for as long as this holds."""
+    """Let the model run without some of its layers inside."""
     handles = [_layers(model)[layer].register_forward_hook(_pass_through, with_kwargs=True) for layer in layers]
     try:
         yield
@@ -89,6 +89,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _without(depth: int, start: int, count: int) -> Tensor:
+    """[L]: 0 for `count` neighbouring layers from `start` on, 1 for the others."""
     scores = torch.ones(depth)
     scores[start : start + count] = 0
     return scores
@@ -96,6 +97,7 @@ def _without(depth: int, start: int, count: int) -> Tensor:
 
 @torch.inference_mode()
 def _loss(model: Any, blocks: TokenBlocks, without: Iterable[int], batch_size: int) -> float:
+    """The cross-entropy in nats per token without some layers."""
     device, total, count = next(model.parameters()).device, 0.0, 0
     with skipped(model, without):
         for part in blocks.split(batch_size):
@@ -109,6 +111,7 @@ def _loss(model: Any, blocks: TokenBlocks, without: Iterable[int], batch_size: i
 
 @torch.inference_mode()
 def _logit_error(model: Any, blocks: TokenBlocks, without: Iterable[int], batch_size: int) -> float:
+    """The squared error of the logits without some layers, as a share of the full model's squared logits."""
     device, missed, energy = next(model.parameters()).device, 0.0, 0.0
     for part in blocks.split(batch_size):
         full = model(**part.inputs(device), use_cache=False).logits.float()

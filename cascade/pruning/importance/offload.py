@@ -1,6 +1,6 @@
-"""A model that stays on disk: each layer's weights are read when its turn comes, and dropped behind it.
+"""A model that stays on disk: the weights of each layer are read when the layer runs, and dropped after it.
 
-For statistics of models that do not fit in memory. Every batch reads the layers once.
+For statistics of models that do not fit in memory. Every batch reads every layer once.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ from cascade.runtime.errors import UserError
 
 @contextmanager
 def offloaded(source: ModelSource, device: torch.device) -> Iterator[nn.Module]:
-    """The model of a checkpoint with no weights in memory but those of the layer, or other module, at work (float32).
+    """The model of a checkpoint; only the layer, or other module, that runs at present has weights in memory (float32).
 
-    Its parameters are on the meta device between times; forward passes run on `device`.
+    All other parameters are on the meta device; forward passes run on `device`.
 
     Raises:
         UserError: the checkpoint is no safetensors folder, is damaged, or lacks a parameter.
@@ -41,7 +41,7 @@ def offloaded(source: ModelSource, device: torch.device) -> Iterator[nn.Module]:
     entries = {name: entry for name, (_, entry) in stored_parameters(config, axes, source).items()}
     handles: list[Any] = []
     free: dict[torch.Size, list[torch.Tensor]] = {}
-    for group in _turns(model, axes):
+    for group in _groups(model, axes):
         names = {name for _, name, _ in _parameters(model, group)}
         missing = sorted(names - entries.keys() - axes.tied.keys())
         if missing:
@@ -58,7 +58,7 @@ def offloaded(source: ModelSource, device: torch.device) -> Iterator[nn.Module]:
 
 
 def blocks_at_once(config: Any, block_size: int) -> int:
-    """How many blocks' activations take about the memory of one layer's weights."""
+    """The number of blocks whose activations take about the memory of one layer's weights; at least 1."""
     sized = Sized(config)
     axes, dims = sized.axes, sized.dims
     deeper = dims.replace(num_hidden_layers=dims.num_hidden_layers + 1)
@@ -69,7 +69,7 @@ def blocks_at_once(config: Any, block_size: int) -> int:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built meanwhile have parameters without memory, and buffers with it."""
+    """Let modules that are built inside have parameters without memory, but buffers with memory."""
     register: Any = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -84,8 +84,8 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore
 
 
-def _turns(model: nn.Module, axes: ModelAxes) -> Iterator[nn.Module]:
-    """The layers, and every other module with parameters of its own."""
+def _groups(model: nn.Module, axes: ModelAxes) -> Iterator[nn.Module]:
+    """The modules whose weights are read together: each layer, and every other module that has parameters itself."""
     layers = list(model.get_submodule(axes.layers_prefix).children())
     inside = {id(module) for layer in layers for module in layer.modules()}
     yield from layers
@@ -95,7 +95,7 @@ def _turns(model: nn.Module, axes: ModelAxes) -> Iterator[nn.Module]:
 
 
 def _parameters(model: nn.Module, group: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(owner, full name, name in its owner) of each parameter of a group."""
+    """(owner, full name, name in the owner) of each parameter of a group."""
     prefix = next(name for name, module in model.named_modules() if module is group)
     for path, owner in group.named_modules(prefix=prefix):
         for name, _ in owner.named_parameters(recurse=False):
@@ -110,21 +110,22 @@ def _reader(
     device: torch.device,
     free: dict[torch.Size, list[torch.Tensor]],
 ) -> Callable[..., None]:
-    """Reads a group's weights into tensors that an earlier group has left free, or new ones."""
+    """A hook that reads a group's weights into memory that an earlier group has freed, or into new memory."""
     parts = list(_parameters(model, group))
 
     def read(module: nn.Module, args: Any) -> None:
         for owner, full_name, name in parts:
             stored = entries[axes.tied.get(full_name, full_name)].read()
-            left = free.get(stored.shape)
-            # The same memory for every layer: what an allocator gives back, and when, is its own affair.
-            value = left.pop() if left else torch.empty(stored.shape, dtype=torch.float32, device=device)
+            reusable = free.get(stored.shape)
+            # The same memory for every layer: an allocator need not give memory back at once.
+            value = reusable.pop() if reusable else torch.empty(stored.shape, dtype=torch.float32, device=device)
             owner._parameters[name] = nn.Parameter(value.copy_(stored), requires_grad=False)
 
     return read
 
 
 def _dropper(model: nn.Module, group: nn.Module, free: dict[torch.Size, list[torch.Tensor]]) -> Callable[..., None]:
+    """A hook that frees a group's memory for the next group and leaves its parameters on the meta device."""
     parts = list(_parameters(model, group))
 
     def drop(module: nn.Module, args: Any, output: Any) -> None:

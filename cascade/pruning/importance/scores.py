@@ -21,7 +21,7 @@ from cascade.pruning.importance.statistics import Statistics
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of every unit, comparable within one row only."""
+    """Importance of every unit; only scores of the same row can be compared."""
 
     layers: Tensor
     """[L]"""
@@ -32,7 +32,7 @@ class Scores:
     hidden: Tensor
     """[D]; one ranking for the whole network, as every layer reads and writes the same stream"""
     rotation: Tensor | None = None
-    """[D, D]: the stream is rotated by this (x -> x Q) before `hidden` counts, where that is asked for"""
+    """[D, D]: the matrix Q by which the stream is rotated (x -> x Q) before `hidden` counts; None without a rotation"""
 
 
 def head_norms(statistics: Statistics) -> Tensor:
@@ -41,10 +41,10 @@ def head_norms(statistics: Statistics) -> Tensor:
 
 
 def head_contributions(statistics: Statistics) -> Tensor:
-    """[L, H]: ||(head's output) W_o||, mean over tokens: what the head really writes.
+    """[L, H]: ||(head's output) W_o||, mean over tokens: the length of what the head writes into the stream.
 
     Raises:
-        ValueError: the statistics were taken without them.
+        ValueError: the statistics were collected without head contributions.
     """
     if not statistics.head_contributions.numel():
         raise ValueError("these statistics have no head contributions; collect them with head_contributions=True")
@@ -70,7 +70,7 @@ def pca(statistics: Statistics) -> Tensor:
     """[D]: the stream's variance along its principal axes, descending; Ministral 3, https://arxiv.org/abs/2601.08584.
 
     Raises:
-        ValueError: the statistics were taken without them.
+        ValueError: the statistics were collected without a rotation.
     """
     if not statistics.rotation.numel():
         raise ValueError("these statistics have no rotation; collect them with covariance_blocks > 0")
@@ -125,11 +125,12 @@ def score_importance(
     )
 
 
-def _score(kind: str, name: str, known: dict[str, Score], evidence: dict[str, Any]) -> Tensor:
-    if name not in known:
-        raise ValueError(f"unknown score '{name}' of {kind}; known: {', '.join(sorted(known))}")
-    needed = [need for need in inspect.signature(known[name]).parameters if need in evidence]
-    missing = [need for need in needed if evidence[need] is None]
+def _score(kind: str, name: str, table: dict[str, Score], evidence: dict[str, Any]) -> Tensor:
+    """float32: the score with this name, computed from the evidence that its parameters name."""
+    if name not in table:
+        raise ValueError(f"unknown score '{name}' of {kind}; known: {', '.join(sorted(table))}")
+    parameters = [key for key in inspect.signature(table[name]).parameters if key in evidence]
+    missing = [key for key in parameters if evidence[key] is None]
     if missing:
         raise ValueError(f"the score '{name}' of {kind} needs {' and '.join(missing)}")
-    return known[name](**{need: evidence[need] for need in needed}).float()
+    return table[name](**{key: evidence[key] for key in parameters}).float()

@@ -23,7 +23,7 @@ from cascade.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the calibration tokens showed, float32.
+    """Statistics of the calibration tokens, float32.
 
     (L2, mean) is the square root of the sum over batch rows of squared means over the sequence, the best of
     Minitron's nine aggregations (https://arxiv.org/abs/2407.14679, table 11).
@@ -39,7 +39,7 @@ class Statistics:
     head_norms: Tensor
     """[L, H]: (L2, mean) of each query head's channels at the input of the attention output projection."""
     head_contributions: Tensor
-    """[L, H]: ||(head's output) W_o||_2, mean over tokens; empty unless asked for."""
+    """[L, H]: ||(head's output) W_o||_2, mean over tokens; empty where they were not collected."""
     neuron_norms: Tensor
     """[L, I]: (L2, mean) at the input of the MLP's output projection."""
     neuron_weights: Tensor
@@ -52,11 +52,11 @@ class Statistics:
     the norm takes it off). Each adds up to its length."""
     rotation: Tensor
     """[D, D] float64: the principal axes of what the norms inside the layers see, as columns, largest variance first;
-    every token counts equally. Empty unless asked for."""
+    every token counts equally. Empty where it was not computed."""
     rotated_energies: dict[str, Tensor]
-    """As norm_energies, with x in the rotated stream; empty unless asked for."""
+    """norm_energies with x in the rotated stream; empty without a rotation."""
     num_tokens: int
-    """Calibration tokens seen."""
+    """Number of calibration tokens."""
 
 
 def collect_statistics(
@@ -90,7 +90,7 @@ def collect_statistics(
                 run_body(model, **part.inputs(device))
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
-    sums.sums = ranks.summed(sums.sums)
+    sums.sums = ranks.sum_tensors(sums.sums)
     sums.complete_lengths()
     _require_finite(sums)
     rotation = torch.zeros(0, 0, dtype=torch.float64)
@@ -101,16 +101,16 @@ def collect_statistics(
         with torch.inference_mode(), turned.hooked():
             for part in batches[ranks.rank() : -(-covariance_blocks // batch_size) : ranks.world_size()]:
                 run_body(model, **part.inputs(device))
-        turned.sums = ranks.summed(turned.sums)
+        turned.sums = ranks.sum_tensors(turned.sums)
         rotated = turned.finish()
-    return _finished(sums, rotation, rotated, sized.dims, blocks.input_ids.numel(), len(blocks))
+    return _statistics(sums, rotation, rotated, sized.dims, blocks.input_ids.numel(), len(blocks))
 
 
 _BY_NORM = ("norm_energies", "rotated_energies")
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
-    """One safetensors file."""
+    """Write the statistics as one safetensors file."""
     tensors = {field.name: getattr(statistics, field.name) for field in fields(statistics) if field.type is Tensor}
     for kind in _BY_NORM:
         tensors |= {f"{kind}.{name}": tensor for name, tensor in getattr(statistics, kind).items()}
@@ -119,7 +119,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """What `save_statistics` wrote."""
+    """The statistics that `save_statistics` wrote."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         num_tokens = int(file.metadata()["num_tokens"])
@@ -132,33 +132,37 @@ def load_statistics(path: Path) -> Statistics:
     return Statistics(**tensors, norm_energies=energies, rotated_energies=rotated, num_tokens=num_tokens)
 
 
-def _require_finite(found: Sums) -> None:
-    """Raise at the first sum that is not finite, in the order they were met: there the trouble starts."""
-    for name, values in found.sums.items():
+def _require_finite(sums: Sums) -> None:
+    """Refuse sums that are not finite.
+
+    Raises:
+        UserError: names the first such module in the order of the forward pass: there the trouble starts.
+    """
+    for name, values in sums.sums.items():
         if not name.startswith("covariance") and not torch.isfinite(values).all():
             where = name.partition(":")[2]
             raise UserError(f"activations at '{where}' are not finite; the model or its calibration text is broken")
 
 
-def _finished(
-    found: Sums, rotation: Tensor, rotated: dict[str, Tensor], dims: ModelDims, num_tokens: int, num_blocks: int
+def _statistics(
+    collected: Sums, rotation: Tensor, rotated: dict[str, Tensor], dims: ModelDims, num_tokens: int, num_blocks: int
 ) -> Statistics:
-    sums, depth = found.sums, dims.num_hidden_layers
-    neurons, heads = found.writers["intermediate_size"], found.writers["num_attention_heads"]
+    sums, depth = collected.sums, dims.num_hidden_layers
+    neurons, heads = collected.writers["intermediate_size"], collected.writers["num_attention_heads"]
     head_norms = torch.stack([sums[f"norm:{name}"].sqrt() for name in heads]).view(depth, -1, dims.head_dim)
-    contributions = [sums[f"contribution:{name}"] / num_tokens for name in heads if found.head_contributions]
+    contributions = [sums[f"contribution:{name}"] / num_tokens for name in heads if collected.head_contributions]
     return Statistics(
-        block_influence=1 - found.per_layer("cosine") / num_tokens,
-        norm_ratios=found.per_layer("ratio") / num_tokens,
-        angular_distances=found.per_layer("angle") / num_blocks,
+        block_influence=1 - collected.per_layer("cosine") / num_tokens,
+        norm_ratios=collected.per_layer("ratio") / num_tokens,
+        angular_distances=collected.per_layer("angle") / num_blocks,
         head_norms=torch.linalg.vector_norm(head_norms, dim=2).float(),
         head_contributions=torch.stack(contributions).float() if contributions else torch.zeros(0),
         neuron_norms=torch.stack([sums[f"norm:{name}"].sqrt() for name in neurons]).float(),
-        neuron_weights=torch.stack([found.lengths[name] for name in neurons]),
+        neuron_weights=torch.stack([collected.lengths[name] for name in neurons]),
         hidden_norms=torch.stack(
-            [sums[f"norm:{name}"].sqrt() for name in found.read_norms + found.bare_readers]
+            [sums[f"norm:{name}"].sqrt() for name in collected.read_norms + collected.bare_readers]
         ).float(),
-        norm_energies={name: (sums[f"energy:{name}"] / num_tokens).float() for name in found.norms},
+        norm_energies={name: (sums[f"energy:{name}"] / num_tokens).float() for name in collected.norms},
         rotation=rotation,
         rotated_energies=rotated,
         num_tokens=num_tokens,

@@ -17,7 +17,7 @@ from cascade.models.architecture.dims import dims_of
 
 
 class Sums:
-    """Hooks on the modules that the axes point at, and the running sums they fill."""
+    """Hooks on the modules that the axes point at, and the running sums that they fill."""
 
     def __init__(self, model: nn.Module, axes: ModelAxes, head_contributions: bool):
         self.model, self.axes, self.head_contributions = model, axes, head_contributions
@@ -35,11 +35,11 @@ class Sums:
         self.norms = [
             name for name, _ in model.named_parameters() if axes.is_norm(name) and id(self._module(name)) in inside
         ]
-        self.read_norms, self.bare_readers = self._what_is_read()
+        self.read_norms, self.bare_readers = self._stream_readers()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """The sums grow while this holds."""
+        """Add to the sums during forward passes inside."""
         handles = []
         try:
             for number, layer in enumerate(self.layers):
@@ -57,12 +57,12 @@ class Sums:
                 handle.remove()
 
     def complete_lengths(self) -> None:
-        """Those that no batch has brought: of several processes, one can be left without."""
+        """Add the lengths that no batch has brought: of several processes, one can have had no batch."""
         for name in (name for names in self.writers.values() for name in names if name not in self.lengths):
             self._add_lengths(name)
 
     def per_layer(self, kind: str) -> Tensor:
-        """[L, ...] of one kind of sum."""
+        """[L, ...] float32: the sums of one kind, layer by layer."""
         prefix = self.axes.layers_prefix
         return torch.stack([self.sums[f"{kind}:{prefix}.{number}"] for number in range(len(self.layers))]).float()
 
@@ -72,8 +72,8 @@ class Sums:
     def _is_writer(self, name: str, dim: str) -> bool:
         return self.axes.layer_of(name) is not None and self.axes.reads(name) == dim
 
-    def _what_is_read(self) -> tuple[list[str], list[str]]:
-        """(norms inside the layers that only branches read, readers of the stream where there are none)."""
+    def _stream_readers(self) -> tuple[list[str], list[str]]:
+        """(norms inside the layers that only branches read, linear maps that read the stream where no norm stands)."""
         norms = self.axes.behaviour.norms
         before = [
             name
@@ -92,7 +92,7 @@ class Sums:
         return [], list(first.values())
 
     def _add_lengths(self, name: str) -> None:
-        """The length of what each unit along a matrix's input axis writes."""
+        """Note the length of the vector that each unit along a matrix's input axis writes."""
         weight = self.model.get_parameter(name).detach().float().cpu()
         self.lengths[name] = torch.linalg.vector_norm(weight, dim=self.axes.output_axis(name))
 
@@ -212,7 +212,7 @@ class RotatedEnergies:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """The sums grow while this holds."""
+        """Add to the sums during forward passes inside."""
         handles = [
             self.model.get_submodule(name.rpartition(".")[0]).register_forward_hook(self._hook(name))
             for name in self.names

@@ -19,34 +19,34 @@ from cascade.models.architecture.axes import ModelAxes, probe_axes
 from cascade.pruning.cut import kept_rows
 from cascade.pruning.layerwise import Stream, Watched
 from cascade.pruning.plan import PruningPlan
-from cascade.pruning.repair.ridge import Moments, add_apart
+from cascade.pruning.repair.ridge import Moments, add_to_halves
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Repair:
-    """How a refit is done."""
+    """Settings of a repair."""
 
     sequential: bool = True
     """Inputs come from the already cut and refitted stream; else from the parent's own."""
     compensation: float = 1.0
-    """Sequential only: the share of what the stream has lost so far that each block is asked to write besides the
-    parent's own output. Ignored behind a norm, which no linear map can see through."""
+    """Sequential only: the share of what the stream has lost so far that is added to each block's target, besides the
+    parent's output. Ignored where a norm stands behind the block, as no linear map can see through it."""
     readers: bool = True
     """Sequential only: also refit what reads the stream (q, k, v, gate, up) to the parent's outputs."""
 
 
 @dataclass
 class RepairReport:
-    """What a repair did."""
+    """The ridges and errors of a repair."""
 
     ridges: dict[str, float] = field(default_factory=dict)
     """By writer: the ridge chosen, as a share of the Gram matrix's mean diagonal."""
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """By writer: share of its target's energy that is missed, before and after, on blocks kept aside for it."""
+    """By writer: share of its target's energy that is missed, before and after, on the blocks that choose the ridge."""
     skipped: list[str] = field(default_factory=list)
-    """Writers left as sliced: their Gram matrix is singular."""
+    """Writers that stay as they were sliced, as their Gram matrix is singular."""
 
 
 @torch.inference_mode()
@@ -88,7 +88,7 @@ class _Refit:
         self.parent_axes = probe_axes(model.config)
         self.parent_layers: Any = model.get_submodule(self.axes.layers_prefix)
         self.student_layers: Any = student.get_submodule(self.axes.layers_prefix)
-        self.kept = torch.tensor(plan.hidden)
+        self.channels = torch.tensor(plan.hidden)
         weight = next(model.parameters())
         self.turn = None if plan.rotation is None else plan.rotation[:, plan.hidden].to(weight.device, weight.dtype)
 
@@ -119,7 +119,7 @@ class _Refit:
                 cut.hidden = cut.through(self.student_layers[place], place)
 
     def go_on(self, parent: Stream, layers: range) -> None:
-        """Take the parent's stream through layers that the student has not."""
+        """Take the parent's stream through layers that the student lacks."""
         for number in layers:
             parent.after = parent.through(self.parent_layers[number], number, parent.after)
         if layers.start == 0:
@@ -145,14 +145,14 @@ class _Refit:
         parents: list[Watched],
         pairs: list[tuple[Stream, Stream]],
     ) -> None:
-        """Each reader of the stream towards what the parent's reads at the same place."""
+        """Refit each reader of the stream to what the parent's reader gives at the same place."""
         halves = {name: (Moments(), Moments()) for name in names}
         modules = {name: self._module(name) for name in names}
         for number, theirs, (_, cut) in _numbered(parents, pairs):
             ours = cut.watched(self.student_layers[place], place, modules) if names else theirs
             for name in names:
-                target = self._kept(name, origin, theirs.outputs[name].flatten(0, -2), output=True)
-                add_apart(
+                target = self._in_student(name, origin, theirs.outputs[name].flatten(0, -2), output=True)
+                add_to_halves(
                     halves[name],
                     number,
                     len(cut.hidden),
@@ -172,7 +172,7 @@ class _Refit:
         parents: list[Watched],
         pairs: list[tuple[Stream, Stream]],
     ) -> None:
-        """Writers that share one target: the parent's output, and what the stream has lost so far."""
+        """Refit writers that share one target: the parent's output, and what the stream has lost so far."""
         gains = {name: self.axes.behaviour.writers[self.axes.module_of(name)] for name in group + earlier}
         compensates = self.how.sequential and self.how.compensation > 0 and None not in gains.values()
         is_last = self.axes.behaviour.parallel or bool(earlier)
@@ -181,27 +181,27 @@ class _Refit:
         modules = {name: self._module(name) for name in group + earlier}
         for number, theirs, (parent, cut) in _numbered(parents, pairs):
             outputs = [theirs.outputs[name].view_as(parent.hidden) for name in group]
-            target = self._kept_channels(torch.stack(outputs).sum(0))
+            target = self._student_channels(torch.stack(outputs).sum(0))
             if self.how.sequential:
                 ours = cut.watched(self.student_layers[place], place, modules)
                 inputs = [ours.inputs[name] for name in group]
             else:
-                inputs = [self._kept(name, origin, theirs.inputs[name], output=False) for name in group]
+                inputs = [self._in_student(name, origin, theirs.inputs[name], output=False) for name in group]
             if compensates:
-                lost = self._kept_channels(parent.hidden) - cut.hidden
+                lost = self._student_channels(parent.hidden) - cut.hidden
                 for name in earlier:
-                    before = self._kept_channels(theirs.outputs[name].view_as(parent.hidden))
+                    before = self._student_channels(theirs.outputs[name].view_as(parent.hidden))
                     lost = lost + (gains[name] or 0) * (before - ours.outputs[name].view_as(lost))
                 if dropped_behind:
                     # Nobody else will write what the dropped layers wrote.
-                    lost = lost + self._kept_channels(parent.after - theirs.after)
+                    lost = lost + self._student_channels(parent.after - theirs.after)
                 target = target + self.how.compensation / (gains[group[0]] or 1) * lost
             features = torch.cat([part.flatten(0, -2) for part in inputs], 1)
-            add_apart(halves, number, len(cut.hidden), features, target, biased=self._bias(group) is not None)
+            add_to_halves(halves, number, len(cut.hidden), features, target, biased=self._bias(group) is not None)
         self._solve(group, halves)
 
     def _solve(self, group: list[str], halves: tuple[Moments, Moments]) -> None:
-        """Write what the moments say into the weights of a group, which stand side by side in one linear map."""
+        """Fit the weights of a group, which stand side by side in one linear map, and write them into the student."""
         current = torch.cat([_matrix(self.axes, name, self._module(name)) for name in group], 1).double()
         bias = self._bias(group)
         fitted = Moments.fit(halves, current, bias)
@@ -224,8 +224,8 @@ class _Refit:
     def _bias(self, group: list[str]) -> Tensor | None:
         """[D]: the sum of a group's biases; None where none of them has one."""
         biases = [getattr(self._module(name), "bias", None) for name in group]
-        given = [bias.detach().double() for bias in biases if bias is not None]
-        return torch.stack(given).sum(0) if given else None
+        present = [bias.detach().double() for bias in biases if bias is not None]
+        return torch.stack(present).sum(0) if present else None
 
     def _carrier(self, group: list[str]) -> str | None:
         """The first of a group with a bias: weights that are fitted together share one."""
@@ -237,12 +237,12 @@ class _Refit:
     def _origin(self, name: str, origin: int) -> nn.Module:
         return self.model.get_submodule(self.axes.module_of(name).replace("*", str(origin)))
 
-    def _kept_channels(self, stream: Tensor) -> Tensor:
+    def _student_channels(self, stream: Tensor) -> Tensor:
         """The parent's stream in the student's channels."""
-        return stream[..., self.kept] if self.turn is None else stream @ self.turn
+        return stream[..., self.channels] if self.turn is None else stream @ self.turn
 
-    def _kept(self, name: str, origin: int, values: Tensor, *, output: bool) -> Tensor:
-        """The kept ones of a parent's outputs (or inputs) at a weight."""
+    def _in_student(self, name: str, origin: int, values: Tensor, *, output: bool) -> Tensor:
+        """Those of the parent's outputs (or inputs) at a weight that the student has."""
         position = self.parent_axes.output_axis(name) or 0
         rows = kept_rows(self.parent_axes.of(name)[position if output else 1 - position], origin, self.plan)
         return values if rows is None else values[..., rows]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Tried for every weight, as shares of the Gram matrix's mean diagonal."""
+"""Ridges to choose from for every weight, as shares of the Gram matrix's mean diagonal."""
 
 
 @dataclass
@@ -23,10 +23,10 @@ class Fit:
     """[D]"""
     ridge: float
     errors: tuple[float, float]
-    """Share of the target's energy that is missed on the tokens kept aside: by the map as it was, and refitted."""
+    """Share of the target's energy that is missed on the second half's tokens: by the map as it was, and refitted."""
 
 
-def add_apart(
+def add_to_halves(
     halves: "tuple[Moments, Moments]",
     first_block: int,
     num_blocks: int,
@@ -47,13 +47,13 @@ def add_apart(
 
 
 class Moments:
-    """Sums over tokens: inputs by inputs, targets by inputs, the target's energy."""
+    """Sums over tokens: inputs by inputs [K, K], targets by inputs [D, K], the energy of the targets."""
 
     def __init__(self) -> None:
         self.gram = self.cross = self.energy = torch.zeros((), dtype=torch.float64)
 
     def add(self, inputs: Tensor, targets: Tensor, biased: bool) -> None:
-        """Inputs [N, K] and targets [N, D]; with a bias, an input that is always 1 is added."""
+        """Add tokens, inputs [N, K] and targets [N, D]; with a bias, an input that is always 1 is appended."""
         inputs, targets = inputs.double(), targets.double()
         if biased:
             inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype, device=inputs.device)], 1)
@@ -66,14 +66,12 @@ class Moments:
         missed = self.energy - 2 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()
         return float(missed / self.energy)
 
-    def __add__(self, other: "Moments") -> "Moments":
-        both = Moments()
-        both.gram, both.cross, both.energy = (
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.energy + other.energy,
-        )
-        return both
+    def __add__(self, moments: "Moments") -> "Moments":
+        total = Moments()
+        total.gram = self.gram + moments.gram
+        total.cross = self.cross + moments.cross
+        total.energy = self.energy + moments.energy
+        return total
 
     def solve(self, start: Tensor, ridge: float, biased: bool) -> Tensor | None:
         """The [D, K] that misses least, plus `ridge` times the squared distance from `start`; None if singular."""
@@ -90,18 +88,18 @@ class Moments:
 
     @staticmethod
     def fit(halves: "tuple[Moments, Moments]", weight: Tensor, bias: Tensor | None) -> Optional["Fit"]:
-        """Choose the ridge on the second half, fit on both; None if the Gram matrix is singular."""
+        """The map that is fitted on both halves with the ridge that is best on the second; None if singular."""
         biased = bias is not None
         start = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
         first, second = halves
-        aside = second if second.gram.ndim else first  # too few blocks to keep any aside
-        tried = []
+        aside = second if second.gram.ndim else first  # with fewer than four blocks the second half is empty
+        errors = []
         for ridge in RIDGES:
             solved = first.solve(start, ridge, biased)
             if solved is not None:
-                tried.append((aside.error(solved), ridge))
+                errors.append((aside.error(solved), ridge))
         both = first + second
-        best = min(tried, default=None)
+        best = min(errors, default=None)
         solved = None if best is None else both.solve(start, best[1], biased)
         if best is None or solved is None or not torch.isfinite(solved).all():
             return None

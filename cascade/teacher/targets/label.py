@@ -66,7 +66,7 @@ def label(
     keys = window_keys(blocks)
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     missing = torch.tensor([row for key, row in first.items() if windows.read(key) is None], dtype=torch.int64)
-    missing = ranks.same(missing)
+    missing = ranks.broadcast_ints(missing)
     teacher.eval()
     group = _group_size(teacher, blocks)
     steps = -(-len(missing) // (group * ranks.world_size()))
@@ -87,7 +87,7 @@ def label(
     writer.flush()
     ranks.barrier()
     windows.refresh()
-    counts = ranks.total({"made": made}, torch.device("cpu"))
+    counts = ranks.sum_numbers({"made": made}, torch.device("cpu"))
     made = int(counts["made"])
     seconds = time.perf_counter() - started
     return Labelling(len(first), made, made * blocks.block_size, seconds, windows.num_bytes())

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from cascade.models.checkpoint.tensor_file import Entry, entries_of
+from cascade.models.checkpoint.tensor_file import Entry, entries_of, opened
 from cascade.runtime.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.runtime.failpoints import failpoint
 from cascade.runtime.files import sync_folder
@@ -123,9 +123,9 @@ class Windows:
             if _root_of(path) != self.root:
                 raise UserError(f"{path}: belongs to another root")
             entries = dict(entries_of(path))
-            keys = _array(entries["windows"]).reshape(-1, KEY_BYTES)
-            ends = _array(entries["ends"]).view("<i8")
-            sums = _array(entries["sums"]).reshape(-1, KEY_BYTES)
+            keys = _mapped(entries["windows"]).copy().reshape(-1, KEY_BYTES)
+            ends = _mapped(entries["ends"]).copy().view("<i8")
+            sums = _mapped(entries["sums"]).copy().reshape(-1, KEY_BYTES)
             data = _mapped(entries["data"])
             if not len(keys) == len(ends) == len(sums) or (np.diff(ends, prepend=0) < 0).any():
                 raise UserError(f"{path}: its tables do not fit each other")
@@ -247,21 +247,14 @@ def _checksum(root: str, key: bytes, record: NDArray[np.uint8]) -> bytes:
 
 
 def _root_of(path: Path) -> str:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(1 << 16, path.stat().st_size - 8):
-            raise UserError(f"{path}: its header claims {length:,} bytes; it is damaged")
-        return str(json.loads(file.read(length))["__metadata__"]["root"])
-
-
-def _array(entry: Entry) -> NDArray[np.uint8]:
-    return np.frombuffer(entry.read().flatten().view(torch.uint8).numpy().tobytes(), dtype=np.uint8)
+    with opened(path) as file:
+        return str(file.metadata()["root"])
 
 
 def _mapped(entry: Entry) -> NDArray[np.uint8]:
-    if entry.size == 0:
-        return np.zeros(0, dtype=np.uint8)
-    return np.memmap(entry.path, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.size,))
+    """A tensor's bytes, read from the file when they are looked at."""
+    values: NDArray[np.uint8] = entry.read().flatten().view(torch.uint8).numpy()
+    return values
 
 
 def _write(path: Path, content: bytes) -> None:
