@@ -18,14 +18,13 @@ from cascade.data.examples import Examples, LabelledData, Raw, read_examples
 from cascade.data.labels import require_known_labels
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
-from cascade.distillation.losses.fused import FusedLoss, fused_loss
-from cascade.distillation.options import Objective
 from cascade.distillation.teacher_memory import teacher_hidden
 from cascade.evaluation.classification import class_metrics
-from cascade.evaluation.long_tail import calibration_error, confidences, long_tail
+from cascade.evaluation.long_tail import calibration_error, long_tail
 from cascade.evaluation.metric import heldout_metric
 from cascade.evaluation.sentence_embeddings import embedding_metrics
-from cascade.models.architecture.head import Head, head_of, last_hidden
+from cascade.evaluation.token_scores import score_tokens
+from cascade.models.architecture.head import head_of, last_hidden
 from cascade.models.architecture.model_class import is_body
 from cascade.report.records import Metric
 
@@ -209,15 +208,19 @@ def _block_report(
         expert_hidden, expert = None, None
         if teacher is not None:
             expert_hidden, expert = part.predicting(teacher_hidden(teacher, inputs)).float()[valid], head_of(teacher)
-        head = head_of(model)
-        losses = _losses(hidden, head, targets[valid], expert_hidden, expert, vocab_size)
-        confidence.append(confidences(hidden, head, targets[valid]))
-        if expert_hidden is not None and expert is not None:
-            expert_loss = fused_loss(expert_hidden, expert, targets[valid], Objective()).cross_entropy
-            difficulty.append(torch.stack([losses.teacher_entropy, expert_loss, losses.cross_entropy]).cpu())
-        values = {"loss": losses.cross_entropy}
-        if teacher is not None:
-            values |= {"kl_to_teacher": losses.divergence, "top1_agreement": losses.agrees}
+        scores = score_tokens(
+            hidden,
+            head_of(model),
+            targets[valid],
+            teacher_hidden=expert_hidden,
+            teacher_head=expert,
+            vocab_size=vocab_size,
+        )
+        confidence.append(scores.confidence)
+        values, comparison = {"loss": scores.loss}, scores.comparison
+        if comparison is not None:
+            difficulty.append(torch.stack([comparison.teacher_entropy, comparison.teacher_loss, scores.loss]).cpu())
+            values |= {"kl_to_teacher": comparison.kl, "top1_agreement": comparison.agrees}
         for name, value in values.items():
             by_block = torch.zeros(valid.shape, dtype=torch.float64, device=device).masked_scatter_(
                 valid, value.double()
@@ -256,19 +259,6 @@ def block_sums(blocks: TokenBlocks, tokens: Tensor, sums: dict[str, Tensor]) -> 
         digest.update(part.long().contiguous().numpy().tobytes())
     values = {name: one.cpu().tolist() for name, one in sums.items()}
     return {"text": digest.hexdigest(), "tokens": tokens.long().cpu().tolist()} | values
-
-
-def _losses(
-    ours: Tensor, head: Head, targets: Tensor, theirs: Tensor | None, expert: Head | None, vocab_size: int | None
-) -> FusedLoss:
-    """Losses of N tokens: the cross-entropy over all of a model's own rows, the rest over the common ids."""
-    if expert is None:
-        return fused_loss(ours, head, targets, Objective())
-    objective = Objective(vocab_size=vocab_size)
-    found = fused_loss(ours, head, targets, objective, teacher_hidden=theirs, teacher_head=expert)
-    if objective.common_rows(len(head.weight), len(expert.weight)) == len(head.weight):
-        return found
-    return found._replace(cross_entropy=fused_loss(ours, head, targets, Objective()).cross_entropy)
 
 
 def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> Metric:
