@@ -310,8 +310,11 @@ def from_block_start(places: Tensor) -> Tensor:
     return torch.where(inherited, places - places[:, :1], places)
 
 
-def save_blocks(blocks: TokenBlocks, path: Path) -> None:
-    """One safetensors file; labels are stored only where they differ from the ids."""
+def save_blocks(blocks: TokenBlocks, path: Path, *, split: str = "") -> None:
+    """One safetensors file; labels are stored only where they differ from the ids.
+
+    With a `split` the file opens for who names it alone (`require_split`).
+    """
     tensors = {"input_ids": blocks.input_ids.to(torch.int32)}
     if not torch.equal(blocks.labels, blocks.input_ids):
         tensors["labels"] = blocks.labels.to(torch.int32)
@@ -319,13 +322,33 @@ def save_blocks(blocks: TokenBlocks, path: Path) -> None:
         tensors["position_ids"] = blocks.position_ids.to(torch.int32)
     if isinstance(blocks.known, ListedTargets):
         tensors |= {"listed_ids": blocks.known.ids.to(torch.int32), "listed_log_p": blocks.known.log_p}
-    save_file(tensors, path, metadata={"bytes_per_token": repr(blocks.bytes_per_token), "masked": str(blocks.masked)})
+    metadata = {"bytes_per_token": repr(blocks.bytes_per_token), "masked": str(blocks.masked)}
+    save_file(tensors, path, metadata=metadata | ({"split": split} if split else {}))
     sort_metadata(path)
 
 
-def load_blocks(path: Path) -> TokenBlocks:
-    """What `save_blocks` wrote."""
+def require_split(metadata: dict[str, str] | None, split: str, path: Path) -> None:
+    """Refuse a file that is kept for one split to who does not name that split.
+
+    Raises:
+        ValueError: the names differ.
+    """
+    kept_for = (metadata or {}).get("split", "")
+    if kept_for != split:
+        raise ValueError(
+            f"{path}: holds {f'the {kept_for} split' if kept_for else 'no split of its own'}, and is opened for "
+            f"{f'the {split} split' if split else 'training'}; held-out text is read by cascade.evaluation alone"
+        )
+
+
+def load_blocks(path: Path, *, split: str = "") -> TokenBlocks:
+    """What `save_blocks` wrote.
+
+    Raises:
+        ValueError: the file is kept for a split that is not the one named.
+    """
     with safe_open(path, framework="pt") as file:
+        require_split(file.metadata(), split, path)
         stored = {name: file.get_tensor(name) for name in file.keys()}
         found = {name: tensor.to(torch.int64) for name, tensor in stored.items() if "listed" not in name}
         ids, about = found["input_ids"], file.metadata()

@@ -7,14 +7,15 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cascade.data.bad_rows import BadRows
-from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.data.examples import Examples, LabelledData, Raw, read_examples
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, save_blocks
+from cascade.data.examples import Examples, LabelledData, Raw, load_training, read_examples, save_examples
 from cascade.data.labels import require_known_labels
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
@@ -120,6 +121,24 @@ def heldout_rows(data: LabelledData) -> list[Raw]:
 def heldout_examples(read: Callable[[str], Examples]) -> Examples:
     """The held-out split as labelled examples; `read` gives that of a split; read by this package only."""
     return read("heldout")
+
+
+HELDOUT_FILE = "heldout.safetensors"
+"""In the folder of a stage that packs text for evaluations."""
+
+
+def save_heldout(text: TokenBlocks | Examples, folder: Path) -> None:
+    """Keep packed held-out or production text in a file that opens for evaluations alone (`open_heldout`)."""
+    path = folder / HELDOUT_FILE
+    if isinstance(text, Examples):
+        save_examples(text, path, split="heldout")
+    else:
+        save_blocks(text, path, split="heldout")
+
+
+def open_heldout(folder: Path) -> TokenBlocks | Examples:
+    """What `save_heldout` wrote; read by this package, and by the stage that hands it to this package."""
+    return load_training(folder / HELDOUT_FILE, split="heldout")
 
 
 def require_known_heldout_labels(data: LabelledData, classes: Sequence[str]) -> None:
