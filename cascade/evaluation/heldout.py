@@ -17,6 +17,7 @@ from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, save_blocks
 from cascade.data.examples import Examples, LabelledData, Raw, load_training, read_examples, save_examples
 from cascade.data.labels import require_known_labels
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.distillation.teacher_memory import teacher_hidden
@@ -44,9 +45,8 @@ def heldout_blocks(
 
     Rows that cannot be used are counted in `bad`. Messages name `name`.
     """
-    blocks = prepare_blocks(
-        data, "heldout", tokenizer, block_size=block_size, document_masks=document_masks, name=name, bad=bad
-    )
+    block_format = BlockFormat(block_size=block_size, document_masks=document_masks)
+    blocks = prepare_blocks(data, "heldout", tokenizer, block_format, name=name, bad=bad)
     return blocks.take(max_blocks)
 
 
@@ -72,8 +72,7 @@ def sample_blocks(
         production_data(data, files),
         "heldout",
         tokenizer,
-        block_size=block_size,
-        document_masks=document_masks,
+        BlockFormat(block_size=block_size, document_masks=document_masks),
         name="data.production",
         bad=bad,
     )
@@ -95,11 +94,11 @@ def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *
     Raises:
         UserError: it does not, or it cannot be read.
     """
-    few = _CHAT_BLOCKS if data.messages_field else 1
-    prepare_blocks(data, "heldout", tokenizer, block_size=block_size, max_blocks=few)
+    few = BlockFormat(block_size=block_size, max_blocks=_CHAT_BLOCKS if data.messages_field else 1)
+    prepare_blocks(data, "heldout", tokenizer, few)
     if production:
         text = production_data(data, production)
-        prepare_blocks(text, "heldout", tokenizer, block_size=block_size, max_blocks=few, name="data.production")
+        prepare_blocks(text, "heldout", tokenizer, few, name="data.production")
 
 
 def heldout_documents(data: TextData) -> list[Any]:

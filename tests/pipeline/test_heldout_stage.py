@@ -22,7 +22,7 @@ THREE = ["members=[{name: a, target: {params: 0.8}}, {name: b, target: {params: 
 @pytest.fixture
 def calls(monkeypatch):
     """Counts of reading the held-out split, of tokenising it, and of measuring models on it."""
-    from cascade.data import blocks, prepare
+    from cascade.data import packing, prepare
     from cascade.evaluation import evaluate
     from cascade.pipeline.stages import baseline
 
@@ -48,7 +48,7 @@ def calls(monkeypatch):
         return placed
 
     monkeypatch.setattr(prepare, "read_placed", reading)
-    counted(blocks, "batched", "tokenised", only=lambda texts, size: texts and set(texts) <= heldout)
+    counted(packing, "batched", "tokenised", only=lambda texts, size: texts and set(texts) <= heldout)
     counted(evaluate, "heldout_report", "measured")
     counted(baseline, "heldout_report", "measured")
     return counts

@@ -123,8 +123,8 @@ def failures(failed: dict[str, str]) -> str:
 
 
 def block_ids(blocks: TokenBlocks) -> Tensor:
-    """The text's own ids [T], also where they are hidden from the model."""
-    return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten()
+    """int64 [T]: the text's own ids, also where they are hidden from the model."""
+    return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten().long()
 
 
 def _with_beginnings(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[str, Any]:
