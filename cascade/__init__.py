@@ -50,7 +50,7 @@ _WHERE = {
     "load_tokenizer": "cascade.models.checkpoint.load",
     "resolve_model": "cascade.models.checkpoint.load",
     "save_checkpoint": "cascade.models.checkpoint.load",
-    "pack_documents": "cascade.data.blocks",
+    "pack_documents": "cascade.data.packing",
     "framing_of": "cascade.data.framing",
     "choose_framing": "cascade.evaluation.framing_test",
     "TokenBlocks": "cascade.data.blocks",

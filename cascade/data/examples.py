@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cascade.data.bad_rows import BadRows, tell_once
-from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks, require_split
 from cascade.data.images import open_image
 from cascade.data.labels import is_number, label_of, require_clear_labels, require_known_labels
 from cascade.data.rows import Place
@@ -191,17 +191,22 @@ def image_examples(raw: Sequence[Raw], classes: Sequence[str]) -> Examples:
     return Examples({"pixel_values": torch.stack([one.content for one in raw]) * 2 - 1}, _labels(raw, classes))
 
 
-def save_examples(examples: Examples, path: Path) -> None:
-    """One safetensors file."""
-    save_file(examples.tensors | {"labels": examples.labels}, path)
+def save_examples(examples: Examples, path: Path, *, split: str = "") -> None:
+    """One safetensors file; with a `split` it opens for who names it alone."""
+    save_file(examples.tensors | {"labels": examples.labels}, path, metadata={"split": split} if split else None)
 
 
-def load_training(path: Path) -> TokenBlocks | Examples:
-    """What `save_blocks` or `save_examples` wrote."""
+def load_training(path: Path, *, split: str = "") -> TokenBlocks | Examples:
+    """What `save_blocks` or `save_examples` wrote.
+
+    Raises:
+        ValueError: the file is kept for a split that is not the one named.
+    """
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if not names & {"attention_mask", "pixel_values"}:
-            return load_blocks(path)
+            return load_blocks(path, split=split)
+        require_split(file.metadata(), split, path)
         tensors = {name: file.get_tensor(name) for name in names}
     return Examples({name: value for name, value in tensors.items() if name != "labels"}, tensors["labels"])
 

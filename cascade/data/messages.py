@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from cascade.data.blocks import IGNORE_INDEX, Tokenized
+from cascade.data.blocks import IGNORE_INDEX
 from cascade.data.endpoint_logprobs import ListedReader
 from cascade.data.framing import Framing, framing_of
+from cascade.data.packing import Tokenized
 from cascade.data.sources import unfit_messages
 from cascade.runtime.errors import UserError
 
@@ -148,7 +149,7 @@ def chat_documents(
     listed: ListedReader | None = None,
     refused: Callable[[int, str], None] | None = None,
 ) -> Iterator[Tokenized]:
-    """What `pack_tokens` takes, one document per example; with what `listed` reads in its last message.
+    """What `pack_blocks` takes, one document per example; with what `listed` reads in its last message.
 
     A conversation that cannot be written goes to `refused` (its number, why), where that is given.
 

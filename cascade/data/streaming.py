@@ -9,17 +9,20 @@ Shapes: T = tokens; the three rows of a [3, T] stream are ids, labels and places
 import json
 import logging
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cascade.data.bad_rows import BadRows
-from cascade.data.blocks import BlockFormat, TokenBlocks, append_document, batched, blocks_of, encoded
+from cascade.data.blocks import TokenBlocks
 from cascade.data.framing import Framing
 from cascade.data.messages import chat_documents
+from cascade.data.packing import BlockBuilder, BlockFormat, batched, encoded, token_rows
 from cascade.data.rows import Place, Row, without_padding
 from cascade.data.sources import (
     Document,
@@ -59,52 +62,66 @@ def stream_blocks(
         UserError: the text does not fill one block, no token in it counts, or too many rows cannot be used.
     """
     require_open(split)
-    limit = block_format.max_blocks and block_format.max_blocks * block_format.block_size
     folder.mkdir(parents=True, exist_ok=True)
     bad = data.bad_row_counter() if bad is None else bad
-    place = folder / f"{split}-cursor.json"
+    path = folder / f"{split}-cursor.json"
     cursor: dict[str, Any] = {"file": 0, "reader": None, "shards": 0, "bytes": 0, "tokens": 0, "sha256": []}
-    resumed = _cursor(place, folder, split)
-    if resumed is not None:
-        cursor = resumed
+    builder = BlockBuilder(block_format)
+    earlier = _cursor(path, folder, split)
+    if earlier is not None:
+        cursor = earlier
         bad.restore(cursor["rows"])
         logger.warning("data.%s: going on after %d tokens", split, cursor["tokens"])
-    shards = [load_file(_path(folder, split, number))["tokens"] for number in range(cursor["shards"])]
+        for number in range(cursor["shards"]):
+            _append(builder, load_file(_shard_path(folder, split, number))["tokens"])
     waiting: list[Tensor] = []
     whole = True
     for documents, file, reader in _batches(data, split, cursor, bad):
-        if limit is not None and cursor["tokens"] + sum(part.shape[1] for part in waiting) >= limit:
+        if builder.has_all():
             whole = False
             break
         waiting.append(_tokens(documents, data, tokenizer, split, block_format.framing, bad))
+        _append(builder, waiting[-1])
         size = sum(_num_bytes(document) for _, document in documents)
         cursor |= {"file": file, "reader": reader, "bytes": cursor["bytes"] + size}
         if sum(part.shape[1] for part in waiting) >= shard_tokens:
             shard, waiting = torch.cat(waiting, 1), []
-            path = _path(folder, split, cursor["shards"])
-            save_file({"tokens": shard}, path)
-            sync_file(path)
-            shards.append(shard)
-            cursor |= {"shards": cursor["shards"] + 1, "tokens": cursor["tokens"] + shard.shape[1]}
-            cursor |= {"sha256": [*cursor["sha256"], file_sha256(path)], "rows": bad.state()}
-            write_atomically(place, json.dumps(cursor) + "\n")
+            _keep_shard(shard, cursor, path, split, bad)
     bad.require_few(data.places_of(data.names_of(split)), key=f"data.{split}", whole=whole)
-    stream = torch.cat([*shards, *waiting], 1) if shards or waiting else torch.zeros(3, 0, dtype=torch.int32)
-    return blocks_of(stream, cursor["bytes"], block_format, name=f"data.{split}")
+    builder.num_bytes = cursor["bytes"]
+    return builder.finish(f"data.{split}")
 
 
-def _path(folder: Path, split: str, number: int) -> Path:
+def _append(builder: BlockBuilder, stream: Tensor) -> None:
+    """A stream [3, T] of whole documents, one after another."""
+    rows = stream.numpy()
+    starts = [*np.flatnonzero(rows[2] == 0).tolist(), rows.shape[1]]
+    for start, end in pairwise(starts):
+        builder.append(rows[:2, start:end])
+
+
+def _keep_shard(shard: Tensor, cursor: dict[str, Any], path: Path, split: str, bad: BadRows) -> None:
+    """Put a shard on the disk, then the cursor at `path` that counts it and says where reading stands."""
+    shard_path = _shard_path(path.parent, split, cursor["shards"])
+    save_file({"tokens": shard}, shard_path)
+    sync_file(shard_path)
+    cursor |= {"shards": cursor["shards"] + 1, "tokens": cursor["tokens"] + shard.shape[1]}
+    cursor |= {"sha256": [*cursor["sha256"], file_sha256(shard_path)], "rows": bad.state()}
+    write_atomically(path, json.dumps(cursor) + "\n")
+
+
+def _shard_path(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.safetensors"
 
 
-def _cursor(place: Path, folder: Path, split: str) -> dict[str, Any] | None:
+def _cursor(path: Path, folder: Path, split: str) -> dict[str, Any] | None:
     """Where an earlier try was; None without one, or where what it left is not as it was written."""
-    if not place.exists():
+    if not path.exists():
         return None
     try:
-        cursor: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        cursor: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for number, sha256 in enumerate(cursor["sha256"]):
-            if file_sha256(_path(folder, split, number)) != sha256:
+            if file_sha256(_shard_path(folder, split, number)) != sha256:
                 raise ValueError(f"shard {number} is not as it was written")
         if len(cursor["sha256"]) != cursor["shards"]:
             raise ValueError("its shards are not those it counts")
@@ -152,7 +169,7 @@ def _tokens(
 ) -> Tensor:
     """int32 [3, T] of these documents."""
     contents: list[Any] = [document for _, document in documents]
-    pieces = (
+    encodings = (
         chat_documents(
             contents,
             tokenizer,
@@ -165,10 +182,11 @@ def _tokens(
         if data.messages_field
         else encoded(contents, tokenizer, framing)
     )
-    rows: list[list[int]] = [[], [], []]
-    for one in pieces:
-        append_document(rows, one.ids, one.labels)
-    return torch.tensor(rows, dtype=torch.int32).view(3, -1)
+    streams = [np.zeros((3, 0), dtype=np.int32)]
+    for document in encodings:
+        rows = token_rows(document)
+        streams.append(np.concatenate([rows, np.arange(rows.shape[1], dtype=np.int32)[None]]))
+    return torch.from_numpy(np.concatenate(streams, axis=1))
 
 
 def _num_bytes(document: Document) -> int:

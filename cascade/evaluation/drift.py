@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.distillation.losses.fused import fused_loss
-from cascade.distillation.options import Objective
+from cascade.evaluation.token_scores import loss_and_entropy
 from cascade.models.architecture.head import head_of, last_hidden
 
 
@@ -40,8 +39,7 @@ def uncertainty(model: nn.Module, blocks: TokenBlocks, *, batch_size: int = 8) -
         targets = part.targets().to(device)
         valid = targets != IGNORE_INDEX
         hidden = part.predicting(last_hidden(model, **part.inputs(device), use_cache=False)).float()[valid]
-        found = fused_loss(hidden, head, targets[valid], Objective(), teacher_hidden=hidden, teacher_head=head)
-        sums += torch.stack([found.cross_entropy.double().sum(), found.teacher_entropy.double().sum()]).cpu()
+        sums += torch.stack([values.double().sum() for values in loss_and_entropy(hidden, head, targets[valid])]).cpu()
         count += int(valid.sum())
     return {"loss": float(sums[0]) / count, "entropy": float(sums[1]) / count}
 

@@ -7,26 +7,27 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cascade.data.bad_rows import BadRows
-from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
-from cascade.data.examples import Examples, LabelledData, Raw, read_examples
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, save_blocks
+from cascade.data.examples import Examples, LabelledData, Raw, load_training, read_examples, save_examples
 from cascade.data.labels import require_known_labels
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.data.splits import Heldout
-from cascade.distillation.losses.fused import FusedLoss, fused_loss
-from cascade.distillation.options import Objective
 from cascade.distillation.teacher_memory import teacher_hidden
 from cascade.evaluation.classification import class_metrics
-from cascade.evaluation.long_tail import calibration_error, confidences, long_tail
+from cascade.evaluation.long_tail import calibration_error, long_tail
 from cascade.evaluation.metric import heldout_metric
 from cascade.evaluation.sentence_embeddings import embedding_metrics
-from cascade.models.architecture.head import Head, head_of, last_hidden
+from cascade.evaluation.token_scores import score_tokens
+from cascade.models.architecture.head import head_of, last_hidden
 from cascade.models.architecture.model_class import is_body
 from cascade.report.records import Metric
 
@@ -48,9 +49,8 @@ def heldout_blocks(
 
     Rows that cannot be used are counted in `bad`. Messages name `name`.
     """
-    blocks = prepare_blocks(
-        data, HELDOUT, tokenizer, block_size=block_size, document_masks=document_masks, name=name, bad=bad
-    )
+    block_format = BlockFormat(block_size=block_size, document_masks=document_masks)
+    blocks = prepare_blocks(data, HELDOUT, tokenizer, block_format, name=name, bad=bad)
     return blocks.take(max_blocks)
 
 
@@ -76,8 +76,7 @@ def sample_blocks(
         production_data(data, files),
         HELDOUT,
         tokenizer,
-        block_size=block_size,
-        document_masks=document_masks,
+        BlockFormat(block_size=block_size, document_masks=document_masks),
         name="data.production",
         bad=bad,
     )
@@ -99,11 +98,11 @@ def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *
     Raises:
         UserError: it does not, or it cannot be read.
     """
-    few = _CHAT_BLOCKS if data.messages_field else 1
-    prepare_blocks(data, HELDOUT, tokenizer, block_size=block_size, max_blocks=few)
+    few = BlockFormat(block_size=block_size, max_blocks=_CHAT_BLOCKS if data.messages_field else 1)
+    prepare_blocks(data, HELDOUT, tokenizer, few)
     if production:
         text = production_data(data, production)
-        prepare_blocks(text, HELDOUT, tokenizer, block_size=block_size, max_blocks=few, name="data.production")
+        prepare_blocks(text, HELDOUT, tokenizer, few, name="data.production")
 
 
 def heldout_documents(data: TextData) -> list[Any]:
@@ -125,6 +124,24 @@ def heldout_rows(data: LabelledData) -> list[Raw]:
 def heldout_examples(read: Callable[[Heldout], Examples]) -> Examples:
     """The held-out split as labelled examples; `read` gives that of a split; read by this package only."""
     return read(HELDOUT)
+
+
+HELDOUT_FILE = "heldout.safetensors"
+"""In the folder of a stage that packs text for evaluations."""
+
+
+def save_heldout(text: TokenBlocks | Examples, folder: Path) -> None:
+    """Keep packed held-out or production text in a file that opens for evaluations alone (`open_heldout`)."""
+    path = folder / HELDOUT_FILE
+    if isinstance(text, Examples):
+        save_examples(text, path, split="heldout")
+    else:
+        save_blocks(text, path, split="heldout")
+
+
+def open_heldout(folder: Path) -> TokenBlocks | Examples:
+    """What `save_heldout` wrote; read by this package, and by the stage that hands it to this package."""
+    return load_training(folder / HELDOUT_FILE, split="heldout")
 
 
 def require_known_heldout_labels(data: LabelledData, classes: Sequence[str]) -> None:
@@ -213,15 +230,19 @@ def _block_report(
         expert_hidden, expert = None, None
         if teacher is not None:
             expert_hidden, expert = part.predicting(teacher_hidden(teacher, inputs)).float()[valid], head_of(teacher)
-        head = head_of(model)
-        losses = _losses(hidden, head, targets[valid], expert_hidden, expert, vocab_size)
-        confidence.append(confidences(hidden, head, targets[valid]))
-        if expert_hidden is not None and expert is not None:
-            expert_loss = fused_loss(expert_hidden, expert, targets[valid], Objective()).cross_entropy
-            difficulty.append(torch.stack([losses.teacher_entropy, expert_loss, losses.cross_entropy]).cpu())
-        values = {"loss": losses.cross_entropy}
-        if teacher is not None:
-            values |= {"kl_to_teacher": losses.divergence, "top1_agreement": losses.agrees}
+        scores = score_tokens(
+            hidden,
+            head_of(model),
+            targets[valid],
+            teacher_hidden=expert_hidden,
+            teacher_head=expert,
+            vocab_size=vocab_size,
+        )
+        confidence.append(scores.confidence)
+        values, comparison = {"loss": scores.loss}, scores.comparison
+        if comparison is not None:
+            difficulty.append(torch.stack([comparison.teacher_entropy, comparison.teacher_loss, scores.loss]).cpu())
+            values |= {"kl_to_teacher": comparison.kl, "top1_agreement": comparison.agrees}
         for name, value in values.items():
             by_block = torch.zeros(valid.shape, dtype=torch.float64, device=device).masked_scatter_(
                 valid, value.double()
@@ -260,19 +281,6 @@ def block_sums(blocks: TokenBlocks, tokens: Tensor, sums: dict[str, Tensor]) -> 
         digest.update(part.long().contiguous().numpy().tobytes())
     values = {name: one.cpu().tolist() for name, one in sums.items()}
     return {"text": digest.hexdigest(), "tokens": tokens.long().cpu().tolist()} | values
-
-
-def _losses(
-    ours: Tensor, head: Head, targets: Tensor, theirs: Tensor | None, expert: Head | None, vocab_size: int | None
-) -> FusedLoss:
-    """Losses of N tokens: the cross-entropy over all of a model's own rows, the rest over the common ids."""
-    if expert is None:
-        return fused_loss(ours, head, targets, Objective())
-    objective = Objective(vocab_size=vocab_size)
-    found = fused_loss(ours, head, targets, objective, teacher_hidden=theirs, teacher_head=expert)
-    if objective.common_rows(len(head.weight), len(expert.weight)) == len(head.weight):
-        return found
-    return found._replace(cross_entropy=fused_loss(ours, head, targets, Objective()).cross_entropy)
 
 
 def _metric(name: str, sums: Tensor, tokens: Tensor, *, higher: bool) -> Metric:

@@ -9,27 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.models.architecture.head import Head, logits_of
-
 PARTS = 10
 SLICES = 5
 """The worst so many are told."""
 
 _BINS = 15
-_CHUNK_ELEMENTS = 1 << 23
-
-
-@torch.no_grad()
-def confidences(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """float64 [2, N], on the CPU: probability of the likeliest token, and 1 where that is the target."""
-    rows = max(1, _CHUNK_ELEMENTS // len(head.weight))
-    found = []
-    for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = logits_of(part, head)
-        best = logits.max(-1)
-        sure = (best.values - logits.logsumexp(-1)).exp()
-        found.append(torch.stack([sure.double(), (best.indices == wanted).double()]).cpu())
-    return torch.cat(found, 1) if found else torch.zeros(2, 0, dtype=torch.float64)
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = _BINS) -> float:

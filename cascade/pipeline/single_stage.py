@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from cascade.data.blocks import TokenBlocks, pack_documents
+from cascade.data.blocks import TokenBlocks
 from cascade.data.framing import Framing, framing_of
+from cascade.data.packing import pack_documents
 from cascade.data.sources import TextData, read_documents
 from cascade.data.splits import Split
 from cascade.distillation.options import Hooks, Objective, Optimization

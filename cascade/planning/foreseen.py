@@ -8,6 +8,7 @@ from typing import Any
 from cascade.data.examples import image_examples, read_examples
 from cascade.data.framing import require_end_token
 from cascade.data.masking import mask_token
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.distillation.losses.relations import attention_projections
 from cascade.evaluation.heldout import (
@@ -159,4 +160,4 @@ def _require_text(recipe: Recipe, tokenizer: Any) -> None:
         mask_token(tokenizer)
     if recipe.distill is not None and recipe.distill.teacher == "logprobs":
         listed = replace(text_data(recipe.data), listed=True)
-        prepare_blocks(listed, "train", tokenizer, block_size=size, max_blocks=1)
+        prepare_blocks(listed, "train", tokenizer, BlockFormat(block_size=size, max_blocks=1))

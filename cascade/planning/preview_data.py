@@ -4,6 +4,7 @@ from typing import Any
 
 from cascade.data.examples import read_examples
 from cascade.data.look import example_text, look_at, look_at_passages, look_text, skipped_lines
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents
 from cascade.evaluation.heldout import production_data
@@ -50,12 +51,13 @@ def preview_data(recipe: Recipe, config: Any, tokenizer: Any | None, vocab_size:
 
 def _require_splits(data: TextData, block_size: int, tokenizer: Any | None) -> None:
     bad = data.bad_row_counter()
-    blocks = _BLOCKS if data.messages_field else 1  # a chat's first blocks may hold questions alone
+    count = _BLOCKS if data.messages_field else 1  # a chat's first blocks may hold questions alone
+    block_format = BlockFormat(block_size=block_size, max_blocks=count)
     for split in ("train", "calibration", "selection"):
         if tokenizer is None:
             read_documents(data, split, bad=bad)
         else:
-            prepare_blocks(data, split, tokenizer, block_size=block_size, max_blocks=blocks, bad=bad)
+            prepare_blocks(data, split, tokenizer, block_format, bad=bad)
 
 
 def data_lines(record: dict[str, Any]) -> list[str]:

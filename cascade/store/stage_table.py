@@ -35,6 +35,8 @@ STAGES = {
         Stage(name="generate", format=2, read_by_users=True),
         Stage(name="framing", format=1),
         Stage(name="data", format=2),
+        Stage(name="heldout", format=1, several=True),
+        Stage(name="production", format=1, several=True),
         Stage(name="statistics", format=3, remade_from="statistics", every_rank=True, before_training=True),
         Stage(name="candidate", format=2, remade_from="prune", several=True, before_training=True),
         Stage(name="finalist", format=2, remade_from="prune", several=True, before_training=True),

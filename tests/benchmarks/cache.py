@@ -33,7 +33,8 @@ def blocks_of(options, tokenizer, vocabulary, count):
     """Blocks of the text; of random ids without one."""
     import torch
 
-    from cascade.data.blocks import TokenBlocks, pack_documents
+    from cascade.data.blocks import TokenBlocks
+    from cascade.data.packing import pack_documents
 
     if not options.text:
         ids = torch.randint(3, vocabulary, (count, options.block_size), generator=torch.Generator().manual_seed(0))

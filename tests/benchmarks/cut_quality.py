@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
 
     import torch
 
-    from cascade.data.blocks import pack_documents
+    from cascade.data.packing import pack_documents
     from cascade.data.sources import TextData, read_documents
     from cascade.distillation.losses.batch import selection_losses
     from cascade.distillation.options import Execution, Optimization

@@ -10,10 +10,11 @@ from test_documents import Killed, assert_same
 from cascade.cli.main import main
 from cascade.data import streaming
 from cascade.data.bad_rows import BadRows
-from cascade.data.blocks import IGNORE_INDEX, BlockFormat
+from cascade.data.blocks import IGNORE_INDEX
 from cascade.data.framing import framing_of
 from cascade.data.look import example_text, look_at
 from cascade.data.messages import conversation_examples, conversation_tokens, shown_tokens
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.data.rows import Place
 from cascade.data.sources import TextData, read_documents
@@ -140,7 +141,7 @@ def test_one_bad_row_of_hundreds_is_left_out_counted_and_named(tmp_path, kind, s
         for name, rows in {"good.jsonl": good, "bad.jsonl": [*good[:40], row, *good[40:]]}.items()
     )
     tokenizer, bad = tokenizer_with(STABLE), found.bad_row_counter()
-    options = {"block_size": 32, "document_masks": not text}
+    options = {"block_format": BlockFormat(block_size=32, document_masks=not text)}
     blocks = prepare_blocks(found, HELDOUT, tokenizer, bad=bad, **options)
     assert_same(blocks, prepare_blocks(whole, HELDOUT, tokenizer, **options))
     record = bad.record()
@@ -160,9 +161,9 @@ def test_more_bad_rows_than_the_recipe_allows_are_refused(tmp_path, streaming):
     )
     tokenizer = tokenizer_with(STABLE)
     with pytest.raises(UserError, match=said):
-        prepare_blocks(data, HELDOUT, tokenizer, block_size=32)
+        prepare_blocks(data, HELDOUT, tokenizer, BlockFormat(block_size=32))
     bad = BadRows("skip", 0.02)
-    prepare_blocks(data, HELDOUT, tokenizer, block_size=32, bad=bad)
+    prepare_blocks(data, HELDOUT, tokenizer, BlockFormat(block_size=32), bad=bad)
     assert bad.record()["skipped"] == 8
 
 

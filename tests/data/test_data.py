@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.data import stdlib
-from cascade.data.blocks import load_blocks, pack_documents, save_blocks
+from cascade.data.blocks import load_blocks, save_blocks
+from cascade.data.packing import pack_documents
 from cascade.data.sources import TextData, read_documents
 from cascade.data.splits import SPLITS, drop_near_copies, split_of_text
 from cascade.evaluation.heldout import HELDOUT

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from test_architectures import DECODERS, config_of
 
 from cascade.data import streaming
-from cascade.data.blocks import IGNORE_INDEX, BlockFormat, TokenBlocks, load_blocks, pack_tokens, save_blocks
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks, save_blocks
 from cascade.data.framing import framing_of
 from cascade.data.messages import chat_documents, conversation_tokens
+from cascade.data.packing import BlockFormat, pack_tokens
 from cascade.data.prepare import mixed, prepare_blocks
 from cascade.data.sources import TextData
 from cascade.distillation.losses.batch import batch_losses
@@ -157,7 +158,7 @@ def chats(path, count):
 
 def test_chat_files_become_blocks_whose_conversations_are_kept_apart(tokenizer, tmp_path):
     data = chats(tmp_path / "chat.jsonl", 60)
-    blocks = prepare_blocks(data, "train", tokenizer, block_size=32, document_masks=True)
+    blocks = prepare_blocks(data, "train", tokenizer, BlockFormat(block_size=32, document_masks=True))
     assert 0.1 < (blocks.labels != IGNORE_INDEX).float().mean() < 0.9
     assert (blocks.position_ids[:, 0] == 0).all()
     assert (blocks.position_ids == 0).sum() > len(blocks)
@@ -188,7 +189,7 @@ def test_weights_of_files_are_shares_of_the_training_blocks(tokenizer, tmp_path)
                 file.write(json.dumps({"text": f"{word} {number} " * 20}) + "\n")
     files = tuple(str(tmp_path / f"{name}.jsonl") for name in "ab")
     data = TextData("files", {"train": files}, weights=(3.0, 1.0))
-    blocks = prepare_blocks(data, "train", tokenizer, block_size=32, max_blocks=80)
+    blocks = prepare_blocks(data, "train", tokenizer, BlockFormat(block_size=32, max_blocks=80))
     assert len(blocks) == 80
     texts = [tokenizer.decode(row) for row in blocks.input_ids]
     assert sum("alpha" in text for text in texts) == 60
@@ -209,9 +210,9 @@ def test_streamed_text_gives_the_blocks_of_text_read_at_once_and_goes_on_where_i
     files = tuple(str(tmp_path / f"{name}.jsonl") for name in "ab")
     data = TextData("files", {"train": files})
     options = {"block_size": 32, "max_blocks": 300, "document_masks": document_masks}
-    whole = prepare_blocks(data, "train", tokenizer, **options)
+    whole = prepare_blocks(data, "train", tokenizer, BlockFormat(**options))
     streamed = dataclasses.replace(data, streaming=True)
-    assert_same(prepare_blocks(streamed, "train", tokenizer, **options), whole)
+    assert_same(prepare_blocks(streamed, "train", tokenizer, BlockFormat(**options)), whole)
 
     read = []
     tokens = streaming._tokens
@@ -257,7 +258,7 @@ def test_F17_a_damaged_shard_of_streamed_text_is_read_again(tokenizer, tmp_path,
 def test_streamed_chat_and_its_splits_are_those_of_chat_read_at_once(tokenizer, tmp_path):
     data = chats(tmp_path / "chat.jsonl", 400)
     for split in ("train", "selection"):
-        options = {"block_size": 32, "max_blocks": 50, "document_masks": True}
+        options = {"block_format": BlockFormat(block_size=32, max_blocks=50, document_masks=True)}
         streamed = prepare_blocks(dataclasses.replace(data, streaming=True), split, tokenizer, **options)
         assert_same(streamed, prepare_blocks(data, split, tokenizer, **options))
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascade.data.packing import BlockFormat
 from cascade.data.passages import cut_documents, passages
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, cuts_passages, read_documents
@@ -70,8 +71,9 @@ def test_one_text_file_is_a_whole_corpus(tmp_path, caplog):
     tokenizer = load_tokenizer(resolve_model("builtin:pico-python"))
     streamed = TextData("files", data.files, streaming=True)
     for split in (*SPLITS[:3], HELDOUT):
-        blocks = prepare_blocks(data, split, tokenizer, block_size=32, max_blocks=5)
-        assert blocks.input_ids.equal(prepare_blocks(streamed, split, tokenizer, block_size=32, max_blocks=5).input_ids)
+        block_format = BlockFormat(block_size=32, max_blocks=5)
+        blocks = prepare_blocks(data, split, tokenizer, block_format)
+        assert blocks.input_ids.equal(prepare_blocks(streamed, split, tokenizer, block_format).input_ids)
 
 
 def test_only_documents_too_few_for_the_splits_are_cut(tmp_path):

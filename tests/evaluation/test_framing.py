@@ -9,10 +9,11 @@ from conftest import SHARED, distill_with, make_model, needs_shared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, pack_documents, pack_tokens
+from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.framing import Framing, framing_of, written_around
 from cascade.data.masking import masked_blocks
 from cascade.data.messages import conversation_tokens
+from cascade.data.packing import BlockFormat, pack_documents, pack_tokens
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData
 from cascade.evaluation.framing_test import choose_framing
@@ -155,9 +156,9 @@ def test_training_calibration_selection_and_held_out_text_begin_alike(tmp_path):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         files[split] = (str(path),)
     data, tokenizer = TextData("files", files, begin_blocks=True), letters_tokenizer()
-    options = {"block_size": 8}
+    options = {"block_format": BlockFormat(block_size=8)}
     read = {split: prepare_blocks(data, split, tokenizer, **options) for split in (*list(files)[:3], HELDOUT)}
-    read["heldout by evaluation"] = heldout_blocks(data, tokenizer, max_blocks=99, **options)
+    read["heldout by evaluation"] = heldout_blocks(data, tokenizer, max_blocks=99, block_size=8)
     read["streamed"] = prepare_blocks(replace(data, streaming=True), "train", tokenizer, **options)
     for blocks in read.values():
         assert set(blocks.input_ids[:, 0].tolist()) == {BEGIN}

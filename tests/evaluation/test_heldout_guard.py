@@ -7,9 +7,9 @@ from typing import get_args, get_type_hints
 import pytest
 from conftest import ROOT
 
-from cascade.data.blocks import BlockFormat
 from cascade.data.examples import LabelledData, read_examples
 from cascade.data.framing import framing_of
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData, read_documents, read_placed
 from cascade.data.splits import SPLITS, Heldout, Split
@@ -43,7 +43,7 @@ def first_text(reader, data, split, folder):
     if reader is read_examples:
         return read_examples(LabelledData(data, images=False), split)[0].content
     if reader is prepare_blocks:
-        return tokenizer.decode(prepare_blocks(data, split, tokenizer, block_size=16).input_ids[0])
+        return tokenizer.decode(prepare_blocks(data, split, tokenizer, BlockFormat(block_size=16)).input_ids[0])
     block_format = BlockFormat(
         block_size=16, max_blocks=4, document_masks=False, framing=framing_of(tokenizer, "data", begin_blocks=True)
     )

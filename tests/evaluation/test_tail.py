@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade.evaluation.heldout import block_metrics
-from cascade.evaluation.long_tail import confidences, long_tail
+from cascade.evaluation.long_tail import long_tail
+from cascade.evaluation.token_scores import score_tokens
 from cascade.models.architecture.head import Head
 
 
@@ -36,7 +37,7 @@ def test_confidence_is_the_softmaxs_largest_and_right_where_it_stands_on_the_tar
     draw = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(50, 8, generator=draw), torch.randn(30, 8, generator=draw)
     targets = torch.randint(0, 30, (50,), generator=draw)
-    sure, right = confidences(hidden, Head(weight, None, 0.5, 4.0), targets)
+    sure, right = score_tokens(hidden, Head(weight, None, 0.5, 4.0), targets).confidence
     p = (4.0 * torch.tanh(hidden @ weight.T * 0.5 / 4.0)).double().softmax(-1)
     assert torch.allclose(sure, p.amax(-1), rtol=1e-5)
     assert torch.equal(right.bool(), p.argmax(-1) == targets)

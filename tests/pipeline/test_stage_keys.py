@@ -18,6 +18,8 @@ KEYS = {
     "generate": "c07f1a02cd73c497",
     "framing": "acec580fa7947f91",
     "data": "468d59e388c6d0c6",
+    "heldout": "d65c83153220eb49",
+    "production": "4f67e98c20878076",
     "statistics": "46a1d3bccf429971",
     "candidate": "1850d4ab645b4ae3",
     "finalist": "743eb5a1c63a7c3a",

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_documents import Killed
 
 from cascade.data import streaming
-from cascade.data.blocks import BlockFormat
 from cascade.data.framing import framing_of
 from cascade.data.look import look_at, look_text
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.data.rows import Place, read_rows, require_fields
 from cascade.data.sources import TextData, cuts_passages, kept_elsewhere, read_documents
@@ -243,7 +243,7 @@ def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on
     splits = dict.fromkeys(SPLITS, "train")
     data = TextData("hub", {}, dataset="org/data", revision="a" * 40, hub_splits=splits)
     tokenizer = load_tokenizer(resolve_model("builtin:pico-python"))
-    whole = prepare_blocks(data, HELDOUT, tokenizer, block_size=32)
+    whole = prepare_blocks(data, HELDOUT, tokenizer, BlockFormat(block_size=32))
     streamed = dataclasses.replace(data, streaming=True)
     block_format = BlockFormat(block_size=32, max_blocks=10_000, framing=framing_of(tokenizer, "data"))
     arguments, options = (streamed, HELDOUT, tokenizer, block_format), {"folder": tmp_path, "shard_tokens": 2000}
@@ -274,7 +274,7 @@ def test_streamed_text_of_the_hub_is_never_fetched_whole(monkeypatch):
         lambda: cuts_passages(data),
         lambda: kept_elsewhere(data, "train"),
         lambda: look_at(data, "train", ("train",), tokenizer),
-        lambda: prepare_blocks(data, HELDOUT, tokenizer, block_size=32),
+        lambda: prepare_blocks(data, HELDOUT, tokenizer, BlockFormat(block_size=32)),
     ):
         hub.streamed = None
         read()

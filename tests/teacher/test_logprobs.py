@@ -11,9 +11,10 @@ from endpoint_server import chat_answer, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.data.blocks import IGNORE_INDEX, Tokenized, load_blocks, pack_tokens, save_blocks
+from cascade.data.blocks import IGNORE_INDEX, load_blocks, save_blocks
 from cascade.data.endpoint_logprobs import ListedReader
 from cascade.data.messages import conversation_tokens
+from cascade.data.packing import Tokenized, pack_tokens
 from cascade.data.token_bytes import token_bytes
 from cascade.data.token_targets import ListedTargets
 from cascade.distillation.losses.divergences import ghost

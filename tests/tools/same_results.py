@@ -97,10 +97,14 @@ def main() -> None:
         shutil.rmtree(later, ignore_errors=True)
         for checkout, output in ((before, earlier), (after, later)):
             make_family(checkout, name, output, work, short=options.short)
-        results = results_of(earlier)
-        differences = differences_of(results, results_of(later))
+        results, later_results = results_of(earlier), results_of(later)
+        added = added_stages(results["stages"], later_results["stages"])
+        for folder in added:
+            del later_results["stages"][folder]
+        differences = differences_of(results, later_results)
         differing += bool(differences)
-        print(f"{name}: {'the same' if not differences else 'differs'} ({results['summary']})", flush=True)
+        more = f", new kinds of stage: {', '.join(added)}" if added else ""
+        print(f"{name}: {'the same' if not differences else 'differs'} ({results['summary']}{more})", flush=True)
         for line in differences[:20]:
             print(f"  {line}", flush=True)
     if options.keep is None:
@@ -181,6 +185,12 @@ def results_of(run: Path) -> dict[str, Any]:
         "family": family,
         "summary": f"{len(weights)} weight files, {len(stages)} stages, {len(family['rows'])} rows",
     }
+
+
+def added_stages(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Folders of stages of kinds that the earlier checkout did not have: an addition, and no difference."""
+    kinds = {name.rpartition("-")[0] for name in before}
+    return [name for name in after if name.rpartition("-")[0] not in kinds]
 
 
 def without_times(value: Any) -> Any:

@@ -209,7 +209,7 @@ def _work(
         transform_logits(expected, teacher[1])
         tokens[3] = logits.argmax(-1) == expected.argmax(-1)
         plain = objective.temperature == 1 and objective.divergence == "forward_kl"
-        (_forward_kl_in_place if plain else _any_divergence)(logits, expected, targets, objective, tokens)
+        (forward_kl_in_place if plain else _any_divergence)(logits, expected, targets, objective, tokens)
     elif isinstance(known, DrawnTargets):
         drawn_kl(logits, known, targets, objective.cross_entropy_weight, tokens)
     elif known is not None:
@@ -238,7 +238,7 @@ def transform_logits(logits: Tensor, head: Head) -> Tensor | None:
     return chain
 
 
-def _forward_kl_in_place(
+def forward_kl_in_place(
     logits: Tensor, expected: Tensor, targets: Tensor, objective: Objective, tokens: Tensor
 ) -> None:
     """Forward KL at temperature 1, the usual case, with one buffer and two exponentials per logit."""

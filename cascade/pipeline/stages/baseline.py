@@ -15,7 +15,7 @@ from cascade.models.checkpoint.load import (
 from cascade.pipeline.context import Run
 from cascade.pipeline.rows import baseline_row
 from cascade.pipeline.stage_output import Made, Start
-from cascade.pipeline.stages.evaluate import heldout_text
+from cascade.pipeline.stages.heldout import heldout_text
 from cascade.pipeline.stages.recover import Training, train
 from cascade.planning.family import ResolvedMember
 from cascade.planning.inputs import evaluation_settings
@@ -29,7 +29,7 @@ from cascade.store.strict_json import write_json
 def make_baseline(run: Run, checkpoint: ModelSource, folder: Path, on_step: OnStep) -> None:
     """Held-out metrics of a model that is only there to be compared with, and its heldout_blocks.json."""
     teacher, model = run.teacher(), load_model(checkpoint).to(default_device())
-    heldout = heldout_text(run.recipe, run.parent.source, vocab_size=run.vocab_size)
+    heldout = heldout_text(run, run.parent.source, vocab_size=run.vocab_size)
     report = heldout_report(model, teacher, heldout, vocab_size=run.vocab_size)
     write_json(folder / "eval.json", {"metrics": report.metrics, "items": {}})
     if report.blocks is not None:

@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cascade.data.blocks import TokenBlocks, load_blocks, pack_documents, save_blocks
+from cascade.data.blocks import TokenBlocks, load_blocks, save_blocks
 from cascade.data.examples import Examples, load_training, read_examples, save_examples
 from cascade.data.framing import framing_of
+from cascade.data.packing import BlockFormat, pack_documents
 from cascade.data.prepare import prepare_blocks
 from cascade.data.splits import Split
 from cascade.models.architecture.dims import dims_of
@@ -108,9 +109,7 @@ def make_data(recipe: Recipe, parent: ModelSource, tokenizer: Any, folder: Path,
             replace(text_data(data), listed=reads_logprobs(recipe)),
             split,
             tokenizer,
-            block_size=data.block_size,
-            max_blocks=limit,
-            document_masks=data.masks_documents,
+            BlockFormat(block_size=data.block_size, max_blocks=limit, document_masks=data.masks_documents),
             stream_folder=partial_of(folder),
             bad=bad,
         )

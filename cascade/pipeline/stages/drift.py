@@ -14,7 +14,8 @@ from cascade.models.checkpoint.load import (
     load_config,
 )
 from cascade.pipeline.context import Run
-from cascade.pipeline.stages.evaluate import block_ids, heldout_text, production_text, write_beside
+from cascade.pipeline.stages.evaluate import block_ids, write_beside
+from cascade.pipeline.stages.heldout import heldout_text, production_text
 from cascade.planning.inputs import (
     evaluation_settings,
     text_data,
@@ -31,10 +32,10 @@ _TRAINING_BLOCKS = 2048
 def make_drift(run: Run, folder: Path, on_step: OnStep) -> None:
     """drift.json: production text beside the recipe's held-out text, against the training text and for the teacher."""
     recipe, parent, teacher = run.recipe, run.parent.source, run.teacher()
-    texts = {"heldout": heldout_text(recipe, parent), "production": production_text(recipe, parent)}
-    train = load_training(run.data.folder / "train.safetensors")
-    if not isinstance(train, TokenBlocks):
+    heldout, train = heldout_text(run, parent), load_training(run.data.folder / "train.safetensors")
+    if not isinstance(heldout, TokenBlocks) or not isinstance(train, TokenBlocks):
         raise ValueError("production text is compared with blocks of tokens")
+    texts = {"heldout": heldout, "production": production_text(run, parent)}
     # Of both texts as many tokens, or the longer would have more that is new; of the training text many more.
     count = min(len(blocks) for blocks in texts.values())
     others = [block_ids(blocks.take(count)) for blocks in texts.values()]

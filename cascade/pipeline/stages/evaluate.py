@@ -9,20 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.data.bad_rows import BadRows
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.heldout import (
     PRODUCTION_METRICS,
     block_metrics,
-    heldout_blocks,
-    heldout_examples,
-    sample_blocks,
 )
 from cascade.evaluation.retention import with_retention
 from cascade.evaluation.tasks_lm_eval.task_options import HarnessOptions, TaskOptions
 from cascade.models.architecture.model_class import reads_images
-from cascade.models.architecture.vocabulary import require_ids
 from cascade.models.checkpoint.load import (
     ModelSource,
     load_config,
@@ -31,9 +26,8 @@ from cascade.models.checkpoint.load import (
 )
 from cascade.pipeline.context import Run
 from cascade.pipeline.stage_output import Made
-from cascade.planning.classifier import examples_of
+from cascade.pipeline.stages.heldout import heldout_text, production_text
 from cascade.planning.inputs import (
-    as_guessed,
     evaluation_settings,
     text_data,
 )
@@ -67,7 +61,7 @@ def make_evaluation(run: Run, checkpoint: ModelSource, reference: Path | None, f
     recipe, vocab_size, trained_with = run.recipe, run.vocab_size, run.parent.source
     teacher = None if run.parent_evaluation is None else run.teacher()
     bad = text_data(recipe.data).bad_row_counter()
-    heldout = heldout_text(recipe, checkpoint, bad, vocab_size=vocab_size)
+    heldout = heldout_text(run, checkpoint, bad, vocab_size=vocab_size)
     result = evaluate(
         checkpoint,
         tasks=_task_options(recipe, partial_of(folder) / "tasks"),
@@ -81,7 +75,7 @@ def make_evaluation(run: Run, checkpoint: ModelSource, reference: Path | None, f
         raise RunError(f"the parent's evaluation: {failures(result.failed)}")
     if recipe.data.production:
         model = load_model(checkpoint).to(default_device())
-        production = production_text(recipe, checkpoint, bad, vocab_size=vocab_size)
+        production = production_text(run, checkpoint, bad, vocab_size=vocab_size)
         metrics, _ = block_metrics(model, teacher, production, vocab_size=vocab_size)
         result.metrics.extend(
             replace(metric, task="production") for metric in metrics if metric.metric in PRODUCTION_METRICS
@@ -129,26 +123,8 @@ def failures(failed: dict[str, str]) -> str:
 
 
 def block_ids(blocks: TokenBlocks) -> Tensor:
-    """The text's own ids [T], also where they are hidden from the model."""
-    return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten()
-
-
-def production_text(
-    recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None, *, vocab_size: int | None = None
-) -> TokenBlocks:
-    """The blocks of production text, as the recipe's task reads them; rows left out are counted in `bad`."""
-    tokenizer, rows = load_tokenizer(checkpoint), load_config(checkpoint).get_text_config().vocab_size
-    blocks = sample_blocks(
-        text_data(recipe.data),
-        recipe.data.production,
-        tokenizer,
-        block_size=recipe.data.block_size,
-        max_blocks=recipe.evaluate.heldout_blocks,
-        document_masks=recipe.data.masks_documents,
-        bad=bad,
-    )
-    require_ids(blocks.input_ids, vocab_size or rows, tokenizer, "data.production")
-    return as_guessed(recipe, blocks, "heldout", tokenizer, vocab_size or rows)
+    """int64 [T]: the text's own ids, also where they are hidden from the model."""
+    return torch.where(blocks.labels != IGNORE_INDEX, blocks.labels, blocks.input_ids).flatten().long()
 
 
 def _with_beginnings(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource) -> dict[str, Any]:
@@ -162,27 +138,6 @@ def _with_beginnings(tail: dict[str, Any], heldout: Any, checkpoint: ModelSource
         text = tokenizer.decode(block_ids(heldout.rows(row))[:_SHOWN_TOKENS])
         slices.append(block | {"slice": " ".join(text.split())[:_SHOWN_LETTERS]})
     return tail | {"slices": slices}
-
-
-def heldout_text(
-    recipe: Recipe, checkpoint: ModelSource, bad: BadRows | None = None, *, vocab_size: int | None = None
-) -> Any:
-    """The held-out blocks, or examples, as the recipe's task reads them; rows left out are counted in `bad`."""
-    config = load_config(checkpoint)
-    tokenizer = None if reads_images(config) else load_tokenizer(checkpoint)
-    if recipe.counts_examples:
-        return heldout_examples(lambda split: examples_of(recipe, config, split, tokenizer, bad=bad))
-    blocks = heldout_blocks(
-        text_data(recipe.data),
-        tokenizer,
-        block_size=recipe.data.block_size,
-        max_blocks=recipe.evaluate.heldout_blocks,
-        document_masks=recipe.data.masks_documents,
-        bad=bad,
-    )
-    limit = vocab_size or int(config.get_text_config().vocab_size)
-    require_ids(blocks.input_ids, limit, tokenizer, "the held-out text")
-    return as_guessed(recipe, blocks, "heldout", tokenizer, limit)
 
 
 def evaluate_parent(run: Run) -> Made:

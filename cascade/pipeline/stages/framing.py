@@ -7,6 +7,7 @@ from typing import Any
 
 from cascade.data.blocks import TokenBlocks
 from cascade.data.framing import Framing, framing_of, require_end_token
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.framing_test import choose_framing
@@ -63,8 +64,7 @@ def make_framing(recipe: Recipe, parent: ModelSource, folder: Path, on_step: OnS
             replace(source, begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix)),
             "selection",
             tokenizer,
-            block_size=data.block_size,
-            document_masks=data.masks_documents,
+            BlockFormat(block_size=data.block_size, document_masks=data.masks_documents),
         )
         require_ids(blocks.input_ids, rows, tokenizer, "data.selection")
         return blocks

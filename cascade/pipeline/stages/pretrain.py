@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from cascade.data.blocks import TokenBlocks
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
@@ -109,11 +110,11 @@ def make_pretrained(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
         model_max_length=usable_context(config) or config.max_position_embeddings,
         masks=recipe.task == "masked_language",
     )
-    packing: dict[str, Any] = {"block_size": settings.block_size, "document_masks": recipe.data.masks_documents}
-    selection = prepare_blocks(data, "selection", tokenizer, **packing)
+    block_format = BlockFormat(block_size=settings.block_size, document_masks=recipe.data.masks_documents)
+    selection = prepare_blocks(data, "selection", tokenizer, block_format)
     model, _ = pretrain(
         config,
-        as_guessed(recipe, prepare_blocks(data, "train", tokenizer, **packing), "train", tokenizer),
+        as_guessed(recipe, prepare_blocks(data, "train", tokenizer, block_format), "train", tokenizer),
         num_tokens=settings.tokens,
         optimization=_optimization(settings, recipe.seed),
         execution=Execution(microbatch_size=settings.microbatch_size),
