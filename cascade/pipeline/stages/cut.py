@@ -1,4 +1,8 @@
-"""The stage prune: a smaller model by scores, or of whole layers."""
+"""The stage prune: a smaller model, cut by importance scores or made of whole layers.
+
+Depends on: the recipe's `prune`, the target dims, the source model, its statistics, the parent and the data.
+Leaves: `plan.json`, `checkpoint/` in float32, and `losses.json` on selection blocks.
+"""
 
 import json
 from collections.abc import Sequence
@@ -42,25 +46,32 @@ class Base:
     """What its importance scores are computed from; None where nothing is scored."""
 
 
-def make_cut(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
-    """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
-    teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
-    plan = plan_shape(run, base, model, FoundShape(member.dims, member.hidden))
-    _save_cut(run, model, plan, teacher, folder)
+def take_layers(run: Run, member: ResolvedMember, base: Base) -> Made:
+    """The stage prune of a member that starts from whole layers, spread evenly."""
+    dims, num_selected = member.dims.as_dict(), selection_size(run.recipe)
+    return run.runner.make(
+        "prune",
+        member.name,
+        settings={"init": "layers", "dims": dims, "selection_blocks": num_selected},
+        inputs={"seed": base.model, "teacher": run.parent, "data": run.data},
+        write=partial(make_layers, run, member, base),
+    )
 
 
-def make_layers(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
-    """What make_cut writes, of whole layers that are spread evenly: no statistics, nothing scored."""
-    teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
-    plan = plan_layers(model.config, member.dims, member.name)
-    _save_cut(run, model, plan, teacher, folder)
-
-
-def _save_cut(run: Run, model: nn.Module, plan: PruningPlan, teacher: nn.Module, folder: Path) -> None:
-    save_plan(plan, folder / "plan.json")
-    pruned = prune(model, plan).to(default_device())
-    save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)
-    write_losses(folder / "losses.json", losses_on_selection(run, pruned, teacher))
+def cut_by_scores(run: Run, member: ResolvedMember, base: Base) -> Made:
+    """The stage prune of a member that starts from the best-scored units of its base."""
+    return run.runner.make(
+        "prune",
+        member.name,
+        settings=run.recipe.prune.model_dump(exclude={"repair", "search"})
+        | {
+            "hidden": member.hidden,
+            "dims": member.dims.as_dict(),
+            "selection_blocks": selection_size(run.recipe),
+        },
+        inputs=cut_inputs(run, base),
+        write=partial(make_cut, run, member, base),
+    )
 
 
 def cut_inputs(run: Run, base: Base) -> dict[str, Input]:
@@ -70,9 +81,25 @@ def cut_inputs(run: Run, base: Base) -> dict[str, Input]:
     return {"statistics": base.statistics, "seed": base.model, "teacher": run.parent, "data": run.data}
 
 
-def load_plans(lineage: Sequence[Made] | None) -> list[PruningPlan] | None:
-    """The plans of these prune stages; None where a model was not cut from the parent."""
-    return None if lineage is None else [load_plan(cut.folder / "plan.json") for cut in lineage]
+def make_layers(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
+    """What make_cut writes, of whole layers that are spread evenly: no statistics, nothing scored."""
+    teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
+    plan = plan_layers(model.config, member.dims, member.name)
+    _save_cut(run, model, plan, teacher, folder)
+
+
+def make_cut(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
+    """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
+    teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
+    plan = plan_shape(run, base, model, FoundShape(member.dims, member.hidden))
+    _save_cut(run, model, plan, teacher, folder)
+
+
+def _save_cut(run: Run, model: nn.Module, plan: PruningPlan, teacher: nn.Module, folder: Path) -> None:
+    save_plan(plan, folder / "plan.json")
+    pruned = prune(model, plan).to(default_device())
+    save_checkpoint(pruned, folder / CHECKPOINT, companions=None, dtype=torch.float32)
+    write_losses(folder / "losses.json", losses_on_selection(run, pruned, teacher))
 
 
 def plan_shape(run: Run, base: Base, model: nn.Module, shape: FoundShape) -> PruningPlan:
@@ -117,29 +144,6 @@ def write_losses(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def take_layers(run: Run, member: ResolvedMember, base: Base) -> Made:
-    """The stage prune of a member that starts from whole layers, spread evenly."""
-    dims, num_selected = member.dims.as_dict(), selection_size(run.recipe)
-    return run.runner.make(
-        "prune",
-        member.name,
-        settings={"init": "layers", "dims": dims, "selection_blocks": num_selected},
-        inputs={"seed": base.model, "teacher": run.parent, "data": run.data},
-        write=partial(make_layers, run, member, base),
-    )
-
-
-def cut_by_scores(run: Run, member: ResolvedMember, base: Base) -> Made:
-    """The stage prune of a member that starts from the best-scored units of its base."""
-    return run.runner.make(
-        "prune",
-        member.name,
-        settings=run.recipe.prune.model_dump(exclude={"repair", "search"})
-        | {
-            "hidden": member.hidden,
-            "dims": member.dims.as_dict(),
-            "selection_blocks": selection_size(run.recipe),
-        },
-        inputs=cut_inputs(run, base),
-        write=partial(make_cut, run, member, base),
-    )
+def load_plans(lineage: Sequence[Made] | None) -> list[PruningPlan] | None:
+    """The plans of these prune stages; None where a model was not cut from the parent."""
+    return None if lineage is None else [load_plan(cut.folder / "plan.json") for cut in lineage]

@@ -1,4 +1,7 @@
-"""A parent that learns its classes here: the stage fit."""
+"""The stage fit: a classifier that learns its classes from the labels alone and becomes the parent.
+
+Depends on: `parent.fit`, the labelled data and the weights it starts from. Leaves: `checkpoint/` and `log.jsonl`.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,26 @@ from cascade.planning.inputs import (
 from cascade.recipe.schema import Fit, Recipe
 from cascade.runtime.progress import OnStep
 from cascade.store.commits import partial_of
+
+
+def fitted_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
+    """The parent whose classes are learned here, as the stage fit leaves it."""
+    data, model = recipe.data, recipe.parent.model
+    settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
+    settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
+    token = new_padding(recipe)
+    settings |= {"pad_token": token} if token else {}
+    fitted = runner.make(
+        "fit",
+        "parent",
+        settings=settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
+        inputs={
+            "source": data_fingerprint(data.model_copy(update={"unlabelled": []})),
+            "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
+        },
+        write=partial(make_fitted, recipe),
+    )
+    return fitted.model(model or recipe.name).source
 
 
 def make_fitted(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
@@ -76,23 +99,3 @@ def _optimization(settings: Fit, seed: int) -> Optimization:
         schedule=cosine_schedule(settings),
         weight_decay=settings.weight_decay,
     )
-
-
-def fitted_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
-    """The parent whose classes are learned here, as the stage fit leaves it."""
-    data, model = recipe.data, recipe.parent.model
-    settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
-    settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
-    token = new_padding(recipe)
-    settings |= {"pad_token": token} if token else {}
-    fitted = runner.make(
-        "fit",
-        "parent",
-        settings=settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
-        inputs={
-            "source": data_fingerprint(data.model_copy(update={"unlabelled": []})),
-            "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
-        },
-        write=partial(make_fitted, recipe),
-    )
-    return fitted.model(model or recipe.name).source

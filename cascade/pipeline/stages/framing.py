@@ -1,4 +1,7 @@
-"""The stage that finds how the parent's text is framed, and the recipe that says so."""
+"""The stage framing: where begin and end tokens stand in the text, and the recipe with these settings filled in.
+
+Depends on: the text, its settings and the parent. Leaves: `framing.json` with the choice and the losses behind it.
+"""
 
 from dataclasses import replace
 from functools import partial

@@ -1,4 +1,7 @@
-"""The stage init: random weights of a given shape."""
+"""The stage init: random weights of a member's config.
+
+Depends on: the config and the recipe's seed. Leaves: `checkpoint/` in float32.
+"""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""The stage label: the teacher's targets of all that a member reads."""
+"""The stage label: the teacher's targets for every block that a member trains on, computed once and cached.
+
+Depends on: the cache root, the blocks that the member's steps draw, and the data. Leaves: targets in the cache, and
+`label.json` with what the labelling took.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -11,16 +15,6 @@ from cascade.pipeline.stages.training import teacher_for_training
 from cascade.planning.family import ResolvedMember
 from cascade.runtime.progress import OnStep
 from cascade.store.strict_json import write_json
-
-
-def make_labels(run: Run, member: ResolvedMember, cache: TeacherCache, folder: Path, on_step: OnStep) -> None:
-    """label.json: what it took to have the teacher's targets of all that a member reads."""
-    teacher = run.teacher()
-    blocks = load_training(run.data.folder / "train.safetensors")
-    if isinstance(blocks, Examples):
-        raise ValueError("what a teacher says of single examples is not kept")
-    rows = member_rows(run.recipe, member, len(blocks))
-    write_json(folder / LABELS, cache.label(teacher_for_training(teacher, run.parent.source), blocks, rows, on_step))
 
 
 def make_label_stage(run: Run, member: ResolvedMember) -> Made | None:
@@ -38,3 +32,13 @@ def make_label_stage(run: Run, member: ResolvedMember) -> Made | None:
         inputs={"data": run.data},
         write=partial(make_labels, run, member, cache),
     )
+
+
+def make_labels(run: Run, member: ResolvedMember, cache: TeacherCache, folder: Path, on_step: OnStep) -> None:
+    """label.json: what it took to have the teacher's targets of all that a member reads."""
+    teacher = run.teacher()
+    blocks = load_training(run.data.folder / "train.safetensors")
+    if isinstance(blocks, Examples):
+        raise ValueError("what a teacher says of single examples is not kept")
+    rows = member_rows(run.recipe, member, len(blocks))
+    write_json(folder / LABELS, cache.label(teacher_for_training(teacher, run.parent.source), blocks, rows, on_step))

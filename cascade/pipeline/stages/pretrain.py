@@ -1,4 +1,7 @@
-"""A parent from nothing: a byte-level BPE tokenizer and a model trained by cross-entropy alone."""
+"""The stage pretrain: a parent from nothing, as a byte-level BPE tokenizer and a model trained by cross-entropy.
+
+Depends on: `parent.pretrain`, the text and the recipe's seed. Leaves: `checkpoint/` with the tokenizer, `log.jsonl`.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -36,63 +39,27 @@ END_TOKEN, MASK_TOKEN = "<|endoftext|>", "<|mask|>"
 _PIECES = r"\n[ ]*| ?_?[^\W\d_]+|\d| ?[^\s\w]+|\s+|_+"
 
 
-def train_tokenizer(
-    texts: list[str], *, vocab_size: int, model_max_length: int, masks: bool = False
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of exactly the bytes, the end token (a mask, too) and the commonest merges."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+def pretrained_parent(runner: StageRunner, recipe: Recipe, settings: Pretrain) -> ModelSource:
+    """The parent that is trained from nothing, as the stage pretrain leaves it."""
+    key_settings = settings.model_dump(exclude={"microbatch_size"}) | {
+        "seed": recipe.seed,
+        "dtype": recipe.save.dtype,
+        "text_field": recipe.data.text_field,
+        "weights": recipe.data.weights,
+        "document_masks": recipe.data.masks_documents,
+    }
+    if key_settings["optimizer"] == "adamw":  # runs from before there was a choice stay finished
+        del key_settings["optimizer"]
+    if recipe.task == "masked_language":
+        key_settings |= {"task": recipe.task, "mask_copies": recipe.data.mask_copies}
+    pretrained = runner.make(
+        "pretrain",
+        "parent",
+        settings=key_settings,
+        inputs={"source": data_fingerprint(recipe.data)},
+        write=partial(make_pretrained, recipe),
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_TOKEN, MASK_TOKEN] if masks else [END_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_TOKEN,
-        eos_token=END_TOKEN,
-        model_max_length=model_max_length,
-        **({"mask_token": MASK_TOKEN} if masks else {}),
-    )
-
-
-def pretrain(
-    config: Any,
-    blocks: TokenBlocks,
-    *,
-    num_tokens: int,
-    optimization: Optimization,
-    execution: Execution,
-    selection: Selection,
-    safekeeping: Safekeeping,
-    hooks: Hooks,
-) -> tuple[nn.Module, TrainingMetrics]:
-    """A model of `config` with random weights, trained on `num_tokens` tokens by cross-entropy, as `distill` does."""
-    torch.manual_seed(optimization.seed)
-    model: nn.Module = model_from_config(config)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    metrics = distill(
-        model,
-        None,
-        blocks,
-        num_tokens=num_tokens,
-        optimization=optimization,
-        execution=execution,
-        selection=selection,
-        safekeeping=safekeeping,
-        hooks=hooks,
-    )
-    return model, metrics
+    return pretrained.model(recipe.name).source
 
 
 def make_pretrained(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
@@ -127,6 +94,35 @@ def make_pretrained(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
     tokenizer.save_pretrained(folder / CHECKPOINT)
 
 
+def pretrain(
+    config: Any,
+    blocks: TokenBlocks,
+    *,
+    num_tokens: int,
+    optimization: Optimization,
+    execution: Execution,
+    selection: Selection,
+    safekeeping: Safekeeping,
+    hooks: Hooks,
+) -> tuple[nn.Module, TrainingMetrics]:
+    """A model of `config` with random weights, trained on `num_tokens` tokens by cross-entropy, as `distill` does."""
+    torch.manual_seed(optimization.seed)
+    model: nn.Module = model_from_config(config)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    metrics = distill(
+        model,
+        None,
+        blocks,
+        num_tokens=num_tokens,
+        optimization=optimization,
+        execution=execution,
+        selection=selection,
+        safekeeping=safekeeping,
+        hooks=hooks,
+    )
+    return model, metrics
+
+
 def _optimization(settings: Pretrain, seed: int) -> Optimization:
     return Optimization(
         batch_size=settings.batch_size,
@@ -138,24 +134,31 @@ def _optimization(settings: Pretrain, seed: int) -> Optimization:
     )
 
 
-def pretrained_parent(runner: StageRunner, recipe: Recipe, settings: Pretrain) -> ModelSource:
-    """The parent that is trained from nothing, as the stage pretrain leaves it."""
-    key_settings = settings.model_dump(exclude={"microbatch_size"}) | {
-        "seed": recipe.seed,
-        "dtype": recipe.save.dtype,
-        "text_field": recipe.data.text_field,
-        "weights": recipe.data.weights,
-        "document_masks": recipe.data.masks_documents,
-    }
-    if key_settings["optimizer"] == "adamw":  # runs from before there was a choice stay finished
-        del key_settings["optimizer"]
-    if recipe.task == "masked_language":
-        key_settings |= {"task": recipe.task, "mask_copies": recipe.data.mask_copies}
-    pretrained = runner.make(
-        "pretrain",
-        "parent",
-        settings=key_settings,
-        inputs={"source": data_fingerprint(recipe.data)},
-        write=partial(make_pretrained, recipe),
+def train_tokenizer(
+    texts: list[str], *, vocab_size: int, model_max_length: int, masks: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of exactly the bytes, the end token (a mask, too) and the commonest merges."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-    return pretrained.model(recipe.name).source
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN, MASK_TOKEN] if masks else [END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_TOKEN,
+        eos_token=END_TOKEN,
+        model_max_length=model_max_length,
+        **({"mask_token": MASK_TOKEN} if masks else {}),
+    )

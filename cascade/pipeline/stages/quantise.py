@@ -1,4 +1,8 @@
-"""Copies of finished members in fewer bits: trained with rounded weights if asked, rounded, evaluated as any row."""
+"""The stages quantise and evaluate-quantised: copies of members, or of the parent, in fewer bits.
+
+Depends on: an entry of the recipe's `finish` and the checkpoint; with a training budget also on the parent, the data
+and `distill`. Leaves: the rounded `checkpoint/` and logits for the reload gate; after a training its log and losses.
+"""
 
 import json
 from dataclasses import replace

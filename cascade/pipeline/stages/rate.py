@@ -1,4 +1,8 @@
-"""The stages rate and ce-rate: the peak learning rate of a training, searched for."""
+"""The stages rate and ce-rate: the peak learning rate of a training, found by short trainings.
+
+Depends on: what the training depends on, but for its rate. Leaves: `rate.json` with the rate and the loss at each
+rate of the search.
+"""
 
 from dataclasses import asdict
 from functools import partial
@@ -12,26 +16,6 @@ from cascade.pipeline.training_options import execution_of
 from cascade.planning.family import ResolvedMember
 from cascade.runtime.progress import OnStep
 from cascade.store.strict_json import write_json
-
-
-def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder: Path, on_step: OnStep) -> None:
-    """rate.json: the learning rate found for a member's recovery, or for its baseline's, and what was tried.
-
-    `stage` is that of the training; both are searched for in the same way, each by its own loss on selection text.
-    """
-    lesson = lesson_of(run, member, start, stage)
-    search = find_learning_rate(
-        lesson.student,
-        lesson.teacher,
-        lesson.blocks,
-        num_tokens=member.num_tokens,
-        selection=lesson.selection,
-        supervision=lesson.supervision,
-        optimization=lesson.optimization,
-        execution=execution_of(distill_settings(run)),
-        on_try=on_step,
-    )
-    write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})
 
 
 def find_rate(run: Run, member: ResolvedMember, start: Start, stage: str) -> tuple[Made | None, float]:
@@ -54,3 +38,23 @@ def find_rate(run: Run, member: ResolvedMember, start: Start, stage: str) -> tup
         write=partial(make_rate, run, member, start, stage),
     )
     return search, float(search.json("rate.json")["learning_rate"])
+
+
+def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder: Path, on_step: OnStep) -> None:
+    """rate.json: the learning rate found for a member's recovery, or for its baseline's, and what was tried.
+
+    `stage` is that of the training; both are searched for in the same way, each by its own loss on selection text.
+    """
+    lesson = lesson_of(run, member, start, stage)
+    search = find_learning_rate(
+        lesson.student,
+        lesson.teacher,
+        lesson.blocks,
+        num_tokens=member.num_tokens,
+        selection=lesson.selection,
+        supervision=lesson.supervision,
+        optimization=lesson.optimization,
+        execution=execution_of(distill_settings(run)),
+        on_try=on_step,
+    )
+    write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})

@@ -1,4 +1,8 @@
-"""The stages distill and baseline-ce: a member recovered, and saved as a stock checkpoint."""
+"""The stages distill and baseline-ce: a member's training, saved as a stock checkpoint.
+
+Depends on: `distill`, the learning rate, the model that training starts from, the parent and the data.
+Leaves: `checkpoint/`, `log.jsonl`, `losses.json`, and logits for the reload gate.
+"""
 
 import logging
 from dataclasses import dataclass, replace
@@ -54,6 +58,44 @@ logger = logging.getLogger(__name__)
 
 
 _ANGLE_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training that is finished."""
+
+    output: Made
+    search: Made | None
+    """The search for its rate; None where the recipe gives that."""
+    learning_rate: float
+
+    def rate(self) -> Rate:
+        """What it was done at, for the report."""
+        return rate_of(self.learning_rate, self.search.folder if self.search else None)
+
+    def stages(self) -> list[Made]:
+        """The training, and the search before it."""
+        return [self.output, *([self.search] if self.search else [])]
+
+
+def train(run: Run, member: ResolvedMember, start: Start, stage: str) -> Training:
+    """A training at the rate that the recipe gives, or at the one that is searched for.
+
+    `stage` is distill, or baseline-ce: the same start on the same tokens, without a teacher, at a rate of its own.
+    """
+    recipe, learns = run.recipe, stage == "distill"
+    if not learns and recipe.ce_learning_rate != "auto" and recipe.distill and recipe.distill.optimizer == "auto":
+        member = replace(member, optimizer="adamw")  # a rate that is given was tried with AdamW
+    search, learning_rate = find_rate(run, member, start, stage)
+    settings = training_settings(run, member) | {"learning_rate": learning_rate}
+    output = run.runner.make(
+        stage,
+        member.name,
+        settings=settings | run.target_settings() if learns else settings,
+        inputs=training_inputs(run, start),
+        write=partial(make_recovered, run, member, start, stage, learning_rate),
+    )
+    return Training(output=output, search=search, learning_rate=learning_rate)
 
 
 def make_recovered(
@@ -153,41 +195,3 @@ def _angles(lesson: Lesson, recipe: Recipe, member: ResolvedMember) -> list[floa
             raise
         logger.warning("out of memory: the angle between the sample's gradient and the exact one is not measured")
         return []
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """A training that is finished."""
-
-    output: Made
-    search: Made | None
-    """The search for its rate; None where the recipe gives that."""
-    learning_rate: float
-
-    def rate(self) -> Rate:
-        """What it was done at, for the report."""
-        return rate_of(self.learning_rate, self.search.folder if self.search else None)
-
-    def stages(self) -> list[Made]:
-        """The training, and the search before it."""
-        return [self.output, *([self.search] if self.search else [])]
-
-
-def train(run: Run, member: ResolvedMember, start: Start, stage: str) -> Training:
-    """A training at the rate that the recipe gives, or at the one that is searched for.
-
-    `stage` is distill, or baseline-ce: the same start on the same tokens, without a teacher, at a rate of its own.
-    """
-    recipe, learns = run.recipe, stage == "distill"
-    if not learns and recipe.ce_learning_rate != "auto" and recipe.distill and recipe.distill.optimizer == "auto":
-        member = replace(member, optimizer="adamw")  # a rate that is given was tried with AdamW
-    search, learning_rate = find_rate(run, member, start, stage)
-    settings = training_settings(run, member) | {"learning_rate": learning_rate}
-    output = run.runner.make(
-        stage,
-        member.name,
-        settings=settings | run.target_settings() if learns else settings,
-        inputs=training_inputs(run, start),
-        write=partial(make_recovered, run, member, start, stage, learning_rate),
-    )
-    return Training(output=output, search=search, learning_rate=learning_rate)

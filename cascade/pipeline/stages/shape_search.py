@@ -1,9 +1,11 @@
-"""Which shape a member gets: several that meet its target are cut and repaired, the best also recovered for a while.
+"""The stages candidate and finalist: several shapes that meet a member's target, compared by their losses.
 
-Without `prune.search` there may still be two: the first shape for a rotated stream and that for one that is not.
+Depends on: `prune`, `distill`, the shape, the source model with its statistics, the parent and the data.
+Leaves: `losses.json` on selection blocks, after cut and repair and, with a token budget, after a short recovery.
 
-A shape that looks best right after the cut is often not the best after some training (Minitron, table 13), so all are
-judged by short recoveries. Each candidate is a stage of its own: found again by a rerun, and never tried twice.
+Without `prune.search` there may still be two candidates: the first shape for a rotated stream, and the first for one
+that is not rotated. The shape that looks best right after the cut is often not the best after some training (Minitron,
+table 13), so finalists are compared by short recoveries. Each candidate is a stage of its own, and a rerun finds it.
 """
 
 import logging
@@ -95,28 +97,6 @@ def search_shape(run: Run, member: ResolvedMember, base: Base) -> list[Candidate
         stage = _try_shape(run, member, base, "finalist", candidate.shape, search.tokens)
         finalists.append(replace(candidate, stages=[*candidate.stages, stage]))
     return sorted(finalists, key=Candidate.score) + candidates[search.finalists :]
-
-
-def _shapes(recipe: Recipe, member: ResolvedMember, base_config: Any) -> list[tuple[FoundShape, Any]]:
-    """(shape, the base's config as this shape is cut from it), for each shape to try."""
-    search, target = recipe.prune.search, member.target
-    if target is None:
-        raise ValueError(f"{member.name} is not cut")
-    count = search.candidates if search else len(member.hidden_choices)
-    shapes: list[tuple[FoundShape, Any]] = []
-    refusals: list[UserError] = []
-    for number, hidden in enumerate(member.hidden_choices):
-        share = (count - len(shapes)) // (len(member.hidden_choices) - number)
-        config = shape_config(base_config, hidden)
-        try:
-            sizes = diverse_shapes(config, target, parent=member.parent_config, count=share)
-        except UserError as error:  # a head of its own can be too large for the size that is asked for
-            refusals.append(error)
-            continue
-        shapes += [(FoundShape(dims, hidden), config) for dims in sizes]
-    if not shapes:
-        raise refusals[0]
-    return shapes
 
 
 def _try_shape(run: Run, member: ResolvedMember, base: Base, stage: str, shape: FoundShape, num_tokens: int) -> Made:
@@ -213,3 +193,25 @@ def _finalist_rate(settings: Distill, num_blocks: float, optimizer: str) -> floa
     if settings.learning_rate == "auto":
         return usual_rate(math.ceil(num_blocks / settings.batch_size), optimizer)
     return settings.learning_rate
+
+
+def _shapes(recipe: Recipe, member: ResolvedMember, base_config: Any) -> list[tuple[FoundShape, Any]]:
+    """(shape, the base's config as this shape is cut from it), for each shape to try."""
+    search, target = recipe.prune.search, member.target
+    if target is None:
+        raise ValueError(f"{member.name} is not cut")
+    count = search.candidates if search else len(member.hidden_choices)
+    shapes: list[tuple[FoundShape, Any]] = []
+    refusals: list[UserError] = []
+    for number, hidden in enumerate(member.hidden_choices):
+        share = (count - len(shapes)) // (len(member.hidden_choices) - number)
+        config = shape_config(base_config, hidden)
+        try:
+            sizes = diverse_shapes(config, target, parent=member.parent_config, count=share)
+        except UserError as error:  # a head of its own can be too large for the size that is asked for
+            refusals.append(error)
+            continue
+        shapes += [(FoundShape(dims, hidden), config) for dims in sizes]
+    if not shapes:
+        raise refusals[0]
+    return shapes

@@ -1,4 +1,7 @@
-"""The stage statistics: what importance scores are computed from."""
+"""The stage statistics: block influence, norms and activations on calibration text, for the importance scores.
+
+Depends on: the recipe's `calibration`, the model to be cut and the data. Leaves: `statistics.safetensors`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +20,19 @@ from cascade.recipe.schema import Recipe
 from cascade.runtime import ranks
 from cascade.runtime.progress import OnStep
 from cascade.runtime.retry_smaller import in_parts_that_fit
+
+
+def with_statistics(run: Run, member: ResolvedMember, base: Base) -> Base:
+    """The model that a member is cut from, with its statistics."""
+    statistics = run.runner.make(
+        "statistics",
+        member.name,
+        settings=run.recipe.calibration.model_dump() | statistics_options(run.recipe, member.hidden_choices),
+        inputs={"seed": base.model, "data": run.data},
+        write=partial(make_statistics, run, member, base),
+        label=member.seed,
+    )
+    return replace(base, statistics=statistics)
 
 
 def make_statistics(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
@@ -44,16 +60,3 @@ def statistics_options(recipe: Recipe, hidden_choices: Sequence[str]) -> dict[st
     if "pca" in hidden_choices:
         options["covariance_blocks"] = -(-recipe.calibration.num_blocks // 4)
     return options
-
-
-def with_statistics(run: Run, member: ResolvedMember, base: Base) -> Base:
-    """The model that a member is cut from, with its statistics."""
-    statistics = run.runner.make(
-        "statistics",
-        member.name,
-        settings=run.recipe.calibration.model_dump() | statistics_options(run.recipe, member.hidden_choices),
-        inputs={"seed": base.model, "data": run.data},
-        write=partial(make_statistics, run, member, base),
-        label=member.seed,
-    )
-    return replace(base, statistics=statistics)

@@ -1,4 +1,4 @@
-"""What a training, and the search for its rate, are made of."""
+"""What a training and the search for its learning rate have in common: settings, inputs, models, texts and losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,45 +33,39 @@ from cascade.recipe.schema import Recipe
 from cascade.runtime import ranks
 
 
-def feature_loss(
-    recipe: Recipe,
-    plans: Sequence[PruningPlan] | None,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    num_tokens: int,
-) -> FeatureLoss | None:
-    """The recipe's distill.features for one student; `plans` lead from the teacher to it (None: it was not cut).
-
-    `num_tokens` are those of its whole training (examples, where the recipe counts those).
-    """
-    settings = recipe.distill
-    if settings is None:
-        raise ValueError("a recipe with members has a distill section")
-    if teacher is None:
-        return None
-    section = settings.features
-    forms = (settings.hidden_features(bool(plans)), section.embedding)
-    hidden, embedding = (None if form == "none" else form for form in forms)
-    num_parameters, of_teacher = (sum(each.numel() for each in model.parameters()) for model in (student, teacher))
-    guided = recipe.task == "language" and bool(plans)
-    features = Features(
-        hidden=hidden,
-        embedding=embedding,
-        relations=tuple(section.relations),
-        relation_heads=section.relation_heads,
-        weights={str(name): weight for name, weight in section.weights.items()},
-        balanced=section.balanced,
-        fade_fraction=settings.fade_fraction(num_tokens / num_parameters, num_parameters / of_teacher, guided=guided),
+def training_settings(run: Run, member: ResolvedMember) -> dict[str, Any]:
+    """What the keys of a member's training, and of the search for its rate, take from the recipe."""
+    recipe = run.recipe
+    settings = (
+        recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
     )
-    if not features.names():
-        return None
-    if plans:
-        origin = origin_of(plans)
-    elif hidden or embedding:
-        origin = even_origin(dims_of(student.config), dims_of(teacher.config))
-    else:
-        origin = Origin(())
-    return FeatureLoss(features, origin, student, teacher)
+    return (
+        settings
+        | {
+            "optimizer": member.optimizer,
+            "num_tokens": member.num_tokens,
+            "first_position": member.first_position,
+            "seed": recipe.seed,
+            "dtype": recipe.save.dtype,
+        }
+        | run.comparison_settings()
+    )
+
+
+def training_inputs(run: Run, start: Start) -> dict[str, Input]:
+    """What a training reads."""
+    return {"start": start.model, "teacher": run.parent, "data": run.data}
+
+
+def distill_settings(run: Run) -> Distill:
+    """The recipe's distill section.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if run.recipe.distill is None:
+        raise ValueError("a recipe with members has a distill section")
+    return run.recipe.distill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +114,6 @@ def lesson_of(run: Run, member: ResolvedMember, start: Start, stage: str) -> Les
     )
 
 
-def distill_settings(run: Run) -> Distill:
-    """The recipe's distill section.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if run.recipe.distill is None:
-        raise ValueError("a recipe with members has a distill section")
-    return run.recipe.distill
-
-
 def _texts(run: Run, teacher: nn.Module | None, stage: str) -> tuple[TokenBlocks | Examples, TokenBlocks | Examples]:
     """What a training reads, and what it is judged on; a baseline's without what a teacher has said of it."""
     blocks = load_training(run.data.folder / "train.safetensors")
@@ -149,25 +132,42 @@ def teacher_for_training(teacher: nn.Module, parent: ModelSource) -> nn.Module:
     return sharding.shard(load_model(parent).to(default_device()).requires_grad_(False))
 
 
-def training_inputs(run: Run, start: Start) -> dict[str, Input]:
-    """What a training reads."""
-    return {"start": start.model, "teacher": run.parent, "data": run.data}
+def feature_loss(
+    recipe: Recipe,
+    plans: Sequence[PruningPlan] | None,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    num_tokens: int,
+) -> FeatureLoss | None:
+    """The recipe's distill.features for one student; `plans` lead from the teacher to it (None: it was not cut).
 
-
-def training_settings(run: Run, member: ResolvedMember) -> dict[str, Any]:
-    """What the keys of a member's training, and of the search for its rate, take from the recipe."""
-    recipe = run.recipe
-    settings = (
-        recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
+    `num_tokens` are those of its whole training (examples, where the recipe counts those).
+    """
+    settings = recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
+    if teacher is None:
+        return None
+    section = settings.features
+    forms = (settings.hidden_features(bool(plans)), section.embedding)
+    hidden, embedding = (None if form == "none" else form for form in forms)
+    num_parameters, of_teacher = (sum(each.numel() for each in model.parameters()) for model in (student, teacher))
+    guided = recipe.task == "language" and bool(plans)
+    features = Features(
+        hidden=hidden,
+        embedding=embedding,
+        relations=tuple(section.relations),
+        relation_heads=section.relation_heads,
+        weights={str(name): weight for name, weight in section.weights.items()},
+        balanced=section.balanced,
+        fade_fraction=settings.fade_fraction(num_tokens / num_parameters, num_parameters / of_teacher, guided=guided),
     )
-    return (
-        settings
-        | {
-            "optimizer": member.optimizer,
-            "num_tokens": member.num_tokens,
-            "first_position": member.first_position,
-            "seed": recipe.seed,
-            "dtype": recipe.save.dtype,
-        }
-        | run.comparison_settings()
-    )
+    if not features.names():
+        return None
+    if plans:
+        origin = origin_of(plans)
+    elif hidden or embedding:
+        origin = even_origin(dims_of(student.config), dims_of(teacher.config))
+    else:
+        origin = Origin(())
+    return FeatureLoss(features, origin, student, teacher)
