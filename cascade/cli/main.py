@@ -3,9 +3,6 @@
 import json
 import logging
 import os
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import click
 
@@ -13,26 +10,19 @@ from cascade import __version__
 from cascade.cli.cache import cache
 from cascade.cli.experiment import experiment
 from cascade.cli.options import (
-    ABOVE_ZERO,
-    BLOCK,
-    DATA,
     JSON,
-    NOTHING_KEPT,
     OUTPUT,
-    POSITIVE,
     PRIVATE,
     RECIPE,
     SET,
     TASK_CODE,
     CommandGroup,
-    dims_of_texts,
     finish,
     interruptible,
     quiet_libraries,
 )
 from cascade.cli.runs import doctor, report, verify
-from cascade.distillation.losses.divergences import DIVERGENCES
-from cascade.runtime.errors import UserError
+from cascade.cli.single_stage import distill, evaluate, prune
 from cascade.runtime.failpoints import arm
 from cascade.runtime.secrets import Redacting, redact_tracebacks
 
@@ -52,7 +42,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-for _command in (cache, experiment, report, verify, doctor):
+for _command in (prune, distill, evaluate, cache, experiment, report, verify, doctor):
     main.add_command(_command)
 
 
@@ -141,176 +131,3 @@ def generate(recipe: str, output: str | None, overrides: tuple[str, ...], filter
 
     with interruptible():
         finish(run_generate(loaded, output=output, filter_path=filter_path), as_json)
-
-
-@main.command()
-@click.argument("model")
-@click.option("--params", type=ABOVE_ZERO, help="Parameters to keep: a fraction (at most 1) or a number.")
-@click.option("--dim", "dims", multiple=True, metavar="NAME=N", help="An explicit dim, such as num_hidden_layers=4.")
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(file_okay=False),
-    help="Folder for the cut checkpoint and its plan.json.",
-)
-@click.option("--calibration-blocks", default=64, type=POSITIVE, show_default=True)
-@click.option(
-    "--hidden",
-    default="auto",
-    type=click.Choice(["auto", "activation_norm", "pca"]),
-    show_default=True,
-    help="What hidden channels are chosen by; pca rotates the stream first; auto: where that is legal and cheap.",
-)
-@click.option("--repair/--no-repair", default=True, show_default=True, help="Refit the weights that stay.")
-@click.option(
-    "--offload", is_flag=True, help="Read MODEL layer by layer and cut it on disk: for one larger than memory."
-)
-@click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan.json to carry out on disk.")
-@DATA
-@BLOCK
-@JSON
-@click.pass_context
-def prune(
-    context: click.Context,
-    model: str,
-    params: float | None,
-    dims: tuple[str, ...],
-    output: str,
-    calibration_blocks: int,
-    data: str | None,
-    block_size: int,
-    hidden: str,
-    repair: bool,
-    offload: bool,
-    plan: str | None,
-    as_json: bool,
-) -> None:
-    """Score MODEL on calibration text, cut it to a size and repair it in closed form, without training.
-
-    With --plan, only the cut: from disk to disk, one tensor at a time. With --offload, the scores too, without repair.
-    """
-    quiet_libraries()
-    from cascade.pipeline.single_stage import prune_model, prune_model_on_disk
-
-    if plan is not None:
-        given = [name for name in context.params if name not in ("model", "output", "plan", "as_json")]
-        own = [name for name in given if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
-        if own:
-            named = ", ".join(option.opts[0] for option in context.command.params if option.name in own)
-            raise UserError(f"--plan already says how MODEL is cut, and cuts only; leave out: {named}")
-        with interruptible(NOTHING_KEPT):
-            finish(prune_model_on_disk(model, Path(plan), Path(output)), as_json)
-        return
-    if offload and repair:
-        raise UserError("--offload cannot repair: that needs the cut model in memory; add --no-repair")
-    options: dict[str, Any] = {"hidden": hidden, "repaired": repair, "offload": offload}
-    wanted = dims_of_texts(dims)
-    with interruptible(NOTHING_KEPT):
-        found = prune_model(model, params, wanted, Path(output), calibration_blocks, data, block_size, **options)
-    finish(found, as_json)
-
-
-@main.command()
-@click.argument("student")
-@click.option("--teacher", required=True, help="The model to learn from.")
-@click.option("--tokens", required=True, type=POSITIVE, help="Training tokens.")
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(file_okay=False),
-    help="Folder for the trained checkpoint and its log.jsonl.",
-)
-@click.option("--learning-rate", type=ABOVE_ZERO, help="The peak rate; found by short trainings where not given.")
-@click.option("--batch-size", default=8, type=POSITIVE, show_default=True, help="Blocks per optimizer step.")
-@click.option(
-    "--loss",
-    default="forward_kl",
-    type=click.Choice(list(DIVERGENCES)),
-    show_default=True,
-    help="The divergence from the teacher.",
-)
-@click.option("--temperature", default=1.0, type=ABOVE_ZERO, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@DATA
-@BLOCK
-@JSON
-def distill(
-    student: str,
-    teacher: str,
-    tokens: int,
-    output: str,
-    learning_rate: float | None,
-    batch_size: int,
-    loss: str,
-    temperature: float,
-    seed: int,
-    data: str | None,
-    block_size: int,
-    as_json: bool,
-) -> None:
-    """Train STUDENT to predict what a teacher predicts."""
-    quiet_libraries()
-    from cascade.distillation.options import Objective, Optimization
-    from cascade.pipeline.single_stage import distill_model
-
-    optimization = Optimization(batch_size=batch_size, seed=seed)
-    if learning_rate is not None:
-        optimization = replace(optimization, learning_rate=learning_rate)
-    with interruptible(NOTHING_KEPT):
-        result = distill_model(
-            student,
-            teacher,
-            Path(output),
-            data,
-            block_size,
-            num_tokens=tokens,
-            objective=Objective(loss, temperature),
-            optimization=optimization,
-            search_rate=learning_rate is None,
-        )
-        finish(result, as_json)
-
-
-@main.command()
-@click.argument("checkpoint")
-@click.option("--task", "tasks", multiple=True, help="An lm-eval task; repeatable.")
-@click.option(
-    "--task-folder",
-    "task_folders",
-    multiple=True,
-    type=click.Path(file_okay=False),
-    help="A folder of task files.",
-)
-@click.option("--teacher", help="Also measure KL to this model on the held-out text.")
-@click.option("--limit", type=POSITIVE, help="Items per task.")
-@click.option("--heldout-blocks", default=128, type=POSITIVE, show_default=True)
-@TASK_CODE
-@DATA
-@BLOCK
-@JSON
-def evaluate(
-    checkpoint: str,
-    tasks: tuple[str, ...],
-    task_folders: tuple[str, ...],
-    teacher: str | None,
-    limit: int | None,
-    heldout_blocks: int,
-    data: str | None,
-    block_size: int,
-    as_json: bool,
-) -> None:
-    """Measure CHECKPOINT: held-out loss, tasks, speed and memory."""
-    quiet_libraries()
-    from cascade.pipeline.single_stage import evaluate_model
-
-    folders = [Path(folder) for folder in task_folders]
-    with interruptible(NOTHING_KEPT):
-        found = evaluate_model(checkpoint, tasks, folders, teacher, limit, heldout_blocks, data, block_size)
-    if not as_json:
-        lines = {
-            f"{metric['task']}/{metric['metric']}": f"{metric['value']}"
-            + (f" ± {metric['stderr']:.2g}" if metric["stderr"] else "")
-            for metric in found["metrics"]
-        }
-        found = {"checkpoint": found["checkpoint"], "text": found["text"]} | lines | found["speed"]
-    finish(found, as_json)

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from cascade.runtime.secrets import redact
 from cascade.runtime.stopping import handled
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Record = TypeVar("_Record")
 
 _PLACES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 """What is wrong with a place that a user has given, where nothing says it better."""
@@ -45,14 +47,14 @@ DATA = click.option(
 )
 
 
-def _permission(option: str, module: str, function: str, told: str) -> Callable[[_Command], _Command]:
+def _permission(option: str, module: str, function: str, help_text: str) -> Callable[[_Command], _Command]:
     """A flag that gives this process a permission, which no recipe can ask for."""
 
-    def give(context: click.Context, parameter: click.Parameter, given: bool) -> None:
-        if given:
+    def give(context: click.Context, parameter: click.Parameter, granted: bool) -> None:
+        if granted:
             getattr(import_module(module), function)()
 
-    return click.option(option, is_flag=True, expose_value=False, callback=give, help=told)
+    return click.option(option, is_flag=True, expose_value=False, callback=give, help=help_text)
 
 
 TASK_CODE = _permission(
@@ -70,6 +72,19 @@ PRIVATE = _permission(
 BLOCK = click.option(
     "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
 )
+
+
+def as_record(record: Callable[..., _Record]) -> Callable[[Callable[[_Record], None]], Callable[..., None]]:
+    """Hand a command its options as one record, a dataclass whose fields have the options' names."""
+
+    def decorate(command: Callable[[_Record], None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_options(**options: Any) -> None:
+            command(record(**options))
+
+        return with_options
+
+    return decorate
 
 
 class CommandGroup(click.Group):
@@ -96,13 +111,13 @@ class CommandGroup(click.Group):
 
 
 @contextmanager
-def interruptible(told: str = _KEPT) -> Iterator[None]:
+def interruptible(message: str = _KEPT) -> Iterator[None]:
     """Ctrl-C and SIGTERM let a training that keeps states save one; then, or at the second, a message."""
     try:
         with handled():
             yield
     except Stopped as error:
-        click.echo(f"\nStopped. {told}", err=True)
+        click.echo(f"\nStopped. {message}", err=True)
         sys.exit(error.exit_code)
 
 
