@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from cascade.data.blocks import TokenBlocks
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import read_documents
 from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
 from cascade.distillation.supervision import Selection
-from cascade.distillation.trainer import TrainingMetrics, distill
+from cascade.distillation.trainer import distill
 from cascade.models.architecture.model_class import model_from_config
 from cascade.models.architecture.positions import usable_context
 from cascade.models.checkpoint.load import (
@@ -77,50 +76,24 @@ def make_pretrained(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
         masks=recipe.task == "masked_language",
     )
     packing: dict[str, Any] = {"block_size": settings.block_size, "document_masks": recipe.data.masks_documents}
-    selection = prepare_blocks(data, "selection", tokenizer, **packing)
-    model, _ = pretrain(
-        config,
-        as_guessed(recipe, prepare_blocks(data, "train", tokenizer, **packing), "train", tokenizer),
+    selection = prepare_blocks(data, "selection", tokenizer, **packing).take(48)
+    train = as_guessed(recipe, prepare_blocks(data, "train", tokenizer, **packing), "train", tokenizer)
+    selection = as_guessed(recipe, selection, "selection", tokenizer)
+    torch.manual_seed(recipe.seed)
+    model: nn.Module = model_from_config(config)
+    distill(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        None,
+        train,
         num_tokens=settings.tokens,
         optimization=_optimization(settings, recipe.seed),
         execution=Execution(microbatch_size=settings.microbatch_size),
-        selection=Selection(
-            blocks=as_guessed(recipe, selection.take(48), "selection", tokenizer), every=settings.selection_every
-        ),
+        selection=Selection(blocks=selection, every=settings.selection_every),
         safekeeping=Safekeeping(state_folder=partial_of(folder)),
         hooks=Hooks(log_path=folder / "log.jsonl", on_step=on_step),
     )
     save_checkpoint(model, folder / CHECKPOINT, companions=None, dtype=made_dtype(recipe))
     tokenizer.save_pretrained(folder / CHECKPOINT)
-
-
-def pretrain(
-    config: Any,
-    blocks: TokenBlocks,
-    *,
-    num_tokens: int,
-    optimization: Optimization,
-    execution: Execution,
-    selection: Selection,
-    safekeeping: Safekeeping,
-    hooks: Hooks,
-) -> tuple[nn.Module, TrainingMetrics]:
-    """A model of `config` with random weights, trained on `num_tokens` tokens by cross-entropy, as `distill` does."""
-    torch.manual_seed(optimization.seed)
-    model: nn.Module = model_from_config(config)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    metrics = distill(
-        model,
-        None,
-        blocks,
-        num_tokens=num_tokens,
-        optimization=optimization,
-        execution=execution,
-        selection=selection,
-        safekeeping=safekeeping,
-        hooks=hooks,
-    )
-    return model, metrics
 
 
 def _optimization(settings: Pretrain, seed: int) -> Optimization:
