@@ -14,6 +14,7 @@ from conftest import ROOT
 from cascade.cli.main import main
 from cascade.pipeline.experiment.cells import plan_cells
 from cascade.pipeline.experiment.comparison import experiment_texts, summarise, write_experiment
+from cascade.pipeline.experiment.results import code_version
 from cascade.pipeline.experiment.run import list_experiment, run_experiment
 from cascade.recipe.experiment import Arm, Experiment, load_experiment
 from cascade.report.paired import paired_difference
@@ -61,6 +62,12 @@ def summary(folder):
 
 def entries(folder, account):
     return {(row["arm"], row["size"]): row for row in summary(folder)["accounts"][account]["rows"]}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the tests are not run from a git checkout")
+def test_a_result_made_in_a_checkout_names_its_commit():
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    assert code_version()["commit"].rstrip("+") == head.stdout.strip()
 
 
 def test_every_cell_is_a_family_and_has_a_result_without_weights(finished):

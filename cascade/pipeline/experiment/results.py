@@ -130,17 +130,18 @@ def read_result(path: Path, cell: Cell, inputs: dict[str, str]) -> tuple[Result 
 def code_version() -> dict[str, str]:
     """The package's version, and its git commit where it is run from a checkout; '+' behind it: with changes."""
     folder = Path(__file__).parents[2]
-    said = {"cascade": __version__}
+    version = {"cascade": __version__}
     try:
         git = ["git", "-C", str(folder)]
-        subprocess.run([*git, "ls-files", "--error-unmatch", "errors.py"], check=True, capture_output=True, timeout=20)
+        tracked = ["ls-files", "--error-unmatch", "__init__.py"]  # an installed package can lie inside another checkout
+        subprocess.run([*git, *tracked], check=True, capture_output=True, timeout=20)
         commit, changed = (
-            subprocess.run([*git, *asked], check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
+            subprocess.run([*git, *command], check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
         )
     except (OSError, subprocess.SubprocessError):
-        return said  # installed, or without git
-    return said | {"commit": commit + ("+" if changed else "")}
+        return version  # installed, or without git
+    return version | {"commit": commit + ("+" if changed else "")}
 
 
 def _row(
