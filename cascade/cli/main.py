@@ -31,9 +31,9 @@ from cascade.runtime.secrets import Redacting, redact_tracebacks
 @click.version_option(__version__)
 def main() -> None:
     """Turn one language model into a family of smaller ones."""
-    shown = logging.StreamHandler()
-    shown.setFormatter(Redacting("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[shown])
+    handler = logging.StreamHandler()
+    handler.setFormatter(Redacting("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     redact_tracebacks()
     arm(os.environ)
     # Progress is ours to show; the libraries' own bars would run across it.
@@ -79,9 +79,9 @@ def run(
 
     with interruptible():
         folder = run_recipe(loaded, output=output, only=only, from_stage=from_stage)
-    others = ranks.rank() > 0
+    is_follower = ranks.rank() > 0
     ranks.leave()
-    if others:
+    if is_follower:
         return
     click.echo(json.dumps(run_summary(folder)) if as_json else run_texts(folder))
 
@@ -101,8 +101,8 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
     quiet_libraries()
     from cascade.planning.preview import preview, preview_text
 
-    found = preview(loaded, output)
-    click.echo(json.dumps(found) if as_json else preview_text(found))
+    family_preview = preview(loaded, output)
+    click.echo(json.dumps(family_preview) if as_json else preview_text(family_preview))
 
 
 @main.command()

@@ -22,7 +22,7 @@ _Record = TypeVar("_Record")
 _PLACES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 """What is wrong with a place that a user has given, where nothing says it better."""
 NOTHING_KEPT = "Nothing is left of it."
-_KEPT = "What is finished is kept; the same command goes on from there."
+_WORK_KEPT = "What is finished is kept; the same command goes on from there."
 
 POSITIVE = click.IntRange(min=1)
 ABOVE_ZERO = click.FloatRange(min=0, min_open=True, max=1e15)
@@ -98,7 +98,7 @@ class CommandGroup(click.Group):
             click.echo(redact(f"Error: {error}"), err=True)
             sys.exit(error.exit_code)
         except RunError as error:
-            click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
+            click.echo(redact(f"Stopped: {error}\n{_WORK_KEPT}"), err=True)
             sys.exit(error.exit_code)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _PLACES:
@@ -106,12 +106,12 @@ class CommandGroup(click.Group):
                 sys.exit(UserError.exit_code)
             if not is_disk_error(error):
                 raise
-            click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
+            click.echo(redact(f"Stopped: {error}\n{_WORK_KEPT}"), err=True)
             sys.exit(DiskError.exit_code)
 
 
 @contextmanager
-def interruptible(message: str = _KEPT) -> Iterator[None]:
+def interruptible(message: str = _WORK_KEPT) -> Iterator[None]:
     """Ctrl-C and SIGTERM let a training that keeps states save one; then, or at the second, a message."""
     try:
         with handled():

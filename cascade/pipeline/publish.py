@@ -207,9 +207,9 @@ def _write_targets(
         angles = stages.distilled.cost().get("angles_degrees", [])
         figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
         search = recipe.prune.search if member.member.start == "prune" else None
-        tried = search.tokens * sum(row.status != "candidate" for row in stages.candidates) if search else 0
+        search_tokens = search.tokens * sum(row.status != "candidate" for row in stages.candidates) if search else 0
         taught = member.num_tokens * len(taught_steps(recipe, member.num_steps)) // max(1, member.num_steps)
-        read = {"tokens_read": taught + searched + tried, "angles_degrees": angles}
+        read = {"tokens_read": taught + searched + search_tokens, "angles_degrees": angles}
         labelling[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
     ordered = {member.name: labelling[member.name] for member in members if member.name in labelling}
     about = about or load_targets(run_folder)

@@ -192,7 +192,7 @@ def _labelled(recipe: Recipe, member: ResolvedMember, finished: FinishedMember) 
 
 def _tokens_along_chain(members: list[ResolvedMember], member: ResolvedMember) -> int:
     """Tokens of the member's own training and of those of the members that it is cut from."""
-    by_name = {other.name: other for other in members}
+    by_name = {entry.name: entry for entry in members}
     num_tokens, seed = member.num_tokens, member.seed
     while seed in by_name:
         num_tokens += by_name[seed].num_tokens

@@ -22,8 +22,8 @@ class CrossEntropyBaseline(Section):
     ce: CrossEntropy
 
 
-def _branch(value: object) -> str:
-    return "[section]" if isinstance(value, dict | CrossEntropyBaseline) else "[kind]"
+def _branch(entry: object) -> str:
+    return "[section]" if isinstance(entry, dict | CrossEntropyBaseline) else "[kind]"
 
 
 Baseline = Annotated[

@@ -103,8 +103,8 @@ class TargetCache(Section):
     """Shared between runs; among the user's caches (~/.cache/cascade/teacher) where not given."""
 
 
-def _cache(value: object) -> object:
-    return {"kind": value} if isinstance(value, str) else value
+def _cache(section: object) -> object:
+    return {"kind": section} if isinstance(section, str) else section
 
 
 class Distill(Section):

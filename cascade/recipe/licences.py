@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cascade.recipe.places import shown_model
+from cascade.recipe.places import public_model
 from cascade.runtime.errors import UserError
 
 _LLAMA_ONLY = (
@@ -93,12 +93,12 @@ class Origin:
     @property
     def terms(self) -> str:
         """What of its licence concerns these students; '' for nothing that is known here."""
-        found = TERMS.get(self.licence)
-        return "" if found is None or (self.derived and not found.derived) else found.says
+        terms = TERMS.get(self.licence)
+        return "" if terms is None or (self.derived and not terms.derived) else terms.says
 
     def record(self) -> dict[str, Any]:
         """For cards and provenance, without the folders of this machine."""
-        name = self.name if self.place == "generate.endpoint" else shown_model(self.name)
+        name = self.name if self.place == "generate.endpoint" else public_model(self.name)
         return {"name": name, "licence": self.licence, "terms": self.terms}
 
 
@@ -109,10 +109,10 @@ def licence_of(folder: Path) -> str:
         head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
         line = r"^(license(?:_name)?):[ \t]*(?:\n[ \t]*-)?[ \t]*['\"]?(\w[\w.\-]*)"
         named = dict(re.findall(line, head.group(1), flags=re.M)) if head else {}
-        found = str(named.get("license", "")).lower()
-        found = str(named.get("license_name", found)).lower() if found in ("other", "") else found
-        if found:
-            return found
+        licence = str(named.get("license", "")).lower()
+        licence = str(named.get("license_name", licence)).lower() if licence in ("other", "") else licence
+        if licence:
+            return licence
     for file in sorted([*folder.glob("LICEN[SC]E*"), *folder.glob("COPYING*")]):
         begins = file.read_text(encoding="utf-8", errors="replace")[:400].lower()
         for words, name in _BEGINNINGS.items():
@@ -133,9 +133,9 @@ def require_acknowledged(origins: Sequence[Origin], acknowledged: Sequence[str])
     Raises:
         UserError: with the terms, and what to write.
     """
-    for one in origins:
-        if one.terms and one.licence not in acknowledged:
+    for origin in origins:
+        if origin.terms and origin.licence not in acknowledged:
             raise UserError(
-                f"{one.place}: {one.name}: terms '{one.licence}': {one.terms}. Read them; if what you do keeps to "
-                f"them, write `acknowledged: [{one.licence}]` into the recipe"
+                f"{origin.place}: {origin.name}: terms '{origin.licence}': {origin.terms}. Read them; if what "
+                f"you do keeps to them, write `acknowledged: [{origin.licence}]` into the recipe"
             )

@@ -20,12 +20,12 @@ def require_distinct_rows(recipe: Any) -> None:
         ValueError: with both.
     """
     for member in recipe.members:
-        for owner in ["parent", *(one.name for one in recipe.members)]:
+        for owner in ["parent", *(entry.name for entry in recipe.members)]:
             suffix = member.name.lower().removeprefix(owner.lower())
-            what = _row_of(recipe, owner, suffix) if suffix != member.name.lower() else ""
-            if what:
+            row_kind = _row_of(recipe, owner, suffix) if suffix != member.name.lower() else ""
+            if row_kind:
                 raise ValueError(
-                    f"members: {member.name}: {owner} has {what} whose row is called so, too; give another name"
+                    f"members: {member.name}: {owner} has {row_kind} whose row is called so, too; give another name"
                 )
 
 
@@ -38,6 +38,6 @@ def _row_of(recipe: Any, owner: str, suffix: str) -> str:
     kinds = [f"-{kind}" for kind in recipe.baseline_kinds]
     if suffix in kinds:
         return f"a baseline ({suffix[1:]})"
-    cut = next(one for one in recipe.members if one.name == owner)
-    tried = cut.start == "prune" and cut.target.has_bounds()
-    return "shapes that are tried," if tried and re.fullmatch(r"-shape\d+(_[a-z_]+)?", suffix) else ""
+    cut = next(entry for entry in recipe.members if entry.name == owner)
+    searched = cut.start == "prune" and cut.target.has_bounds()
+    return "shapes that are tried," if searched and re.fullmatch(r"-shape\d+(_[a-z_]+)?", suffix) else ""

@@ -60,9 +60,9 @@ def paired_difference(
     blocks_RB = draw.multinomial(num_blocks, np.full(num_blocks, 1 / num_blocks), size=resamples).astype(np.float64)
     seeds_RS = draw.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=resamples) / num_seeds
     counted_RS = blocks_RB @ tokens_SB.T
-    told_R = (counted_RS > 0).all(1)  # of chats, a block may have no token that counts
-    means_RS = (blocks_RB @ difference_SB.T)[told_R] / counted_RS[told_R]
-    drawn_R = (seeds_RS[told_R] * means_RS).sum(1)
+    usable_R = (counted_RS > 0).all(1)  # of chats, a block may have no token that counts
+    means_RS = (blocks_RB @ difference_SB.T)[usable_R] / counted_RS[usable_R]
+    drawn_R = (seeds_RS[usable_R] * means_RS).sum(1)
     low, high = np.quantile(drawn_R, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     means_S = difference_SB.sum(1) / tokens_SB.sum(1)
     return Difference(float(means_S.mean()), float(low), float(high), num_seeds, int((means_S < 0).sum()))

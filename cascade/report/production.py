@@ -23,8 +23,8 @@ WORSE = 1.3
 def load_drift(run_folder: Path) -> dict[str, Any]:
     """What a run measured; nothing without `data.production`."""
     path = run_folder / DRIFT
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    drift: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return drift
 
 
 def production_table(drift: dict[str, Any], rows: Sequence[Row]) -> Table:

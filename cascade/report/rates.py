@@ -18,30 +18,30 @@ loss of each), num_tokens (of all tries)"""
 def load_rates(run_folder: Path) -> dict[str, Rate]:
     """What a run wrote; nothing in the runs of older versions."""
     path = run_folder / RATES
-    found: dict[str, Rate] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    rates: dict[str, Rate] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return rates
 
 
 def rate_of(learning_rate: float, search: Path | None) -> Rate:
     """What a training was done at; `search` is the folder of the stage that found it, None where the recipe did."""
-    found: dict[str, Any] = {"tried": [], "num_tokens": 0}
+    record: dict[str, Any] = {"tried": [], "num_tokens": 0}
     if search is not None:
-        found = json.loads((search / "rate.json").read_text(encoding="utf-8"))
+        record = json.loads((search / "rate.json").read_text(encoding="utf-8"))
     return {
         "learning_rate": learning_rate,
         "searched": search is not None,
-        "tried": found["tried"],
-        "num_tokens": found["num_tokens"],
+        "tried": record["tried"],
+        "num_tokens": record["num_tokens"],
     }
 
 
 def is_at_edge(rate: Rate) -> bool:
     """Whether a search ended while its last try, the highest or lowest rate, was still the best."""
-    tried = [one for one in rate["tried"] if one["loss"] is not None]
-    if not tried:
+    trials = [trial for trial in rate["tried"] if trial["loss"] is not None]
+    if not trials:
         return False
-    rates = [one["learning_rate"] for one in rate["tried"]]
-    best = min(tried, key=lambda one: float(one["loss"]))["learning_rate"]
+    rates = [trial["learning_rate"] for trial in rate["tried"]]
+    best = min(trials, key=lambda trial: float(trial["loss"]))["learning_rate"]
     return best in (min(rates), max(rates))
 
 
@@ -50,11 +50,11 @@ def rates_table(rates: Mapping[str, Rate]) -> Table:
     table = [["", "learning rate", "", "tries", "tokens or examples", "selection loss at each"]]
     for name, rate in rates.items():
         losses = ", ".join(
-            f"{one['learning_rate']:.3g}: {'ran off' if one['loss'] is None else format(one['loss'], '.4g')}"
-            for one in rate["tried"]
+            f"{trial['learning_rate']:.3g}: {'ran off' if trial['loss'] is None else format(trial['loss'], '.4g')}"
+            for trial in rate["tried"]
         )
-        found = "found by short trainings" if rate["searched"] else "as the recipe says"
+        origin = "found by short trainings" if rate["searched"] else "as the recipe says"
         tokens = f"{rate['num_tokens']:,}" if rate["searched"] else ""
         tries = str(len(rate["tried"])) if rate["searched"] else ""
-        table.append([name, f"{rate['learning_rate']:.3g}", found, tries, tokens, losses])
+        table.append([name, f"{rate['learning_rate']:.3g}", origin, tries, tokens, losses])
     return table

@@ -16,8 +16,8 @@ _SHOWN = 20
 def load_skipped(run_folder: Path) -> dict[str, Any]:
     """What a run has left out; empty where it has used all rows."""
     path = run_folder / SKIPPED
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    skipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return skipped
 
 
 def merged_skipped(folders: dict[str, Path]) -> dict[str, Any]:
@@ -25,18 +25,21 @@ def merged_skipped(folders: dict[str, Path]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     known: set[str] = set()
     for name, folder in folders.items():
-        found = load_skipped(folder)
-        named = [row for row in found.get("named", []) if row["place"] not in known]
+        skipped = load_skipped(folder)
+        named = [row for row in skipped.get("named", []) if row["place"] not in known]
         known |= {row["place"] for row in named}
         if named:
-            merged[name] = found | {"named": named, "skipped": found["skipped"] - len(found["named"]) + len(named)}
+            merged[name] = skipped | {
+                "named": named,
+                "skipped": skipped["skipped"] - len(skipped["named"]) + len(named),
+            }
     return merged
 
 
 def skipped_table(skipped: dict[str, Any]) -> Table:
     """The counts of each text, then the first rows by file and line."""
     table = [["", "row", "why"]]
-    for name, found in skipped.items():
-        table.append([name, f"{found['skipped']:,} of {found['rows']:,} rows left out", ""])
-        table += [["", row["place"], row["reason"]] for row in found["named"][:_SHOWN]]
+    for name, counts in skipped.items():
+        table.append([name, f"{counts['skipped']:,} of {counts['rows']:,} rows left out", ""])
+        table += [["", row["place"], row["reason"]] for row in counts["named"][:_SHOWN]]
     return table

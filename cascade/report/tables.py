@@ -156,12 +156,12 @@ def _metric_cell(metric: Metric | None) -> str:
     return text
 
 
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.3f}"
 
 
-def _number(value: float | None, unit: float = 1.0) -> str:
-    return "" if value is None else f"{value / unit:,.1f}" if value / unit < 100 else f"{value / unit:,.0f}"
+def _number(quantity: float | None, unit: float = 1.0) -> str:
+    return "" if quantity is None else f"{quantity / unit:,.1f}" if quantity / unit < 100 else f"{quantity / unit:,.0f}"
 
 
 def _escape(cell: str) -> str:

@@ -16,8 +16,8 @@ Tails = Mapping[str, dict[str, Any]]
 def load_tails(run_folder: Path) -> dict[str, dict[str, Any]]:
     """What a run wrote; nothing where it has no members yet."""
     path = run_folder / TAIL
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    tails: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return tails
 
 
 def decile_table(tails: Tails) -> Table:
@@ -30,9 +30,9 @@ def decile_table(tails: Tails) -> Table:
     ]
     for number, (name, tail) in enumerate(tails.items()):
         if number == 0:
-            table.append(["teacher's entropy", *(f"{one['entropy']:.3f}" for one in tail["deciles"])])
-            table.append(["teacher", *(f"{one['teacher_loss']:.3f}" for one in tail["deciles"])])
-        table.append([name, *(f"{one['loss']:.3f}" for one in tail["deciles"])])
+            table.append(["teacher's entropy", *(f"{tenth['entropy']:.3f}" for tenth in tail["deciles"])])
+            table.append(["teacher", *(f"{tenth['teacher_loss']:.3f}" for tenth in tail["deciles"])])
+        table.append([name, *(f"{tenth['loss']:.3f}" for tenth in tail["deciles"])])
     return table
 
 
@@ -40,7 +40,7 @@ def slice_table(tails: Tails) -> Table:
     """The slices on which each row has lost most against the teacher, with how they begin."""
     table = [["", "slice", "loss", "teacher", "tokens or examples"]]
     for name, tail in tails.items():
-        for one in tail["slices"]:
-            counted = f"{one['count']:,}"
-            table.append([name, one["slice"], f"{one['loss']:.3f}", f"{one['teacher_loss']:.3f}", counted])
+        for part in tail["slices"]:
+            counted = f"{part['count']:,}"
+            table.append([name, part["slice"], f"{part['loss']:.3f}", f"{part['teacher_loss']:.3f}", counted])
     return table

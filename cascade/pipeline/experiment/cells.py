@@ -43,12 +43,13 @@ def plan_cells(file: ExperimentFile) -> list[Cell]:
     form = file.form
     num_members = _num_members(file)
     common = expanded(form.set, num_members)
-    base = _loaded(file, ("set",), common)
+    base = _load(file, ("set",), common)
     families = [name for name, arm in form.arms.items() if not arm.is_row]
     families.sort(key=lambda name: name != form.reference_arm)  # stable
     budgets = form.tokens or [_budget_of(base, file)]
     plain = {
-        name: _loaded(file, ("arms", name, "set"), [*common, *_own_set(file, name, num_members)]) for name in families
+        name: _load(file, ("arms", name, "set"), [*common, *_arm_overrides(file, name, num_members)])
+        for name in families
     }
     problems = [
         *_incomparable(file, plain),
@@ -64,8 +65,8 @@ def plan_cells(file: ExperimentFile) -> list[Cell]:
             for name in families:
                 settings = [
                     *common,
-                    *_own_set(file, name, num_members),
-                    *_cell_set(file, plain[name], name, seed, budget),
+                    *_arm_overrides(file, name, num_members),
+                    *_cell_overrides(file, plain[name], name, seed, budget),
                 ]
                 if form.arms[name].tokens == "accumulated":
                     order = [member.name for member in plain[name].members]
@@ -78,8 +79,8 @@ def plan_cells(file: ExperimentFile) -> list[Cell]:
 
 def _num_members(file: ExperimentFile) -> int:
     """Members that `members.*` stands for: those of the recipe, or those that the file's `set` gives instead."""
-    given = [override for override in file.form.set if not override.startswith("members.*")]
-    return len(_loaded(file, ("set",), given).members)
+    overrides = [override for override in file.form.set if not override.startswith("members.*")]
+    return len(_load(file, ("set",), overrides).members)
 
 
 def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:
@@ -104,7 +105,7 @@ def accumulated_tokens(members: Sequence[ResolvedMember]) -> dict[str, int]:
 
 
 def _cell(file: ExperimentFile, arm: str, seed: int, budget: int, settings: list[str]) -> Cell:
-    recipe = _loaded(file, ("arms", arm), settings)
+    recipe = _load(file, ("arms", arm), settings)
     with _of_arm(file, arm):
         return Cell(arm, seed, budget, recipe, resolve_family(recipe, config_of(recipe)))
 
@@ -127,23 +128,23 @@ def _config(recipe: str) -> Any:
     return parent_config(Recipe.model_validate_json(recipe))
 
 
-def _loaded(file: ExperimentFile, place: Place, overrides: list[str]) -> Recipe:
+def _load(file: ExperimentFile, place: Place, overrides: list[str]) -> Recipe:
     """The recipe with overrides, whose problems are told with the place of what asks for them."""
     try:
         return load_recipe(file.form.recipe, overrides)
     except RecipeError as error:
-        told = []
+        problems = []
         for problem in error.problems:
             source = "" if problem.startswith((error.source, "--set")) else f"{error.source}: "
-            told.append(f"{file.where(*place)}: {source}{problem}".replace("--set ", ""))
-        raise RecipeError(str(file.path), told) from error
+            problems.append(f"{file.where(*place)}: {source}{problem}".replace("--set ", ""))
+        raise RecipeError(str(file.path), problems) from error
 
 
-def _own_set(file: ExperimentFile, arm: str, num_members: int) -> list[str]:
+def _arm_overrides(file: ExperimentFile, arm: str, num_members: int) -> list[str]:
     return expanded(file.form.arms[arm].set, num_members)
 
 
-def _cell_set(file: ExperimentFile, recipe: Recipe, arm: str, seed: int, budget: int) -> list[str]:
+def _cell_overrides(file: ExperimentFile, recipe: Recipe, arm: str, seed: int, budget: int) -> list[str]:
     """The overrides that make a cell of an arm."""
     kinds: list[Any] = list(file.form.rows_of(arm))
     if recipe.ce_learning_rate != "auto":
@@ -181,11 +182,11 @@ def _incomparable(file: ExperimentFile, plain: dict[str, Recipe]) -> list[str]:
                     f"{where}: differs from {form.reference_arm} in {section}.{f', {section}.'.join(keys)}; arms are "
                     f"compared on one parent and text. Remove it, or write may_differ: [{section}]"
                 )
-        names, others = ([member.name for member in either.members] for either in (recipe, reference))
-        if names != others:
+        names, reference_names = ([member.name for member in either.members] for either in (recipe, reference))
+        if names != reference_names:
             problems.append(
-                f"{where}: has the members {', '.join(names)}, {form.reference_arm} has {', '.join(others)}; arms are "
-                "compared size by size, so that they need the same"
+                f"{where}: has the members {', '.join(names)}, {form.reference_arm} has {', '.join(reference_names)}; "
+                "arms are compared size by size, so that they need the same"
             )
     return problems
 
@@ -228,13 +229,13 @@ def lacks_row(recipe: Recipe, member: Member, kind: str) -> bool:
 def _fixed_rates(file: ExperimentFile, arm: str, recipe: Recipe) -> list[str]:
     if file.form.fixed_rates or recipe.distill is None:
         return []
-    given = {"distill.learning_rate": recipe.distill.learning_rate}
+    rates = {"distill.learning_rate": recipe.distill.learning_rate}
     if "ce" in file.form.rows_of(arm):
-        given["baselines.ce.learning_rate"] = recipe.ce_learning_rate
+        rates["baselines.ce.learning_rate"] = recipe.ce_learning_rate
     return [
         f"{key}: {rate:g} is given, and a rate that suits one arm can be unfair to another; set {key}=auto for all "
         "arms, so that each one's is searched for, or write fixed_rates: true, and the tables say so"
-        for key, rate in given.items()
+        for key, rate in rates.items()
         if rate != "auto"
     ]
 
@@ -250,9 +251,9 @@ def _without_effect(file: ExperimentFile, plain: dict[str, Recipe], common: list
     for name, recipe in plain.items():
         overrides = file.form.arms[name].set
         for number, text in enumerate(overrides):
-            others = expanded(overrides[:number] + overrides[number + 1 :], num_members)
+            rest = expanded(overrides[:number] + overrides[number + 1 :], num_members)
             try:
-                same = load_recipe(file.form.recipe, [*common, *others]) == recipe
+                same = load_recipe(file.form.recipe, [*common, *rest]) == recipe
             except RecipeError:
                 continue  # it is needed, for the others to be valid
             if same:
@@ -267,7 +268,11 @@ def _without_effect(file: ExperimentFile, plain: dict[str, Recipe], common: list
         seen.setdefault(key, name)
     for name, arm in file.form.arms.items():
         twin = next(
-            (other for other, twin_arm in file.form.arms.items() if arm.is_row and twin_arm == arm and other != name),
+            (
+                other_name
+                for other_name, twin_arm in file.form.arms.items()
+                if arm.is_row and twin_arm == arm and other_name != name
+            ),
             "",
         )
         if twin and list(file.form.arms).index(twin) < list(file.form.arms).index(name):

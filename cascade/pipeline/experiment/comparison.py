@@ -87,8 +87,8 @@ def experiment_texts(folder: Path) -> str:
     width = min(120, shutil.get_terminal_size().columns)
     parts = [textwrap.fill(line, max(60, width)) for line in _intro(summary)]
     for heading, table, lines in _sections(summary):
-        told = [textwrap.fill(line, max(60, width)) for line in lines]
-        parts += ["\n".join([heading, *([plain_table(table)] if table else []), *told])]
+        notes = [textwrap.fill(line, max(60, width)) for line in lines]
+        parts += ["\n".join([heading, *([plain_table(table)] if table else []), *notes])]
     return "\n" + "\n\n".join([*parts, f"Report: {folder / 'experiment.html'}   results: {folder / 'results'}"])
 
 
@@ -103,13 +103,13 @@ def list_texts(listed: dict[str, Any]) -> str:
     table = [["cell", "", "time left"]]
     for row in listed["cells"]:
         table.append([row["cell"], "done" if row["done"] else "", "" if row["done"] else minutes(row["seconds"])])
-    done = sum(row["done"] for row in listed["cells"])
-    said = [f"{row['why']}; {row['cell']} is to be made again." for row in listed["cells"] if row["why"]]
+    num_done = sum(row["done"] for row in listed["cells"])
+    reasons = [f"{row['why']}; {row['cell']} is to be made again." for row in listed["cells"] if row["why"]]
     last = (
-        f"{done} of {len(listed['cells'])} cells are done; the rest takes about {minutes(listed['seconds'])} "
+        f"{num_done} of {len(listed['cells'])} cells are done; the rest takes about {minutes(listed['seconds'])} "
         "(operations counted, rate measured; what cells share is made once and counted for each)."
     )
-    return "\n".join([plain_table(table), "", *said, last])
+    return "\n".join([plain_table(table), "", *reasons, last])
 
 
 def _account(form: Experiment, name: str) -> str:
@@ -118,11 +118,11 @@ def _account(form: Experiment, name: str) -> str:
 
 
 def _version(result: dict[str, Any]) -> str:
-    made = result["made_with"]
-    commit = f" ({made['commit'][:12]}{'+' * made['commit'].endswith('+')})" if "commit" in made else ""
+    versions = result["made_with"]
+    commit = f" ({versions['commit'][:12]}{'+' * versions['commit'].endswith('+')})" if "commit" in versions else ""
     return (
-        f"cascade {made['cascade']}{commit}, torch {made['torch']}, transformers {made['transformers']}, "
-        f"{made['threads']} thread{'s' * (made['threads'] != 1)} on {made['device']}"
+        f"cascade {versions['cascade']}{commit}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{versions['threads']} thread{'s' * (versions['threads'] != 1)} on {versions['device']}"
     )
 
 
@@ -131,7 +131,7 @@ def _parent(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     if len({result["inputs"]["parent"] for result in results.values()}) != 1:
         return None
     row = next(iter(results.values()))["rows"][0]
-    return {"num_parameters": row["num_parameters"], "loss": _value(row, "loss")}
+    return {"num_parameters": row["num_parameters"], "loss": _heldout_value(row, "loss")}
 
 
 def _entries(
@@ -168,22 +168,22 @@ def _rows_of(
 def _entry(
     arm: str, size: str, budget: int, rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]] | None
 ) -> Entry:
-    given = list(rows.values())
+    seed_rows = list(rows.values())
     entry: Entry = {
         "arm": arm,
         "size": size,
         "budget": budget,
         "seeds": list(rows),
-        "num_parameters": sorted({row["num_parameters"] for row in given}),
-        "tokens": {key: sorted({row["tokens"][key] for row in given}) for key in ("hop", "accumulated")},
-        "learning_rates": [row["rate"]["learning_rate"] if row["rate"] else None for row in given],
-        "rates_at_edge": [bool(row["rate"] and row["rate"]["edge"]) for row in given],
-        "search_tokens": [row["rate"]["num_tokens"] if row["rate"] else 0 for row in given],
-        "retention": _retention(given),
-        "num_tasks": len({metric["task"] for row in given for metric in _retained(row)}),
+        "num_parameters": sorted({row["num_parameters"] for row in seed_rows}),
+        "tokens": {key: sorted({row["tokens"][key] for row in seed_rows}) for key in ("hop", "accumulated")},
+        "learning_rates": [row["rate"]["learning_rate"] if row["rate"] else None for row in seed_rows],
+        "rates_at_edge": [bool(row["rate"] and row["rate"]["edge"]) for row in seed_rows],
+        "search_tokens": [row["rate"]["num_tokens"] if row["rate"] else 0 for row in seed_rows],
+        "retention": _retention(seed_rows),
+        "num_tasks": len({metric["task"] for row in seed_rows for metric in _retained(row)}),
     }
     for metric in METRICS:
-        values = [value for row in given if (value := _value(row, metric)) is not None]
+        values = [value for row in seed_rows if (value := _heldout_value(row, metric)) is not None]
         entry[metric] = fmean(values) if values else None
         entry[f"{metric}_difference"] = None if reference is None else _difference(metric, rows, reference)
     return entry
@@ -228,7 +228,7 @@ def _retention(rows: Iterable[dict[str, Any]]) -> float | None:
     return fmean(means) if means else None
 
 
-def _value(row: dict[str, Any], metric: str) -> float | None:
+def _heldout_value(row: dict[str, Any], metric: str) -> float | None:
     values = [record["value"] for record in row["metrics"] if (record["task"], record["metric"]) == ("heldout", metric)]
     return values[0] if values else None
 
@@ -299,24 +299,24 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, Table, list[str]]]:
     """(heading, table, lines below it): one for each accounting and budget, the counts below the last."""
     sections: list[tuple[str, Table, list[str]]] = []
     for account, heading in _ACCOUNTS.items():
-        told = summary["accounts"][account]
-        if not told["measured"]:
+        comparison = summary["accounts"][account]
+        if not comparison["measured"]:
             arm = "no arm beside the reference" if account == "new" else "no arm has `tokens: accumulated`"
             sections.append((heading, [], [f"not measured: {arm}."]))
             continue
         for budget in summary["tokens"]:
-            rows = [entry for entry in told["rows"] if entry["budget"] == budget]
+            rows = [entry for entry in comparison["rows"] if entry["budget"] == budget]
             if rows:
                 sections.append(
                     (f"{heading}: {_BUDGETS[account].format(budget)}", _table(rows, summary["reference"]), [])
                 )
-        if not told["rows"]:
+        if not comparison["rows"]:
             sections.append((heading, [], ["nothing is made yet."]))
-        sections[-1][2].extend(_count_lines(told["counts"], summary["reference"]))
+        sections[-1][2].extend(_count_lines(comparison["counts"], summary["reference"]))
     rows = [entry for account in _ACCOUNTS for entry in summary["accounts"][account]["rows"]]
     edges = sorted({entry["arm"] for entry in rows if any(entry["rates_at_edge"])})
-    told = [_EDGE.format(", ".join(edges))] if edges else []
-    return [*sections, ("Learning rates", _rate_table(rows), told)] if rows else sections
+    notes = [_EDGE.format(", ".join(edges))] if edges else []
+    return [*sections, ("Learning rates", _rate_table(rows), notes)] if rows else sections
 
 
 _EDGE = (
@@ -337,10 +337,10 @@ def _table(rows: Sequence[Entry], reference: str) -> Table:
         cells += [_span(row["tokens"][key]) for key in ("hop", "accumulated")]
         cells.append(str(len(row["seeds"])))
         for metric in METRICS:
-            value = row[metric]
-            cells += ["" if value is None else f"{value:.4f}", *_difference_cells(row[f"{metric}_difference"])]
-        told = f"{row['retention']:.0%} of {row['num_tasks']}" if row["retention"] is not None else "no task"
-        table.append([*cells, told])
+            mean = row[metric]
+            cells += ["" if mean is None else f"{mean:.4f}", *_difference_cells(row[f"{metric}_difference"])]
+        retention = f"{row['retention']:.0%} of {row['num_tasks']}" if row["retention"] is not None else "no task"
+        table.append([*cells, retention])
     return table
 
 
@@ -357,8 +357,8 @@ def _difference_cells(difference: dict[str, Any] | None) -> list[str]:
         return ["", "", difference["why"]]
     interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]"
     agree = max(difference["num_below"], difference["num_seeds"] - difference["num_below"])
-    shown = difference["num_seeds"] > 1 and difference["verdict"] != "tie"
-    seeds = f" ({agree}/{difference['num_seeds']} seeds)" if shown else ""
+    shows_seeds = difference["num_seeds"] > 1 and difference["verdict"] != "tie"
+    seeds = f" ({agree}/{difference['num_seeds']} seeds)" if shows_seeds else ""
     return [f"{difference['value']:+.4f}", interval, f"{difference['verdict']}{seeds}"]
 
 
@@ -368,8 +368,8 @@ def _count_lines(counts: dict[str, dict[str, dict[str, int]]], reference: str) -
         if not any(sum(count.values()) for count in metrics.values()):
             lines.append(f"{arm} against {reference}: not compared yet.")
             continue
-        told = [f"{METRICS[metric]} {', '.join(map(_counted, count.items()))}" for metric, count in metrics.items()]
-        lines.append(f"{arm} against {reference}: {'; '.join(told)}.")
+        verdicts = [f"{METRICS[metric]} {', '.join(map(_counted, count.items()))}" for metric, count in metrics.items()]
+        lines.append(f"{arm} against {reference}: {'; '.join(verdicts)}.")
     return lines
 
 

@@ -199,10 +199,11 @@ def _sha256(result: Result) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def _differences(what: str, there: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    keys = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
+def _differences(section: str, stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    keys = [key for key in sorted(stored.keys() | current.keys()) if stored.get(key) != current.get(key)]
     return [
-        f"{what}.{key}: {_short(there.get(key, 'absent'))} there, {_short(now.get(key, 'absent'))} now" for key in keys
+        f"{section}.{key}: {_short(stored.get(key, 'absent'))} there, {_short(current.get(key, 'absent'))} now"
+        for key in keys
     ]
 
 

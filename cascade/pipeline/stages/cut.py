@@ -135,13 +135,13 @@ def losses_on_selection(run: Run, model: nn.Module, teacher: nn.Module) -> dict[
     return {"loss": losses["selection_loss"], "kl_to_teacher": losses.get("selection_kl")}
 
 
-def write_losses(path: Path, value: Any) -> None:
+def write_losses(path: Path, losses: Any) -> None:
     """JSON of losses.
 
     Raises:
         ValueError: one of them is not finite.
     """
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(losses, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load_plans(lineage: Sequence[Made] | None) -> list[PruningPlan] | None:

@@ -41,7 +41,7 @@ def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
     if recipe.task != "language" or "auto" not in (data.begin_token, data.end_token):
         begin = "blocks" if data.begin_token == "auto" else data.begin_token
         end = "documents" if data.end_token == "auto" else data.end_token
-        return _with(recipe, begin, end)
+        return _with_tokens(recipe, begin, end)
     settings = data.model_dump(
         include={"source", "text_field", "messages_field", "template", "block_size", "begin_token", "end_token"}
     )
@@ -53,7 +53,7 @@ def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
         write=partial(make_framing, recipe, parent),
     )
     record = framing.json(FRAMING)
-    return _with(recipe, record["begin_token"], record["end_token"])
+    return _with_tokens(recipe, record["begin_token"], record["end_token"])
 
 
 def make_framing(recipe: Recipe, parent: ModelSource, folder: Path, on_step: OnStep) -> None:
@@ -82,6 +82,6 @@ def make_framing(recipe: Recipe, parent: ModelSource, folder: Path, on_step: OnS
     write_json(folder / FRAMING, choice.record())
 
 
-def _with(recipe: Recipe, begin_token: str, end_token: str) -> Recipe:
+def _with_tokens(recipe: Recipe, begin_token: str, end_token: str) -> Recipe:
     update: dict[str, Any] = {"begin_token": begin_token, "end_token": end_token}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})

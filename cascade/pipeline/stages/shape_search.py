@@ -68,9 +68,9 @@ class Candidate:
         The first is infinite where the short recovery ran off; the second decides where all of them did.
         """
         losses = self.losses()
-        value: float | None = (losses["recovered"] or losses["repaired"])["kl_to_teacher"]
-        repaired: float | None = losses["repaired"]["kl_to_teacher"]
-        return math.inf if value is None else value, math.inf if repaired is None else repaired
+        last_kl: float | None = (losses["recovered"] or losses["repaired"])["kl_to_teacher"]
+        repaired_kl: float | None = losses["repaired"]["kl_to_teacher"]
+        return math.inf if last_kl is None else last_kl, math.inf if repaired_kl is None else repaired_kl
 
 
 def search_shape(run: Run, member: ResolvedMember, base: Base) -> list[Candidate]:
