@@ -1,4 +1,4 @@
-"""`cascade cache`: what is kept of teachers, whether it is whole, and making room."""
+"""`cascade cache`: the size, use and integrity of cached teacher targets, and their removal."""
 
 import json
 import sys
@@ -138,7 +138,7 @@ def _folder(folder: str | None) -> Path:
 
 
 def _targets(layout: dict[str, object]) -> str:
-    """Such as 'sampled, 38 draws'."""
+    """The form of targets in words, such as 'sampled, 38 draws'."""
     kind = str(layout.get("kind", "?"))
     if kind == "sampled":
         exact = layout.get("exact_ids")

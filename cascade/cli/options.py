@@ -1,4 +1,4 @@
-"""What the commands share: options, and how a result is printed."""
+"""What the commands have in common: options, error messages, and the printing of results."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Record = TypeVar("_Record")
 
 _PLACES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
-"""What is wrong with a place that a user has given, where nothing says it better."""
+"""Errors of the operating system that a path from the user causes; shown where no message says more."""
 NOTHING_KEPT = "Nothing is left of it."
 _WORK_KEPT = "What is finished is kept; the same command goes on from there."
 
@@ -48,7 +48,7 @@ DATA = click.option(
 
 
 def _permission(option: str, module: str, function: str, help_text: str) -> Callable[[_Command], _Command]:
-    """A flag that gives this process a permission, which no recipe can ask for."""
+    """A flag that grants this process a permission, which no recipe can grant."""
 
     def give(context: click.Context, parameter: click.Parameter, granted: bool) -> None:
         if granted:
@@ -91,7 +91,7 @@ class CommandGroup(click.Group):
     """Turns the program's own errors into messages and exit codes."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As click's own."""
+        """Run the command line, and exit with a message and the code of each of the program's errors."""
         try:
             return super().main(*args, **kwargs)
         except UserError as error:
@@ -112,7 +112,7 @@ class CommandGroup(click.Group):
 
 @contextmanager
 def interruptible(message: str = _WORK_KEPT) -> Iterator[None]:
-    """Ctrl-C and SIGTERM let a training that keeps states save one; then, or at the second, a message."""
+    """The first Ctrl-C or SIGTERM saves a training's state, then stops with `message`; the second stops it at once."""
     try:
         with handled():
             yield
@@ -122,7 +122,11 @@ def interruptible(message: str = _WORK_KEPT) -> Iterator[None]:
 
 
 def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:
-    """NAME=N texts as dims."""
+    """Dims from texts of the form NAME=N.
+
+    Raises:
+        UserError: a text has another form.
+    """
     dims = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -133,7 +137,7 @@ def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result."""
+    """Print a result, as JSON or a line per key."""
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -142,7 +146,7 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
 
 
 def quiet_libraries() -> None:
-    """Our own progress and errors only; transformers' warnings about optional packages say nothing to our user."""
+    """Silence the libraries' progress bars and warnings, so that the user sees only the program's messages."""
     for name in ("torchao", "torch.utils._pytree"):  # what they say when they are imported is not about the run
         logging.getLogger(name).setLevel(logging.ERROR)
     from datasets import disable_progress_bars

@@ -1,4 +1,4 @@
-"""What a published model was made from and by whom it was taught, out of the recipe and the members' seeds."""
+"""The provenance of published models, from the recipe and the chain of members that each was cut from."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ def provenance_of(
     parent: str,
     tokens: Tokens,
 ) -> Provenance:
-    """Of a member; `parent` is its reference, `tokens` those of its row."""
+    """The provenance of a member; `parent` is the parent's reference, `tokens` the member's training tokens."""
     start: Any = member.member.start
     of = {"checkpoint": public_model(member.member.student), "random": str(member.config.model_type)}
     first = _first(members, member)
@@ -56,7 +56,7 @@ def provenance_of_copy(
     parent: str,
     tokens: Tokens,
 ) -> Provenance:
-    """Of a copy in fewer bits of a member, or of the parent."""
+    """The provenance of a copy in fewer bits, made from a member or from the parent (`owner`)."""
     member = next((entry for entry in members if entry.name == owner), None)
     first = None if member is None else _first(members, member)
     trained = tokens.hop > 0
@@ -89,7 +89,7 @@ def provenance_of_copy(
 
 
 def _first(members: Sequence[ResolvedMember], member: ResolvedMember) -> ResolvedMember | None:
-    """The member at the start of a chain of seeds where that is not cut; None where the chain begins at the parent."""
+    """The first member of a chain of cuts, which itself is not cut; None where the chain begins at the parent."""
     by_name = {entry.name: entry for entry in members}
     while member.seed in by_name:
         member = by_name[member.seed]
@@ -113,7 +113,7 @@ def _teacher(recipe: Recipe, taught_by: str, parent: str) -> str:
 
 
 def _writer(recipe: Recipe, parent: str) -> str:
-    """Who wrote the training text; '' where no model of the recipe's did."""
+    """The model that wrote the training text; '' where the recipe names no such model."""
     generate = recipe.generate
     if generate is None:
         return ""
@@ -123,7 +123,7 @@ def _writer(recipe: Recipe, parent: str) -> str:
 
 
 def _with_origins(recipe: Recipe, provenance: Provenance, first: ResolvedMember | None) -> Provenance:
-    """With the models that concern this one, of all those of the recipe, and the licence of its weights."""
+    """The provenance with the recipe's models whose terms apply to it, and with the licence of its weights."""
     origins: list[Origin] = []
     for origin in origins_of(recipe):
         if origin.place == "parent":

@@ -1,4 +1,4 @@
-"""Whether a run directory is still, byte for byte, what was written into it."""
+"""`cascade verify`: compares a run directory, byte for byte, with the manifests of what was written."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not as it was written."""
+    """A difference between a run directory and what was written into it."""
 
     place: str
     """Path inside the run directory."""
@@ -25,10 +25,10 @@ class Fault:
 
 
 def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
-    """(files hashed, faults) of a run directory: stages, training states, members, reports, recipe and events.
+    """(number of files hashed, faults) of a run directory, over stages, training states, members, reports and events.
 
     Raises:
-        UserError: the folder is no run directory.
+        UserError: the folder has no recipe.yaml.
     """
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: no recipe.yaml; give a run directory, as `cascade run` prints it")
@@ -99,7 +99,7 @@ def _damage_of(path: Path) -> str:
 
 
 def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
-    """What a manifest cannot tell: files that were added, an index that leads elsewhere, stages that are others now."""
+    """Faults that a manifest cannot show: added files, an index that leads elsewhere, stages changed since."""
     try:
         known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         lineage = json.loads((folder / "cascade.json").read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
 
 
 def _missing(run_folder: Path, cure: str) -> Iterator[Fault]:
-    """Folders that the family's rows lead to."""
+    """Faults for members that family.json lists and that have no folder."""
     try:
         rows = json.loads((run_folder / "family.json").read_text(encoding="utf-8"))["rows"]
         names = [row["name"] for row in rows if row["role"] == "member" and row["status"] == "done"]

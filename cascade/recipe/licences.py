@@ -1,7 +1,7 @@
-"""Whose words and weights a student is made of, and under which terms. No legal advice: what to read, and when.
+"""The licences of models that a student learns from, and what they say about output. No legal advice.
 
-Licences as of 2026; where one says something about what its output may be used for, the recipe has to say that it was
-read (`acknowledged`).
+Licences as of 2026. Where a licence limits the use of a model's output, the recipe has to say that somebody has read it
+(`acknowledged`).
 """
 
 import re
@@ -32,11 +32,11 @@ _NO_COMPETITORS = "output may not be used to develop models that compete with th
 
 @dataclass(frozen=True)
 class Terms:
-    """What a licence says of output, as far as it matters here."""
+    """What a licence says about the use of a model's output to train other models."""
 
     says: str
     derived: bool = True
-    """Whether that also concerns students that are derived from the model itself: cut from it."""
+    """Whether the terms also apply to students that are cut from the model itself."""
 
 
 TERMS: dict[str, Terms] = {
@@ -56,7 +56,7 @@ TERMS: dict[str, Terms] = {
     "anthropic": Terms(_NO_COMPETITORS),
     "google-gemini": Terms(_NO_COMPETITORS),
 }
-"""By a model's licence as its card names it, or by whose endpoint answers."""
+"""Terms by the licence in a model's card, or by the company whose endpoint answers."""
 
 _HOSTS = {
     "openai.com": "openai",
@@ -83,27 +83,27 @@ class Origin:
     """A model that a student learns from."""
 
     place: str
-    """Of the recipe."""
+    """The recipe's key that names the model."""
     name: str
     licence: str
-    """'' where none was found."""
+    """'' where no licence is known."""
     derived: bool = False
-    """Whether all students are cut from it."""
+    """Whether all students are cut from this model."""
 
     @property
     def terms(self) -> str:
-        """What of its licence concerns these students; '' for nothing that is known here."""
+        """The terms of its licence that apply to these students; '' where none are known."""
         terms = TERMS.get(self.licence)
         return "" if terms is None or (self.derived and not terms.derived) else terms.says
 
     def record(self) -> dict[str, Any]:
-        """For cards and provenance, without the folders of this machine."""
+        """Name, licence and terms for cards and provenance, without folders of this machine."""
         name = self.name if self.place == "generate.endpoint" else public_model(self.name)
         return {"name": name, "licence": self.licence, "terms": self.terms}
 
 
 def licence_of(folder: Path) -> str:
-    """A model folder's licence: as its card's head names it, else as its licence file begins; '' if neither does."""
+    """The licence of a model's folder, from the head of its card or else the first lines of its licence file; or ''."""
     card = folder / "README.md"
     if card.is_file():
         head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
@@ -122,16 +122,16 @@ def licence_of(folder: Path) -> str:
 
 
 def endpoint_terms(url: str) -> str:
-    """Whose terms go with an endpoint's output: a name of `TERMS`, or ''."""
+    """The name in `TERMS` of the company behind an endpoint; '' where none is known."""
     host = (urlsplit(url).hostname or "").lower()
     return next((name for ending, name in _HOSTS.items() if host == ending or host.endswith(f".{ending}")), "")
 
 
 def require_acknowledged(origins: Sequence[Origin], acknowledged: Sequence[str]) -> None:
-    """Refuse to learn from what has terms that the recipe does not say were read.
+    """Refuse models with terms that the recipe does not acknowledge.
 
     Raises:
-        UserError: with the terms, and what to write.
+        UserError: quotes the terms, and says what to write into the recipe.
     """
     for origin in origins:
         if origin.terms and origin.licence not in acknowledged:

@@ -48,16 +48,16 @@ def problems_of(
     overridden: Sequence[tuple[str, ...]] = (),
     model: type[BaseModel] = Recipe,
 ) -> list[str]:
-    """What keeps a document from being a `model`, each with its place; `overridden` keys come from the command line."""
+    """The errors of a document as messages with file:line:column; `overridden` keys come from the command line."""
     problems = [_describe(document, problem, overridden, model) for problem in error.errors()]
     return list(dict.fromkeys(problems))
 
 
 def refuse_secrets(document: YamlDocument, path: Path, overridden: Sequence[tuple[str, ...]] = ()) -> None:
-    """Recipes are shared, and written into every card.
+    """Refuse documents with keys or passwords: recipes are shared, and written into every card.
 
     Raises:
-        RecipeError: a value looks like a key; it is not repeated.
+        RecipeError: a value looks like a key; the message does not repeat it.
     """
     problems: list[str] = []
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), document.data)]
@@ -75,7 +75,7 @@ def refuse_secrets(document: YamlDocument, path: Path, overridden: Sequence[tupl
 
 
 def _override(document: YamlDocument, text: str) -> tuple[str, ...]:
-    """Apply one override to the document's data; returns its path of keys."""
+    """Apply an override to the document's data, and return its path of keys."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {text}", ["is not of the form KEY=VALUE, such as distill.tokens=100_000"])
@@ -147,10 +147,10 @@ def _is_branch(part: Any) -> bool:
 
 
 def _require_near(generate: Generate, folder: Path) -> None:
-    """What is sent to a server lies where the recipe does, or where the command runs: a recipe may be a stranger's.
+    """Refuse to send files that lie neither with the recipe nor in the working folder: a stranger may have written it.
 
     Raises:
-        UserError: a file lies elsewhere, also by way of a link.
+        UserError: a file lies elsewhere, or is a link to a file elsewhere.
     """
     near = [place.resolve() for place in (folder, Path.cwd())]
     for name in ("prompts", "text"):

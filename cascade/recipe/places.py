@@ -1,4 +1,4 @@
-"""Paths and models as a recipe names them: counted from its folder when it is read, told without their folders."""
+"""Paths and models in a recipe: relative to its folder when it is read, and without folders when it is published."""
 
 import os
 from glob import escape, has_magic
@@ -10,34 +10,34 @@ from pydantic import AfterValidator, BeforeValidator, PlainSerializer, Serializa
 from cascade.recipe.section import as_list
 
 FOLDER = "recipe_folder"
-"""In the context of a validation: what relative paths count from; without it they stay as they are."""
+"""Key in a validation's context: the folder that relative paths start from; without it they stay as they are."""
 
 PUBLIC = {"public": True}
-"""The context of a `model_dump` that leaves this machine: of what lies here, names without folders."""
+"""Context of a `model_dump` for publishing: local paths become names without folders."""
 
 
 def absolute_path(path: str, info: ValidationInfo) -> str:
-    """The path, absolute where the recipe's folder is known.
+    """The path, made absolute where the recipe's folder is known.
 
     Raises:
-        ValueError: it has a NUL in it, or the home of an unknown user.
+        ValueError: the path has a NUL in it, or the home of an unknown user.
     """
     folder = (info.context or {}).get(FOLDER)
     return path if folder is None or not path else _absolute(path, folder)
 
 
 def public_path(path: str, info: SerializationInfo) -> str:
-    """The path; its last part alone where others will read it."""
+    """The path; only its last part when the recipe is published."""
     return Path(path).name if _is_public(info) else path
 
 
 def public_model(reference: str) -> str:
-    """A model as others may read of it: a hub id or builtin:NAME as it is, what lies here by its name alone."""
+    """A model's reference for publishing: a hub id or builtin:NAME unchanged, a local path by its last part."""
     return Path(reference).name if is_local(reference) else reference
 
 
 def without_folders(record: Any) -> Any:
-    """Lists and dicts with the paths of what lies on this machine cut down to names."""
+    """Nested lists and dicts in which paths that exist on this machine are cut down to their last part."""
     if isinstance(record, dict):
         return {key: without_folders(part) for key, part in record.items()}
     if isinstance(record, list):
@@ -47,12 +47,12 @@ def without_folders(record: Any) -> Any:
 
 
 def served_model(name: str) -> str:
-    """A model by the name that a server knows it by; where that is a path, its last part."""
+    """The name that a server knows a model by, for publishing: of a path, its last part."""
     return Path(name).name if name.startswith((".", "/", "~")) else name
 
 
 def is_local(reference: str) -> bool:
-    """Whether a model's reference leads to a folder or file on this machine, and not to the hub."""
+    """Whether a model's reference is a folder or file on this machine, and no hub id."""
     if not reference or reference.startswith("builtin:"):
         return False
     placed = reference.startswith((".", "/", "~")) or Path(reference).expanduser().exists()
@@ -100,10 +100,10 @@ RecipePath = Annotated[str, AfterValidator(absolute_path), PlainSerializer(publi
 RecipePaths = Annotated[list[RecipePath], BeforeValidator(as_list)]
 
 RunPath = Annotated[str, PlainSerializer(public_path)]
-"""A folder that counts from where the command runs."""
+"""A folder, relative to where the command runs."""
 
 ServedModel = Annotated[str, PlainSerializer(_dump_served)]
-"""What a server knows a model by; often the path that it was started with."""
+"""The name that a server knows a model by, often the path that the server was started with."""
 
 ModelReference = Annotated[str, AfterValidator(_resolved_model), PlainSerializer(_dump_model)]
 """builtin:NAME, a hub id, or the path of a folder or GGUF file."""

@@ -15,7 +15,7 @@ COLOURS = ("#2456a6", "#c8401e", "#2a7f4f", "#8a4fa8", "#a67c00", "#00808a", "#b
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a series."""
+    """A point of a series."""
 
     x: float
     y: float
@@ -26,7 +26,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour."""
+    """Points in the same colour, with a name for the legend."""
 
     name: str
     points: list[Point]
@@ -53,7 +53,7 @@ def size_quality_curve(families: Sequence[Family], metric: str) -> str:
 
 
 def candidate_chart(rows: Sequence[Row]) -> str:
-    """KL to the teacher of each shape that a search tried, against parameters outside embeddings; '' if none was."""
+    """KL to the teacher against parameters outside embeddings, for each shape of a search; '' without such shapes."""
     series = []
     for name, stage in (("cut and repaired", "repaired"), ("recovered shortly", "recovered")):
         points = [
@@ -76,7 +76,7 @@ def _shape_label(row: Row) -> str:
 
 
 def training_curves(curves: dict[str, list[dict[str, float]]]) -> str:
-    """KL to the teacher on selection text against tokens, one series per member; '' without any."""
+    """KL to the teacher on selection text against training tokens, one series per member; '' without any points."""
     series = [
         Series(
             name,
@@ -202,14 +202,14 @@ def _round_ticks(values: list[float], count: int = 6) -> list[float]:
 
 
 def minutes(seconds: float) -> str:
-    """Seconds as a reader takes them in: '45 s', '2.5 min', '1.8 h'."""
+    """Seconds in the unit that reads best: '45 s', '2.5 min', '1.8 h'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def short_number(number: float) -> str:
-    """1,234,567 as '1.23M'."""
+    """A number in three digits and a letter: 1,234,567 as '1.23M'."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"

@@ -1,4 +1,4 @@
-"""The learning rates that members and their cross-entropy baselines were trained at, and what was tried for each."""
+"""The learning rates that members and cross-entropy baselines were trained at, and the trials of each search."""
 
 import json
 from collections.abc import Mapping
@@ -8,22 +8,22 @@ from typing import Any
 from cascade.report.tables import Table
 
 RATES = "rates.json"
-"""In the run directory: row's name -> its `Rate`."""
+"""The file in the run directory: the `Rate` of each row, by the row's name."""
 
 Rate = dict[str, Any]
-"""learning_rate, searched (whether by short trainings; else the recipe gives it), tried (learning_rate and selection
-loss of each), num_tokens (of all tries)"""
+"""`learning_rate`; `searched`: found by short trainings, otherwise given by the recipe; `tried`: learning_rate and
+selection loss of each trial; `num_tokens`: of all trials together."""
 
 
 def load_rates(run_folder: Path) -> dict[str, Rate]:
-    """What a run wrote; nothing in the runs of older versions."""
+    """The rates of a run's rows, by the row's name; empty for the runs of older versions."""
     path = run_folder / RATES
     rates: dict[str, Rate] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return rates
 
 
 def rate_of(learning_rate: float, search: Path | None) -> Rate:
-    """What a training was done at; `search` is the folder of the stage that found it, None where the recipe did."""
+    """The rate of a training; `search` is the folder of the stage that found it, None where the recipe gives it."""
     record: dict[str, Any] = {"tried": [], "num_tokens": 0}
     if search is not None:
         record = json.loads((search / "rate.json").read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def rate_of(learning_rate: float, search: Path | None) -> Rate:
 
 
 def is_at_edge(rate: Rate) -> bool:
-    """Whether a search ended while its last try, the highest or lowest rate, was still the best."""
+    """Whether the best rate of a search is the highest or lowest it tried, so that one beyond may be better."""
     trials = [trial for trial in rate["tried"] if trial["loss"] is not None]
     if not trials:
         return False
@@ -46,7 +46,7 @@ def is_at_edge(rate: Rate) -> bool:
 
 
 def rates_table(rates: Mapping[str, Rate]) -> Table:
-    """One line for each training."""
+    """A line for each training: its rate, where that comes from, and the loss at each trial."""
     table = [["", "learning rate", "", "tries", "tokens or examples", "selection loss at each"]]
     for name, rate in rates.items():
         losses = ", ".join(

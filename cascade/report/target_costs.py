@@ -1,4 +1,4 @@
-"""What a family's teacher was asked for, what keeping its answers cost, and what that saved."""
+"""The cost of labelling with a family's teacher, and what the cached targets saved."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import Any
 from cascade.report.tables import Table
 
 TARGETS = "targets.json"
-"""In the run directory: {'kind', 'why', 'root', 'members': {name: what its labelling and its reading came to}}."""
+"""The file in the run directory: `kind`, `why`, `root`, and `members` with the figures of each member."""
 
 
 def load_targets(run_folder: Path) -> dict[str, Any]:
-    """What a run has written; empty where its teacher was asked each time."""
+    """The figures of a run's cached targets; empty where the run cached none."""
     path = run_folder / TARGETS
     targets: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return targets
 
 
 def targets_table(targets: dict[str, Any]) -> Table:
-    """A row a member: tokens that the teacher labelled for it, seconds, and what reading them again saved."""
+    """A row per member: tokens that the teacher labelled for it, seconds, and the seconds that the cache saved."""
     members: dict[str, dict[str, Any]] = targets.get("members", {})
     head = ["", "tokens read", "labelled for it", "seconds", "saved, about", "angle of the gradient", "KL of rounding"]
     table = [head]
@@ -41,7 +41,7 @@ def targets_table(targets: dict[str, Any]) -> Table:
 
 
 def targets_sentence(targets: dict[str, Any]) -> str:
-    """What was kept, and how much of it."""
+    """The kind and size of the cached targets, as a sentence."""
     members = targets.get("members", {})
     num_bytes = max((costs["num_bytes"] for costs in members.values()), default=0)
     labelled, read = (sum(costs[name] for costs in members.values()) for name in ("tokens", "tokens_read"))
@@ -52,6 +52,6 @@ def targets_sentence(targets: dict[str, Any]) -> str:
 
 
 def _seconds_per_token(members: dict[str, dict[str, Any]]) -> float | None:
-    """Of the teacher, as its labelling took; None where all was there before."""
+    """Seconds per token that the teacher labelled; None where the cache had all targets before the run."""
     num_tokens = sum(costs["tokens"] for costs in members.values())
     return sum(costs["seconds"] for costs in members.values() if costs["tokens"]) / num_tokens if num_tokens else None

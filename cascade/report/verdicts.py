@@ -1,4 +1,4 @@
-"""Whether a member is good enough, against thresholds that its maker gave beforehand."""
+"""Whether a member is good enough, by the thresholds of the recipe's `evaluate.at_least`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from cascade.report.tables import Table
 VERDICTS = "verdicts.json"
 
 Verdict = dict[str, Any]
-"""row, metric, wanted, value, stderr, good (None where it was not measured)"""
+"""`row`, `metric`, `wanted` (the threshold), `value`, `stderr`, and `good`, None where the metric was not measured."""
 
 
 def judge(rows: Sequence[Row], thresholds: Mapping[str, float]) -> list[Verdict]:
-    """A verdict for the teacher and each member on each threshold: at least it, or at most where lower is better."""
+    """A verdict on the teacher and each member for each threshold, a minimum or, where lower is better, a maximum."""
     verdicts: list[Verdict] = []
     for row in rows:
         if row.role not in ("teacher", "member", "quantised"):
@@ -40,7 +40,7 @@ def judge(rows: Sequence[Row], thresholds: Mapping[str, float]) -> list[Verdict]
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """One line each; a value within two standard errors of its threshold is said to be uncertain."""
+    """A line per verdict; it says where a value lies within two standard errors of its threshold."""
     table = [["", "metric", "wanted", "found", "good enough"]]
     for verdict in verdicts:
         answer = "not measured" if verdict["good"] is None else "yes" if verdict["good"] else "no"
@@ -57,7 +57,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def load_verdicts(run_folder: Path) -> list[Verdict]:
-    """What a run wrote; nothing where it had no thresholds."""
+    """The verdicts of a run; empty where its recipe has no thresholds."""
     path = run_folder / VERDICTS
     verdicts: list[Verdict] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     return verdicts

@@ -1,4 +1,4 @@
-"""`cascade experiment`: the cells one after another, each a run; what is finished is found again."""
+"""`cascade experiment`: runs the cells one after another; a rerun takes over the cells that are finished."""
 
 import hashlib
 import json
@@ -24,26 +24,26 @@ from cascade.runtime.files import make_folder, write_atomically
 from cascade.store.lock import LOCK, locked
 
 _MARK = "experiment-file.yaml"
-"""Of a folder that is an experiment's: the file as it was last run."""
+"""The file that marks an experiment's folder: a copy of the experiment's file as it was last run."""
 
 
 @dataclass(frozen=True)
 class CellState:
-    """A cell, and what there is of it."""
+    """A cell with its result, if it has one."""
 
     cell: Cell
     result: Result | None
     place: Path | None
-    """The file that the result was read from."""
+    """The file that the result comes from."""
     why: str
-    """Why a file that is there is not its result; '' where there is none."""
+    """The reason why an existing file is not this cell's result; '' without such a file."""
 
 
 def experiment_folder(file: ExperimentFile, output: str | Path | None) -> Path:
-    """Where an experiment goes: --output, else runs/experiments/NAME.
+    """The folder of an experiment: `output`, or runs/experiments/NAME.
 
     Raises:
-        UserError: something else is there.
+        UserError: the folder holds something else.
     """
     folder = Path(output or Path("runs") / "experiments" / file.form.name)
     if folder.is_file():
@@ -64,12 +64,12 @@ def run_experiment(
 ) -> Path:
     """Make the cells of an experiment's file that are not made yet, and its tables; returns its folder.
 
-    `only` names arms; the others are shown as far as they are made. A cell that fails is told at the end, and tried
-    again by the next start; the others are made.
+    `only` names the arms to make; the tables show other arms as far as they exist. A cell that fails does not stop the
+    others: the error at the end names it, and the next start tries it again.
 
     Raises:
-        UserError: the file, or some cell of it, cannot be done; nothing is run then.
-        RunError: not all cells could be made.
+        UserError: the file or a cell cannot be run; in that case no cell is run.
+        RunError: some cells failed.
     """
     console = console or Console(stderr=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -114,7 +114,7 @@ def list_experiment(path: str | Path, *, output: str | Path | None = None, only:
     """The cells, which of them are done, and the estimated seconds of the rest; runs nothing.
 
     Raises:
-        UserError: as `run_experiment`.
+        UserError: the file or a cell cannot be run.
     """
     file = load_experiment(path)
     folder = experiment_folder(file, output)
@@ -135,9 +135,9 @@ def list_experiment(path: str | Path, *, output: str | Path | None = None, only:
 
 
 def cell_folder(folder: Path, cell: Cell) -> Path:
-    """The run directory of a cell: its name's; with the recipe's digest where that is another recipe's run.
+    """The run directory of a cell, named after it; a digest follows where that name belongs to a run of another recipe.
 
-    An experiment whose file has changed thus makes a changed cell again, and what of it stayed the same is taken over.
+    So an experiment whose file has changed makes the changed cells again, and takes over their unchanged stages.
     """
     first = folder / "cells" / cell.name
     if not (first / "recipe.yaml").exists():
@@ -151,7 +151,7 @@ def cell_folder(folder: Path, cell: Cell) -> Path:
 
 
 def find_result(file: ExperimentFile, folder: Path, cell: Cell) -> CellState:
-    """What there is of a cell, in the experiment's folder or in the one that its file names."""
+    """A cell with its result from the experiment's folder, or from the folder that its file names."""
     inputs, why = inputs_of(cell.recipe), ""
     places = [folder / "results", *([Path(file.form.results)] if file.form.results else [])]
     for place in places:
@@ -165,7 +165,7 @@ def find_result(file: ExperimentFile, folder: Path, cell: Cell) -> CellState:
 
 
 def _make(folder: Path, cell: Cell, run_folders: dict[str, Path], console: Console) -> Result:
-    """The result of a cell, whose family is made or, where it is already, read again."""
+    """The result of a cell, after making its family or finding it finished."""
     run_folder = run_folders[cell.name]
     earlier = folder / "cells" / cell.name  # of another recipe, where that is not the run folder
     known = [path for path in (earlier, *run_folders.values()) if path != run_folder and (path / "stages").is_dir()]
@@ -179,7 +179,7 @@ def _make(folder: Path, cell: Cell, run_folders: dict[str, Path], console: Conso
 
 
 def _cells_of_arms(file: ExperimentFile, cells: list[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells of the arms that are asked for; those of its members for a baseline row."""
+    """The cells of the arms in `only`, or of all arms; for a baseline row, the cells of the arm that it belongs to."""
     arms = file.form.arms
     unknown = [name for name in only if name not in arms]
     if unknown:
@@ -189,7 +189,7 @@ def _cells_of_arms(file: ExperimentFile, cells: list[Cell], only: Sequence[str])
 
 
 def _seconds(run_folder: Path, cell: Cell) -> float:
-    """What is left of a cell; what other cells share with it, which is not made twice, is counted."""
+    """Estimated seconds of a cell's unfinished stages, including stages that other cells share with it."""
     config = config_of(cell.recipe)
     shared = remaining_seconds(run_folder, cell.recipe, "parent", parent_seconds(cell.recipe, config))
     members = remaining_members(run_folder, cell.recipe, cell.members)
@@ -197,7 +197,7 @@ def _seconds(run_folder: Path, cell: Cell) -> float:
 
 
 def _report_state(console: Console, state: CellState, folder: Path, *, again: bool) -> None:
-    """Say of a cell what is worth it: taken from elsewhere, or there and not its result."""
+    """Print whether a cell's result was taken from elsewhere, or why an existing file is not its result."""
     if state.why:
         _print(console, f"{state.why}; {state.cell.name} is {'made again' if again else 'not shown'}")
     elif state.place is not None and state.place.parent != folder / "results":
