@@ -1,4 +1,4 @@
-"""The cells of an experiment: each is a recipe of its own, checked before any is run. Loads no weights."""
+"""The cells of an experiment: each is a recipe, and all are checked before the first runs. Loads no weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,26 +19,26 @@ from cascade.store.strict_yaml import Place, write_yaml
 
 @dataclass(frozen=True)
 class Cell:
-    """One family to make: an arm at a seed and a budget."""
+    """A family to make: an arm at a seed and a budget."""
 
     arm: str
     seed: int
     tokens: int
-    """New training tokens of each member of the reference."""
+    """New training tokens of each member of the reference arm."""
     recipe: Recipe
     members: list[ResolvedMember]
 
     @property
     def name(self) -> str:
-        """Of its run directory and its result."""
+        """The name of the cell's run directory and of its result."""
         return f"{self.arm}-s{self.seed}-{self.tokens}"
 
 
 def plan_cells(file: ExperimentFile) -> list[Cell]:
-    """All cells, so ordered that arms can be compared early: seed by seed, budget by budget, the reference first.
+    """All cells, ordered so that arms can be compared early: by seed, then by budget, the reference arm first.
 
     Raises:
-        UserError: a cell that cannot be made, or arms that cannot be compared; all problems of a kind at once.
+        UserError: a cell cannot be made, or arms cannot be compared; the message has all problems of one kind.
     """
     form = file.form
     num_members = _num_members(file)
@@ -78,16 +78,16 @@ def plan_cells(file: ExperimentFile) -> list[Cell]:
 
 
 def _num_members(file: ExperimentFile) -> int:
-    """Members that `members.*` stands for: those of the recipe, or those that the file's `set` gives instead."""
+    """The number of members that `members.*` stands for: the recipe's, or those that the file's `set` puts in place."""
     overrides = [override for override in file.form.set if not override.startswith("members.*")]
     return len(_load(file, ("set",), overrides).members)
 
 
 def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:
-    """Refuse now what some cell would refuse when its turn comes; each arm once.
+    """Check each arm once, before any cell runs.
 
     Raises:
-        UserError: with the arm.
+        UserError: names the arm whose cells cannot be made.
     """
     for cell in {cell.arm: cell for cell in reversed(cells)}.values():
         with _of_arm(file, cell.arm):
@@ -97,7 +97,7 @@ def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:
 
 
 def accumulated_tokens(members: Sequence[ResolvedMember]) -> dict[str, int]:
-    """Member -> training tokens of the chain from the parent down to it."""
+    """Training tokens of the chain from the parent down to each member, by the member's name."""
     totals: dict[str, int] = {}
     for member in members:  # a seed stands before what is cut from it
         totals[member.name] = totals.get(member.seed, 0) + member.num_tokens
@@ -129,7 +129,11 @@ def _config(recipe: str) -> Any:
 
 
 def _load(file: ExperimentFile, place: Place, overrides: list[str]) -> Recipe:
-    """The recipe with overrides, whose problems are told with the place of what asks for them."""
+    """The recipe with overrides.
+
+    Raises:
+        RecipeError: the problems, each with the place in the experiment's file that causes it.
+    """
     try:
         return load_recipe(file.form.recipe, overrides)
     except RecipeError as error:
@@ -154,14 +158,18 @@ def _cell_overrides(file: ExperimentFile, recipe: Recipe, arm: str, seed: int, b
 
 
 def _budget_of(recipe: Recipe, file: ExperimentFile) -> int:
-    """The recipe's own, where the experiment gives none."""
+    """The recipe's distill.tokens, for an experiment without `tokens`.
+
+    Raises:
+        RecipeError: the recipe has none either.
+    """
     if recipe.distill is None or recipe.distill.tokens is None:
         raise RecipeError(str(file.path), [f"{file.where('recipe')}: has no distill.tokens; give `tokens` here"])
     return recipe.distill.tokens
 
 
 def _incomparable(file: ExperimentFile, plain: dict[str, Recipe]) -> list[str]:
-    """What keeps arms from being compared."""
+    """Problems that keep arms from being compared."""
     form, problems = file.form, []
     reference = plain[form.reference_arm]
     for name, arm in form.arms.items():
@@ -192,7 +200,7 @@ def _incomparable(file: ExperimentFile, plain: dict[str, Recipe]) -> list[str]:
 
 
 def _not_for_experiments(recipe: Recipe) -> list[str]:
-    """What a recipe asks for that cannot be compared fairly, or would be paid for by each cell."""
+    """Problems with keys of a recipe whose results cannot be compared fairly, or that each cell would pay for again."""
     problems = []
     if not recipe.members:
         problems.append("the recipe has no members; they are the sizes that are compared")
@@ -220,7 +228,7 @@ def _not_for_experiments(recipe: Recipe) -> list[str]:
 
 
 def lacks_row(recipe: Recipe, member: Member, kind: str) -> bool:
-    """Whether a member has no such baseline, by how it starts."""
+    """Whether a member's start rules out this kind of baseline."""
     if kind == "cut":
         return member.start not in ("prune", "layers")
     return kind == "repaired" and (member.start != "prune" or recipe.prune.repair.method == "none")

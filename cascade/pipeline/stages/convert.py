@@ -21,7 +21,7 @@ from cascade.runtime.progress import OnStep
 
 
 def converted_parent(runner: StageRunner, source: ModelSource) -> ModelSource:
-    """The parent that is converted from GGUF, as the stage convert leaves it."""
+    """The parent as a safetensors checkpoint, converted from its GGUF file."""
     converted = runner.make(
         "convert",
         "parent",
@@ -33,6 +33,6 @@ def converted_parent(runner: StageRunner, source: ModelSource) -> ModelSource:
 
 
 def make_converted(source: ModelSource, folder: Path, on_step: OnStep) -> None:
-    """A GGUF parent as a safetensors checkpoint, in float32: exactly the values that the file stands for."""
+    """Write the checkpoint; float32 holds exactly the values that the GGUF file stands for."""
     save_checkpoint(load_model(source), folder / CHECKPOINT, companions=None, dtype=torch.float32)
     load_tokenizer(source).save_pretrained(folder / CHECKPOINT)

@@ -41,9 +41,9 @@ class Base:
 
     model: Checkpoint
     lineage: list[Made] | None
-    """The cuts from the parent to it; None where it was not cut from the parent."""
+    """The cuts that lead from the parent to this model; None where it was not cut from the parent."""
     statistics: Made | None = None
-    """What its importance scores are computed from; None where nothing is scored."""
+    """The statistics that importance scores are computed from; None where nothing is scored."""
 
 
 def take_layers(run: Run, member: ResolvedMember, base: Base) -> Made:
@@ -75,21 +75,25 @@ def cut_by_scores(run: Run, member: ResolvedMember, base: Base) -> Made:
 
 
 def cut_inputs(run: Run, base: Base) -> dict[str, Input]:
-    """What a cut by scores reads."""
+    """The inputs of a cut by scores.
+
+    Raises:
+        ValueError: the base has no statistics.
+    """
     if base.statistics is None:
         raise ValueError("a cut by scores needs statistics")
     return {"statistics": base.statistics, "seed": base.model, "teacher": run.parent, "data": run.data}
 
 
 def make_layers(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
-    """What make_cut writes, of whole layers that are spread evenly: no statistics, nothing scored."""
+    """Write a model of whole layers, spread evenly over the depth: plan, checkpoint and losses, as `make_cut` does."""
     teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
     plan = plan_layers(model.config, member.dims, member.name)
     _save_cut(run, model, plan, teacher, folder)
 
 
 def make_cut(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
-    """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
+    """Cut the base by importance scores; write the plan, the checkpoint and its losses."""
     teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
     plan = plan_shape(run, base, model, FoundShape(member.dims, member.hidden))
     _save_cut(run, model, plan, teacher, folder)
@@ -103,7 +107,7 @@ def _save_cut(run: Run, model: nn.Module, plan: PruningPlan, teacher: nn.Module,
 
 
 def plan_shape(run: Run, base: Base, model: nn.Module, shape: FoundShape) -> PruningPlan:
-    """Which units of `model` stay in this shape, by the recipe's scores.
+    """The plan of a cut of `model` to a shape: which units stay, by the recipe's scores.
 
     Raises:
         ValueError: the base has no statistics.
@@ -136,14 +140,14 @@ def losses_on_selection(run: Run, model: nn.Module, teacher: nn.Module) -> dict[
 
 
 def write_losses(path: Path, losses: Any) -> None:
-    """JSON of losses.
+    """Write losses as JSON.
 
     Raises:
-        ValueError: one of them is not finite.
+        ValueError: a loss is not finite.
     """
     path.write_text(json.dumps(losses, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load_plans(lineage: Sequence[Made] | None) -> list[PruningPlan] | None:
-    """The plans of these prune stages; None where a model was not cut from the parent."""
+    """The plans of these prune stages; None for a model that was not cut from the parent."""
     return None if lineage is None else [load_plan(cut.folder / "plan.json") for cut in lineage]

@@ -37,7 +37,7 @@ from cascade.store.commits import partial_of
 
 
 def fitted_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
-    """The parent whose classes are learned here, as the stage fit leaves it."""
+    """The parent, a classifier that this run trains."""
     data, model = recipe.data, recipe.parent.model
     settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
     settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
@@ -57,7 +57,7 @@ def fitted_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
 
 
 def make_fitted(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
-    """The parent with its classes learned from the labels alone; its log as JSON lines."""
+    """Train the classifier on the labels alone; write the checkpoint and the log."""
     settings = recipe.parent.fit
     if settings is None:
         raise ValueError("the recipe's parent is not to be fitted")

@@ -26,10 +26,13 @@ FRAMING = "framing.json"
 
 
 def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
-    """The recipe with data.begin_token and data.end_token as they are used, where the parent's tokenizer begins texts.
+    """The recipe with data.begin_token and data.end_token settled; unchanged where the tokenizer adds no begin token.
 
-    Unchanged where it begins them with nothing. Encoders have the token at the start of every block, as they were
-    trained; of a language model the parent itself is asked, on selection text, for what the recipe leaves open.
+    Encoders get the token at the start of every block, as in their own training. Of a language model, the parent's
+    losses on selection text decide what the recipe leaves open.
+
+    Raises:
+        UserError: the recipe asks for an end token that the tokenizer lacks.
     """
     if dims_of(load_config(parent)).vocab_size == 0:
         return recipe
@@ -57,7 +60,7 @@ def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
 
 
 def make_framing(recipe: Recipe, parent: ModelSource, folder: Path, on_step: OnStep) -> None:
-    """framing.json: where the begin and end tokens stand, and the parent's losses by which that was chosen."""
+    """Write framing.json: where begin and end tokens stand, and the parent's losses behind that choice."""
     data, tokenizer = recipe.data, load_tokenizer(parent)
     source, rows = text_data(data), dims_of(load_config(parent)).vocab_size
 

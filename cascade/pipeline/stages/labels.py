@@ -18,7 +18,7 @@ from cascade.store.strict_json import write_json
 
 
 def make_label_stage(run: Run, member: ResolvedMember) -> Made | None:
-    """What it took to label all that a member reads; None where the teacher's targets are not kept."""
+    """The stage label of a member; None where the run caches no targets."""
     run = run.for_member(member)
     distill, cache = run.recipe.distill, run.cache
     if cache is None:
@@ -35,10 +35,14 @@ def make_label_stage(run: Run, member: ResolvedMember) -> Made | None:
 
 
 def make_labels(run: Run, member: ResolvedMember, cache: TeacherCache, folder: Path, on_step: OnStep) -> None:
-    """label.json: what it took to have the teacher's targets of all that a member reads."""
+    """Label the blocks that a member trains on, and write label.json.
+
+    Raises:
+        ValueError: the data are single examples, whose targets are never cached.
+    """
     teacher = run.teacher()
     blocks = load_training(run.data.folder / "train.safetensors")
     if isinstance(blocks, Examples):
-        raise ValueError("what a teacher says of single examples is not kept")
+        raise ValueError("targets of single examples are not cached")
     rows = member_rows(run.recipe, member, len(blocks))
     write_json(folder / LABELS, cache.label(teacher_for_training(teacher, run.parent.source), blocks, rows, on_step))

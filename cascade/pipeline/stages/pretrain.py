@@ -39,7 +39,7 @@ _PIECES = r"\n[ ]*| ?_?[^\W\d_]+|\d| ?[^\s\w]+|\s+|_+"
 
 
 def pretrained_parent(runner: StageRunner, recipe: Recipe, settings: Pretrain) -> ModelSource:
-    """The parent that is trained from nothing, as the stage pretrain leaves it."""
+    """The parent, which this run trains from random weights."""
     key_settings = settings.model_dump(exclude={"microbatch_size"}) | {
         "seed": recipe.seed,
         "dtype": recipe.save.dtype,
@@ -62,10 +62,10 @@ def pretrained_parent(runner: StageRunner, recipe: Recipe, settings: Pretrain) -
 
 
 def make_pretrained(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
-    """Tokenizer and model trained on the recipe's training text; the log as JSON lines."""
+    """Train tokenizer and model on the recipe's training text; write the checkpoint and the log."""
     settings = recipe.parent.pretrain
     if settings is None:
-        raise ValueError("the recipe's parent is not to be trained")
+        raise ValueError("the recipe has no parent.pretrain")
     data = text_data(recipe.data)
     texts = read_documents(data, "train")
     config = parent_config(recipe)
@@ -110,7 +110,7 @@ def _optimization(settings: Pretrain, seed: int) -> Optimization:
 def train_tokenizer(
     texts: list[str], *, vocab_size: int, model_max_length: int, masks: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of exactly the bytes, the end token (a mask, too) and the commonest merges."""
+    """A byte-level BPE tokenizer: the 256 bytes, the end token, with `masks` a mask token, and the commonest merges."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

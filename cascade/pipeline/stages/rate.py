@@ -19,9 +19,9 @@ from cascade.store.strict_json import write_json
 
 
 def find_rate(run: Run, member: ResolvedMember, start: Start, stage: str) -> tuple[Made | None, float]:
-    """(the search for a training's rate, the rate); no search where the recipe gives a rate for it.
+    """(the search for a training's rate, the rate); the search is None where the recipe gives the rate.
 
-    A rate that is given for distillation is none for its cross-entropy baseline: that is searched for as long.
+    A given rate for distillation does not apply to the cross-entropy baseline, which has a search of its own.
     """
     learns, distill = stage == "distill", run.recipe.distill
     learning_rate = (distill.learning_rate if distill else 0.0) if learns else run.recipe.ce_learning_rate
@@ -41,9 +41,9 @@ def find_rate(run: Run, member: ResolvedMember, start: Start, stage: str) -> tup
 
 
 def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder: Path, on_step: OnStep) -> None:
-    """rate.json: the learning rate found for a member's recovery, or for its baseline's, and what was tried.
+    """Search the learning rate of a member's training, and write rate.json.
 
-    `stage` is that of the training; both are searched for in the same way, each by its own loss on selection text.
+    `stage` is distill or baseline-ce; both searches work in the same way, each by its own loss on selection text.
     """
     lesson = lesson_of(run, member, start, stage)
     search = find_learning_rate(

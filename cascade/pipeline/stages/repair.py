@@ -26,7 +26,7 @@ REPAIRS = {
     "sequential": Repair(),
     "independent": Repair(sequential=False),
 }
-"""What the recipe's prune.repair.method names."""
+"""The methods of the recipe's prune.repair.method, by name."""
 
 
 def repair_cut(run: Run, member: ResolvedMember, base: Base, cut: Made) -> Made | None:
@@ -45,7 +45,7 @@ def repair_cut(run: Run, member: ResolvedMember, base: Base, cut: Made) -> Made 
 
 
 def make_repaired(run: Run, base: Base, cut: Made, folder: Path, on_step: OnStep) -> None:
-    """The repaired checkpoint in float32, its losses on selection blocks, and what was tried (repair.json)."""
+    """Refit a cut model; write the best checkpoint in float32, its losses, and the losses of each method."""
     settings, batch_size = run.recipe.prune.repair, run.recipe.calibration.batch_size
     device, teacher = default_device(), run.teacher()
     model, plan = load_model(base.model.source).to(device), load_plan(cut.folder / "plan.json")

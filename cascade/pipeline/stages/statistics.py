@@ -23,7 +23,7 @@ from cascade.runtime.retry_smaller import in_parts_that_fit
 
 
 def with_statistics(run: Run, member: ResolvedMember, base: Base) -> Base:
-    """The model that a member is cut from, with its statistics."""
+    """The base of a member together with its statistics."""
     statistics = run.runner.make(
         "statistics",
         member.name,
@@ -36,7 +36,7 @@ def with_statistics(run: Run, member: ResolvedMember, base: Base) -> Base:
 
 
 def make_statistics(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
-    """Statistics of the model that a member is cut from, on calibration blocks."""
+    """Collect the base's statistics on calibration blocks, and write them."""
     calibration = run.recipe.calibration
     model = load_model(base.model.source).to(default_device())
     blocks = load_calibration(run, calibration.num_blocks)
@@ -53,7 +53,7 @@ def make_statistics(run: Run, member: ResolvedMember, base: Base, folder: Path, 
 
 
 def statistics_options(recipe: Recipe, hidden_choices: Sequence[str]) -> dict[str, Any]:
-    """What the recipe's scores need beyond the usual statistics; second moments are taken on a quarter of the text."""
+    """Options of `collect_statistics` that the recipe's scores need; covariances use a quarter of the blocks."""
     options: dict[str, Any] = {}
     if recipe.prune.heads == "contribution":
         options["head_contributions"] = True
