@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 from cascade.pipeline.ancestry import provenance_of, provenance_of_copy
 from cascade.pipeline.rows import RoundedCopy
@@ -39,9 +41,11 @@ def hub(tmp_path, monkeypatch):
         folder = tmp_path / "hub" / repository.replace("/", "--")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").write_text(f"---\nlicense: {LICENCES[repository]}\n---\n")
+        (folder / "config.json").write_text("{}")
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
         return folder
 
-    monkeypatch.setattr("cascade.models.checkpoint.load._fetched", fetched)
+    monkeypatch.setattr("cascade.models.checkpoint.load.fetch", fetched)
 
 
 ENDPOINT = {"url": "https://h.example/v1", "model": "big-one", "top_logprobs": 5}

@@ -164,7 +164,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(monkeypatch, capl
         raise ConnectionError("no route")
 
     openers = {"wandb": lambda *_: fails, "trackio": lambda *_: lambda values, step: sent.append(step)}
-    monkeypatch.setattr(trackers, "_OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
+    monkeypatch.setattr(trackers, "OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
     monkeypatch.setattr(trackers, "require_trackers", lambda names: None)
     with tracked(["wandb", "trackio"], project="f", run="r", folder=Path(), settings={}) as log:
         log({"step": 1, "loss": 1.0})
@@ -175,11 +175,11 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(monkeypatch, capl
         stack.callback(fails, {}, 0)
         return lambda values, step: None
 
-    monkeypatch.setattr(trackers, "_OPENERS", {"wandb": open_and_fail_at_the_end})
+    monkeypatch.setattr(trackers, "OPENERS", {"wandb": open_and_fail_at_the_end})
     with tracked(["wandb"], project="f", run="r", folder=Path(), settings={}) as log:
         log({"step": 1, "loss": 1.0})
     assert "one could not be ended: no route" in caplog.text
-    monkeypatch.setattr(trackers, "_OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
+    monkeypatch.setattr(trackers, "OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
     assert caplog.text.count("wandb failed and is left out from here on: no route") == 1
     opened = tracked(["mlflow"], project="f", run="r", folder=Path(), settings={})
     with pytest.raises(UserError, match="mlflow cannot be opened: no route"), opened:
