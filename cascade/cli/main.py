@@ -1,4 +1,4 @@
-"""The command line: load, validate, call. Exit codes: README, "What is promised"."""
+"""The command line: load, validate, call. Exit codes: docs/cli.md."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-for _command in (prune, distill, evaluate, cache, experiment, report, verify, doctor):
+for _command in (cache, experiment, report, verify, doctor):
     main.add_command(_command)
 
 
@@ -114,7 +114,7 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
     "filter_path",
     default="",
     metavar="FILE.py:NAME",
-    help="A function (messages, answer) -> bool of your own: which answers to keep.",
+    help="Your own function (messages, answer) -> bool, which says whether an answer is kept.",
 )
 @PRIVATE
 @JSON
@@ -131,3 +131,7 @@ def generate(recipe: str, output: str | None, overrides: tuple[str, ...], filter
 
     with interruptible():
         finish(run_generate(loaded, output=output, filter_path=filter_path), as_json)
+
+
+for _command in (prune, distill, evaluate):
+    main.add_command(_command)

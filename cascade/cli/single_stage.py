@@ -53,17 +53,21 @@ class PruneOptions:
     type=click.Path(file_okay=False),
     help="Folder for the cut checkpoint and its plan.json.",
 )
-@click.option("--calibration-blocks", default=64, type=POSITIVE, show_default=True)
+@click.option(
+    "--calibration-blocks", default=64, type=POSITIVE, show_default=True, help="Blocks that importance is scored on."
+)
 @click.option(
     "--hidden",
     default="auto",
     type=click.Choice(["auto", "activation_norm", "pca"]),
     show_default=True,
-    help="What hidden channels are chosen by; pca rotates the stream first; auto: where that is legal and cheap.",
+    help="Importance score of hidden channels; pca rotates the stream first; auto: pca where it is legal and cheap.",
 )
-@click.option("--repair/--no-repair", default=True, show_default=True, help="Refit the weights that stay.")
 @click.option(
-    "--offload", is_flag=True, help="Read MODEL layer by layer and cut it on disk: for one larger than memory."
+    "--repair/--no-repair", default=True, show_default=True, help="Refit the remaining weights in closed form."
+)
+@click.option(
+    "--offload", is_flag=True, help="Read MODEL layer by layer and cut it on disk, for a model larger than memory."
 )
 @click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan.json to carry out on disk.")
 @DATA
@@ -138,7 +142,7 @@ class DistillOptions:
     type=click.Path(file_okay=False),
     help="Folder for the trained checkpoint and its log.jsonl.",
 )
-@click.option("--learning-rate", type=ABOVE_ZERO, help="The peak rate; found by short trainings where not given.")
+@click.option("--learning-rate", type=ABOVE_ZERO, help="Peak learning rate; found by short trainings where not given.")
 @click.option("--batch-size", default=8, type=POSITIVE, show_default=True, help="Blocks per optimizer step.")
 @click.option(
     "--loss",
@@ -147,8 +151,14 @@ class DistillOptions:
     show_default=True,
     help="The divergence from the teacher.",
 )
-@click.option("--temperature", default=1.0, type=ABOVE_ZERO, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--temperature",
+    default=1.0,
+    type=ABOVE_ZERO,
+    show_default=True,
+    help="Divides the logits of both models in the loss.",
+)
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 @DATA
 @BLOCK
 @JSON
@@ -197,11 +207,11 @@ class EvaluateOptions:
     "task_folders",
     multiple=True,
     type=click.Path(file_okay=False),
-    help="A folder of task files.",
+    help="A folder of lm-eval task files; repeatable.",
 )
 @click.option("--teacher", help="Also measure KL to this model on the held-out text.")
 @click.option("--limit", type=POSITIVE, help="Items per task.")
-@click.option("--heldout-blocks", default=128, type=POSITIVE, show_default=True)
+@click.option("--heldout-blocks", default=128, type=POSITIVE, show_default=True, help="Blocks of held-out text.")
 @TASK_CODE
 @DATA
 @BLOCK
