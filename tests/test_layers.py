@@ -1,4 +1,4 @@
-"""The package's own rules: which part may import which, what stays free of torch, who reads held-out text."""
+"""The package's own rules: which room may import which, what stays free of torch, how long and how plain code is."""
 
 import ast
 import subprocess
@@ -108,9 +108,63 @@ def test_F34_no_text_is_read_or_written_in_the_encoding_of_some_locale():
                 )
 
 
-def test_files_and_functions_stay_short():
+LONG_FUNCTIONS = {
+    "data/prepare.py: prepare_blocks",
+    "distillation/losses/batch.py: batch_losses",
+    "pipeline/run.py: run_recipe",
+    "planning/family.py: _resolve",
+    "planning/preview.py: preview",
+    "planning/preview.py: preview_text",
+    "pruning/size/shape.py: _shapes_within",
+}
+"""Functions that are still longer than 60 lines. The list only gets shorter."""
+
+PRONOUNS = set(
+    "given it item kept made one ones other others own found asked begun said shown thing told tried wanted".split()
+)
+"""Words that name nothing: a variable is called after what it holds."""
+
+MOST_PRONOUNS = 526
+"""Variables and parameters that have such names. The number only falls."""
+
+PATCHES = ("setattr", "setitem", "delattr", "delitem")
+
+
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def variables(path):
+    """Names of the variables that a file assigns and of its functions' parameters."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+
+
+def private_patches(path):
+    """Lines of a test file that replace a name which the package keeps to itself."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in PATCHES:
+            texts = [word.value for word in node.args[:2] if isinstance(word, ast.Constant)]
+            names = [text.rpartition(".")[2] for text in texts if isinstance(text, str)]
+            yield from (f"{path.name}:{node.lineno}" for name in names if name.startswith("_") and name[1] != "_")
+
+
+def test_functions_have_at_most_60_lines_and_files_500():
     for path in PACKAGE.rglob("*.py"):
         assert path.read_text().count("\n") <= 500, path
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 90, f"{path}: {node.name}"
+        for node in functions(path):
+            name = f"{path.relative_to(PACKAGE).as_posix()}: {node.name}"
+            assert node.end_lineno - node.lineno + 1 <= 60 or name in LONG_FUNCTIONS, name
+
+
+def test_variables_are_called_after_what_they_hold():
+    pronouns = [f"{path}: {name}" for path in PACKAGE.rglob("*.py") for name in variables(path) if name in PRONOUNS]
+    assert len(pronouns) <= MOST_PRONOUNS, pronouns
+
+
+def test_tests_replace_at_most_five_private_names():
+    patches = [patch for path in (ROOT / "tests").rglob("*.py") for patch in private_patches(path)]
+    assert len(patches) <= 5, patches
