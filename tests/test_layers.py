@@ -86,7 +86,7 @@ def test_F31_no_pickle_is_read_or_written_and_no_text_is_run():
             assert word not in text, f"{path}: {word}"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
-                assert not {"load", "save"} & {one.name for one in node.names}, path
+                assert not {"load", "save"} & {alias.name for alias in node.names}, path
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("eval", "exec", "compile", "__import__"):
                 raise AssertionError(f"{path}:{node.lineno}")
 
@@ -97,11 +97,15 @@ def test_F34_no_text_is_read_or_written_in_the_encoding_of_some_locale():
             if not isinstance(node, ast.Call):
                 continue
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            named = {one.arg for one in node.keywords}
+            named = {argument.arg for argument in node.keywords}
             if name in ("read_text", "write_text"):
                 assert "encoding" in named, f"{path}:{node.lineno}"
             if name in ("open", "TemporaryFile", "NamedTemporaryFile"):
-                modes = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+                modes = [
+                    argument.value
+                    for argument in node.args
+                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+                ]
                 binary = any("b" in mode for mode in modes) or (name != "open" and not modes)
                 assert binary or "encoding" in named or getattr(node.func.value, "id", "") in ("os", "Image"), (
                     f"{path}:{node.lineno}"

@@ -123,10 +123,10 @@ def test_every_key_that_holds_a_text_is_a_path_or_known_to_be_none():
 
 
 def test_names_without_folders():
-    assert [public_model(one) for one in ("builtin:x", "a/b", "a/b@c", "/x/y", "~/m", "../z", "d/e.gguf")] == [
+    assert [public_model(reference) for reference in ("builtin:x", "a/b", "a/b@c", "/x/y", "~/m", "../z", "d/e.gguf")] == [
         "builtin:x", "a/b", "a/b@c", "y", "m", "z", "e.gguf"]  # fmt: skip
     assert is_local("name") and not is_local("")
     here = str(Path(__file__).resolve())
-    told = {"files": [here, "/no/such/place"], "text": "/", "number": 1}
-    assert without_folders(told) == {"files": ["test_recipe_places.py", "/no/such/place"], "text": "/", "number": 1}
+    record = {"files": [here, "/no/such/place"], "text": "/", "number": 1}
+    assert without_folders(record) == {"files": ["test_recipe_places.py", "/no/such/place"], "text": "/", "number": 1}
     assert PUBLIC == {"public": True}
