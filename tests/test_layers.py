@@ -1,4 +1,4 @@
-"""The package's own rules: which part may import which, what stays free of torch, who reads held-out text."""
+"""The package's own rules: which room may import which, what stays free of torch, how long and how plain code is."""
 
 import ast
 import subprocess
@@ -75,7 +75,7 @@ def test_F31_no_pickle_is_read_or_written_and_no_text_is_run():
             assert word not in text, f"{path}: {word}"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
-                assert not {"load", "save"} & {one.name for one in node.names}, path
+                assert not {"load", "save"} & {alias.name for alias in node.names}, path
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("eval", "exec", "compile", "__import__"):
                 raise AssertionError(f"{path}:{node.lineno}")
 
@@ -86,20 +86,78 @@ def test_F34_no_text_is_read_or_written_in_the_encoding_of_some_locale():
             if not isinstance(node, ast.Call):
                 continue
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            named = {one.arg for one in node.keywords}
+            named = {argument.arg for argument in node.keywords}
             if name in ("read_text", "write_text"):
                 assert "encoding" in named, f"{path}:{node.lineno}"
             if name in ("open", "TemporaryFile", "NamedTemporaryFile"):
-                modes = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+                modes = [
+                    argument.value
+                    for argument in node.args
+                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+                ]
                 binary = any("b" in mode for mode in modes) or (name != "open" and not modes)
                 assert binary or "encoding" in named or getattr(node.func.value, "id", "") in ("os", "Image"), (
                     f"{path}:{node.lineno}"
                 )
 
 
-def test_files_and_functions_stay_short():
+LONG_FUNCTIONS = {
+    "data/prepare.py: prepare_blocks",
+    "distillation/losses/batch.py: batch_losses",
+    "pipeline/run.py: run_recipe",
+    "planning/family.py: _resolve",
+    "planning/preview.py: preview",
+    "planning/preview.py: preview_text",
+    "pruning/size/shape.py: _shapes_within",
+}
+"""Functions that are still longer than 60 lines. The list only gets shorter."""
+
+PRONOUNS = set(
+    "given it item kept made one ones other others own found asked begun said shown thing told tried wanted".split()
+)
+"""Words that name nothing: a variable is called after what it holds."""
+
+MOST_PRONOUNS = 526
+"""Variables and parameters that have such names. The number only falls."""
+
+PATCHES = ("setattr", "setitem", "delattr", "delitem")
+
+
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def variables(path):
+    """Names of the variables that a file assigns and of its functions' parameters."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+
+
+def private_patches(path):
+    """Lines of a test file that replace a name which the package keeps to itself."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in PATCHES:
+            texts = [word.value for word in node.args[:2] if isinstance(word, ast.Constant)]
+            names = [text.rpartition(".")[2] for text in texts if isinstance(text, str)]
+            yield from (f"{path.name}:{node.lineno}" for name in names if name.startswith("_") and name[1] != "_")
+
+
+def test_functions_have_at_most_60_lines_and_files_500():
     for path in PACKAGE.rglob("*.py"):
         assert path.read_text().count("\n") <= 500, path
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 90, f"{path}: {node.name}"
+        for node in functions(path):
+            name = f"{path.relative_to(PACKAGE).as_posix()}: {node.name}"
+            assert node.end_lineno - node.lineno + 1 <= 60 or name in LONG_FUNCTIONS, name
+
+
+def test_variables_are_called_after_what_they_hold():
+    pronouns = [f"{path}: {name}" for path in PACKAGE.rglob("*.py") for name in variables(path) if name in PRONOUNS]
+    assert len(pronouns) <= MOST_PRONOUNS, pronouns
+
+
+def test_tests_replace_at_most_five_private_names():
+    patches = [patch for path in (ROOT / "tests").rglob("*.py") for patch in private_patches(path)]
+    assert len(patches) <= 5, patches

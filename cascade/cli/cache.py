@@ -1,4 +1,4 @@
-"""`cascade cache`: what is kept of teachers, whether it is whole, and making room."""
+"""`cascade cache`: the size, use and integrity of cached teacher targets, and their removal."""
 
 import json
 import sys
@@ -32,18 +32,23 @@ def info(folder: str | None, roots: tuple[str, ...], as_json: bool) -> None:
     from cascade.teacher.targets.inspect import describe, roots_in
 
     place = _folder(folder)
-    found = [describe(root) for root in roots_in(place, roots)]
+    records = [describe(root) for root in roots_in(place, roots)]
     if as_json:
-        return click.echo(json.dumps({"folder": str(place), "roots": found}))
+        return click.echo(json.dumps({"folder": str(place), "roots": records}))
     head = ["root", "teacher", "targets", "windows", "shards", "MB", "asked", "found", "unreadable"]
     table = [head]
-    for one in found:
-        rate = "" if one["hit_rate"] is None else f"{one['hit_rate']:.0%}"
-        cells = [one["root"], f"{one['model_type']} {one['weights'][:8]}", _targets(one["targets"] or {})]
-        cells += [f"{one['windows']:,}", str(one["shards"]), f"{one['bytes'] / 1e6:,.1f}", f"{one['windows_asked']:,}"]
-        table.append([*cells, rate, str(one["unreadable_shards"])])
+    for record in records:
+        rate = "" if record["hit_rate"] is None else f"{record['hit_rate']:.0%}"
+        cells = [record["root"], f"{record['model_type']} {record['weights'][:8]}", _targets(record["targets"] or {})]
+        cells += [
+            f"{record['windows']:,}",
+            str(record["shards"]),
+            f"{record['bytes'] / 1e6:,.1f}",
+            f"{record['windows_asked']:,}",
+        ]
+        table.append([*cells, rate, str(record["unreadable_shards"])])
     click.echo(f"{place}\n")
-    click.echo(plain_table(table) if found else "empty")
+    click.echo(plain_table(table) if records else "empty")
 
 
 @cache.command()
@@ -69,15 +74,15 @@ def verify(folder: str | None, roots: tuple[str, ...], run_folder: str | None, w
         place = place if folder else folder_of_run(Path(run_folder))
         live = check_against_teacher(Path(run_folder), windows, place)
         roots = roots or tuple(live["root"].split(", "))
-    found = {root.name: damage(root) for root in roots_in(place, roots)}
-    bad = any(any(one.values()) for one in found.values()) or bool(live and live["differing"])
+    damages = {root.name: damage(root) for root in roots_in(place, roots)}
+    bad = any(any(faults.values()) for faults in damages.values()) or bool(live and live["differing"])
     if as_json:
-        click.echo(json.dumps({"folder": str(place), "roots": found, "teacher": live, "ok": not bad}))
+        click.echo(json.dumps({"folder": str(place), "roots": damages, "teacher": live, "ok": not bad}))
         sys.exit(int(bad))
-    for name, one in found.items():
-        counts = [f"{len(one[what])} damaged {what}" for what in ("shards", "windows") if one[what]]
-        click.echo(f"{name}: {', '.join([*one['record'], *counts]) or 'whole'}")
-        for shard in one["shards"]:
+    for name, faults in damages.items():
+        counts = [f"{len(faults[kind])} damaged {kind}" for kind in ("shards", "windows") if faults[kind]]
+        click.echo(f"{name}: {', '.join([*faults['record'], *counts]) or 'whole'}")
+        for shard in faults["shards"]:
             click.echo(f"  {shard}")
     if live:
         click.echo(
@@ -114,28 +119,28 @@ def prune(
     if not (damaged or everything or unused_days is not None or max_gb is not None):
         raise UserError("cache prune: say what to remove: --damaged, --unused-days N, --max-gb N or --all")
     place = _folder(folder)
-    found, freed, removed = roots_in(place, roots), 0, []
+    matching, freed, removed = roots_in(place, roots), 0, []
     if damaged:
-        freed += sum(remove_damaged(root) for root in found)
+        freed += sum(remove_damaged(root) for root in matching)
     if unused_days is not None:
-        removed += unused_since(found, unused_days)
+        removed += unused_since(matching, unused_days)
     if max_gb is not None:
-        removed += to_fit([root for root in found if root not in removed], max_gb * 1e9)
+        removed += to_fit([root for root in matching if root not in removed], max_gb * 1e9)
     if everything:
-        removed = found
+        removed = matching
     freed += remove_roots(removed)
     result = {"folder": str(place), "removed_roots": [root.name for root in removed], "freed_bytes": freed}
     finish(result, as_json)
 
 
-def _folder(given: str | None) -> Path:
+def _folder(folder: str | None) -> Path:
     from cascade.teacher.targets.keys import default_folder
 
-    return Path(given).expanduser() if given else default_folder()
+    return Path(folder).expanduser() if folder else default_folder()
 
 
 def _targets(layout: dict[str, object]) -> str:
-    """Such as 'sampled, 38 draws'."""
+    """The form of targets in words, such as 'sampled, 38 draws'."""
     kind = str(layout.get("kind", "?"))
     if kind == "sampled":
         exact = layout.get("exact_ids")

@@ -1,4 +1,4 @@
-"""What the commands share: options, and how a result is printed."""
+"""What the commands have in common: options, error messages, and the printing of results."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -16,11 +17,12 @@ from cascade.runtime.secrets import redact
 from cascade.runtime.stopping import handled
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Record = TypeVar("_Record")
 
 _PLACES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
-"""What is wrong with a place that a user has given, where nothing says it better."""
+"""Errors of the operating system that a path from the user causes; shown where no message says more."""
 NOTHING_KEPT = "Nothing is left of it."
-_KEPT = "What is finished is kept; the same command goes on from there."
+_WORK_KEPT = "What is finished is kept; the same command goes on from there."
 
 POSITIVE = click.IntRange(min=1)
 ABOVE_ZERO = click.FloatRange(min=0, min_open=True, max=1e15)
@@ -45,14 +47,14 @@ DATA = click.option(
 )
 
 
-def _permission(option: str, module: str, function: str, told: str) -> Callable[[_Command], _Command]:
-    """A flag that gives this process a permission, which no recipe can ask for."""
+def _permission(option: str, module: str, function: str, help_text: str) -> Callable[[_Command], _Command]:
+    """A flag that grants this process a permission, which no recipe can grant."""
 
-    def give(context: click.Context, parameter: click.Parameter, given: bool) -> None:
-        if given:
+    def give(context: click.Context, parameter: click.Parameter, granted: bool) -> None:
+        if granted:
             getattr(import_module(module), function)()
 
-    return click.option(option, is_flag=True, expose_value=False, callback=give, help=told)
+    return click.option(option, is_flag=True, expose_value=False, callback=give, help=help_text)
 
 
 TASK_CODE = _permission(
@@ -69,18 +71,31 @@ BLOCK = click.option(
 )
 
 
+def as_record(record: Callable[..., _Record]) -> Callable[[Callable[[_Record], None]], Callable[..., None]]:
+    """Hand a command its options as one record, a dataclass whose fields have the options' names."""
+
+    def decorate(command: Callable[[_Record], None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_options(**options: Any) -> None:
+            command(record(**options))
+
+        return with_options
+
+    return decorate
+
+
 class CommandGroup(click.Group):
     """Turns the program's own errors into messages and exit codes."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As click's own."""
+        """Run the command line, and exit with a message and the code of each of the program's errors."""
         try:
             return super().main(*args, **kwargs)
         except UserError as error:
             click.echo(redact(f"Error: {error}"), err=True)
             sys.exit(error.exit_code)
         except RunError as error:
-            click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
+            click.echo(redact(f"Stopped: {error}\n{_WORK_KEPT}"), err=True)
             sys.exit(error.exit_code)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _PLACES:
@@ -88,23 +103,27 @@ class CommandGroup(click.Group):
                 sys.exit(UserError.exit_code)
             if not is_disk_error(error):
                 raise
-            click.echo(redact(f"Stopped: {error}\n{_KEPT}"), err=True)
+            click.echo(redact(f"Stopped: {error}\n{_WORK_KEPT}"), err=True)
             sys.exit(DiskError.exit_code)
 
 
 @contextmanager
-def interruptible(told: str = _KEPT) -> Iterator[None]:
-    """Ctrl-C and SIGTERM let a training that keeps states save one; then, or at the second, a message."""
+def interruptible(message: str = _WORK_KEPT) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM saves a training's state, then stops with `message`; the second stops it at once."""
     try:
         with handled():
             yield
     except Stopped as error:
-        click.echo(f"\nStopped. {told}", err=True)
+        click.echo(f"\nStopped. {message}", err=True)
         sys.exit(error.exit_code)
 
 
 def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:
-    """NAME=N texts as dims."""
+    """Dims from texts of the form NAME=N.
+
+    Raises:
+        UserError: a text has another form.
+    """
     dims = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -115,7 +134,7 @@ def dims_of_texts(texts: tuple[str, ...]) -> dict[str, int]:
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result."""
+    """Print a result, as JSON or a line per key."""
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -124,7 +143,7 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
 
 
 def quiet_libraries() -> None:
-    """Our own progress and errors only; transformers' warnings about optional packages say nothing to our user."""
+    """Silence the libraries' progress bars and warnings, so that the user sees only the program's messages."""
     for name in ("torchao", "torch.utils._pytree"):  # what they say when they are imported is not about the run
         logging.getLogger(name).setLevel(logging.ERROR)
     from datasets import disable_progress_bars

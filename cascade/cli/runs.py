@@ -1,4 +1,4 @@
-"""`cascade report`, `verify` and `doctor`: about runs and machines, not making anything."""
+"""`cascade report`, `verify` and `doctor`: commands about runs and machines, which make no models."""
 
 import json
 import sys

@@ -80,7 +80,7 @@ _Send = Callable[[dict[str, float], int], Any]
 
 def _opened(name: str, *settings: Any) -> _Send:
     try:
-        return _OPENERS[name](*settings)
+        return OPENERS[name](*settings)
     except Exception as error:
         raise UserError(f"distill.trackers: {name} cannot be opened: {error}") from error
 
@@ -123,4 +123,4 @@ def _mlflow(stack: ExitStack, project: str, run: str, folder: Path, settings: di
     return lambda values, step: mlflow.log_metrics(values, step=step)
 
 
-_OPENERS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow}
+OPENERS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow}

@@ -1,4 +1,4 @@
-"""The published folder of each member, and the run's report."""
+"""Publishing: members/NAME with checkpoint, card and results for each member and copy, and the run's report."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def publish_copies(
     teacher: Row,
     parent: ModelSource,
 ) -> None:
-    """members/NAME of each copy, with its card and results."""
+    """Publish members/NAME for each copy in fewer bits, with its card and results."""
     for copy in copies:
         row = copy_row(owner, copy)
         provenance = provenance_of_copy(recipe, members, owner.name, copy, parent.reference, row.tokens)
@@ -78,7 +78,7 @@ def publish_member(
     teacher: Row,
     parent: ModelSource,
 ) -> None:
-    """members/NAME: the checkpoint with its card, lineage and results, replaced in one step."""
+    """Publish members/NAME: checkpoint, card, lineage and results, replaced in one step; then the member's copies."""
     row = member_row(recipe, members, member, finished)
     provenance = provenance_of(recipe, members, member, parent.reference, row.tokens)
     lineage = {
@@ -101,7 +101,7 @@ def publish_member(
 
 
 def _lineage(provenance: Provenance, parent: ModelSource) -> dict[str, Any]:
-    """What cascade.json says of every published model first."""
+    """The keys that cascade.json has for every published model."""
     return {
         "name": provenance.name,
         "parent": provenance.parent,
@@ -117,7 +117,7 @@ def _public_recipe(recipe: Recipe, members: list[ResolvedMember]) -> str:
 
 
 def _sentences(recipe: Recipe, parent: ModelSource) -> Path | None:
-    """The folder whose sentence-transformers files go with every model; None where they would say nothing of it."""
+    """The folder whose sentence-transformers files accompany every model of the family; None for other tasks."""
     return parent.folder if recipe.task == "embedding" else None
 
 
@@ -152,7 +152,7 @@ def write_report(
     finished: dict[str, FinishedMember],
     parent_copies: Sequence[RoundedCopy] = (),
 ) -> None:
-    """family.json and the reports: rows made now, and those of members that an earlier run finished."""
+    """Write family.json and the reports, with the rows of this run and of members that an earlier run finished."""
     suffixes = tuple(f"-{entry.suffix}" for entry in recipe.finish)
     rows: dict[str, list[Row]] = _earlier_rows(run_folder, {member.name for member in members}, suffixes)
     for member in members:
@@ -192,7 +192,7 @@ def write_report(
 def _write_targets(
     run_folder: Path, recipe: Recipe, members: list[ResolvedMember], finished: dict[str, FinishedMember]
 ) -> None:
-    """targets.json: what was kept of the teacher, member by member; none where it was asked each time."""
+    """Write targets.json with the figures of each member's cached targets; remove it where the run caches none."""
     labelling = load_targets(run_folder).get("members", {})
     about: dict[str, Any] = {}
     for member in members:
@@ -207,9 +207,9 @@ def _write_targets(
         angles = stages.distilled.cost().get("angles_degrees", [])
         figures = {name: about[name] for name in ("windows", "made", "tokens", "seconds", "num_bytes")}
         search = recipe.prune.search if member.member.start == "prune" else None
-        tried = search.tokens * sum(row.status != "candidate" for row in stages.candidates) if search else 0
+        search_tokens = search.tokens * sum(row.status != "candidate" for row in stages.candidates) if search else 0
         taught = member.num_tokens * len(taught_steps(recipe, member.num_steps)) // max(1, member.num_steps)
-        read = {"tokens_read": taught + searched + tried, "angles_degrees": angles}
+        read = {"tokens_read": taught + searched + search_tokens, "angles_degrees": angles}
         labelling[member.name] = figures | read | {"rounding_kl": about.get("rounding_kl")}
     ordered = {member.name: labelling[member.name] for member in members if member.name in labelling}
     about = about or load_targets(run_folder)
@@ -221,7 +221,7 @@ def _write_targets(
 
 
 def _earlier_rows(run_folder: Path, names: set[str], suffixes: tuple[str, ...]) -> dict[str, list[Row]]:
-    """Rows of an earlier family.json, members first in each list; of copies those with one of these suffixes."""
+    """Rows of an earlier family.json by member, the member's own first; of copies those with one of `suffixes`."""
     if not (run_folder / "family.json").exists():
         return {}
     rows: dict[str, list[Row]] = {}

@@ -37,15 +37,15 @@ class RoundedCopy:
     kind: str
     """int8 or int4"""
     rounded: Made
-    """Its checkpoint."""
+    """The stage that left its checkpoint."""
     evaluation: Made
     num_tokens: int
-    """Trained with rounded weights; 0: not at all."""
+    """Tokens or examples of the training with rounded weights; 0: no such training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedMember:
-    """What the stages of a member have left, all of them committed; published in this order as where it comes from."""
+    """The committed stages of a member, which cascade.json lists in this order, and the rows that belong to it."""
 
     cut: Made | None
     repaired: Made | None
@@ -54,17 +54,17 @@ class FinishedMember:
     distilled: Made
     evaluation: Made
     labels: Made | None = None
-    """What it took to have the teacher's targets; None where it was asked each time."""
+    """The labelling with the teacher; None where targets are not cached."""
     lineage: list[Made] | None
-    """The cuts from the parent to it; None where it was not cut from the parent."""
+    """The cuts that lead from the parent to the member; None where it was not cut from the parent."""
     baselines: list[Row] = field(default_factory=list)
     candidates: list[Row] = field(default_factory=list)
-    """Shapes that a search tried."""
+    """Rows of the shapes of a search."""
     copies: list[RoundedCopy] = field(default_factory=list)
     rates: dict[str, Rate] = field(default_factory=dict)
-    """Row's name -> the learning rate it was trained at, of the member and of its cross-entropy baseline."""
+    """Learning rates of the member and of its cross-entropy baseline, by the row's name."""
     measured: dict[str, Made] = field(default_factory=dict)
-    """Row's name -> its evaluation, of the member and of its baselines."""
+    """Evaluations of the member and of its baselines, by the row's name."""
 
 
 def teacher_row(parent: ModelSource, evaluation: Made) -> Row:
@@ -115,9 +115,9 @@ def member_row(recipe: Recipe, members: list[ResolvedMember], member: ResolvedMe
 
 
 def baseline_row(member: ResolvedMember, kind: str, stages: list[Made]) -> Row:
-    """A row to compare a member with, from its evaluation and, if trained, its training and the search for its rate.
+    """The row of a member's baseline, from its evaluation and, if it was trained, its training and rate search.
 
-    Its weights stay inside the run. Tokens count from the cut that the member itself starts from.
+    A baseline is not published. Its tokens count from the cut that the member starts from.
     """
     num_tokens = member.num_tokens if kind == "ce" else 0
     return Row(
@@ -135,7 +135,7 @@ def baseline_row(member: ResolvedMember, kind: str, stages: list[Made]) -> Row:
 
 
 def candidate_rows(member: ResolvedMember, candidates: list[Candidate]) -> list[Row]:
-    """Rows of the shapes that a search tried for a member, the chosen shape first."""
+    """Rows of the shapes of a member's search, the chosen shape first."""
     return [_candidate_row(member, candidate, number) for number, candidate in enumerate(candidates, start=1)]
 
 
@@ -156,7 +156,7 @@ def _candidate_row(member: ResolvedMember, candidate: Candidate, number: int) ->
 
 
 def copy_row(owner: Row, copy: RoundedCopy) -> Row:
-    """The row of a copy in fewer bits, from that of the model that it is a copy of."""
+    """The row of a copy in fewer bits, from the row of the copied model (`owner`)."""
     return replace(
         owner,
         name=copy.name,
@@ -190,8 +190,8 @@ def _labelled(recipe: Recipe, member: ResolvedMember, finished: FinishedMember) 
 
 
 def _tokens_along_chain(members: list[ResolvedMember], member: ResolvedMember) -> int:
-    """Tokens of the member's own training and of those of the members that it is cut from."""
-    by_name = {other.name: other for other in members}
+    """Training tokens of the member and of all members that it is cut from."""
+    by_name = {entry.name: entry for entry in members}
     num_tokens, seed = member.num_tokens, member.seed
     while seed in by_name:
         num_tokens += by_name[seed].num_tokens

@@ -1,13 +1,13 @@
-"""One stage on its own, from the command line's plain arguments: models by reference, text by name."""
+"""One stage alone, outside a run: `cascade prune`, `distill` and `evaluate` on models and text given by name."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.data.framing import Framing, framing_of
@@ -22,10 +22,10 @@ from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.framing_test import choose_framing
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks, require_datasets
-from cascade.evaluation.tasks_lm_eval.task_options import HarnessOptions, TaskOptions
+from cascade.evaluation.tasks_lm_eval.task_options import TaskOptions
 from cascade.evaluation.tokenizer_files import require_same_ids
 from cascade.models.architecture.axes import probe_axes
-from cascade.models.architecture.dims import dims_of
+from cascade.models.architecture.dims import ModelDims, dims_of
 from cascade.models.architecture.head import require_head
 from cascade.models.architecture.model_class import model_class_of, require_language
 from cascade.models.architecture.positions import require_context
@@ -47,7 +47,7 @@ from cascade.pruning.cut import prune
 from cascade.pruning.cut_on_disk import prune_on_disk
 from cascade.pruning.importance.offload import blocks_at_once, offloaded
 from cascade.pruning.importance.scores import score_importance
-from cascade.pruning.importance.statistics import collect_statistics
+from cascade.pruning.importance.statistics import Statistics, collect_statistics
 from cascade.pruning.plan import config_of, load_plan, save_plan
 from cascade.pruning.proof import prove_cuts
 from cascade.pruning.repair.refit import repair
@@ -61,15 +61,35 @@ PICO, STDLIB = "builtin:pico-python", "stdlib"
 """The model that comes with the package, and the text that it was trained on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The text that a stage reads, and the blocks that it is packed into."""
+
+    data: str | None
+    """What --data names; None where the command line says nothing."""
+    block_size: int
+    """Tokens per block."""
+    num_blocks: int = 50_000
+    """Blocks of calibration or held-out text, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """The training of a student by a teacher."""
+
+    num_tokens: int
+    objective: Objective
+    optimization: Optimization
+    search_rate: bool
+    """Whether short trainings find the learning rate first, instead of that of `optimization`."""
+
+
 def prune_model(
     reference: str,
-    params: float | None,
-    dims: dict[str, int],
+    target: Target,
     output: Path,
-    num_blocks: int,
-    data: str | None,
-    block_size: int,
     *,
+    text: Text,
     hidden: str = "auto",
     repaired: bool = True,
     offload: bool = False,
@@ -77,38 +97,32 @@ def prune_model(
     """Statistics -> scores -> plan -> cut -> repair; writes the checkpoint and plan.json.
 
     With `offload` the model is never in memory as a whole, and nothing is repaired.
+
+    Raises:
+        UserError: the target is empty, `output` is not, or the model cannot be cut so.
     """
     output = require_empty(output)
-    if params is None and not dims:
+    if target.params is None and not target.dims:
         raise UserError("give --params or at least one --dim")
     source = resolve_model(reference)
-    data = named_text(data, reference)
+    data = named_text(text.data, reference)
     config = load_config(source)
     check_weights(source, config)
-    require_context(config, block_size, "--block-size", "model")
-    sized = Sized(config)
-    target = Target(params=params, dims=dims)
-    hidden = score_for_dims(hidden, target, config, config)
-    if hidden == "pca":
-        require_rotatable(sized)
-    shaped = untied(config) if hidden == "pca" else config
-    wanted = solve_shape(shaped, target, parent=config)
-    cut = [name for name in CUT_DIMS if wanted.as_dict()[name] < sized.dims.as_dict()[name]]
-    prove_cuts(config, along=cut, rotated=hidden == "pca")
-    framing = _framing(source, data, block_size, ask=not offload)
-    blocks = _blocks(data, "calibration", source, block_size, framing).take(num_blocks)
-    options: dict[str, Any] = {"covariance_blocks": -(-num_blocks // 4) if hidden == "pca" else 0}
+    require_context(config, text.block_size, "--block-size", "model")
+    hidden, cut_config, dims = _solve_shape(config, target, hidden)
+    framing = _framing(source, data, text.block_size, ask=not offload)
+    blocks = _blocks(data, "calibration", source, text.block_size, framing).take(text.num_blocks)
+    covariance_blocks = -(-text.num_blocks // 4) if hidden == "pca" else 0
+    model: nn.Module | None = None
     with staged(output, {"stage": "prune", "source": source.reference}) as folder:
         if offload:
-            with offloaded(source, default_device()) as absent:
-                at_once = blocks_at_once(config, block_size)
-                statistics = collect_statistics(absent, blocks, batch_size=at_once, device=default_device(), **options)
+            statistics = _statistics_by_layer(source, blocks, covariance_blocks)
         else:
             model = load_model(source).to(default_device())
-            statistics = collect_statistics(model, blocks, **options)
-        plan = plan_pruning(score_importance(statistics, hidden=hidden), config, wanted, statistics=statistics)
+            statistics = collect_statistics(model, blocks, covariance_blocks=covariance_blocks)
+        plan = plan_pruning(score_importance(statistics, hidden=hidden), config, dims, statistics=statistics)
         save_plan(plan, folder / "plan.json")
-        if offload:
+        if model is None:
             prune_on_disk(source, plan, folder)
         else:
             student = prune(model, plan)
@@ -117,22 +131,52 @@ def prune_model(
             _save(student, folder, source)
     return {
         "output": str(output),
-        "text": told_text(data),
+        "text": text_name(data),
         **framing.record(),
-        "num_parameters": int(probe_axes(shaped).num_parameters(wanted)),
-        **wanted.as_dict(),
+        "num_parameters": int(probe_axes(cut_config).num_parameters(dims)),
+        **dims.as_dict(),
     }
 
 
+def _solve_shape(config: Any, target: Target, hidden: str) -> tuple[str, Any, ModelDims]:
+    """(score of hidden channels, config of the model that is cut, dims to cut it to), proved before weights are read.
+
+    Where the stream is rotated, the cut model has a head of its own.
+    """
+    sized = Sized(config)
+    hidden = score_for_dims(hidden, target, config, config)
+    if hidden == "pca":
+        require_rotatable(sized)
+    cut_config = untied(config) if hidden == "pca" else config
+    dims = solve_shape(cut_config, target, parent=config)
+    cut = [name for name in CUT_DIMS if dims.as_dict()[name] < sized.dims.as_dict()[name]]
+    prove_cuts(config, along=cut, rotated=hidden == "pca")
+    return hidden, cut_config, dims
+
+
+def _statistics_by_layer(source: ModelSource, blocks: TokenBlocks, covariance_blocks: int) -> Statistics:
+    """Statistics of a model that is read layer by layer, for one larger than memory."""
+    device = default_device()
+    with offloaded(source, device) as model:
+        batch_size = blocks_at_once(load_config(source), blocks.block_size)
+        return collect_statistics(
+            model, blocks, batch_size=batch_size, covariance_blocks=covariance_blocks, device=device
+        )
+
+
 def prune_model_on_disk(reference: str, plan_path: Path, output: Path) -> dict[str, Any]:
-    """Carries out a plan from safetensors to safetensors; writes the checkpoint and plan.json."""
+    """Carries out a plan from safetensors to safetensors; writes the checkpoint and plan.json.
+
+    Raises:
+        UserError: the plan was made for a model of other dims.
+    """
     output = require_empty(output)
     source = resolve_model(reference)
     plan = load_plan(plan_path)
-    found = dims_of(load_config(source))
-    if found != plan.source_dims:
+    dims = dims_of(load_config(source))
+    if dims != plan.source_dims:
         raise UserError(
-            f"{plan_path}: made for a model of {plan.source_dims.as_dict()}, {reference} has {found.as_dict()}"
+            f"{plan_path}: made for a model of {plan.source_dims.as_dict()}, {reference} has {dims.as_dict()}"
         )
     with staged(output, {"stage": "prune", "source": source.reference}) as folder:
         prune_on_disk(source, plan, folder)
@@ -141,41 +185,32 @@ def prune_model_on_disk(reference: str, plan_path: Path, output: Path) -> dict[s
     return {"output": str(output), "num_parameters": count, **plan.target_dims.as_dict()}
 
 
-def distill_model(
-    student: str,
-    teacher: str,
-    output: Path,
-    data: str | None,
-    block_size: int,
-    *,
-    num_tokens: int,
-    objective: Objective,
-    optimization: Optimization,
-    search_rate: bool,
-) -> dict[str, Any]:
+def distill_model(student: str, teacher: str, output: Path, *, text: Text, recovery: Recovery) -> dict[str, Any]:
     """Recovery of an existing checkpoint; writes the checkpoint and log.jsonl.
 
-    With `search_rate` the learning rate is found by short trainings first, instead of that of `optimization`.
+    Raises:
+        UserError: `output` is not empty, or the models cannot be compared on this text.
     """
     output = require_empty(output)
     source, teacher_source = resolve_model(student), resolve_model(teacher)
-    data = named_text(data, teacher)
+    data, block_size = named_text(text.data, teacher), text.block_size
     _require_language_models(source, teacher_source)
     common = _common_ids(source, teacher_source, block_size)
-    supervision = Supervision(objective=replace(objective, vocab_size=common))
+    supervision = Supervision(objective=replace(recovery.objective, vocab_size=common))
     framing = _framing(teacher_source, data, block_size)
     train = _blocks(data, "train", teacher_source, block_size, framing, common)
     selection = _blocks(data, "selection", teacher_source, block_size, framing, common).take(16)
     learner, expert = load_model(source), load_model(teacher_source)
+    optimization = recovery.optimization
     provenance = {"stage": "distill", "student": source.reference, "teacher": teacher_source.reference}
     with staged(output, provenance) as folder:
         learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
-        if search_rate:
+        if recovery.search_rate:
             search = find_learning_rate(
                 learner,
                 expert,
                 train,
-                num_tokens=num_tokens,
+                num_tokens=recovery.num_tokens,
                 selection=selection,
                 supervision=supervision,
                 optimization=optimization,
@@ -185,7 +220,7 @@ def distill_model(
             learner,
             expert,
             train,
-            num_tokens=num_tokens,
+            num_tokens=recovery.num_tokens,
             supervision=supervision,
             optimization=optimization,
             selection=Selection(blocks=selection),
@@ -194,7 +229,7 @@ def distill_model(
         _save(learner, folder, source)
     return {
         "output": str(output),
-        "text": told_text(data),
+        "text": text_name(data),
         **framing.record(),
         "learning_rate": optimization.learning_rate,
         **_training_figures(metrics),
@@ -212,43 +247,37 @@ def _training_figures(metrics: TrainingMetrics) -> dict[str, Any]:
 
 
 def evaluate_model(
-    checkpoint: str,
-    tasks: Sequence[str],
-    task_folders: Sequence[Path],
-    teacher: str | None,
-    limit: int | None,
-    num_blocks: int,
-    data: str | None,
-    block_size: int,
+    checkpoint: str, *, text: Text, tasks: TaskOptions | None = None, teacher: str | None = None
 ) -> dict[str, Any]:
-    """Every number about one checkpoint."""
+    """Held-out losses, tasks, speed and memory of a checkpoint; with a teacher also the KL to it.
+
+    Raises:
+        UserError: the checkpoint cannot be measured on this text or on these tasks.
+        RunError: a task failed; the message has the numbers that could be measured.
+    """
     source, expert = resolve_model(checkpoint), None
     teacher_source = None if teacher is None else resolve_model(teacher)
-    data = named_text(data, checkpoint)
+    data, block_size = named_text(text.data, checkpoint), text.block_size
     _require_language_models(source, teacher_source)
     common = _common_ids(source, teacher_source, block_size)
-    require_datasets(find_tasks(tasks, task_folders))
+    tasks = tasks or TaskOptions()
+    require_datasets(find_tasks(tasks.names, tasks.folders))
     tokenizer = load_tokenizer(source)
     framing = _framing(teacher_source or source, data, block_size)
-    text = replace(_text(data), begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix))
-    heldout = heldout_blocks(text, tokenizer, block_size=block_size, max_blocks=num_blocks, name="--data (heldout)")
-    require_ids(heldout.input_ids, common, tokenizer, "--data (heldout)")
+    framed_text = replace(_text(data), begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix))
+    place = "--data (heldout)"
+    heldout = heldout_blocks(framed_text, tokenizer, block_size=block_size, max_blocks=text.num_blocks, name=place)
+    require_ids(heldout.input_ids, common, tokenizer, place)
     if teacher_source is not None:
         expert = load_model(teacher_source).to(default_device())
-    result = evaluate(
-        source,
-        tasks=TaskOptions(names=tasks, folders=task_folders, harness=HarnessOptions(limit=limit)),
-        teacher=expert,
-        heldout=heldout,
-        vocab_size=common,
-    )
+    result = evaluate(source, tasks=tasks, teacher=expert, heldout=heldout, vocab_size=common)
     metrics = [asdict(metric) for metric in result.metrics]
     if result.failed:
         failures = "; ".join(f"{name} could not be measured: {why}" for name, why in result.failed.items())
         raise RunError(f"{failures}. The others: {json.dumps(metrics)}")
     return {
         "checkpoint": source.reference,
-        "text": told_text(data),
+        "text": text_name(data),
         **framing.record(),
         "metrics": metrics,
         "speed": result.speed,
@@ -256,7 +285,7 @@ def evaluate_model(
 
 
 def named_text(data: str | None, reference: str) -> str:
-    """What --data names; not given, the text of the model that comes with the package, and of no other.
+    """The text that --data names; without --data the package's own model has its own text, and no other model has one.
 
     Raises:
         UserError: nothing says which text the model is meant for.
@@ -270,16 +299,16 @@ def named_text(data: str | None, reference: str) -> str:
     return data or STDLIB
 
 
-def told_text(data: str) -> str:
+def text_name(data: str) -> str:
     """The text as results name it."""
     return f"{STDLIB} (source code of Python's standard library)" if data == STDLIB else data
 
 
 def _require_language_models(*sources: ModelSource | None) -> None:
-    """Refuse checkpoints whose weights are not those of their config, or that are no language models.
+    """Refuse checkpoints whose weights do not fit their config, and models that are no language models.
 
     Raises:
-        UserError: with the first of them.
+        UserError: names the first such model.
     """
     for source in sources:
         if source is not None:
@@ -289,10 +318,10 @@ def _require_language_models(*sources: ModelSource | None) -> None:
 
 
 def _common_ids(source: ModelSource, teacher: ModelSource | None, block_size: int) -> int:
-    """Ids, from 0 on, that a model has in common with its teacher, before any weight is read; its own without one.
+    """How many ids, from 0 on, a model shares with its teacher, before any weight is read; all of its ids without one.
 
     Raises:
-        UserError: blocks are longer than what one of them can read, or their tokenizers differ.
+        UserError: blocks are longer than what a model can read, or the two tokenizers differ.
     """
     config = load_config(source)
     require_context(config, block_size, "--block-size", "model")
@@ -305,16 +334,16 @@ def _common_ids(source: ModelSource, teacher: ModelSource | None, block_size: in
     require_context(expert, block_size, "--block-size", "teacher")
     require_head(expert)
     expert_rows = int(expert.get_text_config().vocab_size)
-    own = load_tokenizer(teacher, vocab_size=expert_rows)
-    common = common_vocabulary(own, tokenizer, expert_rows, rows, source.reference)
-    require_same_ids(own, tokenizer, source.reference)
+    expert_tokenizer = load_tokenizer(teacher, vocab_size=expert_rows)
+    common = common_vocabulary(expert_tokenizer, tokenizer, expert_rows, rows, source.reference)
+    require_same_ids(expert_tokenizer, tokenizer, source.reference)
     return common
 
 
 def _framing(source: ModelSource, data: str, block_size: int, *, ask: bool = True) -> Framing:
-    """How text is framed for a model; a language model whose tokenizer begins texts is asked, on selection text.
+    """How text is framed for a model; for a language model whose tokenizer begins texts, its selection losses decide.
 
-    Where it is not asked, the prefix stands at the start of every block.
+    Without `ask`, the prefix stands at the start of every block.
     """
     config = load_config(source)
     tokenizer = load_tokenizer(source, vocab_size=int(config.get_text_config().vocab_size))

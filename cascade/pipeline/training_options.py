@@ -11,7 +11,7 @@ from cascade.recipe.schema import Fit, Pretrain
 
 
 def cosine_schedule(settings: Pretrain | Fit) -> Schedule:
-    """That of a parent which a recipe trains."""
+    """The schedule of a parent's training, by `parent.pretrain` or `parent.fit`."""
     return Schedule(
         kind="cosine",
         warmup_fraction=settings.warmup_fraction,
@@ -20,7 +20,7 @@ def cosine_schedule(settings: Pretrain | Fit) -> Schedule:
 
 
 def supervision_of(settings: Distill, vocab_size: int | None = None) -> Supervision:
-    """The loss on logits and the student's own batches; features and targets depend on the models, and are added.
+    """The loss on logits and the on-policy batches; callers add features and targets, which need the models.
 
     `vocab_size` is that of `Objective`.
     """
@@ -51,9 +51,9 @@ def _on_policy(settings: OnPolicySettings) -> OnPolicy:
 def optimization_of(
     settings: Distill, *, learning_rate: float, optimizer: str, seed: int, first_position: int = 0
 ) -> Optimization:
-    """How the student is trained, at a rate that may have been searched for.
+    """The batches and the optimizer of a student's training, at this learning rate.
 
-    `optimizer` is what the section's comes to for the student.
+    `optimizer` is the name that `distill.optimizer`, which may be auto, stands for with this student.
     """
     schedule = Schedule(
         kind=settings.schedule,
@@ -75,7 +75,7 @@ def optimization_of(
 
 
 def execution_of(settings: Distill) -> Execution:
-    """How steps are computed."""
+    """How the steps of a training are computed, by the `distill` section."""
     return Execution(
         microbatch_size=settings.microbatch_size,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -84,7 +84,7 @@ def execution_of(settings: Distill) -> Execution:
 
 
 def safekeeping_of(settings: Distill, state_folder: Path | None = None) -> Safekeeping:
-    """What is saved on the way, in `state_folder` if there is one, and when the training stops by itself."""
+    """Which states a training saves into `state_folder`, None for none, and when it stops by itself."""
     return Safekeeping(
         state_folder=state_folder,
         save_every_minutes=settings.save_every_minutes,

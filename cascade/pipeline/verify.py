@@ -1,4 +1,4 @@
-"""Whether a run directory is still, byte for byte, what was written into it."""
+"""`cascade verify`: compares a run directory, byte for byte, with the manifests of what was written."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not as it was written."""
+    """A difference between a run directory and what was written into it."""
 
     place: str
     """Path inside the run directory."""
@@ -25,10 +25,10 @@ class Fault:
 
 
 def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
-    """(files hashed, faults) of a run directory: stages, training states, members, reports, recipe and events.
+    """(number of files hashed, faults) of a run directory, over stages, training states, members, reports and events.
 
     Raises:
-        UserError: the folder is no run directory.
+        UserError: the folder has no recipe.yaml.
     """
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: no recipe.yaml; give a run directory, as `cascade run` prints it")
@@ -37,21 +37,21 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
     again = "run the same command again: it is made again from what is whole"
     for kind in ("stages", "members"):
         for folder in sorted((run_folder / kind).glob("[!.]*/")):
-            found, files = _committed(folder, run_folder, again)
-            faults += found
+            folder_faults, files = _committed(folder, run_folder, again)
+            faults += folder_faults
             count += files
     for folder in sorted((run_folder / "members").glob("[!.]*/")):
         faults += _member(folder, run_folder)
     for folder in sorted((run_folder / "stages").glob(".partial-*/step-*/")):
-        found, files = _committed(folder, run_folder, "nothing: the state before it is taken")
-        faults += found
+        folder_faults, files = _committed(folder, run_folder, "nothing: the state before it is taken")
+        faults += folder_faults
         count += files
     if (run_folder / MANIFEST).exists():
         damaged = verify_folder(run_folder)
         for name in damaged:
             cure = f"`cascade report {run_folder}`" if name in DERIVED else again
-            own = f"{again}; what it is now is set aside" if name == "recipe.yaml" else cure
-            faults.append(Fault(name, "is not as the run left it", own))
+            remedy = f"{again}; what it is now is set aside" if name == "recipe.yaml" else cure
+            faults.append(Fault(name, "is not as the run left it", remedy))
         count += (
             len(json.loads((run_folder / MANIFEST).read_text(encoding="utf-8")).get("files", {}))
             if MANIFEST not in damaged
@@ -63,8 +63,8 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
     faults += _events(run_folder)
     for path in sorted(run_folder.glob("answers/**/answers.jsonl")):
         for number in damaged_lines(path):
-            told = "is not as it was written, or was cut off"
-            faults.append(Fault(f"{_inside(path, run_folder)}:{number}", told, "nothing: it is asked for again"))
+            damage = "is not as it was written, or was cut off"
+            faults.append(Fault(f"{_inside(path, run_folder)}:{number}", damage, "nothing: it is asked for again"))
     for pattern in _PICKLED:
         for path in sorted(run_folder.rglob(pattern)):
             faults.append(Fault(_inside(path, run_folder), "can hold code; no run writes such files", "remove it"))
@@ -74,7 +74,7 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
 def _committed(folder: Path, run_folder: Path, cure: str) -> tuple[list[Fault], int]:
     damaged = verify_folder(folder)
     faults = [
-        Fault(f"{_inside(folder, run_folder)}/{name}", _what(folder / name), cure)
+        Fault(f"{_inside(folder, run_folder)}/{name}", _damage_of(folder / name), cure)
         for name in damaged
         if not (name == "README.md" and folder.parent.name == "members")  # a card may be written on
     ]
@@ -82,26 +82,28 @@ def _committed(folder: Path, run_folder: Path, cure: str) -> tuple[list[Fault], 
         return faults, 0
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     if folder.parent.name != "members":  # `_member` looks at those
-        told = "is not of this stage, and would be loaded with it"
-        faults += [Fault(f"{_inside(folder, run_folder)}/{name}", told, "remove it") for name in added_weights(folder)]
+        damage = "is not of this stage, and would be loaded with it"
+        faults += [
+            Fault(f"{_inside(folder, run_folder)}/{name}", damage, "remove it") for name in added_weights(folder)
+        ]
     if (folder / INCOMPLETE).exists() and INCOMPLETE not in damaged:
         missing = ", ".join(json.loads((folder / INCOMPLETE).read_text(encoding="utf-8")))
         faults.append(Fault(_inside(folder, run_folder), f"not measured: {missing}", "run the same command again"))
     return faults, len(files)
 
 
-def _what(path: Path) -> str:
+def _damage_of(path: Path) -> str:
     if not path.exists():
         return "is missing"
     return "is not as it was written" if path.name == MANIFEST else "has another content than was written"
 
 
 def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
-    """What a manifest cannot tell: files that were added, an index that leads elsewhere, stages that are others now."""
+    """Faults that a manifest cannot show: added files, an index that leads elsewhere, stages changed since."""
     try:
         known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         lineage = json.loads((folder / "cascade.json").read_text(encoding="utf-8"))
-        stages = {one["folder"]: one["sha256"] for one in lineage["stages"].values()}
+        stages = {stage["folder"]: stage["sha256"] for stage in lineage["stages"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # told already
     for path in sorted(folder.rglob("*.safetensors*")):
@@ -125,7 +127,7 @@ def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
 
 
 def _missing(run_folder: Path, cure: str) -> Iterator[Fault]:
-    """Folders that the family's rows lead to."""
+    """Faults for members that family.json lists and that have no folder."""
     try:
         rows = json.loads((run_folder / "family.json").read_text(encoding="utf-8"))["rows"]
         names = [row["name"] for row in rows if row["role"] == "member" and row["status"] == "done"]

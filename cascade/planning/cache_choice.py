@@ -24,7 +24,7 @@ _CHOICE_FILE = "stages/targets.json"
 
 HIDDEN_LIMIT_BYTES = 8e9
 """Hidden states of up to this many bytes are kept where the recipe says `cache: auto`."""
-_LABELLING, _LEAST_SAVED = 1.1, 0.1
+_LABELLING, LEAST_SAVED = 1.1, 0.1
 """Cost of labelling, in forward passes of the teacher; least share of its work that kept targets have to save."""
 _IDS_PER_DRAW = 0.45
 """Distinct ids among the draws, as measured on a vocabulary of 49,152."""
@@ -174,11 +174,11 @@ def _auto(recipe: Recipe, parent_config: Any, by_kind: dict[str, Option], read: 
     if not able:
         return "none", hidden.refused
     best = max(able, key=lambda option: option.saved_flops)
-    if best.saved_flops < _LEAST_SAVED * live:
+    if best.saved_flops < LEAST_SAVED * live:
         if not recipe.shares_text:
             return "none", "no text is read often enough to pay for labelling it; data.reuse: shared may change that"
         return "none", f"{best.kind} targets would save {max(0.0, best.saved_flops / live):.0%} of the teacher's work"
-    if not hidden.refused and hidden.num_bytes <= HIDDEN_LIMIT_BYTES and hidden.saved_flops >= _LEAST_SAVED * live:
+    if not hidden.refused and hidden.num_bytes <= HIDDEN_LIMIT_BYTES and hidden.saved_flops >= LEAST_SAVED * live:
         return "hidden", "exact, and small enough"
     if not sampled.refused:
         return "sampled", f"hidden states would take {hidden.num_bytes / 1e9:.0f} GB or save little"

@@ -23,8 +23,8 @@ class CrossEntropyBaseline(Section):
     """Options of the cross-entropy baseline."""
 
 
-def _branch(value: object) -> str:
-    return "[section]" if isinstance(value, dict | CrossEntropyBaseline) else "[kind]"
+def _branch(entry: object) -> str:
+    return "[section]" if isinstance(entry, dict | CrossEntropyBaseline) else "[kind]"
 
 
 Baseline = Annotated[

@@ -5,17 +5,17 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationInfo, model_validator
 
 from cascade.models.checkpoint.revision import COMMIT
-from cascade.recipe.places import RecipePath, RecipePaths, resolved, shown
+from cascade.recipe.places import RecipePath, RecipePaths, absolute_path, public_path
 from cascade.recipe.section import Fraction, PositiveFloat, PositiveInt, Section, as_list
 
 
-def _resolved_file(value: str, info: ValidationInfo) -> str:
+def _absolute_file(path: str, info: ValidationInfo) -> str:
     """A split of source files is a path; that of a hub dataset is the dataset's name for it."""
-    return resolved(value, info) if info.data.get("source") == "files" else value
+    return absolute_path(path, info) if info.data.get("source") == "files" else path
 
 
 Splits = Annotated[
-    list[Annotated[str, AfterValidator(_resolved_file), PlainSerializer(shown)]], BeforeValidator(as_list)
+    list[Annotated[str, AfterValidator(_absolute_file), PlainSerializer(public_path)]], BeforeValidator(as_list)
 ]
 """Files, or the hub's name of a split."""
 

@@ -109,8 +109,8 @@ class TargetCache(Section):
     """Folder of the cache, shared between runs; `~/.cache/cascade/teacher` where not given."""
 
 
-def _cache(value: object) -> object:
-    return {"kind": value} if isinstance(value, str) else value
+def _cache(section: object) -> object:
+    return {"kind": section} if isinstance(section, str) else section
 
 
 class Distill(Section):

@@ -17,7 +17,7 @@ from cascade.store.strict_yaml import Place, YamlDocument, read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
-_SAID_ELSEWHERE = {
+_SET_ELSEWHERE = {
     "seed": "give `seeds`",
     "output": "give --output",
     "name": "the experiment has a `name` of its own",
@@ -29,11 +29,11 @@ _SAID_ELSEWHERE = {
 _MEASURED_ALIKE = ("evaluate",)
 
 
-def _as_overrides(value: object) -> object:
+def _as_overrides(overrides: object) -> object:
     """A mapping of dotted keys as KEY=VALUE texts; what else is given stays as it is."""
-    if not isinstance(value, dict):
-        return as_list(value)
-    return [f"{key}={json.dumps(part, ensure_ascii=False)}" for key, part in value.items()]
+    if not isinstance(overrides, dict):
+        return as_list(overrides)
+    return [f"{key}={json.dumps(part, ensure_ascii=False)}" for key, part in overrides.items()]
 
 
 Overrides = Annotated[list[str], BeforeValidator(_as_overrides)]
@@ -69,8 +69,8 @@ class Arm(Section):
         return bool(self.row)
 
 
-def _arm(value: object) -> object:
-    return {} if value is None else value
+def _arm(section: object) -> object:
+    return {} if section is None else section
 
 
 class Experiment(Section):
@@ -103,25 +103,25 @@ class Experiment(Section):
 
     @field_validator("name")
     @classmethod
-    def _safe(cls, value: str) -> str:
-        return _safe_name(value)
+    def _safe(cls, name: str) -> str:
+        return _safe_name(name)
 
     @field_validator("arms")
     @classmethod
-    def _distinct(cls, value: dict[str, Arm]) -> dict[str, Arm]:
-        small = [_safe_name(name).lower() for name in value]
-        twice = [name for name in value if small.count(name.lower()) > 1]
+    def _distinct(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        small = [_safe_name(name).lower() for name in arms]
+        twice = [name for name in arms if small.count(name.lower()) > 1]
         if twice:
             raise ValueError(f"{' and '.join(twice)} are one name on disks that ignore capitals; give another name")
-        return value
+        return arms
 
     @field_validator("seeds", "tokens")
     @classmethod
-    def _once(cls, value: list[int]) -> list[int]:
-        twice = [number for number in value if value.count(number) > 1]
+    def _require_distinct_numbers(cls, numbers: list[int]) -> list[int]:
+        twice = [number for number in numbers if numbers.count(number) > 1]
         if twice:
             raise ValueError(f"{twice[0]} stands twice; each is one family")
-        return value
+        return numbers
 
     @model_validator(mode="after")
     def _known_arms(self) -> "Experiment":
@@ -149,9 +149,9 @@ class Experiment(Section):
 
     def rows_of(self, arm: str) -> list[Kind]:
         """The baselines that some arm asks of another one."""
-        asked = {other.row for other in self.arms.values() if other.of == arm}
+        rows = {other_arm.row for other_arm in self.arms.values() if other_arm.of == arm}
         kinds: tuple[Kind, ...] = ("cut", "repaired", "ce")
-        return [kind for kind in kinds if kind in asked]
+        return [kind for kind in kinds if kind in rows]
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ def load_experiment(path: str | Path) -> ExperimentFile:
         form = Experiment.model_validate(document.data, context={FOLDER: path.resolve().parent})
     except ValidationError as error:
         raise RecipeError(str(path), problems_of(document, error, model=Experiment)) from error
-    problems = [*_said_elsewhere(document, form.set, ("set",))]
+    problems = [*_misplaced_overrides(document, form.set, ("set",))]
     for name, arm in form.arms.items():
-        problems += _said_elsewhere(document, arm.set, ("arms", name, "set"))
+        problems += _misplaced_overrides(document, arm.set, ("arms", name, "set"))
         keys = [(number, text.partition("=")[0]) for number, text in enumerate(arm.set)]
         for number, key in keys:
             if key.split(".")[0] in _MEASURED_ALIKE:
@@ -208,21 +208,21 @@ def expanded(overrides: list[str], num_members: int) -> list[str]:
     return texts
 
 
-def _said_elsewhere(document: YamlDocument, overrides: list[str], place: Place) -> list[str]:
+def _misplaced_overrides(document: YamlDocument, overrides: list[str], place: Place) -> list[str]:
     problems = []
     for number, text in enumerate(overrides):
         key = text.partition("=")[0]
         general = re.sub(r"^members\.[^.]*\.", "members.*.", key)
-        if general in _SAID_ELSEWHERE or key.split(".")[0] in ("baselines", "finish"):
-            remedy = _SAID_ELSEWHERE.get(general) or _SAID_ELSEWHERE[key.split(".")[0]]
+        if general in _SET_ELSEWHERE or key.split(".")[0] in ("baselines", "finish"):
+            remedy = _SET_ELSEWHERE.get(general) or _SET_ELSEWHERE[key.split(".")[0]]
             where = document.where((*place, number))
             problems.append(f"{where}: {'.'.join(map(str, place))}: {key} is not for an override here; {remedy}")
     return problems
 
 
-def _safe_name(value: str) -> str:
-    if not NAME.fullmatch(value):
+def _safe_name(name: str) -> str:
+    if not NAME.fullmatch(name):
         raise ValueError(
-            f"'{value}' cannot be a folder's name; use up to 40 letters, digits, '.', '_' and '-', the first no sign"
+            f"'{name}' cannot be a folder's name; use up to 40 letters, digits, '.', '_' and '-', the first no sign"
         )
-    return value
+    return name

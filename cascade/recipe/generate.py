@@ -74,18 +74,18 @@ class Endpoint(Section):
 
     @field_validator("extra_body")
     @classmethod
-    def _ours(cls, value: dict[str, object]) -> dict[str, object]:
-        taken = sorted(value.keys() & {"model", "messages", "prompt", "n", "stream"})
+    def _require_free_keys(cls, body: dict[str, object]) -> dict[str, object]:
+        taken = sorted(body.keys() & {"model", "messages", "prompt", "n", "stream"})
         if taken:
             raise ValueError(f"`{taken[0]}` cannot be set here; one answer a request, and the model by `model`")
-        return value
+        return body
 
     @field_validator("key_env")
     @classmethod
-    def _a_name(cls, value: str) -> str:
-        if value and not value.replace("_", "a").isalnum():
+    def _require_name(cls, name: str) -> str:
+        if name and not name.replace("_", "a").isalnum():
             raise ValueError("the NAME of an environment variable, not a key")
-        return value
+        return name
 
 
 class Filters(Section):

@@ -1,7 +1,7 @@
-"""Whose words and weights a student is made of, and under which terms. No legal advice: what to read, and when.
+"""The licences of models that a student learns from, and what they say about output. No legal advice.
 
-Licences as of 2026; where one says something about what its output may be used for, the recipe has to say that it was
-read (`acknowledged`).
+Licences as of 2026. Where a licence limits the use of a model's output, the recipe has to say that somebody has read it
+(`acknowledged`).
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cascade.recipe.places import shown_model
+from cascade.recipe.places import public_model
 from cascade.runtime.errors import UserError
 
 _LLAMA_ONLY = (
@@ -32,11 +32,11 @@ _NO_COMPETITORS = "output may not be used to develop models that compete with th
 
 @dataclass(frozen=True)
 class Terms:
-    """What a licence says of output, as far as it matters here."""
+    """What a licence says about the use of a model's output to train other models."""
 
     says: str
     derived: bool = True
-    """Whether that also concerns students that are derived from the model itself: cut from it."""
+    """Whether the terms also apply to students that are cut from the model itself."""
 
 
 TERMS: dict[str, Terms] = {
@@ -56,7 +56,7 @@ TERMS: dict[str, Terms] = {
     "anthropic": Terms(_NO_COMPETITORS),
     "google-gemini": Terms(_NO_COMPETITORS),
 }
-"""By a model's licence as its card names it, or by whose endpoint answers."""
+"""Terms by the licence in a model's card, or by the company whose endpoint answers."""
 
 _HOSTS = {
     "openai.com": "openai",
@@ -83,36 +83,36 @@ class Origin:
     """A model that a student learns from."""
 
     place: str
-    """Of the recipe."""
+    """The recipe's key that names the model."""
     name: str
     licence: str
-    """'' where none was found."""
+    """'' where no licence is known."""
     derived: bool = False
-    """Whether all students are cut from it."""
+    """Whether all students are cut from this model."""
 
     @property
     def terms(self) -> str:
-        """What of its licence concerns these students; '' for nothing that is known here."""
-        found = TERMS.get(self.licence)
-        return "" if found is None or (self.derived and not found.derived) else found.says
+        """The terms of its licence that apply to these students; '' where none are known."""
+        terms = TERMS.get(self.licence)
+        return "" if terms is None or (self.derived and not terms.derived) else terms.says
 
     def record(self) -> dict[str, Any]:
-        """For cards and provenance, without the folders of this machine."""
-        name = self.name if self.place == "generate.endpoint" else shown_model(self.name)
+        """Name, licence and terms for cards and provenance, without folders of this machine."""
+        name = self.name if self.place == "generate.endpoint" else public_model(self.name)
         return {"name": name, "licence": self.licence, "terms": self.terms}
 
 
 def licence_of(folder: Path) -> str:
-    """A model folder's licence: as its card's head names it, else as its licence file begins; '' if neither does."""
+    """The licence of a model's folder, from the head of its card or else the first lines of its licence file; or ''."""
     card = folder / "README.md"
     if card.is_file():
         head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
         line = r"^(license(?:_name)?):[ \t]*(?:\n[ \t]*-)?[ \t]*['\"]?(\w[\w.\-]*)"
         named = dict(re.findall(line, head.group(1), flags=re.M)) if head else {}
-        found = str(named.get("license", "")).lower()
-        found = str(named.get("license_name", found)).lower() if found in ("other", "") else found
-        if found:
-            return found
+        licence = str(named.get("license", "")).lower()
+        licence = str(named.get("license_name", licence)).lower() if licence in ("other", "") else licence
+        if licence:
+            return licence
     for file in sorted([*folder.glob("LICEN[SC]E*"), *folder.glob("COPYING*")]):
         begins = file.read_text(encoding="utf-8", errors="replace")[:400].lower()
         for words, name in _BEGINNINGS.items():
@@ -122,20 +122,20 @@ def licence_of(folder: Path) -> str:
 
 
 def endpoint_terms(url: str) -> str:
-    """Whose terms go with an endpoint's output: a name of `TERMS`, or ''."""
+    """The name in `TERMS` of the company behind an endpoint; '' where none is known."""
     host = (urlsplit(url).hostname or "").lower()
     return next((name for ending, name in _HOSTS.items() if host == ending or host.endswith(f".{ending}")), "")
 
 
 def require_acknowledged(origins: Sequence[Origin], acknowledged: Sequence[str]) -> None:
-    """Refuse to learn from what has terms that the recipe does not say were read.
+    """Refuse models with terms that the recipe does not acknowledge.
 
     Raises:
-        UserError: with the terms, and what to write.
+        UserError: quotes the terms, and says what to write into the recipe.
     """
-    for one in origins:
-        if one.terms and one.licence not in acknowledged:
+    for origin in origins:
+        if origin.terms and origin.licence not in acknowledged:
             raise UserError(
-                f"{one.place}: {one.name}: terms '{one.licence}': {one.terms}. Read them; if what you do keeps to "
-                f"them, write `acknowledged: [{one.licence}]` into the recipe"
+                f"{origin.place}: {origin.name}: terms '{origin.licence}': {origin.terms}. Read them; if what "
+                f"you do keeps to them, write `acknowledged: [{origin.licence}]` into the recipe"
             )

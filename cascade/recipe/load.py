@@ -48,34 +48,34 @@ def problems_of(
     overridden: Sequence[tuple[str, ...]] = (),
     model: type[BaseModel] = Recipe,
 ) -> list[str]:
-    """What keeps a document from being a `model`, each with its place; `overridden` keys come from the command line."""
-    found = [_describe(document, problem, overridden, model) for problem in error.errors()]
-    return list(dict.fromkeys(found))
+    """The errors of a document as messages with file:line:column; `overridden` keys come from the command line."""
+    problems = [_describe(document, problem, overridden, model) for problem in error.errors()]
+    return list(dict.fromkeys(problems))
 
 
 def refuse_secrets(document: YamlDocument, path: Path, overridden: Sequence[tuple[str, ...]] = ()) -> None:
-    """Recipes are shared, and written into every card.
+    """Refuse documents with keys or passwords: recipes are shared, and written into every card.
 
     Raises:
-        RecipeError: a value looks like a key; it is not repeated.
+        RecipeError: a value looks like a key; the message does not repeat it.
     """
-    found: list[str] = []
+    problems: list[str] = []
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), document.data)]
     while waiting:
         place, value = waiting.pop()
         inner: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        waiting += [((*place, key), one) for key, one in inner]
+        waiting += [((*place, key), part) for key, part in inner]
         if isinstance(value, str) and looks_secret(value) or any(looks_secret(str(key)) for key, _ in inner):
             where = "--set" if tuple(map(str, place)) in overridden else document.where(place)
             name = ".".join(str(part) for part in place)
-            found.append(f"{where}: {redact(name)}: looks like a key or password; recipes are copied into cards and "
+            problems.append(f"{where}: {redact(name)}: looks like a key or password; recipes are copied into cards and "
                          "reports. Put it into an environment variable (HF_TOKEN, or key_env's)")  # fmt: skip
-    if found:
-        raise RecipeError(str(path), found)
+    if problems:
+        raise RecipeError(str(path), problems)
 
 
 def _override(document: YamlDocument, text: str) -> tuple[str, ...]:
-    """Apply one override to the document's data; returns its path of keys."""
+    """Apply an override to the document's data, and return its path of keys."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {text}", ["is not of the form KEY=VALUE, such as distill.tokens=100_000"])
@@ -105,16 +105,16 @@ def _describe(
     place = tuple(part for part in problem["loc"] if not _is_branch(part))
     name = ".".join(str(part) for part in place)
     texts = tuple(str(part) for part in place)
-    given = any(texts[: len(parts)] == parts for parts in overridden)
-    where = f"--set {name}" if given else document.where(place)
+    is_override = any(texts[: len(parts)] == parts for parts in overridden)
+    where = f"--set {name}" if is_override else document.where(place)
     if problem["type"] == "extra_forbidden":
         return f"{where}: {_unknown_key(place, model)}"
     if problem["type"] == "missing":
         return f"{where}: key '{name}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    value = problem["input"]
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) or value is None else ""
-    return f"{where}: {name + ': ' if name else ''}{message}{shown if shown not in message else ''}"
+    entry = problem["input"]
+    received = f" (got {entry!r})" if isinstance(entry, str | int | float | bool) or entry is None else ""
+    return f"{where}: {name + ': ' if name else ''}{message}{received if received not in message else ''}"
 
 
 def _unknown_key(place: tuple[Any, ...], model: type[BaseModel]) -> str:
@@ -135,7 +135,7 @@ def _known_keys(place: tuple[Any, ...], model: Any) -> list[str]:
 def _section_of(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _section_of(part))), None)
+    return next((section for part in get_args(annotation) if (section := _section_of(part))), None)
 
 
 _HERE = ("localhost", "127.0.0.1", "::1")
@@ -147,12 +147,12 @@ def _is_branch(part: Any) -> bool:
 
 
 def _require_near(generate: Generate, folder: Path) -> None:
-    """What is sent to a server lies where the recipe does, or where the command runs: a recipe may be a stranger's.
+    """Refuse to send files that lie neither with the recipe nor in the working folder: a stranger may have written it.
 
     Raises:
-        UserError: a file lies elsewhere, also by way of a link.
+        UserError: a file lies elsewhere, or is a link to a file elsewhere.
     """
-    near = [one.resolve() for one in (folder, Path.cwd())]
+    near = [place.resolve() for place in (folder, Path.cwd())]
     for name in ("prompts", "text"):
         for value in getattr(generate, name):
             url = generate.endpoint and generate.endpoint.url
@@ -165,4 +165,4 @@ def _require_near(generate: Generate, folder: Path) -> None:
 
 
 def _is_near(path: str, near: Sequence[Path]) -> bool:
-    return any(Path(path).resolve().is_relative_to(one) for one in near)
+    return any(Path(path).resolve().is_relative_to(folder) for folder in near)

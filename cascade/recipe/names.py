@@ -1,4 +1,4 @@
-"""What the rows of a family are called besides its members: baselines, tried shapes, copies in fewer bits."""
+"""Names of a family's rows besides its members: baselines, shapes of a search, copies in fewer bits."""
 
 import re
 from collections.abc import Iterable
@@ -8,29 +8,29 @@ _SUFFIX = re.compile(r"-(cut|repaired|ce|int[48](?:qat)?|shape\d+(?:_[a-z_]+)?)"
 
 
 def owner_of(row_name: str, names: Iterable[str]) -> str:
-    """The member, of these, whose baseline, tried shape or copy a row is; '' where it is none's."""
+    """The name in `names` of the member that a baseline, shape or copy belongs to; '' where no member fits."""
     owners = [name for name in names if row_name.startswith(name) and _SUFFIX.fullmatch(row_name[len(name) :])]
     return max(owners, key=len, default="")
 
 
 def require_distinct_rows(recipe: Any) -> None:
-    """Refuse a member that has the name of another one's row; capitals make no difference, as on some disks.
+    """Refuse a member whose name is that of another member's row; capitals make no difference, as on some disks.
 
     Raises:
-        ValueError: with both.
+        ValueError: names both.
     """
     for member in recipe.members:
-        for owner in ["parent", *(one.name for one in recipe.members)]:
+        for owner in ["parent", *(entry.name for entry in recipe.members)]:
             suffix = member.name.lower().removeprefix(owner.lower())
-            what = _row_of(recipe, owner, suffix) if suffix != member.name.lower() else ""
-            if what:
+            row_kind = _row_of(recipe, owner, suffix) if suffix != member.name.lower() else ""
+            if row_kind:
                 raise ValueError(
-                    f"members: {member.name}: {owner} has {what} whose row is called so, too; give another name"
+                    f"members: {member.name}: {owner} has {row_kind} whose row is called so, too; give another name"
                 )
 
 
 def _row_of(recipe: Any, owner: str, suffix: str) -> str:
-    """What of a member, or of the parent, is called by its name and this suffix; '' for nothing."""
+    """The kind of row that a member's, or the parent's, name with this suffix denotes; '' for no row."""
     if any(suffix == f"-{entry.suffix}" and (not entry.members or owner in entry.members) for entry in recipe.finish):
         return "a copy (`finish`)"
     if owner == "parent":
@@ -38,6 +38,6 @@ def _row_of(recipe: Any, owner: str, suffix: str) -> str:
     kinds = [f"-{kind}" for kind in recipe.baseline_kinds]
     if suffix in kinds:
         return f"a baseline ({suffix[1:]})"
-    cut = next(one for one in recipe.members if one.name == owner)
-    tried = cut.start == "prune" and cut.target.has_bounds()
-    return "shapes that are tried," if tried and re.fullmatch(r"-shape\d+(_[a-z_]+)?", suffix) else ""
+    cut = next(entry for entry in recipe.members if entry.name == owner)
+    searched = cut.start == "prune" and cut.target.has_bounds()
+    return "shapes that are tried," if searched and re.fullmatch(r"-shape\d+(_[a-z_]+)?", suffix) else ""

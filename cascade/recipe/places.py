@@ -1,4 +1,4 @@
-"""Paths and models as a recipe names them: counted from its folder when it is read, told without their folders."""
+"""Paths and models in a recipe: relative to its folder when it is read, and without folders when it is published."""
 
 import os
 from glob import escape, has_magic
@@ -10,49 +10,49 @@ from pydantic import AfterValidator, BeforeValidator, PlainSerializer, Serializa
 from cascade.recipe.section import as_list
 
 FOLDER = "recipe_folder"
-"""In the context of a validation: what relative paths count from; without it they stay as they are."""
+"""Key in a validation's context: the folder that relative paths start from; without it they stay as they are."""
 
 PUBLIC = {"public": True}
-"""The context of a `model_dump` that leaves this machine: of what lies here, names without folders."""
+"""Context of a `model_dump` for publishing: local paths become names without folders."""
 
 
-def resolved(value: str, info: ValidationInfo) -> str:
-    """The path, absolute where the recipe's folder is known.
+def absolute_path(path: str, info: ValidationInfo) -> str:
+    """The path, made absolute where the recipe's folder is known.
 
     Raises:
-        ValueError: it has a NUL in it, or the home of an unknown user.
+        ValueError: the path has a NUL in it, or the home of an unknown user.
     """
     folder = (info.context or {}).get(FOLDER)
-    return value if folder is None or not value else _absolute(value, folder)
+    return path if folder is None or not path else _absolute(path, folder)
 
 
-def shown(value: str, info: SerializationInfo) -> str:
-    """The path; its last part alone where others will read it."""
-    return Path(value).name if _is_public(info) else value
+def public_path(path: str, info: SerializationInfo) -> str:
+    """The path; only its last part when the recipe is published."""
+    return Path(path).name if _is_public(info) else path
 
 
-def shown_model(reference: str) -> str:
-    """A model as others may read of it: a hub id or builtin:NAME as it is, what lies here by its name alone."""
+def public_model(reference: str) -> str:
+    """A model's reference for publishing: a hub id or builtin:NAME unchanged, a local path by its last part."""
     return Path(reference).name if is_local(reference) else reference
 
 
-def without_folders(value: Any) -> Any:
-    """Lists and dicts with the paths of what lies on this machine cut down to names."""
-    if isinstance(value, dict):
-        return {key: without_folders(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [without_folders(part) for part in value]
-    here = isinstance(value, str) and len(value) < 4096 and "\0" not in value and Path(value).is_absolute()
-    return Path(value).name or value if here and Path(value).exists() else value
+def without_folders(record: Any) -> Any:
+    """Nested lists and dicts in which paths that exist on this machine are cut down to their last part."""
+    if isinstance(record, dict):
+        return {key: without_folders(part) for key, part in record.items()}
+    if isinstance(record, list):
+        return [without_folders(part) for part in record]
+    here = isinstance(record, str) and len(record) < 4096 and "\0" not in record and Path(record).is_absolute()
+    return Path(record).name or record if here and Path(record).exists() else record
 
 
 def served_model(name: str) -> str:
-    """A model by the name that a server knows it by; where that is a path, its last part."""
+    """The name that a server knows a model by, for publishing: of a path, its last part."""
     return Path(name).name if name.startswith((".", "/", "~")) else name
 
 
 def is_local(reference: str) -> bool:
-    """Whether a model's reference leads to a folder or file on this machine, and not to the hub."""
+    """Whether a model's reference is a folder or file on this machine, and no hub id."""
     if not reference or reference.startswith("builtin:"):
         return False
     placed = reference.startswith((".", "/", "~")) or Path(reference).expanduser().exists()
@@ -63,15 +63,15 @@ def _resolved_model(reference: str, info: ValidationInfo) -> str:
     """A local path made absolute; builtin and hub names as they are."""
     if reference.startswith("builtin:"):
         return reference
-    path = resolved(reference, info)
+    path = absolute_path(reference, info)
     return path if reference.startswith((".", "/", "~")) or Path(path).exists() else reference
 
 
-def _shown_model(reference: str, info: SerializationInfo) -> str:
-    return shown_model(reference) if _is_public(info) else reference
+def _dump_model(reference: str, info: SerializationInfo) -> str:
+    return public_model(reference) if _is_public(info) else reference
 
 
-def _shown_served(name: str, info: SerializationInfo) -> str:
+def _dump_served(name: str, info: SerializationInfo) -> str:
     return served_model(name) if _is_public(info) else name
 
 
@@ -80,30 +80,30 @@ def _is_public(info: SerializationInfo) -> bool:
     return bool(context and context.get("public"))
 
 
-def _absolute(value: str, folder: Path) -> str:
-    if "\0" in value:
-        raise ValueError(f"{value!r}: no path has a NUL in it")
+def _absolute(text: str, folder: Path) -> str:
+    if "\0" in text:
+        raise ValueError(f"{text!r}: no path has a NUL in it")
     try:
-        path = Path(value).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{value}: {error}") from error
+        raise ValueError(f"{text}: {error}") from error
     if path.is_absolute():
         return str(path)
-    if has_magic(value) and not (folder / path).exists():  # signs of a pattern in the folder's own name are none
+    if has_magic(text) and not (folder / path).exists():  # signs of a pattern in the folder's own name are none
         return os.path.normpath(Path(escape(str(folder))) / path)
     return str((folder / path).resolve())
 
 
-RecipePath = Annotated[str, AfterValidator(resolved), PlainSerializer(shown)]
+RecipePath = Annotated[str, AfterValidator(absolute_path), PlainSerializer(public_path)]
 """A file or folder."""
 
 RecipePaths = Annotated[list[RecipePath], BeforeValidator(as_list)]
 
-RunPath = Annotated[str, PlainSerializer(shown)]
-"""A folder that counts from where the command runs."""
+RunPath = Annotated[str, PlainSerializer(public_path)]
+"""A folder, relative to where the command runs."""
 
-ServedModel = Annotated[str, PlainSerializer(_shown_served)]
-"""What a server knows a model by; often the path that it was started with."""
+ServedModel = Annotated[str, PlainSerializer(_dump_served)]
+"""The name that a server knows a model by, often the path that the server was started with."""
 
-ModelReference = Annotated[str, AfterValidator(_resolved_model), PlainSerializer(_shown_model)]
+ModelReference = Annotated[str, AfterValidator(_resolved_model), PlainSerializer(_dump_model)]
 """builtin:NAME, a hub id, or the path of a folder or GGUF file."""

@@ -100,9 +100,9 @@ class Parent(Section):
     `fit.config`."""
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "Parent":
-        made = bool(self.fit and self.fit.config)
-        if [bool(self.model), self.pretrain is not None, made].count(True) != 1:
+    def _require_one_source(self) -> "Parent":
+        has_config = bool(self.fit and self.fit.config)
+        if [bool(self.model), self.pretrain is not None, has_config].count(True) != 1:
             raise ValueError("give one of `model`, `pretrain` and fit.config")
         if self.fit is not None and self.pretrain is not None:
             raise ValueError("`pretrain` makes a language model, `fit` a classifier; give one")
@@ -113,8 +113,8 @@ class Parent(Section):
         return self
 
 
-def _parent(value: object) -> object:
-    return {"model": value} if isinstance(value, str) else value
+def _parent(section: object) -> object:
+    return {"model": section} if isinstance(section, str) else section
 
 
 class Member(Section):
@@ -148,17 +148,17 @@ class Member(Section):
 
     @field_validator("name")
     @classmethod
-    def _safe(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(f"'{value}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
-        if value.lower() in ("previous", "parent"):
+    def _safe(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"'{name}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
+        if name.lower() in ("previous", "parent"):
             raise ValueError(
-                f"'{value}' stands for something else here (capitals make no difference); give another name"
+                f"'{name}' stands for something else here (capitals make no difference); give another name"
             )
-        return value
+        return name
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "Member":
+    def _require_one_source(self) -> "Member":
         if [self.target is not None, bool(self.student), bool(self.config)].count(True) != 1:
             raise ValueError("give one of `target`, `student` and `config`")
         key = "target" if self.target else "student" if self.student else "config"
@@ -263,25 +263,25 @@ class Recipe(Section):
 
     @field_validator("acknowledged")
     @classmethod
-    def _known(cls, value: list[str]) -> list[str]:
-        unknown = [name for name in value if name not in TERMS]
+    def _known(cls, names: list[str]) -> list[str]:
+        unknown = [name for name in names if name not in TERMS]
         if unknown:
             raise ValueError(f"'{unknown[0]}' is none that is asked for; known: {', '.join(TERMS)}")
-        return value
+        return names
 
     @field_validator("name")
     @classmethod
-    def _safe(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(f"'{value}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
-        return value
+    def _safe(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"'{name}' cannot be a folder's name; use letters, digits, '.', '_' and '-'")
+        return name
 
     @field_validator("output")
     @classmethod
-    def _here(cls, value: str) -> str:
-        if value and (value.startswith("~") or not inside(value)):
-            raise ValueError(f"'{value}' leads out of where the command runs; for another place give --output")
-        return value
+    def _require_inside(cls, path: str) -> str:
+        if path and (path.startswith("~") or not inside(path)):
+            raise ValueError(f"'{path}' leads out of where the command runs; for another place give --output")
+        return path
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -323,13 +323,13 @@ class Recipe(Section):
     @property
     def baseline_kinds(self) -> list[Kind]:
         """The baselines without what is said of them."""
-        return [one if isinstance(one, str) else "ce" for one in self.baselines]
+        return [baseline if isinstance(baseline, str) else "ce" for baseline in self.baselines]
 
     @property
     def ce_learning_rate(self) -> float | Literal["auto"]:
         """The cross-entropy baseline's own; auto: to be found."""
-        given = [one.ce.learning_rate for one in self.baselines if not isinstance(one, str)]
-        return given[0] if given else "auto"
+        rates = [baseline.ce.learning_rate for baseline in self.baselines if not isinstance(baseline, str)]
+        return rates[0] if rates else "auto"
 
     @property
     def classifies(self) -> bool:

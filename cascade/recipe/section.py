@@ -10,9 +10,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-def as_list(value: object) -> object:
+def as_list(entry: object) -> object:
     """One text as a list of one."""
-    return [value] if isinstance(value, str) else value
+    return [entry] if isinstance(entry, str) else entry
 
 
 Names = Annotated[list[str], BeforeValidator(as_list)]

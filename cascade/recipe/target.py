@@ -35,19 +35,19 @@ class TargetSize(Section):
 
     @field_validator("params", "params_non_embedding", "flops_per_token", "memory_bytes")
     @classmethod
-    def _positive(cls, value: float | None) -> float | None:
-        if value is not None and not (0 < value <= 1 or value >= 1000):
+    def _positive(cls, bound: float | None) -> float | None:
+        if bound is not None and not (0 < bound <= 1 or bound >= 1000):
             raise ValueError(
-                f"{value:g} is neither a fraction of the parent's (above 0, at most 1) nor a number (from 1000 on)"
+                f"{bound:g} is neither a fraction of the parent's (above 0, at most 1) nor a number (from 1000 on)"
             )
-        return value
+        return bound
 
     @field_validator("decode_ms")
     @classmethod
-    def _time(cls, value: float | None) -> float | None:
-        if value is not None and value <= 0:
-            raise ValueError(f"{value:g} is not above 0")
-        return value
+    def _time(cls, milliseconds: float | None) -> float | None:
+        if milliseconds is not None and milliseconds <= 0:
+            raise ValueError(f"{milliseconds:g} is not above 0")
+        return milliseconds
 
     @model_validator(mode="after")
     def _something(self) -> "TargetSize":

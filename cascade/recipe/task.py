@@ -1,106 +1,135 @@
 """Which keys go with which task."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+_TOKENS = ("language", "masked_language")
+"""Tasks whose text is read in blocks of tokens."""
+_EXAMPLES = ("text_classification", "image_classification", "embedding")
+"""Tasks whose texts or images are read one by one."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A key that some tasks have no use for."""
+
+    tasks: tuple[str, ...]
+    key: str
+    """The dotted path to it in a recipe."""
+    refused: tuple[Any, ...] = ()
+    """The values that are refused, of a list the entries; where there are none, every value that is not empty."""
+    accepted: tuple[Any, ...] = ()
+    """The only values that are not refused."""
+    place: str = ""
+    """How messages call it, where that is not by its key."""
+
+    def broken_by(self, recipe: Any) -> str:
+        """What of a recipe breaks the rule, for a message; '' if nothing does."""
+        value = recipe
+        for name in self.key.split("."):
+            value = getattr(value, name, None)
+        if self.refused:
+            entries = value if isinstance(value, list) else [value]
+            used = [entry for entry in entries if entry in self.refused]
+            return f"{self.place or self.key}: {used[0]}" if used else ""
+        broken = value is not None and value not in self.accepted if self.accepted else bool(value)
+        return (self.place or self.key) if broken else ""
+
+
+_RULES = (
+    Rule(("masked_language",), "evaluate.tasks"),
+    Rule(("masked_language",), "generate"),
+    Rule(("masked_language",), "data.messages_field"),
+    Rule(("masked_language",), "data.document_masks"),
+    Rule(("masked_language",), "prune.search"),
+    Rule(("masked_language",), "distill.on_policy"),
+    Rule(("embedding",), "parent.pretrain"),
+    Rule(("embedding",), "parent.fit"),
+    Rule(("embedding",), "data.unlabelled"),
+    Rule(("embedding",), "baseline_kinds", refused=("ce",), place="baselines"),
+    Rule(("embedding",), "distill.cross_entropy_weight"),
+    Rule(("embedding",), "distill.loss", accepted=("forward_kl",)),
+    Rule(("embedding",), "distill.temperature", accepted=(1,)),
+    Rule(_TOKENS, "parent.fit"),
+    Rule(_TOKENS, "data.unlabelled"),
+    Rule(_TOKENS, "data.train_examples"),
+    Rule(_TOKENS, "data.source", refused=("digits",)),
+    Rule(_EXAMPLES, "data.production"),
+    Rule(_EXAMPLES, "parent.pretrain"),
+    Rule(_EXAMPLES, "generate"),
+    Rule(_EXAMPLES, "data.messages_field"),
+    Rule(_EXAMPLES, "data.streaming"),
+    Rule(_EXAMPLES, "data.weights"),
+    Rule(_EXAMPLES, "data.document_masks"),
+    Rule(_EXAMPLES, "data.source", refused=("stdlib",)),
+    Rule(("text_classification", "embedding"), "data.source", refused=("digits",)),
+    Rule(_EXAMPLES, "evaluate.tasks"),
+    Rule(_EXAMPLES, "prune.search"),
+    Rule(_EXAMPLES, "prune.neurons", refused=("taylor", "hessian")),
+    Rule(_EXAMPLES, "prune.layers", refused=("removal_loss", "contiguous_loss")),
+    Rule(_EXAMPLES, "distill.on_policy"),
+    Rule(_EXAMPLES, "distill.teacher", accepted=("parent",), place="distill.teacher: text"),
+)
+
+_IMAGE_RULES = (
+    Rule(("image_classification",), "finish"),
+    Rule(("image_classification",), "distill.features.hidden", accepted=("auto", "none"), place="distill.features"),
+    Rule(("image_classification",), "distill.features.embedding", accepted=("none",), place="distill.features"),
+    Rule(("image_classification",), "distill.features.relations", place="distill.features"),
+    Rule(("image_classification",), "distill.compile"),
+)
 
 
 def require_task(recipe: Any) -> None:
     """Refuse keys of a Recipe that its task has no use for.
 
     Raises:
-        ValueError: one of them is given, or one is missing.
+        ValueError: a key is given that the task has no use for, or one that it needs is missing.
     """
-    distill, data, parent = recipe.distill, recipe.data, recipe.parent
-    budget = "examples" if recipe.counts_examples else "tokens"
-    other = "tokens" if recipe.counts_examples else "examples"
-    counting = [("distill", distill), *((f"members: {one.name}", one) for one in recipe.members)]
-    for name, section in [*counting, *((f"finish.{number}", one) for number, one in enumerate(recipe.finish))]:
-        if section is not None and getattr(section, other) is not None:
-            raise ValueError(f"{name}.{other}: task {recipe.task} counts {budget}; give `{budget}`")
-    if distill is not None and getattr(distill, budget) is None:
-        raise ValueError(f"distill.{budget} is missing")
-    if recipe.task == "masked_language":
-        wrong = {
-            "evaluate.tasks": recipe.evaluate.tasks,
-            "generate": recipe.generate,
-            "data.messages_field": data.messages_field,
-            "data.document_masks": data.document_masks,
-            "prune.search": recipe.prune.search,
-            "distill.on_policy": distill is not None and distill.on_policy,
-        }
-        _refuse(wrong, recipe.task)
-    if recipe.task == "embedding":
-        wrong = {
-            "parent.pretrain": parent.pretrain,
-            "parent.fit": parent.fit,
-            "data.unlabelled": data.unlabelled,
-            "baselines: ce": "ce" in recipe.baseline_kinds,
-            "distill.cross_entropy_weight": distill is not None and distill.cross_entropy_weight,
-            "distill.loss": distill is not None and distill.loss != "forward_kl",
-            "distill.temperature": distill is not None and distill.temperature != 1,
-        }
-        _refuse(wrong, recipe.task)
-    if not recipe.counts_examples:
-        wrong = {
-            "parent.fit": parent.fit,
-            "data.unlabelled": data.unlabelled,
-            "data.train_examples": data.train_examples,
-            "data.source: digits": data.source == "digits",
-        }
-        _refuse(wrong, recipe.task)
-        return
-    wrong = {
-        "data.production": data.production,
-        "parent.pretrain": parent.pretrain,
-        "generate": recipe.generate,
-        "data.messages_field": data.messages_field,
-        "data.streaming": data.streaming,
-        "data.weights": data.weights,
-        "data.document_masks": data.document_masks,
-        "data.source: stdlib": data.source == "stdlib",
-        "data.source: digits": data.source == "digits" and recipe.task != "image_classification",
-        "evaluate.tasks": recipe.evaluate.tasks,
-        "prune.search": recipe.prune.search,
-        f"prune.neurons: {recipe.prune.neurons}": recipe.prune.neurons in ("taylor", "hessian"),
-        f"prune.layers: {recipe.prune.layers}": recipe.prune.layers in ("removal_loss", "contiguous_loss"),
-        "distill.on_policy": distill is not None and distill.on_policy,
-        "distill.teacher: text": distill is not None and distill.teacher != "parent",
-    }
-    _refuse(wrong, recipe.task)
-    if recipe.task == "text_classification" and parent.fit is not None and parent.fit.config:
+    _require_budgets(recipe)
+    _apply(_RULES, recipe)
+    fit = recipe.parent.fit
+    if recipe.task == "text_classification" and fit is not None and fit.config:
         raise ValueError("parent.fit.config: a text classifier made from nothing has no tokenizer; give parent.model")
-    if recipe.task == "image_classification":
-        asked = distill is not None and (
-            distill.features.hidden not in ("auto", "none")
-            or distill.features.embedding != "none"
-            or distill.features.relations
-        )
-        cut = [one.name for one in recipe.members if one.target is not None]
-        if cut:
-            raise ValueError(
-                f"members: {cut[0]}: image models are not cut; give `config` or `student` instead of `target`"
-            )
-        _refuse(
-            {
-                "finish": recipe.finish,
-                "distill.features": asked,
-                "distill.compile": distill is not None and distill.compile,
-            },
-            recipe.task,
-        )
+    cut = [member.name for member in recipe.members if member.target is not None]
+    if recipe.task == "image_classification" and cut:
+        raise ValueError(f"members: {cut[0]}: image models are not cut; give `config` or `student` instead of `target`")
+    _apply(_IMAGE_RULES, recipe)
+
+
+def _apply(rules: Sequence[Rule], recipe: Any) -> None:
+    """Refuse the first key of a recipe that breaks one of the rules for its task."""
+    for rule in rules:
+        place = rule.broken_by(recipe) if recipe.task in rule.tasks else ""
+        if place:
+            raise ValueError(f"{place} does not go with task: {recipe.task}; remove it")
+
+
+def _require_budgets(recipe: Any) -> None:
+    """Refuse budgets in tokens where the task counts examples, and the other way round."""
+    budget, unused = ("examples", "tokens") if recipe.counts_examples else ("tokens", "examples")
+    sections = [("distill", recipe.distill), *((f"members: {member.name}", member) for member in recipe.members)]
+    sections += [(f"finish.{number}", entry) for number, entry in enumerate(recipe.finish)]
+    for name, section in sections:
+        if section is not None and getattr(section, unused) is not None:
+            raise ValueError(f"{name}.{unused}: task {recipe.task} counts {budget}; give `{budget}`")
+    if recipe.distill is not None and getattr(recipe.distill, budget) is None:
+        raise ValueError(f"distill.{budget} is missing")
 
 
 def require_teacher(recipe: Any) -> None:
-    """Refuse what a teacher that is not here cannot do.
+    """Refuse what a teacher outside this run (an endpoint, or a text's writer) cannot do.
 
     Raises:
-        ValueError: it is asked for.
+        ValueError: the recipe needs it from that teacher.
     """
     distill, generate = recipe.distill, recipe.generate
     if distill is None or distill.teacher == "parent":
         return
     place = f"distill.teacher: {distill.teacher}"
-    own = distill.features
-    if own.hidden not in ("auto", "none") or own.embedding != "none" or own.relations:
+    features = distill.features
+    if features.hidden not in ("auto", "none") or features.embedding != "none" or features.relations:
         raise ValueError(f"{place}: only the parent's inside can be seen; remove distill.features")
     if distill.on_policy is not None:
         raise ValueError(f"{place}: the parent does not judge; remove on_policy")
@@ -115,29 +144,23 @@ def require_teacher(recipe: Any) -> None:
 
 
 def require_finish(recipe: Any) -> None:
-    """Refuse copies of what is not there, twice the same, or with a training that nothing says how to do.
+    """Refuse copies of unknown members, two copies of one name, and a copy's training that `distill` does not describe.
 
     Raises:
-        ValueError: one of them is asked for.
+        ValueError: names the first such entry of `finish`.
     """
     names = ["parent", *(member.name for member in recipe.members)]
-    made: set[str] = set()
+    copies: set[str] = set()
     for number, entry in enumerate(recipe.finish):
         unknown = [name for name in entry.members if name not in names]
         if unknown:
             raise ValueError(f"finish.{number}.members: unknown '{unknown[0]}'; the recipe has: {', '.join(names)}")
         for name in entry.members or names:
             copy = f"{name}-{entry.suffix}"
-            if copy in made:
+            if copy in copies:
                 raise ValueError(f"finish.{number}: the name {copy} stands twice")
-            made.add(copy)
+            copies.add(copy)
         if entry.budget and recipe.distill is None:
             raise ValueError(f"finish.{number}: a quantisation-aware training needs a `distill` section")
         if entry.budget and recipe.distill.teacher != "parent":
             raise ValueError(f"finish.{number}: quantisation-aware, the parent teaches; remove its budget")
-
-
-def _refuse(wrong: dict[str, Any], task: str) -> None:
-    given = [name for name, value in wrong.items() if value]
-    if given:
-        raise ValueError(f"{given[0]} does not go with task: {task}; remove it")

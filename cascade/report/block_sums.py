@@ -1,19 +1,19 @@
-"""What each block of held-out text adds to the metrics of a run's rows, so that two runs can be compared in pairs."""
+"""The share that each held-out block has in a row's metrics, so that two runs can be compared block by block."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 BLOCK_SUMS = "heldout_blocks.json"
-"""In an evaluation's folder: its `BlockSums`; in the run directory: row's name -> its `BlockSums`."""
+"""The file's name. An evaluation's folder has its `BlockSums`; the run directory has those of each row, by its name."""
 
 BlockSums = dict[str, Any]
-"""text (a sha256 of the blocks), and of each block: tokens (that count), loss, kl_to_teacher and top1_agreement (sums
-over them, in nats)"""
+"""`text`: sha256 of the blocks. A list entry per block for each of: `tokens`, those that count; `loss`,
+`kl_to_teacher` and `top1_agreement`, sums over these tokens, losses in nats."""
 
 
 def load_block_sums(run_folder: Path) -> dict[str, BlockSums]:
-    """What a run wrote; nothing in the runs of older versions."""
+    """The block sums of a run's rows, by the row's name; empty for the runs of older versions."""
     path = run_folder / BLOCK_SUMS
     sums: dict[str, BlockSums] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return sums

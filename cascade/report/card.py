@@ -1,4 +1,4 @@
-"""A member's card: what it was provenance from and how, and how good it is."""
+"""A member's model card: where its weights come from, how they were trained, and how well it does."""
 
 import json
 from typing import Any
@@ -18,11 +18,11 @@ _PIPELINES = {
 }
 
 _FENCE = "````"
-"""What the recipe stands between in card.md.jinja."""
+"""The fence around the recipe in card.md.jinja."""
 
 
 def member_card(row: Row, teacher: Row, provenance: Provenance, lineage: dict[str, Any], recipe_yaml: str) -> str:
-    """README.md of a member. Texts from outside stand in quotes or code blocks only."""
+    """The README.md of a member. Text from outside the program appears in quotes or code blocks only."""
     auto_class = lineage.get("auto_class", "AutoModelForCausalLM")
     values = {
         "row": row,
@@ -42,7 +42,7 @@ def member_card(row: Row, teacher: Row, provenance: Provenance, lineage: dict[st
 
 
 def _front(provenance: Provenance, auto: str) -> dict[str, Any]:
-    """The card's head: of the base model and its licence only what is known and so."""
+    """The card's YAML head; it names a base model and a licence only where they are known."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": _PIPELINES[auto]}
     if provenance.base_model:
         front |= {"base_model": provenance.base_model, "base_model_relation": base_model_relation(provenance)}

@@ -21,9 +21,9 @@ def training_logs(run_folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def _entry(line: str) -> dict[str, float]:
-    """A step's figures; none where a full disk has cut the line off."""
+    """The figures of one step; empty where a full disk cut the line off."""
     try:
-        found = json.loads(line)
+        figures = json.loads(line)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return figures if isinstance(figures, dict) else {}

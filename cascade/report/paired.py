@@ -15,7 +15,7 @@ _LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over seeds of a metric's difference, and the interval that holds it with 95%."""
+    """The difference of a metric between two models, as the mean over seeds, with its 95% interval."""
 
     value: float
     low: float
@@ -26,11 +26,11 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Win where the first is surely smaller, which is better; loss where it is surely larger; else tie."""
+        """win: the whole interval is below 0, which is better; loss: it is above 0; tie: it holds 0."""
         return "win" if self.high < 0 else "loss" if self.low > 0 else "tie"
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields and the verdict, for JSON."""
         return vars(self) | {"verdict": self.verdict}
 
 
@@ -44,9 +44,9 @@ def paired_difference(
 ) -> Difference:
     """`first` minus `second` per token, over all seeds, with a hierarchical bootstrap: seeds, then blocks.
 
-    Each argument has the sums of S seeds over the same B blocks. Blocks are drawn once for all the seeds of a resample:
-    they are the same text for all of them, and drawing them apart would take its share of chance to average out. With
-    one seed only blocks are drawn, and the interval says nothing of other seeds.
+    Each argument has the sums of S seeds over the same B blocks. A resample draws its blocks once for all seeds: every
+    seed is measured on the same text, and separate draws would average out the chance that lies in the text. With one
+    seed only blocks are drawn, and the interval says nothing about other seeds.
 
     Raises:
         ValueError: the three have different shapes, or there is nothing to compare.
@@ -60,9 +60,9 @@ def paired_difference(
     blocks_RB = draw.multinomial(num_blocks, np.full(num_blocks, 1 / num_blocks), size=resamples).astype(np.float64)
     seeds_RS = draw.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=resamples) / num_seeds
     counted_RS = blocks_RB @ tokens_SB.T
-    told_R = (counted_RS > 0).all(1)  # of chats, a block may have no token that counts
-    means_RS = (blocks_RB @ difference_SB.T)[told_R] / counted_RS[told_R]
-    drawn_R = (seeds_RS[told_R] * means_RS).sum(1)
+    usable_R = (counted_RS > 0).all(1)  # of chats, a block may have no token that counts
+    means_RS = (blocks_RB @ difference_SB.T)[usable_R] / counted_RS[usable_R]
+    drawn_R = (seeds_RS[usable_R] * means_RS).sum(1)
     low, high = np.quantile(drawn_R, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     means_S = difference_SB.sum(1) / tokens_SB.sum(1)
     return Difference(float(means_S.mean()), float(low), float(high), num_seeds, int((means_S < 0).sum()))

@@ -15,7 +15,7 @@ COLOURS = ("#2456a6", "#c8401e", "#2a7f4f", "#8a4fa8", "#a67c00", "#00808a", "#b
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a series."""
+    """A point of a series."""
 
     x: float
     y: float
@@ -26,7 +26,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour."""
+    """Points in the same colour, with a name for the legend."""
 
     name: str
     points: list[Point]
@@ -53,7 +53,7 @@ def size_quality_curve(families: Sequence[Family], metric: str) -> str:
 
 
 def candidate_chart(rows: Sequence[Row]) -> str:
-    """KL to the teacher of each shape that a search tried, against parameters outside embeddings; '' if none was."""
+    """KL to the teacher against parameters outside embeddings, for each shape of a search; '' without such shapes."""
     series = []
     for name, stage in (("cut and repaired", "repaired"), ("recovered shortly", "recovered")):
         points = [
@@ -76,7 +76,7 @@ def _shape_label(row: Row) -> str:
 
 
 def training_curves(curves: dict[str, list[dict[str, float]]]) -> str:
-    """KL to the teacher on selection text against tokens, one series per member; '' without any."""
+    """KL to the teacher on selection text against training tokens, one series per member; '' without any points."""
     series = [
         Series(
             name,
@@ -84,7 +84,7 @@ def training_curves(curves: dict[str, list[dict[str, float]]]) -> str:
         )
         for name, curve in curves.items()
     ]
-    series = [one for one in series if one.points]
+    series = [curve for curve in series if curve.points]
     return line_chart(
         series, x_title="training tokens", y_title="selection KL to the teacher (nats per token)", log_x=False
     )
@@ -92,7 +92,7 @@ def training_curves(curves: dict[str, list[dict[str, float]]]) -> str:
 
 def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: bool) -> str:
     """An SVG with axes, error bars, labels and a legend; '' without points."""
-    points = [point for one in series for point in one.points]
+    points = [point for line in series for point in line.points]
     if not points:
         return ""
     to_x = _scale([_axis_value(point.x, log_x) for point in points], _LEFT, _WIDTH - _RIGHT, pad=0.08)
@@ -104,11 +104,11 @@ def line_chart(series: Sequence[Series], *, x_title: str, y_title: str, log_x: b
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
         *_axes(points, ends, to_x, to_y, x_title, y_title, log_x),
     ]
-    for number, one in enumerate(series):
-        parts += _draw(one, COLOURS[number % len(COLOURS)], to_x, to_y, log_x)
+    for number, line in enumerate(series):
+        parts += _draw(line, COLOURS[number % len(COLOURS)], to_x, to_y, log_x)
         y = _TOP + 16 * number
         parts.append(f'<circle cx="{_WIDTH - _RIGHT + 14}" cy="{y}" r="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
-        parts.append(f'<text x="{_WIDTH - _RIGHT + 24}" y="{y + 4}">{escape(one.name)}</text>')
+        parts.append(f'<text x="{_WIDTH - _RIGHT + 24}" y="{y + 4}">{escape(line.name)}</text>')
     return "\n".join([*parts, "</svg>"])
 
 
@@ -202,15 +202,15 @@ def _round_ticks(values: list[float], count: int = 6) -> list[float]:
 
 
 def minutes(seconds: float) -> str:
-    """Seconds as a reader takes them in: '45 s', '2.5 min', '1.8 h'."""
+    """Seconds in the unit that reads best: '45 s', '2.5 min', '1.8 h'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def short_number(value: float) -> str:
-    """1,234,567 as '1.23M'."""
+def short_number(number: float) -> str:
+    """A number in three digits and a letter: 1,234,567 as '1.23M'."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

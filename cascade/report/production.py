@@ -1,4 +1,4 @@
-"""Whether the recipe's text is like what the members will meet, and how they do there."""
+"""Whether the recipe's text resembles production text, and how well the members do on production text."""
 
 import json
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from cascade.report.tables import Table
 DRIFT = "drift.json"
 
 FARTHER = 1.5
-"""A member so many times as far from its teacher on production text as on held-out text has had the wrong diet."""
+"""KL to the teacher on production text above this multiple of the KL on held-out text: the wrong training text."""
 
 UNLIKE = 1.5
-"""Production text whose tokens are so many times as unlike the training text as held-out text is, is other text."""
+"""Divergence of production text from training text, above this multiple of held-out text's: it is other text."""
 
 WORSE = 1.3
-"""A teacher whose loss on production text is so many times that on held-out text does not know it well."""
+"""A teacher's loss on production text above this multiple of its held-out loss: it does not know such text well."""
 
 
 def load_drift(run_folder: Path) -> dict[str, Any]:
-    """What a run measured; nothing without `data.production`."""
+    """The drift that a run measured; empty without `data.production`."""
     path = run_folder / DRIFT
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    drift: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return drift
 
 
 def production_table(drift: dict[str, Any], rows: Sequence[Row]) -> Table:
-    """The recipe's held-out text beside production text."""
+    """Figures of held-out text beside those of production text: of the teacher, the texts and each member."""
     kinds = ("heldout", "production")
     table = [["", "held-out text", "production text"]]
     table.append(["teacher's loss", *(f"{drift['teacher'][kind]['loss']:.3f}" for kind in kinds)])
@@ -47,7 +47,7 @@ def production_table(drift: dict[str, Any], rows: Sequence[Row]) -> Table:
 
 
 def wrong_diet(drift: dict[str, Any], rows: Sequence[Row]) -> list[str]:
-    """What the user should know about the recipe's text; nothing if it will do."""
+    """Warnings about the recipe's text, one sentence each; empty where the text is suitable."""
     if not drift:
         return []
     warnings = []

@@ -1,4 +1,4 @@
-"""The learning rates that members and their cross-entropy baselines were trained at, and what was tried for each."""
+"""The learning rates that members and cross-entropy baselines were trained at, and the trials of each search."""
 
 import json
 from collections.abc import Mapping
@@ -8,53 +8,53 @@ from typing import Any
 from cascade.report.tables import Table
 
 RATES = "rates.json"
-"""In the run directory: row's name -> its `Rate`."""
+"""The file in the run directory: the `Rate` of each row, by the row's name."""
 
 Rate = dict[str, Any]
-"""learning_rate, searched (whether by short trainings; else the recipe gives it), tried (learning_rate and selection
-loss of each), num_tokens (of all tries)"""
+"""`learning_rate`; `searched`: found by short trainings, otherwise given by the recipe; `tried`: learning_rate and
+selection loss of each trial; `num_tokens`: of all trials together."""
 
 
 def load_rates(run_folder: Path) -> dict[str, Rate]:
-    """What a run wrote; nothing in the runs of older versions."""
+    """The rates of a run's rows, by the row's name; empty for the runs of older versions."""
     path = run_folder / RATES
-    found: dict[str, Rate] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    rates: dict[str, Rate] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return rates
 
 
 def rate_of(learning_rate: float, search: Path | None) -> Rate:
-    """What a training was done at; `search` is the folder of the stage that found it, None where the recipe did."""
-    found: dict[str, Any] = {"tried": [], "num_tokens": 0}
+    """The rate of a training; `search` is the folder of the stage that found it, None where the recipe gives it."""
+    record: dict[str, Any] = {"tried": [], "num_tokens": 0}
     if search is not None:
-        found = json.loads((search / "rate.json").read_text(encoding="utf-8"))
+        record = json.loads((search / "rate.json").read_text(encoding="utf-8"))
     return {
         "learning_rate": learning_rate,
         "searched": search is not None,
-        "tried": found["tried"],
-        "num_tokens": found["num_tokens"],
+        "tried": record["tried"],
+        "num_tokens": record["num_tokens"],
     }
 
 
 def is_at_edge(rate: Rate) -> bool:
-    """Whether a search ended while its last try, the highest or lowest rate, was still the best."""
-    tried = [one for one in rate["tried"] if one["loss"] is not None]
-    if not tried:
+    """Whether the best rate of a search is the highest or lowest it tried, so that one beyond may be better."""
+    trials = [trial for trial in rate["tried"] if trial["loss"] is not None]
+    if not trials:
         return False
-    rates = [one["learning_rate"] for one in rate["tried"]]
-    best = min(tried, key=lambda one: float(one["loss"]))["learning_rate"]
+    rates = [trial["learning_rate"] for trial in rate["tried"]]
+    best = min(trials, key=lambda trial: float(trial["loss"]))["learning_rate"]
     return best in (min(rates), max(rates))
 
 
 def rates_table(rates: Mapping[str, Rate]) -> Table:
-    """One line for each training."""
+    """A line for each training: its rate, where that comes from, and the loss at each trial."""
     table = [["", "learning rate", "", "tries", "tokens or examples", "selection loss at each"]]
     for name, rate in rates.items():
         losses = ", ".join(
-            f"{one['learning_rate']:.3g}: {'ran off' if one['loss'] is None else format(one['loss'], '.4g')}"
-            for one in rate["tried"]
+            f"{trial['learning_rate']:.3g}: {'ran off' if trial['loss'] is None else format(trial['loss'], '.4g')}"
+            for trial in rate["tried"]
         )
-        found = "found by short trainings" if rate["searched"] else "as the recipe says"
+        origin = "found by short trainings" if rate["searched"] else "as the recipe says"
         tokens = f"{rate['num_tokens']:,}" if rate["searched"] else ""
         tries = str(len(rate["tried"])) if rate["searched"] else ""
-        table.append([name, f"{rate['learning_rate']:.3g}", found, tries, tokens, losses])
+        table.append([name, f"{rate['learning_rate']:.3g}", origin, tries, tokens, losses])
     return table

@@ -22,13 +22,13 @@ member, or of the teacher, in fewer bits."""
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number about one model, and what a reader needs to judge it; None: not known or not measured."""
+    """A number about a model, with what a reader needs to judge it; None: not known or not measured."""
 
     task: str
     """'heldout', 'production' or the name of an lm-eval task."""
     metric: str
     filter: str | None = None
-    """lm-eval's filter of the answers; None for other tasks."""
+    """The filter that lm-eval applies to answers; None for other tasks."""
     value: float | None
     stderr: float | None = None
     """Standard error of the value."""
@@ -36,14 +36,14 @@ class Metric:
     """Tokens, examples or items that the value is taken over."""
     higher_is_better: bool | None = None
     chance: float | None = None
-    """What guessing scores."""
+    """The score of guessing at random."""
     num_fewshot: int | None = None
     limit: float | None = None
-    """Items that a task was cut to."""
+    """The number of items that a task was limited to."""
     retention: float | None = None
     """(member - chance) / (parent - chance)."""
     retention_interval: tuple[float, float] | None = None
-    """The retention's 95% interval: its lower and its upper end."""
+    """The lower and upper end of the retention's 95% interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,11 @@ class Tokens:
     """What a model was trained on, in tokens, or in examples where a task counts those."""
 
     hop: int = 0
-    """Of the model's own training."""
+    """Tokens of this model's training alone."""
     cumulative: int = 0
-    """Of its own training and of those of the members that it is cut from."""
+    """Tokens of this model's training and of the trainings of all members that it was cut from."""
     teacher_labelled: int = 0
-    """Those that the teacher gave probabilities for."""
+    """Tokens that the teacher gave probabilities for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class StageLosses:
-    """Losses after each stage of making a member; None: it did not go through that stage."""
+    """Losses after each stage of making a member; None: the member skipped that stage."""
 
     cut: Losses | None = None
     repaired: Losses | None = None
@@ -86,7 +86,7 @@ class StageLosses:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Speed and memory of a batch of one in a process of its own; None: not measured."""
+    """Speed and memory at batch size 1, measured in a separate process; None: not measured."""
 
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
@@ -95,22 +95,22 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model of a family. The order of the fields is that of family.json."""
+    """A model of a family. The fields have the order of family.json."""
 
     name: str
     role: Role
     status: str
-    """done; of candidates, baselines and copies which kind of them it is."""
+    """done; for candidates, baselines and copies, which kind of these the row is."""
     seed: str | None = None
-    """'parent' or the member that it is cut from; None: it is not cut."""
+    """'parent' or the member that this model is cut from; None: it is not cut."""
     checkpoint: str | None = None
-    """Its folder inside the run directory; None: it is not published."""
+    """The checkpoint's folder inside the run directory; None: the model is not published."""
     dims: dict[str, int]
-    """The architecture's sizes, by the names that its config has."""
+    """The sizes of the architecture, by their names in the config."""
     num_parameters: int
     num_parameters_non_embedding: int
     bytes: int | None = None
-    """Of its weight files."""
+    """Size of the weight files."""
     tokens: Tokens = Tokens()
     cost: Cost = Cost()
     stages: StageLosses = StageLosses()
@@ -120,17 +120,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Family:
-    """The rows of one family.json: the teacher, members, copies, baselines and candidates."""
+    """The rows of a family.json: the teacher, members, copies, baselines and candidates."""
 
     name: str
     rows: list[Row]
 
 
 def load_family(path: str | Path) -> dict[str, Any]:
-    """A family.json, or that of a run directory, as JSON has it; `family_of` makes records of it.
+    """The parsed JSON of a family.json, or of a run directory's family.json; `family_of` turns it into records.
 
     Raises:
-        UserError: there is none, or it is not one.
+        UserError: the file is missing, or is no family.json of this version.
     """
     path = Path(path)
     path = path / "family.json" if path.is_dir() else path
@@ -149,7 +149,7 @@ def family_of(family: Mapping[str, Any]) -> Family:
 
 
 def row_of(row: Mapping[str, Any]) -> Row:
-    """The record of one row of a family.json; keys that it lacks count as not measured."""
+    """The record of a row of a family.json; missing keys count as not measured."""
     values = _known_values(Row, row)
     stages = _known_values(StageLosses, row.get("stages", {}))
     values["stages"] = StageLosses(**{stage: losses_of(losses) for stage, losses in stages.items()})
@@ -161,7 +161,7 @@ def row_of(row: Mapping[str, Any]) -> Row:
 
 
 def losses_of(losses: Mapping[str, Any] | None) -> Losses | None:
-    """The record of what a stage's losses.json, or family.json, says of one stage."""
+    """The record of a stage's losses, from its losses.json or from family.json."""
     return None if losses is None else Losses(**_known_values(Losses, losses))
 
 
@@ -181,7 +181,7 @@ def metrics_of(metrics: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
 
 
 def family_json(name: str, rows: Iterable[Row]) -> str:
-    """Strict JSON: null, never NaN."""
+    """The text of family.json: strict JSON, with null and never NaN."""
     family = {"version": VERSION, "name": name, "rows": [asdict(row) for row in rows]}
     return json.dumps(family, indent=1, allow_nan=False) + "\n"
 
@@ -202,23 +202,23 @@ def family_csv(rows: Iterable[Row]) -> str:
 
 
 def metric_name(metric: Metric) -> str:
-    """'task/metric', with the filter where lm-eval has one that is not 'none'."""
+    """The metric's name in tables: 'task/metric', followed by lm-eval's filter unless that is 'none'."""
     suffix = "" if metric.filter in (None, "none") else f"/{metric.filter}"
     return f"{metric.task}/{metric.metric}{suffix}"
 
 
 def find_metric(row: Row, name: str) -> Metric | None:
-    """The metric of that name, or None."""
+    """The metric of a row by its name in tables; None where the row lacks it."""
     return next((metric for metric in row.metrics if metric_name(metric) == name), None)
 
 
 def metric_names(rows: Iterable[Row]) -> list[str]:
-    """All metrics that any row has, in order of first appearance."""
+    """The names of all metrics that any row has, in order of first appearance."""
     return list(dict.fromkeys(metric_name(metric) for row in rows for metric in row.metrics))
 
 
 def _known_values(record: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that the record has a field for."""
+    """The values that the record has a field for."""
     return {field.name: values[field.name] for field in fields(record) if field.name in values}
 
 

@@ -22,12 +22,12 @@ _ENVIRONMENT.filters |= {"code": code_text, "json": json.dumps}
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """The text of a template's file, filled with the values.
+    """A template filled with values.
 
-    In HTML all values are escaped. In Markdown none is: a template passes texts from outside through the filter `code`
-    (in backquotes that they cannot leave) or `json` (in quotes).
+    HTML templates escape all values. Markdown templates escape none: they pass text from outside the program through
+    the filter `code` (in backquotes) or `json` (in quotes).
 
     Raises:
-        jinja2.UndefinedError: the template names a value that is not given.
+        jinja2.UndefinedError: the template names a value that is missing.
     """
     return _ENVIRONMENT.get_template(template).render(values)

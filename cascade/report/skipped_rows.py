@@ -1,4 +1,4 @@
-"""Rows of the data that could not be used and were left out of a run."""
+"""Rows of the data that a run could not use and left out."""
 
 import json
 from pathlib import Path
@@ -7,36 +7,39 @@ from typing import Any
 from cascade.report.tables import Table
 
 SKIPPED = "skipped.json"
-"""In a stage's folder: {'rows', 'skipped', 'empty', 'named'}; in the run directory: {name of the text: that}."""
+"""A stage's file with `rows`, `skipped`, `empty` and `named`; the run directory's has such a record for each text."""
 
 _SHOWN = 20
-"""Rows of a text that a report names."""
+"""The number of rows of a text that a report lists."""
 
 
 def load_skipped(run_folder: Path) -> dict[str, Any]:
-    """What a run has left out; empty where it has used all rows."""
+    """The record of the rows that a run left out; empty where it used all rows."""
     path = run_folder / SKIPPED
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    skipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return skipped
 
 
 def merged_skipped(folders: dict[str, Path]) -> dict[str, Any]:
-    """{name: what the stage in this folder has left out}, of those that have left out any; no row twice."""
+    """The skipped rows of several stages, by name; without stages that used all rows, and with each row once."""
     merged: dict[str, Any] = {}
     known: set[str] = set()
     for name, folder in folders.items():
-        found = load_skipped(folder)
-        named = [row for row in found.get("named", []) if row["place"] not in known]
+        skipped = load_skipped(folder)
+        named = [row for row in skipped.get("named", []) if row["place"] not in known]
         known |= {row["place"] for row in named}
         if named:
-            merged[name] = found | {"named": named, "skipped": found["skipped"] - len(found["named"]) + len(named)}
+            merged[name] = skipped | {
+                "named": named,
+                "skipped": skipped["skipped"] - len(skipped["named"]) + len(named),
+            }
     return merged
 
 
 def skipped_table(skipped: dict[str, Any]) -> Table:
-    """The counts of each text, then the first rows by file and line."""
+    """For each text how many rows were left out, then the first of them by file and line."""
     table = [["", "row", "why"]]
-    for name, found in skipped.items():
-        table.append([name, f"{found['skipped']:,} of {found['rows']:,} rows left out", ""])
-        table += [["", row["place"], row["reason"]] for row in found["named"][:_SHOWN]]
+    for name, counts in skipped.items():
+        table.append([name, f"{counts['skipped']:,} of {counts['rows']:,} rows left out", ""])
+        table += [["", row["place"], row["reason"]] for row in counts["named"][:_SHOWN]]
     return table

@@ -1,4 +1,4 @@
-"""What a finished run says in a terminal."""
+"""The summary of a finished run, for a terminal and for programs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from cascade.report.verdicts import load_verdicts, verdict_table
 
 
 def run_summary(folder: Path) -> dict[str, Any]:
-    """The same for programs."""
+    """The summary as `cascade run --json` prints it."""
     return {
         "run": str(folder),
         "family": load_family(folder),
@@ -21,7 +21,7 @@ def run_summary(folder: Path) -> dict[str, Any]:
 
 
 def run_texts(folder: Path) -> str:
-    """Sizes, quality, verdicts, what was kept of the teacher, and where the report is."""
+    """The summary for a terminal: sizes, quality, verdicts, cached targets, and where the report is."""
     rows, verdicts, targets = family_of(load_family(folder)).rows, load_verdicts(folder), load_targets(folder)
     tables = [size_table(rows), quality_table(rows), *([verdict_table(verdicts)] if verdicts else [])]
     parts = [plain_table(table) for table in tables]

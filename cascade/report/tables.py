@@ -1,4 +1,4 @@
-"""The family's tables, once as text cells; Markdown and HTML only dress them."""
+"""The tables of a family as text cells, which Markdown, HTML and the terminal then format."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ from cascade.report.plots import short_number
 from cascade.report.records import Losses, Metric, Row, find_metric, metric_names
 
 Table = list[list[str]]
-"""Rows of cells; the first is the head."""
+"""Rows of text cells; the first row is the head."""
 
 
 def size_table(rows: Sequence[Row]) -> Table:
-    """Shape, size and speed of each row."""
+    """Shape, size and speed of each model, without baselines and candidates."""
     teacher = next((row for row in rows if row.role == "teacher"), None)
     head = [
         "",
@@ -97,7 +97,7 @@ def stage_table(rows: Sequence[Row]) -> Table:
 
 
 def shape_table(rows: Sequence[Row]) -> Table:
-    """The shapes that a search tried, the chosen one first for each member; only the head where none was searched."""
+    """The shapes of each member's search, the chosen shape first; only the head where no shape was searched."""
     table = [["", "", "layers", "hidden", "MLP", "heads", "parameters", "KL: repaired", "recovered shortly", "seconds"]]
     for row in rows:
         if row.role != "candidate":
@@ -121,7 +121,7 @@ def shape_table(rows: Sequence[Row]) -> Table:
 
 
 def markdown_table(table: Table) -> str:
-    """The table in Markdown, cells escaped."""
+    """The table in Markdown, with its cells escaped."""
     lines = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
     return "\n".join(lines)
@@ -156,16 +156,16 @@ def _metric_cell(metric: Metric | None) -> str:
     return text
 
 
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.3f}"
 
 
-def _number(value: float | None, unit: float = 1.0) -> str:
-    return "" if value is None else f"{value / unit:,.1f}" if value / unit < 100 else f"{value / unit:,.0f}"
+def _number(quantity: float | None, unit: float = 1.0) -> str:
+    return "" if quantity is None else f"{quantity / unit:,.1f}" if quantity / unit < 100 else f"{quantity / unit:,.0f}"
 
 
 def _escape(cell: str) -> str:
-    """Texts from outside stand in cells: no links, pictures, code or tags."""
+    """A cell without links, pictures, code or tags, as its text may come from outside the program."""
     cell = cell.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
     for sign in "|[]`":
         cell = cell.replace(sign, f"\\{sign}")

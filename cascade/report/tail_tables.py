@@ -1,4 +1,4 @@
-"""The long tail in the report: losses by the teacher's difficulty, and the slices that lost most."""
+"""The report's long tail: losses by the teacher's entropy, and the slices of text with the largest losses."""
 
 import json
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from cascade.report.tables import Table
 TAIL = "tail.json"
 
 Tails = Mapping[str, dict[str, Any]]
-"""Row's name -> its `long_tail`."""
+"""The `long_tail` of each row, by the row's name."""
 
 
 def load_tails(run_folder: Path) -> dict[str, dict[str, Any]]:
-    """What a run wrote; nothing where it has no members yet."""
+    """The long tails of a run's rows, by the row's name; empty before the first member is made."""
     path = run_folder / TAIL
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    tails: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return tails
 
 
 def decile_table(tails: Tails) -> Table:
-    """Each row's loss in each tenth of the held-out text, the teacher's surest first; the teacher's own loss below."""
+    """Each row's loss in each tenth of the held-out text, by the teacher's entropy; the teacher's figures first."""
     if not tails:
         return []
     most = max(len(tail["deciles"]) for tail in tails.values())
@@ -30,17 +30,17 @@ def decile_table(tails: Tails) -> Table:
     ]
     for number, (name, tail) in enumerate(tails.items()):
         if number == 0:
-            table.append(["teacher's entropy", *(f"{one['entropy']:.3f}" for one in tail["deciles"])])
-            table.append(["teacher", *(f"{one['teacher_loss']:.3f}" for one in tail["deciles"])])
-        table.append([name, *(f"{one['loss']:.3f}" for one in tail["deciles"])])
+            table.append(["teacher's entropy", *(f"{tenth['entropy']:.3f}" for tenth in tail["deciles"])])
+            table.append(["teacher", *(f"{tenth['teacher_loss']:.3f}" for tenth in tail["deciles"])])
+        table.append([name, *(f"{tenth['loss']:.3f}" for tenth in tail["deciles"])])
     return table
 
 
 def slice_table(tails: Tails) -> Table:
-    """The slices on which each row has lost most against the teacher, with how they begin."""
+    """The slices on which each row's loss is farthest above the teacher's, with their first words."""
     table = [["", "slice", "loss", "teacher", "tokens or examples"]]
     for name, tail in tails.items():
-        for one in tail["slices"]:
-            counted = f"{one['count']:,}"
-            table.append([name, one["slice"], f"{one['loss']:.3f}", f"{one['teacher_loss']:.3f}", counted])
+        for part in tail["slices"]:
+            counted = f"{part['count']:,}"
+            table.append([name, part["slice"], f"{part['loss']:.3f}", f"{part['teacher_loss']:.3f}", counted])
     return table

@@ -1,4 +1,4 @@
-"""What a family's teacher was asked for, what keeping its answers cost, and what that saved."""
+"""The cost of labelling with a family's teacher, and what the cached targets saved."""
 
 import json
 from pathlib import Path
@@ -7,51 +7,51 @@ from typing import Any
 from cascade.report.tables import Table
 
 TARGETS = "targets.json"
-"""In the run directory: {'kind', 'why', 'root', 'members': {name: what its labelling and its reading came to}}."""
+"""The file in the run directory: `kind`, `why`, `root`, and `members` with the figures of each member."""
 
 
 def load_targets(run_folder: Path) -> dict[str, Any]:
-    """What a run has written; empty where its teacher was asked each time."""
+    """The figures of a run's cached targets; empty where the run cached none."""
     path = run_folder / TARGETS
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    targets: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return targets
 
 
 def targets_table(targets: dict[str, Any]) -> Table:
-    """A row a member: tokens that the teacher labelled for it, seconds, and what reading them again saved."""
+    """A row per member: tokens that the teacher labelled for it, seconds, and the seconds that the cache saved."""
     members: dict[str, dict[str, Any]] = targets.get("members", {})
     head = ["", "tokens read", "labelled for it", "seconds", "saved, about", "angle of the gradient", "KL of rounding"]
     table = [head]
     rate = _seconds_per_token(members)
-    for name, one in members.items():
-        saved = None if rate is None else rate * one["tokens_read"] - one["seconds"]
-        angles = one.get("angles_degrees") or []
+    for name, costs in members.items():
+        saved = None if rate is None else rate * costs["tokens_read"] - costs["seconds"]
+        angles = costs.get("angles_degrees") or []
         table.append(
             [
                 name,
-                f"{one['tokens_read']:,}",
-                f"{one['tokens']:,}",
-                f"{one['seconds']:.1f}",
+                f"{costs['tokens_read']:,}",
+                f"{costs['tokens']:,}",
+                f"{costs['seconds']:.1f}",
                 "" if saved is None else f"{saved:.1f} s",
                 ", ".join(f"{angle:.1f}°" for angle in angles),
-                "" if one.get("rounding_kl") is None else f"{one['rounding_kl']:.1e}",
+                "" if costs.get("rounding_kl") is None else f"{costs['rounding_kl']:.1e}",
             ]
         )
     return table
 
 
 def targets_sentence(targets: dict[str, Any]) -> str:
-    """What was kept, and how much of it."""
+    """The kind and size of the cached targets, as a sentence."""
     members = targets.get("members", {})
-    held = max((one["num_bytes"] for one in members.values()), default=0)
-    made, read = (sum(one[name] for one in members.values()) for name in ("tokens", "tokens_read"))
+    num_bytes = max((costs["num_bytes"] for costs in members.values()), default=0)
+    labelled, read = (sum(costs[name] for costs in members.values()) for name in ("tokens", "tokens_read"))
     return (
-        f"Targets: {targets['kind']} ({targets['why']}). The teacher labelled {made:,} tokens for {read:,} that were "
-        f"read; {held / 1e6:,.0f} MB on disk under root {targets['root'][:16]}."
+        f"Targets: {targets['kind']} ({targets['why']}). The teacher labelled {labelled:,} tokens for {read:,} that "
+        f"were read; {num_bytes / 1e6:,.0f} MB on disk under root {targets['root'][:16]}."
     )
 
 
 def _seconds_per_token(members: dict[str, dict[str, Any]]) -> float | None:
-    """Of the teacher, as its labelling took; None where all was there before."""
-    made = sum(one["tokens"] for one in members.values())
-    return sum(one["seconds"] for one in members.values() if one["tokens"]) / made if made else None
+    """Seconds per token that the teacher labelled; None where the cache had all targets before the run."""
+    num_tokens = sum(costs["tokens"] for costs in members.values())
+    return sum(costs["seconds"] for costs in members.values() if costs["tokens"]) / num_tokens if num_tokens else None

@@ -1,4 +1,4 @@
-"""Whether a member is good enough, against thresholds that its maker gave beforehand."""
+"""Whether a member is good enough, by the thresholds of the recipe's `evaluate.at_least`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from cascade.report.tables import Table
 VERDICTS = "verdicts.json"
 
 Verdict = dict[str, Any]
-"""row, metric, wanted, value, stderr, good (None where it was not measured)"""
+"""`row`, `metric`, `wanted` (the threshold), `value`, `stderr`, and `good`, None where the metric was not measured."""
 
 
-def judge(rows: Sequence[Row], wanted: Mapping[str, float]) -> list[Verdict]:
-    """A verdict for the teacher and each member on each threshold: at least it, or at most where lower is better."""
+def judge(rows: Sequence[Row], thresholds: Mapping[str, float]) -> list[Verdict]:
+    """A verdict on the teacher and each member for each threshold, a minimum or, where lower is better, a maximum."""
     verdicts: list[Verdict] = []
     for row in rows:
         if row.role not in ("teacher", "member", "quantised"):
             continue
-        for name, threshold in wanted.items():
+        for name, threshold in thresholds.items():
             metric = find_metric(row, name)
             value = None if metric is None else metric.value
             good = None
@@ -40,20 +40,24 @@ def judge(rows: Sequence[Row], wanted: Mapping[str, float]) -> list[Verdict]:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """One line each; a value within two standard errors of its threshold is said to be uncertain."""
+    """A line per verdict; it says where a value lies within two standard errors of its threshold."""
     table = [["", "metric", "wanted", "found", "good enough"]]
-    for one in verdicts:
-        said = "not measured" if one["good"] is None else "yes" if one["good"] else "no"
-        if one["value"] is not None and one["stderr"] and abs(one["value"] - one["wanted"]) < 2 * one["stderr"]:
-            said += ", but within two standard errors"
-        shown = "" if one["value"] is None else f"{one['value']:.4g}"
-        shown += f" ± {one['stderr']:.2g}" if one["stderr"] else ""
-        table.append([one["row"], one["metric"], f"{one['wanted']:g}", shown, said])
+    for verdict in verdicts:
+        answer = "not measured" if verdict["good"] is None else "yes" if verdict["good"] else "no"
+        if (
+            verdict["value"] is not None
+            and verdict["stderr"]
+            and abs(verdict["value"] - verdict["wanted"]) < 2 * verdict["stderr"]
+        ):
+            answer += ", but within two standard errors"
+        measured = "" if verdict["value"] is None else f"{verdict['value']:.4g}"
+        measured += f" ± {verdict['stderr']:.2g}" if verdict["stderr"] else ""
+        table.append([verdict["row"], verdict["metric"], f"{verdict['wanted']:g}", measured, answer])
     return table
 
 
 def load_verdicts(run_folder: Path) -> list[Verdict]:
-    """What a run wrote; nothing where it had no thresholds."""
+    """The verdicts of a run; empty where its recipe has no thresholds."""
     path = run_folder / VERDICTS
-    found: list[Verdict] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return found
+    verdicts: list[Verdict] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return verdicts

@@ -38,7 +38,7 @@ _NOTES = (
 logger = logging.getLogger(__name__)
 
 DERIVED = ("family.csv", "report.md", "report.html")
-"""What is made of the other files alone."""
+"""Files that can be written again from the other files."""
 
 _SEALED = (".json", ".csv", ".md", ".html", ".yaml")
 
@@ -46,7 +46,7 @@ _SEALED = (".json", ".csv", ".md", ".html", ".yaml")
 def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]]) -> None:
     """Write all four files, each replaced in one step; verdicts and the long tail come from the run directory.
 
-    To be called within `resealed`.
+    Callers do so within `resealed`.
     """
     further = _further_tables(run_folder, rows)
     write_atomically(run_folder / "family.json", family_json(name, rows))
@@ -56,9 +56,9 @@ def write_family(run_folder: Path, name: str, rows: list[Row], curves: dict[str,
 
 
 def set_damaged_aside(run_folder: Path) -> None:
-    """Reports that are not as a run left them get another name: they are made again from what is whole.
+    """Rename reports that somebody has changed since the run, so that they can be written again.
 
-    Of the recipe a copy is set aside: whose directory it is has to be known at every moment.
+    A changed recipe stays in place and a copy is set aside: recipe.yaml always says whose directory this is.
     """
     for name in verify_folder(run_folder):
         path = run_folder / name
@@ -74,9 +74,9 @@ def set_damaged_aside(run_folder: Path) -> None:
 
 @contextmanager
 def resealed(run_folder: Path) -> Iterator[None]:
-    """Around all writing of the run's own files: their manifest is taken away before and made anew after.
+    """Remove the run directory's manifest before its files are written, and write it again afterwards.
 
-    A death in between leaves whole files and no manifest, not one that calls them damaged.
+    A process that dies in between leaves no manifest, instead of a manifest that calls whole files damaged.
     """
     (run_folder / MANIFEST).unlink(missing_ok=True)
     sync_folder(run_folder)
@@ -87,10 +87,10 @@ def resealed(run_folder: Path) -> Iterator[None]:
 
 
 def require_whole(run_folder: Path) -> None:
-    """Refuse to make reports of files that are not as a run left them.
+    """Refuse to write reports from files that somebody has changed since the run.
 
     Raises:
-        UserError: one is not.
+        UserError: a file has changed.
     """
     damaged = [name for name in verify_folder(run_folder) if name not in DERIVED]
     if (run_folder / MANIFEST).exists() and damaged:
@@ -98,7 +98,7 @@ def require_whole(run_folder: Path) -> None:
 
 
 def report_markdown(name: str, rows: list[Row], further: Sequence[Titled] = ()) -> str:
-    """The tables as Markdown, `further` ones after the quality."""
+    """The report as Markdown; `further` tables come after the quality."""
     parts = [f"# Family {_plain(name)}", _NOTES]
     for title, table in _tables(rows, further):
         parts += [f"## {title}", markdown_table(table)]
@@ -108,7 +108,7 @@ def report_markdown(name: str, rows: list[Row], further: Sequence[Titled] = ()) 
 def report_html(
     name: str, rows: list[Row], curves: dict[str, list[dict[str, float]]], further: Sequence[Titled] = ()
 ) -> str:
-    """One HTML file with tables and curves; nothing is loaded from anywhere."""
+    """The report as one HTML file with tables and curves, which loads nothing from elsewhere."""
     values = {
         "title": name,
         "notes": _NOTES,
@@ -121,7 +121,7 @@ def report_html(
 
 
 def _further_tables(run_folder: Path, rows: list[Row]) -> list[Titled]:
-    """What a run has written besides its rows."""
+    """The tables of everything that a run has measured besides its rows."""
     verdicts, tails, provenances = load_verdicts(run_folder), load_tails(run_folder), load_provenances(run_folder)
     tables = [("Good enough", verdict_table(verdicts))] if verdicts else []
     faults = [[name, fault] for name, log in training_logs(run_folder).items() for fault in findings(log)]
@@ -159,7 +159,7 @@ def _tables(rows: list[Row], further: Sequence[Titled]) -> list[Titled]:
 
 
 def _charts(family: Family) -> list[str]:
-    """One chart per metric, the most telling first; loss and bits per byte have the same shape."""
+    """A chart per metric, the most telling first; without the loss, whose curve has the shape of bits per byte."""
     names = [name for name in metric_names(family.rows) if name != "heldout/loss"]
     first = [name for name in ("heldout/kl_to_teacher", "heldout/bits_per_byte") if name in names]
     ordered = first + [name for name in names if name not in first]

@@ -27,8 +27,8 @@ from cascade.store.commits import sweep
 
 LOCK = ".cascade.lock"
 
-_BEAT_SECONDS = 15.0
-_WAIT_SECONDS = 60.0
+BEAT_SECONDS = 15.0
+WAIT_SECONDS = 60.0
 """Seconds within which a holder on another machine has to show that it lives."""
 
 
@@ -142,12 +142,12 @@ def _wait_for_holder(run_folder: Path, file: IO[str]) -> None:
         return
     last = os.stat(run_folder / LOCK).st_mtime
     # Both times are the file system's own: the machines' clocks may differ.
-    waits = min(_WAIT_SECONDS, _WAIT_SECONDS - (_clock_of(run_folder) - last))
+    waits = min(WAIT_SECONDS, WAIT_SECONDS - (_clock_of(run_folder) - last))
     until = time.monotonic() + waits
     if waits > 0:
         print(f"{run_folder}: waiting to see whether the run on {holder['host']} is alive", file=sys.stderr, flush=True)
     while time.monotonic() < until:
-        time.sleep(min(1.0, _WAIT_SECONDS / 10))
+        time.sleep(min(1.0, WAIT_SECONDS / 10))
         if os.stat(run_folder / LOCK).st_mtime != last:
             raise BusyError(_held_by(run_folder, holder))
 
@@ -160,6 +160,6 @@ def _clock_of(folder: Path) -> float:
 
 def _beat(path: Path, ended: threading.Event) -> None:
     """Touch the lock file every few seconds until the run has ended."""
-    while not ended.wait(_BEAT_SECONDS):
+    while not ended.wait(BEAT_SECONDS):
         with suppress(OSError):
             os.utime(path)

@@ -180,7 +180,7 @@ def test_a_stopped_stream_goes_on_with_its_count_of_bad_rows(tmp_path, monkeypat
     rows = [{"text": 7 if number in (5, 1500) else f"document {number} has these words"} for number in range(1800)]
     path = write(tmp_path / "a.jsonl", rows)
     data = TextData("files", {"train": (path,), "heldout": (path,)}, streaming=True)
-    tokenizer, tokens, calls = tokenizer_with(STABLE), streaming._tokens, []
+    tokenizer, tokens, calls = tokenizer_with(STABLE), streaming.encoded, []
 
     def dies(*args):
         calls.append(1)
@@ -191,7 +191,7 @@ def test_a_stopped_stream_goes_on_with_its_count_of_bad_rows(tmp_path, monkeypat
     block_format = BlockFormat(block_size=32, max_blocks=10_000, framing=framing_of(tokenizer, "data"))
     arguments, folder = (data, HELDOUT, tokenizer, block_format), tmp_path / "cursor"
     whole = streaming.stream_blocks(*arguments, folder=tmp_path / "other")
-    monkeypatch.setattr(streaming, "_tokens", dies)
+    monkeypatch.setattr(streaming, "encoded", dies)
     with pytest.raises(Killed):
         streaming.stream_blocks(*arguments, folder=folder, shard_tokens=3000)
     bad = BadRows()

@@ -215,7 +215,7 @@ def test_streamed_text_gives_the_blocks_of_text_read_at_once_and_goes_on_where_i
     assert_same(prepare_blocks(streamed, "train", tokenizer, BlockFormat(**options)), whole)
 
     read = []
-    tokens = streaming._tokens
+    tokens = streaming.encoded
 
     def dies(documents, *args):
         read.append(documents[0])
@@ -223,7 +223,7 @@ def test_streamed_text_gives_the_blocks_of_text_read_at_once_and_goes_on_where_i
             raise Killed
         return tokens(documents, *args)
 
-    monkeypatch.setattr(streaming, "_tokens", dies)
+    monkeypatch.setattr(streaming, "encoded", dies)
     block_format = BlockFormat(**options, framing=framing_of(tokenizer, "data"))
     own = {"folder": tmp_path / "cursor", "shard_tokens": 3000}
     with pytest.raises(Killed):

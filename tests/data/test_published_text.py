@@ -12,7 +12,7 @@ from cascade.evaluation.reload_process import tokenizer_facts
 from cascade.evaluation.tokenizer_files import require_same_ids, require_tokenizer_files
 from cascade.models.checkpoint.load import BUILTIN_FOLDER, load_tokenizer, resolve_model, save_checkpoint
 from cascade.pipeline.run import run_recipe
-from cascade.pipeline.single_stage import evaluate_model
+from cascade.pipeline.single_stage import Text, evaluate_model
 from cascade.recipe.load import load_recipe
 from cascade.runtime.errors import UserError
 
@@ -138,9 +138,7 @@ def test_a_student_with_the_same_tokens_and_other_merges_is_refused(tmp_path):
 
 @needs_shared
 def test_cascade_evaluate_measures_a_model_on_text_as_it_was_trained():
-    found = evaluate_model(
-        str(SHARED / "models" / "stories260K"), (), (), None, None, 24,
-        str(SHARED / "text" / "tinystories" / "valid.jsonl.gz"), 256,
-    )  # fmt: skip
+    text = Text(data=str(SHARED / "text" / "tinystories" / "valid.jsonl.gz"), block_size=256, num_blocks=24)
+    found = evaluate_model(str(SHARED / "models" / "stories260K"), text=text)
     loss = next(metric["value"] for metric in found["metrics"] if metric["metric"] == "loss")
     assert loss < 1.5  # 1.30 on whole stories from their first token; with end tokens and no first ones 1.6

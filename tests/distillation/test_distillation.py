@@ -38,7 +38,7 @@ def test_a_model_whose_logits_are_made_otherwise_is_refused(monkeypatch):
     model = twin_of(config_of("gemma2"))
     read = head_module._read
     head_module._difference_on_twin.cache_clear()
-    # As if nobody knew of the soft-cap.
+    # As if nobody knew of the soft-cap: no public name leaves it out.
     monkeypatch.setattr(head_module, "_read", lambda one: dataclasses.replace(read(one), softcap=None))
     with pytest.raises(UserError, match=r"Gemma2ForCausalLM: its logits are not its head's"):
         head_of(model)

@@ -246,7 +246,7 @@ def test_F25_of_two_runs_started_together_one_makes_the_family_and_the_other_is_
 def test_F25_a_holder_on_another_machine_that_still_touches_the_lock_is_waited_for_and_a_dead_one_is_not(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(lock, "_WAIT_SECONDS", 0.6)
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.6)
     (tmp_path / lock.LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 7, "started": "then", "command": "c"}))
     with locked(tmp_path):  # nobody touched it meanwhile
         assert json.loads((tmp_path / lock.LOCK).read_text())["host"] == socket.gethostname()
@@ -261,7 +261,7 @@ def test_F25_a_holder_on_another_machine_that_still_touches_the_lock_is_waited_f
 @pytest.mark.parametrize("ahead", [-7200, 7200])
 def test_F25_clocks_that_differ_do_not_make_a_living_holder_a_dead_one(tmp_path, monkeypatch, ahead):
     """The other machine's clock is the file system's; ours goes wrong by two hours."""
-    monkeypatch.setattr(lock, "_WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 1.0)
     own = time.time
     monkeypatch.setattr(time, "time", lambda: own() + ahead)
     (tmp_path / lock.LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 7, "started": "then", "command": "c"}))
@@ -277,7 +277,7 @@ def test_F25_clocks_that_differ_do_not_make_a_living_holder_a_dead_one(tmp_path,
 
 
 def test_F25_a_run_signs_off_and_touches_its_lock_while_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     with locked(tmp_path):
         os.utime(tmp_path / lock.LOCK, (1, 1))
         limit = time.monotonic() + 5

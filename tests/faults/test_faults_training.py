@@ -191,14 +191,12 @@ def test_F19_a_rollback_leaves_out_all_steps_since_the_state_and_the_log_says_ea
 
 
 def test_F03_a_signal_in_the_last_step_stops_too_and_what_was_learned_is_kept(models, tmp_path, monkeypatch):
-    from cascade.runtime import stopping
     from cascade.runtime.errors import Stopped
 
     start, teacher, blocks = models
     expected, _ = trained(start, teacher, blocks, ema_decay=0.9)
     options = {"state_folder": tmp_path, "save_every_minutes": 60, "ema_decay": 0.9}
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(stopping, "_signal", None)
         steps = iter([None] * 9 + [15] * 9)
         from cascade.distillation import training_state
 

@@ -239,7 +239,7 @@ def test_a_wrong_order_inside_a_fused_weight_does_not_pass_the_proof(monkeypatch
     wrong = {"qkv_proj": ("num_key_value_heads", "num_attention_heads", "num_key_value_heads")}
     config = config_of("phi3", num_key_value_heads=8)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="phi3.*num_attention_heads"):
-        patch.setattr(axes_module, "_FUSED_LAYOUTS", axes_module._FUSED_LAYOUTS | wrong)
+        patch.setattr(axes_module, "FUSED_LAYOUTS", axes_module.FUSED_LAYOUTS | wrong)
         axes_module._probe.cache_clear()
         prove_cuts(config)
     axes_module._probe.cache_clear()
@@ -249,7 +249,7 @@ def test_a_wrong_order_inside_a_fused_weight_does_not_pass_the_proof(monkeypatch
 def test_an_unknown_fused_weight_is_refused_with_its_name(monkeypatch):
     from cascade.models.architecture import axes as axes_module
 
-    monkeypatch.delitem(axes_module._FUSED_LAYOUTS, "gate_up_proj")
+    monkeypatch.delitem(axes_module.FUSED_LAYOUTS, "gate_up_proj")
     axes_module._probe.cache_clear()
     with pytest.raises(UserError, match=r"gate_up_proj.*cannot be cut yet"):
         probe_axes(config_of("phi3"))
@@ -261,6 +261,7 @@ def test_an_unknown_fused_weight_is_refused_with_its_name(monkeypatch):
     [("gemma2", "embedding_exponent"), ("gemma3", "zero_centred"), ("gpt2", "centres"), ("llama", "norm scale")],
 )
 def test_the_proof_fails_when_a_value_that_is_not_visible_in_shapes_is_forgotten(architecture, broken, monkeypatch):
+    # Single steps of the cut are left out, which no public name offers.
     if broken == "norm scale":
         monkeypatch.setattr(corrections, "_norm_scale", lambda *arguments: 1.0)
     elif broken == "centres":

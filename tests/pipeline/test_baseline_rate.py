@@ -43,20 +43,20 @@ def searches(monkeypatch):
 def test_the_baseline_is_searched_for_as_the_member_is_and_by_its_own_loss(recipe_folder, tmp_path, searches):
     changes = [*BRIEF, ONE, "distill.learning_rate=auto"]
     folder = run_recipe(load_recipe(recipe_folder / "tiny.yaml", changes), output=tmp_path / "run")
-    by_teacher, by_text = ([one for one in searches if one["teacher"] == taught] for taught in (True, False))
-    assert {one["tokens"] for one in by_teacher} == {one["tokens"] for one in by_text} and len(by_text) >= 3
+    by_teacher, by_text = ([entry for entry in searches if entry["teacher"] == taught] for taught in (True, False))
+    assert {entry["tokens"] for entry in by_teacher} == {entry["tokens"] for entry in by_text} and len(by_text) >= 3
     assert by_teacher[0]["rate"] == by_text[0]["rate"] == 4 * range_test.FIRST_RATE  # both with Muon
     rates = load_rates(folder)
-    assert list(rates) == ["m", "m-ce"] and all(one["searched"] for one in rates.values())
+    assert list(rates) == ["m", "m-ce"] and all(entry["searched"] for entry in rates.values())
     for stage, name in (("distill", "m"), ("baseline-ce", "m-ce")):
         assert max(rates_logged(folder, stage)) == pytest.approx(rates[name]["learning_rate"], rel=0.1)
-    found = json.loads(next(folder.glob("stages/m.ce-rate-*/rate.json")).read_text())
-    assert found["tried"] == rates["m-ce"]["tried"] and found["tried"] != rates["m"]["tried"]
-    losses = [one["loss"] for one in found["tried"]]
+    record = json.loads(next(folder.glob("stages/m.ce-rate-*/rate.json")).read_text())
+    assert record["tried"] == rates["m-ce"]["tried"] and record["tried"] != rates["m"]["tried"]
+    losses = [entry["loss"] for entry in record["tried"]]
     assert min(losses) > 2  # cross-entropy of a random model of 2,048 tokens, not its distance from a teacher
     report = (folder / "report.md").read_text()
     assert "## Learning rates" in report and f"{rates['m-ce']['learning_rate']:.3g}" in report
-    row = next(one for one in load_family(folder)["rows"] if one["name"] == "m-ce")
+    row = next(entry for entry in load_family(folder)["rows"] if entry["name"] == "m-ce")
     spent = [
         json.loads(path.read_text())["seconds"]
         for stage in ("ce-rate", "baseline-ce", "heldout-ce")
@@ -67,7 +67,7 @@ def test_the_baseline_is_searched_for_as_the_member_is_and_by_its_own_loss(recip
 
 def test_a_rate_that_is_given_for_distillation_is_not_taken_for_the_baseline(recipe_folder, tmp_path, searches):
     folder = run_recipe(load_recipe(recipe_folder / "tiny.yaml", [*BRIEF, ONE]), output=tmp_path / "run")
-    assert {one["teacher"] for one in searches} == {False}
+    assert {search["teacher"] for search in searches} == {False}
     rates = load_rates(folder)
     assert rates["m"] == {"learning_rate": 3e-3, "searched": False, "tried": [], "num_tokens": 0}
     assert rates["m-ce"]["searched"] and max(rates_logged(folder, "distill")) == pytest.approx(3e-3, rel=0.1)
@@ -85,10 +85,10 @@ def test_baselines_are_kinds_or_say_how_the_cross_entropy_is_trained(recipe_fold
         return load_recipe(recipe_folder / "tiny.yaml", [f"baselines={text}"])
 
     assert read("[cut, ce]").baseline_kinds == ["cut", "ce"] and read("[cut, ce]").ce_learning_rate == "auto"
-    given = read("[{ce: {learning_rate: 3e-3}}, repaired]")
-    assert given.baseline_kinds == ["ce", "repaired"] and given.ce_learning_rate == 3e-3
-    assert given.model_dump(mode="json")["baselines"] == [{"ce": {"learning_rate": 3e-3}}, "repaired"]
-    assert type(given).model_validate(given.model_dump(mode="json")) == given
+    recipe = read("[{ce: {learning_rate: 3e-3}}, repaired]")
+    assert recipe.baseline_kinds == ["ce", "repaired"] and recipe.ce_learning_rate == 3e-3
+    assert recipe.model_dump(mode="json")["baselines"] == [{"ce": {"learning_rate": 3e-3}}, "repaired"]
+    assert type(recipe).model_validate(recipe.model_dump(mode="json")) == recipe
     for text, message in (
         ("[ce, {ce: {}}]", "baselines: one of them stands twice"),
         ("[{ce: {rate: 1}}]", "unknown key 'rate'"),

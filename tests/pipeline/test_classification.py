@@ -112,9 +112,9 @@ def family(reviews, tmp_path_factory):
 
 def test_a_family_of_text_classifiers_is_fitted_cut_recovered_and_evaluated(family):
     rows = {row["name"]: row for row in json.loads((family / "family.json").read_text())["rows"]}
-    own = {"parent", "half", "cut", "other", "half-cut", "half-ce", "cut-cut", "cut-ce", "other-ce"}
-    assert set(rows) == own | {"half-int4qat"} and rows["half-int4qat"]["tokens"]["hop"] == 256
-    metrics = {name: {one["metric"]: one for one in row["metrics"]} for name, row in rows.items()}
+    names = {"parent", "half", "cut", "other", "half-cut", "half-ce", "cut-cut", "cut-ce", "other-ce"}
+    assert set(rows) == names | {"half-int4qat"} and rows["half-int4qat"]["tokens"]["hop"] == 256
+    metrics = {name: {metric["metric"]: metric for metric in row["metrics"]} for name, row in rows.items()}
     assert metrics["parent"]["accuracy"]["value"] > 0.9
     # Which of two KLs on 80 texts is smaller is the rounding's to say; what the member can do is not.
     assert metrics["half"]["accuracy"]["value"] > metrics["parent"]["accuracy"]["value"] - 0.1
@@ -129,8 +129,8 @@ def test_a_family_of_text_classifiers_is_fitted_cut_recovered_and_evaluated(fami
 
 
 def test_the_plan_of_a_family_of_classifiers_loads_no_weights_and_checks_its_examples(reviews, tmp_path):
-    found = preview(load_recipe(reviews), tmp_path / "run")
-    assert [one["num_tokens"] for one in found["members"]] == [512, 512, 512]
+    planned = preview(load_recipe(reviews), tmp_path / "run")
+    assert [row["num_tokens"] for row in planned["members"]] == [512, 512, 512]
     with pytest.raises(UserError, match="no field 'stars'; it has: text, label"):
         preview(load_recipe(reviews, ["data.label_field=stars"]), tmp_path / "run")
 
@@ -186,8 +186,8 @@ def test_the_loss_of_classes_is_hintons_and_examples_without_labels_have_no_cros
     ours = torch.randn(len(labelled), 5, generator=generator).requires_grad_()
     theirs = 3 * torch.randn(len(labelled), 5, generator=generator)
     labels = torch.where(torch.tensor(labelled), torch.arange(len(labelled)) % 5, IGNORE_INDEX)
-    found = class_losses(ours, theirs, labels, Objective(divergence, temperature, "tsq", weight))
-    (gradient,) = torch.autograd.grad(found.loss, ours)
+    losses = class_losses(ours, theirs, labels, Objective(divergence, temperature, "tsq", weight))
+    (gradient,) = torch.autograd.grad(losses.loss, ours)
 
     exact = ours.detach().double().requires_grad_()
     p = (theirs.double() / temperature).log_softmax(1)
@@ -199,9 +199,9 @@ def test_the_loss_of_classes_is_hintons_and_examples_without_labels_have_no_cros
         "jsd": ((p.exp() * (p - mix)).sum(1) + (q.exp() * (q - mix)).sum(1)) / 2,
     }[divergence]
     hard = torch.nn.functional.cross_entropy(exact, labels, ignore_index=IGNORE_INDEX, reduction="none")
-    wanted = ((1 - weight) * temperature**2 * kl + weight * hard).sum()
-    (expected,) = torch.autograd.grad(wanted, exact)
-    assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-5)
+    total = ((1 - weight) * temperature**2 * kl + weight * hard).sum()
+    (expected,) = torch.autograd.grad(total, exact)
+    assert losses.loss.item() == pytest.approx(total.item(), rel=1e-4, abs=1e-5)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -263,26 +263,26 @@ def test_metrics_of_a_classifier_are_those_of_its_probabilities():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.5, 0.0]])
     examples = Examples({"index": torch.arange(4)}, torch.tensor([0, 1, 1, 0]))
     metrics, items, _ = class_metrics(Fixed(logits), Fixed(logits.flip(1)), examples, batch_size=3)
-    found = {metric.metric: metric for metric in metrics}
-    assert found["accuracy"].value == 0.75 and items["heldout/accuracy/None"] == [1, 1, 0, 1]
-    assert found["accuracy"].chance == 0.5 and found["top1_agreement"].value == 0.0
-    wanted = torch.nn.functional.cross_entropy(logits, examples.labels)
-    assert found["loss"].value == pytest.approx(wanted.item(), rel=1e-6)
+    by_name = {metric.metric: metric for metric in metrics}
+    assert by_name["accuracy"].value == 0.75 and items["heldout/accuracy/None"] == [1, 1, 0, 1]
+    assert by_name["accuracy"].chance == 0.5 and by_name["top1_agreement"].value == 0.0
+    expected = torch.nn.functional.cross_entropy(logits, examples.labels)
+    assert by_name["loss"].value == pytest.approx(expected.item(), rel=1e-6)
 
 
 @given(st.integers(1, 40), st.integers(0, 5))
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy_bin_by_bin(count, seed):
     generator = torch.Generator().manual_seed(seed)
     logits, labels = 2 * torch.randn(count, 4, generator=generator), torch.randint(0, 4, (count,), generator=generator)
-    confidence, said = torch.softmax(logits.double(), 1).max(1)
+    confidence, predicted = torch.softmax(logits.double(), 1).max(1)
     gap = 0.0
     for number in range(15):
         inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
         if inside.any():
-            gap += abs(float(confidence[inside].mean()) - float((said == labels)[inside].double().mean())) * int(
+            gap += abs(float(confidence[inside].mean()) - float((predicted == labels)[inside].double().mean())) * int(
                 inside.sum()
             )
-    assert calibration_error(confidence, (said == labels).double()) == pytest.approx(gap / count, abs=1e-9)
+    assert calibration_error(confidence, (predicted == labels).double()) == pytest.approx(gap / count, abs=1e-9)
 
 
 def test_examples_are_read_split_and_kept(tmp_path, encoder):
@@ -291,8 +291,8 @@ def test_examples_are_read_split_and_kept(tmp_path, encoder):
     data = LabelledData(TextData("files", {"train": (str(tmp_path / "train.jsonl"),)}), False,
                         unlabelled=(str(tmp_path / "more.jsonl"),), train_examples=50)  # fmt: skip
     train, heldout = read_examples(data, "train"), read_examples(data, HELDOUT)
-    assert len(train) == 80 and sum(one.label is None for one in train) == 30
-    assert not {one.content for one in train if one.label} & {one.content for one in heldout}
+    assert len(train) == 80 and sum(example.label is None for example in train) == 30
+    assert not {example.content for example in train if example.label} & {example.content for example in heldout}
     assert class_names(data) == ["negative", "positive"]
     tokenizer = BertTokenizerFast.from_pretrained(encoder)
     examples = text_examples(train, ["negative", "positive"], tokenizer, 8)
@@ -373,7 +373,7 @@ def test_the_notebook_of_dark_knowledge_runs(tmp_path, monkeypatch):
     notebook = nbformat.read(ROOT / "notebooks" / "dark_knowledge.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/svg+xml" in output.get("data", {}) for output in shown) == 1
-    tables = [output["data"]["text/html"] for output in shown if "text/html" in output.get("data", {})]
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 1
+    tables = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
     assert len(tables) == 2 and tables[1].count("<tr>") == 8

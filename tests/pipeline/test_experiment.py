@@ -14,6 +14,7 @@ from conftest import ROOT
 from cascade.cli.main import main
 from cascade.pipeline.experiment.cells import plan_cells
 from cascade.pipeline.experiment.comparison import experiment_texts, summarise, write_experiment
+from cascade.pipeline.experiment.results import code_version
 from cascade.pipeline.experiment.run import list_experiment, run_experiment
 from cascade.recipe.experiment import Arm, Experiment, load_experiment
 from cascade.report.paired import paired_difference
@@ -63,6 +64,12 @@ def entries(folder, account):
     return {(row["arm"], row["size"]): row for row in summary(folder)["accounts"][account]["rows"]}
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the tests are not run from a git checkout")
+def test_a_result_made_in_a_checkout_names_its_commit():
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    assert code_version()["commit"].rstrip("+") == head.stdout.strip()
+
+
 def test_every_cell_is_a_family_and_has_a_result_without_weights(finished):
     _, folder = finished
     names = {f"{arm}-s{seed}-512" for arm in ("default", "direct", "direct-accumulated") for seed in (0, 1)}
@@ -70,10 +77,10 @@ def test_every_cell_is_a_family_and_has_a_result_without_weights(finished):
     assert {path.stem for path in (folder / "results").iterdir()} == names
     for name in names:
         result = json.loads((folder / "results" / f"{name}.json").read_text())
-        made = folder / "cells" / name
+        run = folder / "cells" / name
         assert set(result["weights"]) == {"big", "small"}
         for member, files in result["weights"].items():
-            manifest = json.loads((made / "members" / member / "MANIFEST.json").read_text())["files"]
+            manifest = json.loads((run / "members" / member / "MANIFEST.json").read_text())["files"]
             assert files == {"model.safetensors": manifest["model.safetensors"]["sha256"]}
         assert result["recipe"]["distill.tokens"] == 512 and "/" not in result["recipe"]["parent.model"]
         assert {"cascade", "torch"} < set(result["made_with"])
@@ -114,7 +121,9 @@ def test_the_same_training_differs_by_nothing_and_is_made_once(finished):
     same = new["direct", "big"]["kl_to_teacher_difference"]
     assert (same["value"], same["low"], same["high"], same["verdict"]) == (0, 0, 0, "tie")
     events = (folder / "cells" / "direct-s0-512" / "events.jsonl").read_text().splitlines()
-    taken = {(one["member"], one["stage"]) for line in events if (one := json.loads(line))["event"] == "taken over"}
+    taken = {
+        (event["member"], event["stage"]) for line in events if (event := json.loads(line))["event"] == "taken over"
+    }
     assert {("parent", "data"), ("parent", "evaluate"), ("big", "distill")} <= taken
     assert ("small", "distill") not in taken
 
@@ -143,13 +152,13 @@ def test_a_cell_taken_over_in_part_is_as_one_made_alone(finished, tmp_path):
     from cascade.pipeline.verify import verify_run
 
     path, folder = finished
-    cell = next(one for one in plan_cells(load_experiment(path)) if one.name == "direct-s1-512")
+    cell = next(planned for planned in plan_cells(load_experiment(path)) if planned.name == "direct-s1-512")
     alone = run_recipe(cell.recipe, output=tmp_path / "alone")
-    made = folder / "cells" / cell.name
+    shared = folder / "cells" / cell.name
     for member in ("big", "small"):
-        weights = [(run / "members" / member / "model.safetensors").read_bytes() for run in (alone, made)]
+        weights = [(run / "members" / member / "model.safetensors").read_bytes() for run in (alone, shared)]
         assert weights[0] == weights[1]
-    assert verify_run(made)[1] == []
+    assert verify_run(shared)[1] == []
 
 
 def test_damage_in_one_cell_is_not_taken_over(finished, tmp_path):
@@ -179,7 +188,7 @@ def test_a_killed_experiment_goes_on_where_it_was(tmp_path, recipe_folder):
         arm({"CASCADE_FAILPOINT": "experiment.cell:raise@2", "CASCADE_ALLOW_FAILPOINTS": "1"})
         with pytest.raises(InjectedError):
             run_experiment(path, output=output)
-        assert [one.stem for one in (output / "results").iterdir()] == ["default-s0-256"]
+        assert [path.stem for path in (output / "results").iterdir()] == ["default-s0-256"]
         first = (output / "results" / "default-s0-256.json").read_bytes()
         arm({"CASCADE_FAILPOINT": "experiment.made:raise", "CASCADE_ALLOW_FAILPOINTS": "1"})
         with pytest.raises(InjectedError):
@@ -218,9 +227,9 @@ def test_results_kept_elsewhere_are_taken_where_they_are_of_the_same(finished, t
     shutil.copytree(folder / "results", tmp_path / "kept")
     more = "fixed_rates: true\nseeds: [0, 1]\ntokens: [512]\nresults: kept"
     path = write_experiment_file(tmp_path, recipe_folder, more=more)
-    made = run_experiment(path, output=tmp_path / "made")
-    assert not list((made / "cells").iterdir())
-    assert summary(made)["accounts"] == summary(folder)["accounts"]
+    first_folder = run_experiment(path, output=tmp_path / "made")
+    assert not list((first_folder / "cells").iterdir())
+    assert summary(first_folder)["accounts"] == summary(folder)["accounts"]
     # Another setting: none is taken, and what differs is said.
     path = write_experiment_file(tmp_path, recipe_folder, more=more, sets="evaluate.tasks: [], distill.batch_size: 2")
     rows = list_experiment(path, output=tmp_path / "other")["cells"]
@@ -260,10 +269,10 @@ def test_the_command_lists_and_prints(finished):
     runner = CliRunner()
     listed = runner.invoke(main, ["experiment", str(path), "--output", str(folder), "--list"])
     assert listed.exit_code == 0 and "6 of 6 cells are done" in listed.output
-    told = runner.invoke(main, ["experiment", str(path), "--output", str(folder)])
-    assert told.exit_code == 0, told.output
-    assert re.search(r"ce against default: KL to the parent \d wins?, \d ties?, \d loss(es)?;", told.stdout)
-    assert "At equal accumulated tokens" in told.stdout and "fixed_rates: true" in told.stdout
+    result = runner.invoke(main, ["experiment", str(path), "--output", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"ce against default: KL to the parent \d wins?, \d ties?, \d loss(es)?;", result.stdout)
+    assert "At equal accumulated tokens" in result.stdout and "fixed_rates: true" in result.stdout
     printed = runner.invoke(main, ["experiment", str(path), "--output", str(folder), "--json"])
     assert json.loads(printed.stdout) == summary(folder)
     page = (folder / "experiment.html").read_text()
@@ -274,12 +283,12 @@ def test_the_command_lists_and_prints(finished):
 def test_what_is_not_measured_is_said(tmp_path, recipe_folder):
     arms = 'arms:\n  default:\n  direct: {set: ["members.*.seed=parent"]}\n'
     path = write_experiment_file(tmp_path, recipe_folder, arms=arms, more="fixed_rates: true\ntokens: [128]")
-    told = CliRunner().invoke(
+    result = CliRunner().invoke(
         main, ["experiment", str(path), "--output", str(tmp_path / "made"), "--only", "default"], catch_exceptions=False
     )
-    assert told.exit_code == 0
-    assert "not measured: no arm has `tokens: accumulated`" in told.stdout
-    assert "Not made yet: direct-s0-128" in told.stdout and "There is one seed (0)" in told.stdout
+    assert result.exit_code == 0
+    assert "not measured: no arm has `tokens: accumulated`" in result.stdout
+    assert "Not made yet: direct-s0-128" in result.stdout and "There is one seed (0)" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -391,8 +400,8 @@ def summarised(**changes):
     return summarise(form, form.tokens, results, {})
 
 
-def of_arm(found, name):
-    return next(row for row in found["accounts"]["new"]["rows"] if row["arm"] == name)
+def of_arm(experiment, name):
+    return next(row for row in experiment["accounts"]["new"]["rows"] if row["arm"] == name)
 
 
 def test_retention_is_the_mean_over_tasks_that_have_one():
@@ -413,15 +422,15 @@ def test_a_search_that_ended_at_its_edge_is_told():
 def test_what_is_not_of_the_same_text_or_parent_is_not_compared():
     assert of_arm(summarised(), "b")["kl_to_teacher_difference"]["verdict"] == "win"
     assert of_arm(summarised(text="other"), "b")["loss_difference"] == {"why": "other held-out text"}
-    found = of_arm(summarised(parent="other"), "b")
-    assert found["kl_to_teacher_difference"] == {"why": "another parent"}
-    assert found["loss_difference"]["verdict"] == "win"
+    row = of_arm(summarised(parent="other"), "b")
+    assert row["kl_to_teacher_difference"] == {"why": "another parent"}
+    assert row["loss_difference"]["verdict"] == "win"
 
 
 def test_tables_have_each_budget_and_count_all(tmp_path):
-    found = summarised()
-    assert found["accounts"]["new"]["counts"]["b"]["loss"] == {"win": 2, "tie": 0, "loss": 0}
-    write_experiment(tmp_path, found)
+    experiment = summarised()
+    assert experiment["accounts"]["new"]["counts"]["b"]["loss"] == {"win": 2, "tie": 0, "loss": 0}
+    write_experiment(tmp_path, experiment)
     text = experiment_texts(tmp_path)
     assert "budget 100" in text and "budget 200" in text and "-0.1000" in text and "win (3/3 seeds)" in text
     assert "0.001 (edge), 0.001 (edge), 0.001 (edge)" in text and "more than is shown: b." in " ".join(text.split())
@@ -459,8 +468,8 @@ def test_pairs_see_what_their_own_errors_hide():
 
 
 def test_blocks_with_more_tokens_weigh_more():
-    found = paired_difference([[10.0, 0.0]], [[0.0, 0.0]], [[10.0, 90.0]])
-    assert found.value == pytest.approx(0.1)
+    difference = paired_difference([[10.0, 0.0]], [[0.0, 0.0]], [[10.0, 90.0]])
+    assert difference.value == pytest.approx(0.1)
 
 
 def test_a_broken_file_is_told_as_recipes_are(tmp_path):

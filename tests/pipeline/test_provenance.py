@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 from cascade.pipeline.ancestry import provenance_of, provenance_of_copy
 from cascade.pipeline.rows import RoundedCopy
@@ -39,9 +41,11 @@ def hub(tmp_path, monkeypatch):
         folder = tmp_path / "hub" / repository.replace("/", "--")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").write_text(f"---\nlicense: {LICENCES[repository]}\n---\n")
+        (folder / "config.json").write_text("{}")
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
         return folder
 
-    monkeypatch.setattr("cascade.models.checkpoint.load._fetched", fetched)
+    monkeypatch.setattr("cascade.models.checkpoint.load.fetch", fetched)
 
 
 ENDPOINT = {"url": "https://h.example/v1", "model": "big-one", "top_logprobs": 5}
@@ -90,8 +94,8 @@ def made(start="cut from the parent", *, distill=None, parent=None, copy_of=None
     return provenance_of_copy(recipe, members, copy_of, copy, reference, tokens)
 
 
-def origins(found):
-    return {one["name"].partition("@")[0] for one in found.origins}
+def origins(provenance):
+    return {origin["name"].partition("@")[0] for origin in provenance.origins}
 
 
 @pytest.mark.parametrize(
@@ -108,15 +112,15 @@ def origins(found):
     ],
 )
 def test_every_start_names_the_model_its_weights_come_from_and_no_other(start, said, base, licence, tagged):
-    found = made(start)
-    assert said in sentence(found) and "by distillation from `org/parent@" in sentence(found)
-    front = _front(found, "AutoModelForCausalLM")
+    provenance = made(start)
+    assert said in sentence(provenance) and "by distillation from `org/parent@" in sentence(provenance)
+    front = _front(provenance, "AutoModelForCausalLM")
     assert front.get("base_model", "") == base and front.get("license", "") == licence
     assert front.get("base_model_relation", "") == ("finetune" if base else "")
-    assert tags(found) == ["cascade", *tagged]
-    assert origins(found) == {PARENT, *([base] if base else [])}  # the parent has taught it
-    assert "existing" not in sentence(found) or start == "checkpoint"
-    assert "1,024 along its chain" in sentence(found) or "cut" not in start
+    assert tags(provenance) == ["cascade", *tagged]
+    assert origins(provenance) == {PARENT, *([base] if base else [])}  # the parent has taught it
+    assert "existing" not in sentence(provenance) or start == "checkpoint"
+    assert "1,024 along its chain" in sentence(provenance) or "cut" not in start
 
 
 GEN_PARENT = {"generate": {"stdlib": True}, **GENERATED}
@@ -137,10 +141,10 @@ GEN_ENDPOINT = {"generate": {"stdlib": True, "endpoint": ENDPOINT}, **GENERATED}
     ],
 )  # fmt: skip
 def test_every_teacher_is_the_one_that_taught(teacher, sections, said, name, taught):
-    found = made("random config", distill={"teacher": teacher}, **sections)
-    assert said in sentence(found) and found.teacher == name
-    assert origins(found) == taught
-    assert ("distilled" in tags(found)) == bool(name)
+    provenance = made("random config", distill={"teacher": teacher}, **sections)
+    assert said in sentence(provenance) and provenance.teacher == name
+    assert origins(provenance) == taught
+    assert ("distilled" in tags(provenance)) == bool(name)
     cut = made(distill={"teacher": teacher}, **sections)
     assert origins(cut) == taught | {PARENT} and cut.licence == "apache-2.0"
     if teacher != "parent":
@@ -148,8 +152,8 @@ def test_every_teacher_is_the_one_that_taught(teacher, sections, said, name, tau
 
 
 def test_shares_of_the_loss_and_text_of_its_own_are_said():
-    found = made(distill={"cross_entropy_weight": 0.25, "on_policy": {"fraction": 0.5}})
-    assert "in part on text of its own, and by cross-entropy with the text (25% of the loss)" in sentence(found)
+    provenance = made(distill={"cross_entropy_weight": 0.25, "on_policy": {"fraction": 0.5}})
+    assert "in part on text of its own, and by cross-entropy with the text (25% of the loss)" in sentence(provenance)
 
 
 @pytest.mark.parametrize(
@@ -180,27 +184,29 @@ FINISH = [{"quantise": "int8"}]
     ],
 )  # fmt: skip
 def test_copies_in_fewer_bits_are_quantised_only_where_they_are_the_parent_itself(copy_of, num_trained, relation, said):
-    found = made(copy_of=copy_of, num_trained=num_trained, finish=FINISH)
-    assert said in sentence(found) and base_model_relation(found) == relation
-    assert found.base_model == PARENT and found.licence == "apache-2.0" and origins(found) == {PARENT}
-    assert ("pruned" in tags(found)) == (copy_of == "m") and "int8" in tags(found)
+    provenance = made(copy_of=copy_of, num_trained=num_trained, finish=FINISH)
+    assert said in sentence(provenance) and base_model_relation(provenance) == relation
+    assert provenance.base_model == PARENT and provenance.licence == "apache-2.0" and origins(provenance) == {PARENT}
+    assert ("pruned" in tags(provenance)) == (copy_of == "m") and "int8" in tags(provenance)
 
 
 def test_a_copy_has_what_its_member_has_learned_and_comes_from():
-    found = made("checkpoint", copy_of="m", num_trained=0, finish=FINISH)
-    assert found.licence == "gemma" and found.base_model == STUDENT and origins(found) == {STUDENT, PARENT}
-    found = made("random config", copy_of="m", num_trained=0, finish=FINISH)
-    assert not found.base_model and not found.licence and base_model_relation(found) == ""
-    found = made(copy_of="m", num_trained=0, finish=FINISH, distill={"teacher": "text"}, **GEN_WRITER)
-    assert origins(found) == {PARENT, WRITER}
+    provenance = made("checkpoint", copy_of="m", num_trained=0, finish=FINISH)
+    assert (
+        provenance.licence == "gemma" and provenance.base_model == STUDENT and origins(provenance) == {STUDENT, PARENT}
+    )
+    provenance = made("random config", copy_of="m", num_trained=0, finish=FINISH)
+    assert not provenance.base_model and not provenance.licence and base_model_relation(provenance) == ""
+    provenance = made(copy_of="m", num_trained=0, finish=FINISH, distill={"teacher": "text"}, **GEN_WRITER)
+    assert origins(provenance) == {PARENT, WRITER}
 
 
 def test_a_parent_that_is_no_hub_model_is_no_base_model(tiny_parent):
     for parent in (str(tiny_parent), "builtin:pico-python"):
-        found = made(parent=parent)
-        assert found.base_model == "" and found.parent == Path(parent).name
-    own = {"pretrain": {"config": {}, "tokenizer": {"vocab_size": 300}, "tokens": 5}}
-    assert made(parent=own).base_model == "" and made(parent=own).licence == ""
+        provenance = made(parent=parent)
+        assert provenance.base_model == "" and provenance.parent == Path(parent).name
+    section = {"pretrain": {"config": {}, "tokenizer": {"vocab_size": 300}, "tokens": 5}}
+    assert made(parent=section).base_model == "" and made(parent=section).licence == ""
 
 
 def test_terms_concern_a_student_by_its_own_start_and_not_by_its_siblings(monkeypatch):

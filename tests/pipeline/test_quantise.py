@@ -38,9 +38,9 @@ def test_training_rounds_as_the_stored_copy_does(tmp_path, kind):
     stored = load_rounded(tmp_path / "plain", model, kind, torch.float32)
     training = copy.deepcopy(model)
     round_while_training(training, kind)
-    found, wanted = logits(training, ids), logits(stored, ids)
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
-    distance = (wanted - logits(model, ids)).norm() / wanted.norm()
+    trained, expected = logits(training, ids), logits(stored, ids)
+    assert (trained - expected).norm() <= 1e-5 * expected.norm()
+    distance = (expected - logits(model, ids)).norm() / expected.norm()
     assert 1e-4 < distance < KINDS[kind]
 
 
@@ -56,10 +56,10 @@ def test_a_stored_copy_is_a_stock_checkpoint_and_reads_as_plain_weights_of_the_s
     source = ModelSource(tmp_path / "rounded", "rounded")
     plain = load_model(source)
     assert is_rounded(load_config(source)) and not is_rounded(plain.config)
-    assert {type(one) for one in plain.parameters()} == {torch.nn.Parameter}
-    assert {one.dtype for one in plain.parameters()} == {torch.float32}
-    found, wanted = logits(plain, ids), logits(stored, ids)
-    assert (found - wanted).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * wanted.norm()
+    assert {type(parameter) for parameter in plain.parameters()} == {torch.nn.Parameter}
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
+    read, expected = logits(plain, ids), logits(stored, ids)
+    assert (read - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()
     levels = plain.model.layers[0].mlp.down_proj.weight[0, : group_size(model)].detach().unique()
     assert len(levels) <= (16 if kind == "int4" else 256)
 
@@ -103,13 +103,13 @@ def test_copies_are_rows_of_the_family_with_folders_that_load(recipe_folder, tmp
         AutoModelForCausalLM.from_pretrained(folder / row["checkpoint"])
         card = (folder / row["checkpoint"] / "README.md").read_text()
         assert f"`{owner['name']}` with weights in {row['status']} (torchao)" in card
-        for found, wanted in zip(row["metrics"], owner["metrics"], strict=False):
-            if found["metric"] == wanted["metric"] == "loss":
-                assert found["value"] != wanted["value"] and abs(found["value"] - wanted["value"]) < 0.05
+        for metric, owner_metric in zip(row["metrics"], owner["metrics"], strict=False):
+            if metric["metric"] == owner_metric["metric"] == "loss":
+                assert metric["value"] != owner_metric["value"] and abs(metric["value"] - owner_metric["value"]) < 0.05
     assert rows["small-int4qat"]["tokens"] == {"hop": 256, "cumulative": 512 + 512 + 256, "teacher_labelled": 256}
-    made = (folder / "events.jsonl").read_text().count('"finished"')
+    num_finished = (folder / "events.jsonl").read_text().count('"finished"')
     run_recipe(recipe, output=tmp_path / "run")
-    assert (folder / "events.jsonl").read_text().count('"finished"') == made
+    assert (folder / "events.jsonl").read_text().count('"finished"') == num_finished
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def test_family_json_follows_its_schema(tiny_family):
 def test_the_family_has_teacher_members_and_baselines_with_their_losses(tiny_family):
     rows = {row["name"]: row for row in load_family(tiny_family)["rows"]}
     baselines = [f"{name}-{kind}" for name in ("big", "small") for kind in ("cut", "repaired", "ce")]
-    tried = {name for name, row in rows.items() if row["role"] == "candidate"}
-    assert [name for name in rows if name not in tried] == ["parent", "big", "small", *baselines]
+    candidates = {name for name, row in rows.items() if row["role"] == "candidate"}
+    assert [name for name in rows if name not in candidates] == ["parent", "big", "small", *baselines]
     assert rows["big"]["seed"] == "parent" and rows["small"]["seed"] == "big"
     total = rows["parent"]["num_parameters"]
     assert 0.77 <= rows["big"]["num_parameters"] / total <= 0.8
@@ -391,9 +391,9 @@ def test_the_command_ends_with_2_and_a_message_on_a_users_mistake(recipe_folder,
 
 
 def test_plan_prints_every_member_and_json_without_loading_weights(recipe_folder, tmp_path):
-    found = json.loads(run_cli("plan", recipe_folder / "tiny.yaml", "--json", "--output", tmp_path / "o"))
-    assert [member["name"] for member in found["members"]] == ["big", "small"]
-    assert found["members"][1]["seed"] == "big" and max(found["proof"].values()) < 1e-4
+    planned = json.loads(run_cli("plan", recipe_folder / "tiny.yaml", "--json", "--output", tmp_path / "o"))
+    assert [member["name"] for member in planned["members"]] == ["big", "small"]
+    assert planned["members"][1]["seed"] == "big" and max(planned["proof"].values()) < 1e-4
     assert not (tmp_path / "o").exists()
     text = run_cli("plan", recipe_folder / "tiny.yaml", "--output", tmp_path / "o")
     assert "FLOPs/token" in text and "small" in text
@@ -423,10 +423,12 @@ def test_single_stages_work_on_checkpoints_from_the_command_line(tiny_parent, tm
     ]
     trained = json.loads(run_cli(*arguments, *common))
     assert trained["num_tokens"] == 1024 and trained["selection_kl"] >= 0
-    found = json.loads(run_cli("evaluate", tmp_path / "kd", "--teacher", tiny_parent, "--heldout-blocks", "4", *common))
-    assert {"loss", "kl_to_teacher"} <= {metric["metric"] for metric in found["metrics"]}
-    assert found["speed"]["decode_tokens_per_s"] > 0
-    assert cut["text"] == trained["text"] == found["text"] == str(tmp_path / "text.jsonl.gz")
+    evaluation = json.loads(
+        run_cli("evaluate", tmp_path / "kd", "--teacher", tiny_parent, "--heldout-blocks", "4", *common)
+    )
+    assert {"loss", "kl_to_teacher"} <= {metric["metric"] for metric in evaluation["metrics"]}
+    assert evaluation["speed"]["decode_tokens_per_s"] > 0
+    assert cut["text"] == trained["text"] == evaluation["text"] == str(tmp_path / "text.jsonl.gz")
 
 
 def test_report_writes_the_same_files_again(tiny_family):

@@ -60,13 +60,13 @@ QUESTIONS = ["def mean(values):\n", "import os\n", "for key, value in"]
 def answers(server, folder, api, **settings):
     url, model = server
     endpoint = Endpoint(url=url, model=model, api=api, concurrency=2, timeout_seconds=60.0, **settings)
-    wanted = requests_of(prompts_of(QUESTIONS), 1, {})
+    requests = requests_of(prompts_of(QUESTIONS), 1, {})
     log = AnswerLog(folder / "answers.jsonl")
     refused = ask(
-        endpoint, wanted, log, Spending(folder / "s.json", endpoint), sampling={"temperature": 0.0, "max_tokens": 12}
+        endpoint, requests, log, Spending(folder / "s.json", endpoint), sampling={"temperature": 0.0, "max_tokens": 12}
     )
     assert refused == []
-    return [log.answers[request.key] for request in wanted]
+    return [log.answers[request.key] for request in requests]
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])

@@ -86,10 +86,10 @@ def manifest_of(folder):
 def test_the_same_settings_and_inputs_give_the_folder_that_they_always_gave(stage, tmp_path):
     settings, inputs = {"seed": 1, "dims": {"hidden_size": 48}}, {"data": Made(tmp_path, "d1"), "checkpoint": "c1"}
     with RunProgress(Console(quiet=True), "r", {}) as progress:
-        made = StageRunner(tmp_path, progress).make(
+        output = StageRunner(tmp_path, progress).make(
             stage, "half", settings=settings, inputs=inputs, write=lambda folder, on_step: None
         )
-    assert made.folder == tmp_path / "stages" / f"half.{stage}-{KEYS[stage]}"
+    assert output.folder == tmp_path / "stages" / f"half.{stage}-{KEYS[stage]}"
 
 
 def test_the_stages_are_those_whose_keys_are_pinned_and_each_is_remade_from_a_point_of_from():
@@ -120,11 +120,11 @@ def test_a_stage_depends_on_the_content_of_what_it_reads(tiny_family, name):
 
 
 def test_an_input_is_its_digest_whatever_it_is(tmp_path):
-    made = Made(tmp_path, "d1")
+    output = Made(tmp_path, "d1")
     with RunProgress(Console(quiet=True), "r", {}) as progress:
         runner = StageRunner(tmp_path, progress)
         (a, b, c) = (
             runner.make("prune", "half", settings={}, inputs={"seed": value}, write=lambda folder, on_step: None)
-            for value in (made, made.model("half"), "d1")
+            for value in (output, output.model("half"), "d1")
         )
-    assert a == b == c and made.model("half") == Checkpoint(made.model("half").source, "d1")
+    assert a == b == c and output.model("half") == Checkpoint(output.model("half").source, "d1")

@@ -40,8 +40,8 @@ def test_evenly_spread_layers_are_those_of_distilbert():
     assert even_layers(6, 1) == [0] and even_layers(5, 5) == [0, 1, 2, 3, 4]
     for num_layers in range(2, 40):
         for num_kept in range(2, num_layers + 1):
-            kept = even_layers(num_layers, num_kept)
-            assert len(set(kept)) == num_kept and (kept[0], kept[-1]) == (0, num_layers - 1)
+            layers = even_layers(num_layers, num_kept)
+            assert len(set(layers)) == num_kept and (layers[0], layers[-1]) == (0, num_layers - 1)
 
 
 def test_a_student_of_whole_layers_has_its_seeds_weights():
@@ -81,7 +81,7 @@ def test_a_family_of_every_start_is_made_and_recovered(recipe_folder, tiny_paren
     assert rows["shape"]["dims"]["vocab_size"] == rows["parent"]["dims"]["vocab_size"]
     again = run_recipe(load_recipe(recipe_folder / "starts.yaml"), output=tmp_path / "again")
     for name in ("random", "shape"):
-        first, second = (load_file(one / "members" / name / "model.safetensors") for one in (folder, again))
+        first, second = (load_file(run / "members" / name / "model.safetensors") for run in (folder, again))
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 

@@ -96,7 +96,7 @@ def test_metrics_of_lm_evals_own_tasks_groups_and_tags_are_known_by_their_filter
         "group": entry({"group": "group", "task": ["hard"], "aggregate_metric_list": [{"metric": "acc"}]}),
         "own": entry({"task": "own", "class": "somewhere.Task"}),
     }  # fmt: skip
-    monkeypatch.setattr(harness, "_manager", lambda: SimpleNamespace(task_index=index))
+    monkeypatch.setattr(harness, "builtin_tasks", lambda: SimpleNamespace(task_index=index))
     assert harness.measured_names(["math"]) == {"math/exact_match/strict", "math/exact_match/loose"}
     assert harness.measured_names(["both"]) == {"easy/acc", "easy/acc_norm", "hard/acc"}
     assert harness.measured_names(["group"]) == {"group/acc", "hard/acc"}
@@ -195,13 +195,14 @@ def test_the_losses_of_cascade_distill_are_a_choice():
 
 
 def test_a_task_is_refused_before_anything_is_measured(tiny_parent, monkeypatch):
+    from types import SimpleNamespace
+
     from cascade.cli.main import main
+    from cascade.evaluation.tasks_lm_eval import harness
     from cascade.pipeline import single_stage
 
     monkeypatch.setattr(single_stage, "evaluate", lambda *_, **__: pytest.fail("it was measured"))
-    monkeypatch.setattr(
-        "cascade.evaluation.tasks_lm_eval.harness._own_task", lambda name, known: (_ for _ in ()).throw(UserError(name))
-    )
+    monkeypatch.setattr(harness, "builtin_tasks", lambda: SimpleNamespace(all_tasks=[]))
     found = CliRunner().invoke(main, ["evaluate", str(tiny_parent), "--data", "stdlib", "--task", "nothing_such"])
     assert found.exit_code == 2 and "nothing_such" in found.output
 

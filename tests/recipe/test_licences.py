@@ -108,9 +108,9 @@ def test_a_datasets_provenance_names_its_writers_terms(parent, tmp_path):
             f"name: r\nparent: {folder}\ngenerate: {{endpoint: {{url: {url}, model: m}}, prompts: p.jsonl}}\n"
             "data: {source: generated, block_size: 16}\n"
         )
-        found = run_generate(load_recipe(tmp_path / "r.yaml"), output=tmp_path / "run")
-    provenance = json.loads((tmp_path / "run" / found["dataset"]).with_name("provenance.json").read_text())
-    assert [one["licence"] for one in provenance["origins"]] == ["mit", ""]
+        summary = run_generate(load_recipe(tmp_path / "r.yaml"), output=tmp_path / "run")
+    provenance = json.loads((tmp_path / "run" / summary["dataset"]).with_name("provenance.json").read_text())
+    assert [origin["licence"] for origin in provenance["origins"]] == ["mit", ""]
     paid = "generate.endpoint.url=https://api.openai.com/v1"
     with pytest.raises(UserError, match=r"generate.endpoint: m at .*terms 'openai'.*acknowledged: \[openai\]"):
         run_generate(load_recipe(tmp_path / "r.yaml", [paid]), output=tmp_path / "other")

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel, PlainSerializer
 
 from cascade.recipe.load import load_recipe
-from cascade.recipe.places import PUBLIC, is_local, shown_model, without_folders
+from cascade.recipe.places import PUBLIC, is_local, public_model, without_folders
 from cascade.recipe.schema import Recipe
 from cascade.recipe.section import OneOf
 from cascade.runtime.errors import RecipeError
@@ -123,10 +123,10 @@ def test_every_key_that_holds_a_text_is_a_path_or_known_to_be_none():
 
 
 def test_names_without_folders():
-    assert [shown_model(one) for one in ("builtin:x", "a/b", "a/b@c", "/x/y", "~/m", "../z", "d/e.gguf")] == [
+    assert [public_model(reference) for reference in ("builtin:x", "a/b", "a/b@c", "/x/y", "~/m", "../z", "d/e.gguf")] == [
         "builtin:x", "a/b", "a/b@c", "y", "m", "z", "e.gguf"]  # fmt: skip
     assert is_local("name") and not is_local("")
     here = str(Path(__file__).resolve())
-    told = {"files": [here, "/no/such/place"], "text": "/", "number": 1}
-    assert without_folders(told) == {"files": ["test_recipe_places.py", "/no/such/place"], "text": "/", "number": 1}
+    record = {"files": [here, "/no/such/place"], "text": "/", "number": 1}
+    assert without_folders(record) == {"files": ["test_recipe_places.py", "/no/such/place"], "text": "/", "number": 1}
     assert PUBLIC == {"public": True}

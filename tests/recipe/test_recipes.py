@@ -41,8 +41,8 @@ def test_a_recipe_runs_as_it_is_written_but_smaller(name, tmp_path):
     recipe = load_recipe(RECIPES / f"{name}.yaml", SMALL[name])
     folder = run_recipe(recipe, output=tmp_path / "run")
     rows = json.loads((folder / "family.json").read_text())["rows"]
-    own = {row["name"] for row in rows if row["role"] != "quantised"}
-    assert own == {"parent", *(member.name for member in recipe.members)}
+    names = {row["name"] for row in rows if row["role"] != "quantised"}
+    assert names == {"parent", *(member.name for member in recipe.members)}
     assert all(row["status"] == "done" for row in rows if row["role"] != "quantised")
     for member in recipe.members:
         assert (folder / "members" / member.name / "model.safetensors").is_file()

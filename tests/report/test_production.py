@@ -23,15 +23,15 @@ def test_equal_texts_are_not_unlike_and_disjoint_ones_are_as_unlike_as_can_be():
 
 def test_uncertainty_is_the_loss_and_the_entropy_of_a_models_own_probabilities():
     model, blocks = make_model(), make_blocks()
-    found = uncertainty(model, blocks, batch_size=3)
+    figures = uncertainty(model, blocks, batch_size=3)
     log_p = model(input_ids=blocks.input_ids).logits[:, :-1].double().log_softmax(-1)
-    assert found["loss"] == pytest.approx(-log_p.gather(-1, blocks.labels[:, 1:, None]).mean().item(), rel=1e-5)
-    assert found["entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
+    assert figures["loss"] == pytest.approx(-log_p.gather(-1, blocks.labels[:, 1:, None]).mean().item(), rel=1e-5)
+    assert figures["entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
 
 
 def test_lengths_count_letters_of_texts_and_of_whole_conversations():
-    said = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]
-    assert lengths(["a" * 10, said, "b"]) == {"median": 5.0, "p90": pytest.approx(9.0)}
+    conversation = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]
+    assert lengths(["a" * 10, conversation, "b"]) == {"median": 5.0, "p90": pytest.approx(9.0)}
 
 
 def drift(*, jsd=0.1, loss=3.0):
@@ -48,12 +48,12 @@ def row(heldout, production):
 
 def test_the_wrong_diet_is_said_for_what_it_is():
     assert wrong_diet({}, []) == [] == wrong_diet(drift(), [row(0.2, 0.29)])
-    (said,) = wrong_diet(drift(), [row(0.2, 0.4)])
-    assert said.startswith("small is 2.0 times as far from its teacher on production text (KL 0.400)")
-    (said,) = wrong_diet(drift(jsd=0.3), [row(0.2, 0.2)])
-    assert said.startswith("Production text is 3.0 times as unlike the training text")
-    (said,) = wrong_diet(drift(loss=5.0), [row(0.2, 0.2)])
-    assert said.startswith("The teacher itself does worse on production text (loss 5.000)")
+    (warning,) = wrong_diet(drift(), [row(0.2, 0.4)])
+    assert warning.startswith("small is 2.0 times as far from its teacher on production text (KL 0.400)")
+    (warning,) = wrong_diet(drift(jsd=0.3), [row(0.2, 0.2)])
+    assert warning.startswith("Production text is 3.0 times as unlike the training text")
+    (warning,) = wrong_diet(drift(loss=5.0), [row(0.2, 0.2)])
+    assert warning.startswith("The teacher itself does worse on production text (loss 5.000)")
 
 
 def test_a_run_tells_production_text_that_is_like_its_own_from_other_text(recipe_folder, tmp_path):
@@ -62,16 +62,16 @@ def test_a_run_tells_production_text_that_is_like_its_own_from_other_text(recipe
         json.dumps({"text": f"{number} + {number * 7} = {number * 8}; " * 40}) + "\n" for number in range(200, 240)
     ))  # fmt: skip
     changes = ["members=[]", "evaluate.tasks=[]", "baselines=[]"]
-    found = {}
+    drifts = {}
     for name in ("like.jsonl.gz", "other.jsonl"):
         recipe = load_recipe(recipe_folder / "tiny.yaml", [*changes, f"data.production={tmp_path / name}"])
         folder = run_recipe(recipe, output=tmp_path / "run")  # another sample is no other recipe
-        found[name] = json.loads((folder / "drift.json").read_text())
+        drifts[name] = json.loads((folder / "drift.json").read_text())
         (parent,) = json.loads((folder / "family.json").read_text())["rows"]
-        assert [one["metric"] for one in parent["metrics"] if one["task"] == "production"] == ["loss"]
+        assert [metric["metric"] for metric in parent["metrics"] if metric["task"] == "production"] == ["loss"]
         assert "## Production" in (folder / "report.md").read_text()
-    assert not any("unlike" in said for said in wrong_diet(found["like.jsonl.gz"], []))
-    assert any("unlike" in said for said in wrong_diet(found["other.jsonl"], []))
+    assert not any("unlike" in warning for warning in wrong_diet(drifts["like.jsonl.gz"], []))
+    assert any("unlike" in warning for warning in wrong_diet(drifts["other.jsonl"], []))
     assert len(list((tmp_path / "run" / "stages").glob("parent.data-*"))) == 1  # nothing trained on depends on it
 
     run_recipe(load_recipe(recipe_folder / "tiny.yaml", changes), output=tmp_path / "run")

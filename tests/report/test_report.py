@@ -102,10 +102,10 @@ def test_what_an_older_family_json_lacks_counts_as_not_measured(tiny_family):
     for key in ("bytes", "speed", "cost", "seed"):
         del row[key]
     del row["metrics"][0]["retention_interval"], row["stages"]["cut"]
-    found = family_of(family).rows[1]
-    assert found.bytes is found.seed is found.cost.seconds is found.speed.peak_memory_bytes is found.stages.cut is None
-    assert found.tokens == whole.tokens and found.metrics == whole.metrics
-    assert found.stages.recovered == whole.stages.recovered
+    row = family_of(family).rows[1]
+    assert row.bytes is row.seed is row.cost.seconds is row.speed.peak_memory_bytes is row.stages.cut is None
+    assert row.tokens == whole.tokens and row.metrics == whole.metrics
+    assert row.stages.recovered == whole.stages.recovered
 
 
 def test_a_file_that_is_no_family_is_refused(tmp_path):
@@ -137,13 +137,15 @@ def test_rows_without_metrics_still_make_a_csv(tiny_family):
 def test_verdicts_follow_the_metrics_direction_and_say_what_was_not_measured(tiny_family):
     rows = family_of(load_family(tiny_family)).rows
     metric = next(metric for metric in rows[1].metrics if metric.metric == "loss")
-    wanted = {"heldout/loss": metric.value + 10, "heldout/top1_agreement": 0.9999, "heldout/none": 1.0}
-    found = {one["metric"]: one for one in judge(rows, wanted) if one["row"] == "big"}
-    assert {name: one["good"] for name, one in found.items()} == dict(zip(wanted, [True, False, None], strict=True))
-    assert {one["row"] for one in judge(rows, wanted)} == {"parent", "big", "small"}  # no baselines
-    table = verdict_table([found["heldout/loss"] | {"wanted": metric.value - metric.stderr, "good": False}])
+    thresholds = {"heldout/loss": metric.value + 10, "heldout/top1_agreement": 0.9999, "heldout/none": 1.0}
+    verdicts = {verdict["metric"]: verdict for verdict in judge(rows, thresholds) if verdict["row"] == "big"}
+    assert {name: verdict["good"] for name, verdict in verdicts.items()} == dict(
+        zip(thresholds, [True, False, None], strict=True)
+    )
+    assert {verdict["row"] for verdict in judge(rows, thresholds)} == {"parent", "big", "small"}  # no baselines
+    table = verdict_table([verdicts["heldout/loss"] | {"wanted": metric.value - metric.stderr, "good": False}])
     assert table[1][-1] == "no, but within two standard errors"
-    assert "Good enough" in report_markdown("f", rows, [("Good enough", verdict_table(list(found.values())))])
+    assert "Good enough" in report_markdown("f", rows, [("Good enough", verdict_table(list(verdicts.values())))])
     assert "Good enough" not in report_markdown("f", rows)
 
 
@@ -164,7 +166,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(monkeypatch, capl
         raise ConnectionError("no route")
 
     openers = {"wandb": lambda *_: fails, "trackio": lambda *_: lambda values, step: sent.append(step)}
-    monkeypatch.setattr(trackers, "_OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
+    monkeypatch.setattr(trackers, "OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
     monkeypatch.setattr(trackers, "require_trackers", lambda names: None)
     with tracked(["wandb", "trackio"], project="f", run="r", folder=Path(), settings={}) as log:
         log({"step": 1, "loss": 1.0})
@@ -175,11 +177,11 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(monkeypatch, capl
         stack.callback(fails, {}, 0)
         return lambda values, step: None
 
-    monkeypatch.setattr(trackers, "_OPENERS", {"wandb": open_and_fail_at_the_end})
+    monkeypatch.setattr(trackers, "OPENERS", {"wandb": open_and_fail_at_the_end})
     with tracked(["wandb"], project="f", run="r", folder=Path(), settings={}) as log:
         log({"step": 1, "loss": 1.0})
     assert "one could not be ended: no route" in caplog.text
-    monkeypatch.setattr(trackers, "_OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
+    monkeypatch.setattr(trackers, "OPENERS", openers | {"mlflow": lambda *_: fails({}, 0)})
     assert caplog.text.count("wandb failed and is left out from here on: no route") == 1
     opened = tracked(["mlflow"], project="f", run="r", folder=Path(), settings={})
     with pytest.raises(UserError, match="mlflow cannot be opened: no route"), opened:
@@ -209,5 +211,5 @@ def test_the_notebook_compares_families_without_torch(tiny_family, tmp_path):
         NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     finally:
         del os.environ["CASCADE_FAMILIES"]
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/svg+xml" in output.get("data", {}) for output in shown) >= 2
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) >= 2

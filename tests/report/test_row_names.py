@@ -62,8 +62,8 @@ def test_rows_of_members_that_are_not_made_now_are_kept_with_their_owners(tmp_pa
         for name, role in roles.items()
     ]
     (tmp_path / "family.json").write_text(family_json("f", rows))
-    found = _earlier_rows(tmp_path, {"a", "a-ce"}, ())
-    assert {name: [row.name for row in own] for name, own in found.items()} == {
+    rows = _earlier_rows(tmp_path, {"a", "a-ce"}, ())
+    assert {name: [row.name for row in member_rows] for name, member_rows in rows.items()} == {
         "a": ["a", "a-shape1"], "a-ce": ["a-ce", "a-ce-cut"]}  # fmt: skip
 
 

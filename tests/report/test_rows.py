@@ -247,7 +247,7 @@ def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on
     streamed = dataclasses.replace(data, streaming=True)
     block_format = BlockFormat(block_size=32, max_blocks=10_000, framing=framing_of(tokenizer, "data"))
     arguments, options = (streamed, HELDOUT, tokenizer, block_format), {"folder": tmp_path, "shard_tokens": 2000}
-    tokens, calls = streaming._tokens, []
+    tokens, calls = streaming.encoded, []
 
     def dies(*args):
         calls.append(1)
@@ -255,7 +255,7 @@ def test_a_streamed_dataset_of_the_hub_gives_the_blocks_of_the_whole_and_goes_on
             raise Killed
         return tokens(*args)
 
-    monkeypatch.setattr(streaming, "_tokens", dies)
+    monkeypatch.setattr(streaming, "encoded", dies)
     with pytest.raises(Killed):
         streaming.stream_blocks(*arguments, **options)
     bad = streamed.bad_row_counter()

@@ -24,12 +24,6 @@ REAL_KEY = "Zq7-real-key-of-24-signs"
 PLACEHOLDERS = ("none", "EMPTY", "dummy", "sk-no-key-required", "lm-studio", "token-abc123", "a1", "return")
 
 
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
-    """No key of one test is known to the next."""
-    monkeypatch.setattr(secrets, "_known", set())
-
-
 def written(url, folder, *, count=12, endpoint=None, filters=None, **more):
     """The dataset that the server at `url` writes to so many prompts."""
     quick = {"max_backoff_seconds": 0.01, "timeout_seconds": 5.0, "concurrency": 1, "max_retries": 1}

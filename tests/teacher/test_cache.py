@@ -236,24 +236,18 @@ def test_F17_shards_of_another_root_and_swapped_records_are_not_used(tmp_path):
 def test_F12_a_full_disk_leaves_what_was_written_and_says_what_to_do(tmp_path, monkeypatch):
     teacher, blocks = make_model(), make_blocks(6)
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1)
-    whole, written = shards._write, []
+    windows, written = opened(tmp_path, SAMPLED, teacher), []
 
-    def full(path, content):
-        if len(written) == 4:
-            raise_full(path)
-        written.append(path)
-        whole(path, content)
+    def full(place):
+        if place == "shard.synced":
+            written.append(place)
+            if len(written) == 5:
+                raise OSError(errno.ENOSPC, "no space")
 
-    def raise_full(path):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
-            whole(path, b"x")
-
-    windows = opened(tmp_path, SAMPLED, teacher)
-    monkeypatch.setattr(shards, "_write", full)
-    with pytest.raises(RunError, match=r"disk is full.*cascade cache prune"):
-        label(windows, SAMPLED, teacher, blocks)
-    monkeypatch.setattr(shards, "_write", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "failpoint", full)
+        with pytest.raises(RunError, match=r"disk is full.*cascade cache prune"):
+            label(windows, SAMPLED, teacher, blocks)
     again = opened(tmp_path, SAMPLED, teacher)
     assert len(again) == 4 and not list(again.folder.glob(".*"))
     assert label(again, SAMPLED, teacher, blocks).made == 2

@@ -295,7 +295,7 @@ def test_a_foreign_shard_is_found_and_removed(make):
 
 
 def test_a_member_that_is_added_leaves_the_others_targets_as_they_are(make, recipe_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_choice, "_LEAST_SAVED", 0.0)  # a tiny head is most of this tiny teacher
+    monkeypatch.setattr(cache_choice, "LEAST_SAVED", 0.0)  # a tiny head is most of this tiny teacher
     text = (recipe_folder / "tiny.yaml").read_text()
     alone = tmp_path / "alone.yaml"
     short = text.replace("  - name: small\n    target: {params: 0.5}\n", "")

@@ -278,6 +278,7 @@ def test_keys_go_to_their_own_service_or_where_they_are_meant_for_and_private_ne
     assert (
         key_for("http://127.0.0.1:1/v1", "ANY_KEY") == key_for("http://localhost:1/v1", "ANY_KEY") == "key-of-ANY_KEY"
     )
+    # The permission holds for a whole process, and later tests have not given it.
     monkeypatch.setattr("cascade.teacher.writing.address._private_allowed", True)
     assert key_for("https://10.0.0.5/v1", "CASCADE_KEY") == "key-of-CASCADE_KEY"
     with pytest.raises(UserError, match="link-local"):

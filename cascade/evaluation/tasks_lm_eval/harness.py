@@ -291,7 +291,7 @@ def _configs(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """The tasks' settings, groups with their own and those of all tasks in them; of tasks with code nothing."""
     found = [task for task in tasks if isinstance(task, dict)]
     names = [task for task in tasks if isinstance(task, str)]
-    index = _manager().task_index if names else {}
+    index = builtin_tasks().task_index if names else {}
     for name in names:  # grows while it is read
         entry = index[name]
         if entry.cfg is None:  # a tag
@@ -325,7 +325,7 @@ def _metrics_of(config: dict[str, Any]) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _manager() -> Any:
+def builtin_tasks() -> Any:
     """lm-eval's own tasks; indexing its thousands of task files takes seconds."""
     from lm_eval.tasks import TaskManager
 
@@ -333,7 +333,7 @@ def _manager() -> Any:
 
 
 def _own_task(name: str, known: list[str]) -> str:
-    manager = _manager()
+    manager = builtin_tasks()
     if name in manager.all_tasks:
         return name
     close = difflib.get_close_matches(name, [*known, *manager.all_tasks], n=3)

@@ -51,7 +51,7 @@ _STEPS = {
 _H, _KV, _I = "num_attention_heads", "num_key_value_heads", "intermediate_size"
 
 # The order of the parts inside a fused weight, by the module's name. One part: the units themselves hold several rows.
-_FUSED_LAYOUTS = {
+FUSED_LAYOUTS = {
     "qkv_proj": (_H, _KV, _KV),
     "c_attn": (_H, _H, _H),
     "query_key_value": (_H,),
@@ -259,14 +259,14 @@ def _explain(name: str, base: int, moved: dict[str, int], heads_fill_hidden: boo
     if sum(count * getattr(dims, dim) * scale for dim, count in counts.items()) == base:
         if list(counts.values()) == [1]:
             return Axis((Part(next(iter(counts)), 1, by_head_dim),))
-        layout = _FUSED_LAYOUTS.get(name.split(".")[-2])
+        layout = FUSED_LAYOUTS.get(name.split(".")[-2])
         if layout is not None and len(layout) == 1 and counts.keys() == set(layout):
             return Axis((Part(layout[0], counts[layout[0]], by_head_dim),))
         if layout is not None and counts == Counter(layout):
             return Axis(tuple(Part(dim, 1, by_head_dim) for dim in layout))
     raise UserError(
         f"parameter '{name}': an axis of length {base} follows {sorted(moved)} in a way that size-probing does not "
-        f"explain; if it is a fused weight, its layout is missing (known: {', '.join(_FUSED_LAYOUTS)}). This "
+        f"explain; if it is a fused weight, its layout is missing (known: {', '.join(FUSED_LAYOUTS)}). This "
         "architecture cannot be cut yet"
     )
 

@@ -1,4 +1,4 @@
-"""The cells of an experiment: each is a recipe of its own, checked before any is run. Loads no weights."""
+"""The cells of an experiment: each is a recipe, and all are checked before the first runs. Loads no weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,36 +19,37 @@ from cascade.store.strict_yaml import Place, write_yaml
 
 @dataclass(frozen=True)
 class Cell:
-    """One family to make: an arm at a seed and a budget."""
+    """A family to make: an arm at a seed and a budget."""
 
     arm: str
     seed: int
     tokens: int
-    """New training tokens of each member of the reference."""
+    """New training tokens of each member of the reference arm."""
     recipe: Recipe
     members: list[ResolvedMember]
 
     @property
     def name(self) -> str:
-        """Of its run directory and its result."""
+        """The name of the cell's run directory and of its result."""
         return f"{self.arm}-s{self.seed}-{self.tokens}"
 
 
 def plan_cells(file: ExperimentFile) -> list[Cell]:
-    """All cells, so ordered that arms can be compared early: seed by seed, budget by budget, the reference first.
+    """All cells, ordered so that arms can be compared early: by seed, then by budget, the reference arm first.
 
     Raises:
-        UserError: a cell that cannot be made, or arms that cannot be compared; all problems of a kind at once.
+        UserError: a cell cannot be made, or arms cannot be compared; the message has all problems of one kind.
     """
     form = file.form
     num_members = _num_members(file)
     common = expanded(form.set, num_members)
-    base = _loaded(file, ("set",), common)
+    base = _load(file, ("set",), common)
     families = [name for name, arm in form.arms.items() if not arm.is_row]
     families.sort(key=lambda name: name != form.reference_arm)  # stable
     budgets = form.tokens or [_budget_of(base, file)]
     plain = {
-        name: _loaded(file, ("arms", name, "set"), [*common, *_own_set(file, name, num_members)]) for name in families
+        name: _load(file, ("arms", name, "set"), [*common, *_arm_overrides(file, name, num_members)])
+        for name in families
     }
     problems = [
         *_incomparable(file, plain),
@@ -64,8 +65,8 @@ def plan_cells(file: ExperimentFile) -> list[Cell]:
             for name in families:
                 settings = [
                     *common,
-                    *_own_set(file, name, num_members),
-                    *_cell_set(file, plain[name], name, seed, budget),
+                    *_arm_overrides(file, name, num_members),
+                    *_cell_overrides(file, plain[name], name, seed, budget),
                 ]
                 if form.arms[name].tokens == "accumulated":
                     order = [member.name for member in plain[name].members]
@@ -77,16 +78,16 @@ def plan_cells(file: ExperimentFile) -> list[Cell]:
 
 
 def _num_members(file: ExperimentFile) -> int:
-    """Members that `members.*` stands for: those of the recipe, or those that the file's `set` gives instead."""
-    given = [override for override in file.form.set if not override.startswith("members.*")]
-    return len(_loaded(file, ("set",), given).members)
+    """The number of members that `members.*` stands for: the recipe's, or those that the file's `set` puts in place."""
+    overrides = [override for override in file.form.set if not override.startswith("members.*")]
+    return len(_load(file, ("set",), overrides).members)
 
 
 def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:
-    """Refuse now what some cell would refuse when its turn comes; each arm once.
+    """Check each arm once, before any cell runs.
 
     Raises:
-        UserError: with the arm.
+        UserError: names the arm whose cells cannot be made.
     """
     for cell in {cell.arm: cell for cell in reversed(cells)}.values():
         with _of_arm(file, cell.arm):
@@ -96,7 +97,7 @@ def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:
 
 
 def accumulated_tokens(members: Sequence[ResolvedMember]) -> dict[str, int]:
-    """Member -> training tokens of the chain from the parent down to it."""
+    """Training tokens of the chain from the parent down to each member, by the member's name."""
     totals: dict[str, int] = {}
     for member in members:  # a seed stands before what is cut from it
         totals[member.name] = totals.get(member.seed, 0) + member.num_tokens
@@ -104,7 +105,7 @@ def accumulated_tokens(members: Sequence[ResolvedMember]) -> dict[str, int]:
 
 
 def _cell(file: ExperimentFile, arm: str, seed: int, budget: int, settings: list[str]) -> Cell:
-    recipe = _loaded(file, ("arms", arm), settings)
+    recipe = _load(file, ("arms", arm), settings)
     with _of_arm(file, arm):
         return Cell(arm, seed, budget, recipe, resolve_family(recipe, config_of(recipe)))
 
@@ -127,23 +128,27 @@ def _config(recipe: str) -> Any:
     return parent_config(Recipe.model_validate_json(recipe))
 
 
-def _loaded(file: ExperimentFile, place: Place, overrides: list[str]) -> Recipe:
-    """The recipe with overrides, whose problems are told with the place of what asks for them."""
+def _load(file: ExperimentFile, place: Place, overrides: list[str]) -> Recipe:
+    """The recipe with overrides.
+
+    Raises:
+        RecipeError: the problems, each with the place in the experiment's file that causes it.
+    """
     try:
         return load_recipe(file.form.recipe, overrides)
     except RecipeError as error:
-        told = []
+        problems = []
         for problem in error.problems:
             source = "" if problem.startswith((error.source, "--set")) else f"{error.source}: "
-            told.append(f"{file.where(*place)}: {source}{problem}".replace("--set ", ""))
-        raise RecipeError(str(file.path), told) from error
+            problems.append(f"{file.where(*place)}: {source}{problem}".replace("--set ", ""))
+        raise RecipeError(str(file.path), problems) from error
 
 
-def _own_set(file: ExperimentFile, arm: str, num_members: int) -> list[str]:
+def _arm_overrides(file: ExperimentFile, arm: str, num_members: int) -> list[str]:
     return expanded(file.form.arms[arm].set, num_members)
 
 
-def _cell_set(file: ExperimentFile, recipe: Recipe, arm: str, seed: int, budget: int) -> list[str]:
+def _cell_overrides(file: ExperimentFile, recipe: Recipe, arm: str, seed: int, budget: int) -> list[str]:
     """The overrides that make a cell of an arm."""
     kinds: list[Any] = list(file.form.rows_of(arm))
     if recipe.ce_learning_rate != "auto":
@@ -153,14 +158,18 @@ def _cell_set(file: ExperimentFile, recipe: Recipe, arm: str, seed: int, budget:
 
 
 def _budget_of(recipe: Recipe, file: ExperimentFile) -> int:
-    """The recipe's own, where the experiment gives none."""
+    """The recipe's distill.tokens, for an experiment without `tokens`.
+
+    Raises:
+        RecipeError: the recipe has none either.
+    """
     if recipe.distill is None or recipe.distill.tokens is None:
         raise RecipeError(str(file.path), [f"{file.where('recipe')}: has no distill.tokens; give `tokens` here"])
     return recipe.distill.tokens
 
 
 def _incomparable(file: ExperimentFile, plain: dict[str, Recipe]) -> list[str]:
-    """What keeps arms from being compared."""
+    """Problems that keep arms from being compared."""
     form, problems = file.form, []
     reference = plain[form.reference_arm]
     for name, arm in form.arms.items():
@@ -181,17 +190,17 @@ def _incomparable(file: ExperimentFile, plain: dict[str, Recipe]) -> list[str]:
                     f"{where}: differs from {form.reference_arm} in {section}.{f', {section}.'.join(keys)}; arms are "
                     f"compared on one parent and text. Remove it, or write may_differ: [{section}]"
                 )
-        names, others = ([member.name for member in either.members] for either in (recipe, reference))
-        if names != others:
+        names, reference_names = ([member.name for member in either.members] for either in (recipe, reference))
+        if names != reference_names:
             problems.append(
-                f"{where}: has the members {', '.join(names)}, {form.reference_arm} has {', '.join(others)}; arms are "
-                "compared size by size, so that they need the same"
+                f"{where}: has the members {', '.join(names)}, {form.reference_arm} has {', '.join(reference_names)}; "
+                "arms are compared size by size, so that they need the same"
             )
     return problems
 
 
 def _not_for_experiments(recipe: Recipe) -> list[str]:
-    """What a recipe asks for that cannot be compared fairly, or would be paid for by each cell."""
+    """Problems with keys of a recipe whose results cannot be compared fairly, or that each cell would pay for again."""
     problems = []
     if not recipe.members:
         problems.append("the recipe has no members; they are the sizes that are compared")
@@ -219,7 +228,7 @@ def _not_for_experiments(recipe: Recipe) -> list[str]:
 
 
 def lacks_row(recipe: Recipe, member: Member, kind: str) -> bool:
-    """Whether a member has no such baseline, by how it starts."""
+    """Whether a member's start rules out this kind of baseline."""
     if kind == "cut":
         return member.start not in ("prune", "layers")
     return kind == "repaired" and (member.start != "prune" or recipe.prune.repair.method == "none")
@@ -228,13 +237,13 @@ def lacks_row(recipe: Recipe, member: Member, kind: str) -> bool:
 def _fixed_rates(file: ExperimentFile, arm: str, recipe: Recipe) -> list[str]:
     if file.form.fixed_rates or recipe.distill is None:
         return []
-    given = {"distill.learning_rate": recipe.distill.learning_rate}
+    rates = {"distill.learning_rate": recipe.distill.learning_rate}
     if "ce" in file.form.rows_of(arm):
-        given["baselines.ce.learning_rate"] = recipe.ce_learning_rate
+        rates["baselines.ce.learning_rate"] = recipe.ce_learning_rate
     return [
         f"{key}: {rate:g} is given, and a rate that suits one arm can be unfair to another; set {key}=auto for all "
         "arms, so that each one's is searched for, or write fixed_rates: true, and the tables say so"
-        for key, rate in given.items()
+        for key, rate in rates.items()
         if rate != "auto"
     ]
 
@@ -250,9 +259,9 @@ def _without_effect(file: ExperimentFile, plain: dict[str, Recipe], common: list
     for name, recipe in plain.items():
         overrides = file.form.arms[name].set
         for number, text in enumerate(overrides):
-            others = expanded(overrides[:number] + overrides[number + 1 :], num_members)
+            rest = expanded(overrides[:number] + overrides[number + 1 :], num_members)
             try:
-                same = load_recipe(file.form.recipe, [*common, *others]) == recipe
+                same = load_recipe(file.form.recipe, [*common, *rest]) == recipe
             except RecipeError:
                 continue  # it is needed, for the others to be valid
             if same:
@@ -267,7 +276,11 @@ def _without_effect(file: ExperimentFile, plain: dict[str, Recipe], common: list
         seen.setdefault(key, name)
     for name, arm in file.form.arms.items():
         twin = next(
-            (other for other, twin_arm in file.form.arms.items() if arm.is_row and twin_arm == arm and other != name),
+            (
+                other_name
+                for other_name, twin_arm in file.form.arms.items()
+                if arm.is_row and twin_arm == arm and other_name != name
+            ),
             "",
         )
         if twin and list(file.form.arms).index(twin) < list(file.form.arms).index(name):

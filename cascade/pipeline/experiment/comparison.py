@@ -1,6 +1,6 @@
-"""Arms of an experiment beside each other: what each came to, and whether it differs from the reference.
+"""The comparison of an experiment's arms: figures of each arm, and differences to the reference arm.
 
-`experiment.json` holds what `summarise` returns; tables and curves only show it.
+`experiment.json` holds what `summarise` returns; tables and curves show the same.
 """
 
 import json
@@ -22,10 +22,10 @@ from cascade.store.strict_json import plain
 VERSION = 1
 
 METRICS = {"kl_to_teacher": "KL to the parent", "loss": "loss"}
-"""What arms are compared in, both in nats per token of held-out text, both better where smaller."""
+"""The metrics that arms are compared in: nats per token of held-out text, smaller is better."""
 
 Entry = dict[str, Any]
-"""An arm at a size and a budget, over its seeds."""
+"""The figures of an arm at a size and a budget, over its seeds."""
 
 _BUDGETS = {"new": "budget {:,}", "accumulated": "those of chains with a budget of {:,} new tokens a member"}
 
@@ -35,7 +35,7 @@ _ACCOUNTS = {"new": "At equal new tokens per member", "accumulated": "At equal a
 def summarise(
     form: Experiment, budgets: Sequence[int], results: dict[str, dict[str, Any]], failed: dict[str, str]
 ) -> dict[str, Any]:
-    """What an experiment shows so far, from the results of its cells by name (as JSON has them)."""
+    """The summary of an experiment so far; `results` and `failed` (the errors) are by the cell's name."""
     families = [name for name, arm in form.arms.items() if not arm.is_row]
     cells = [
         {"cell": name, "arm": arm, "seed": seed, "tokens": budget, "done": name in results, "failed": failed.get(name)}
@@ -68,7 +68,7 @@ def summarise(
 
 
 def write_experiment(folder: Path, summary: dict[str, Any]) -> None:
-    """experiment.json, experiment.md and experiment.html, each replaced in one step."""
+    """Write experiment.json, experiment.md and experiment.html, each replaced in one step."""
     text = json.dumps(plain(summary), indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "experiment.json", text)
     title = f"Experiment {summary['name']}"
@@ -82,62 +82,62 @@ def write_experiment(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def experiment_texts(folder: Path) -> str:
-    """The tables for a terminal."""
+    """The summary for a terminal."""
     summary = load_experiment_summary(folder)
     width = min(120, shutil.get_terminal_size().columns)
     parts = [textwrap.fill(line, max(60, width)) for line in _intro(summary)]
     for heading, table, lines in _sections(summary):
-        told = [textwrap.fill(line, max(60, width)) for line in lines]
-        parts += ["\n".join([heading, *([plain_table(table)] if table else []), *told])]
+        notes = [textwrap.fill(line, max(60, width)) for line in lines]
+        parts += ["\n".join([heading, *([plain_table(table)] if table else []), *notes])]
     return "\n" + "\n\n".join([*parts, f"Report: {folder / 'experiment.html'}   results: {folder / 'results'}"])
 
 
 def load_experiment_summary(folder: Path) -> dict[str, Any]:
-    """What `write_experiment` wrote."""
+    """The summary in experiment.json."""
     summary: dict[str, Any] = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
     return summary
 
 
 def list_texts(listed: dict[str, Any]) -> str:
-    """The cells of `cascade experiment --list` for a terminal."""
+    """The list of cells for a terminal, as `cascade experiment --list` prints it."""
     table = [["cell", "", "time left"]]
     for row in listed["cells"]:
         table.append([row["cell"], "done" if row["done"] else "", "" if row["done"] else minutes(row["seconds"])])
-    done = sum(row["done"] for row in listed["cells"])
-    said = [f"{row['why']}; {row['cell']} is to be made again." for row in listed["cells"] if row["why"]]
+    num_done = sum(row["done"] for row in listed["cells"])
+    reasons = [f"{row['why']}; {row['cell']} is to be made again." for row in listed["cells"] if row["why"]]
     last = (
-        f"{done} of {len(listed['cells'])} cells are done; the rest takes about {minutes(listed['seconds'])} "
+        f"{num_done} of {len(listed['cells'])} cells are done; the rest takes about {minutes(listed['seconds'])} "
         "(operations counted, rate measured; what cells share is made once and counted for each)."
     )
-    return "\n".join([plain_table(table), "", *said, last])
+    return "\n".join([plain_table(table), "", *reasons, last])
 
 
 def _account(form: Experiment, name: str) -> str:
-    """Which tokens an arm has as many of as the reference: `new` ones, or `accumulated` ones."""
+    """The tokens that an arm and the reference have the same number of: `new` or `accumulated`."""
     return form.arms[form.arms[name].of or name].tokens
 
 
 def _version(result: dict[str, Any]) -> str:
-    made = result["made_with"]
-    commit = f" ({made['commit'][:12]}{'+' * made['commit'].endswith('+')})" if "commit" in made else ""
+    versions = result["made_with"]
+    commit = f" ({versions['commit'][:12]}{'+' * versions['commit'].endswith('+')})" if "commit" in versions else ""
     return (
-        f"cascade {made['cascade']}{commit}, torch {made['torch']}, transformers {made['transformers']}, "
-        f"{made['threads']} thread{'s' * (made['threads'] != 1)} on {made['device']}"
+        f"cascade {versions['cascade']}{commit}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{versions['threads']} thread{'s' * (versions['threads'] != 1)} on {versions['device']}"
     )
 
 
 def _parent(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """Size and loss of the parent, where all results have one."""
+    """Size and loss of the parent; None unless all results have the same parent."""
     if len({result["inputs"]["parent"] for result in results.values()}) != 1:
         return None
     row = next(iter(results.values()))["rows"][0]
-    return {"num_parameters": row["num_parameters"], "loss": _value(row, "loss")}
+    return {"num_parameters": row["num_parameters"], "loss": _heldout_value(row, "loss")}
 
 
 def _entries(
     form: Experiment, results: dict[str, dict[str, Any]], arms: Sequence[str], budgets: Sequence[int]
 ) -> list[Entry]:
-    """A row for each size, budget and arm that has at least one seed; the reference first."""
+    """The entries of all arms with at least one finished seed, by budget and size, the reference arm first."""
     sizes = list(dict.fromkeys(row["member"] for result in results.values() for row in result["rows"] if row["member"]))
     arms = sorted(arms, key=lambda name: name != form.reference_arm)  # stable
     entries = []
@@ -154,7 +154,7 @@ def _entries(
 def _rows_of(
     form: Experiment, results: dict[str, dict[str, Any]], arm: str, size: str, budget: int
 ) -> dict[int, dict[str, Any]]:
-    """Seed -> an arm's row of a size, with the inputs of its cell."""
+    """The rows of an arm at a size and a budget, by seed, each with the digest of its parent."""
     family, kind = form.arms[arm].of or arm, form.arms[arm].row or "member"
     rows = {}
     for seed in form.seeds:
@@ -168,29 +168,29 @@ def _rows_of(
 def _entry(
     arm: str, size: str, budget: int, rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]] | None
 ) -> Entry:
-    given = list(rows.values())
+    seed_rows = list(rows.values())
     entry: Entry = {
         "arm": arm,
         "size": size,
         "budget": budget,
         "seeds": list(rows),
-        "num_parameters": sorted({row["num_parameters"] for row in given}),
-        "tokens": {key: sorted({row["tokens"][key] for row in given}) for key in ("hop", "accumulated")},
-        "learning_rates": [row["rate"]["learning_rate"] if row["rate"] else None for row in given],
-        "rates_at_edge": [bool(row["rate"] and row["rate"]["edge"]) for row in given],
-        "search_tokens": [row["rate"]["num_tokens"] if row["rate"] else 0 for row in given],
-        "retention": _retention(given),
-        "num_tasks": len({metric["task"] for row in given for metric in _retained(row)}),
+        "num_parameters": sorted({row["num_parameters"] for row in seed_rows}),
+        "tokens": {key: sorted({row["tokens"][key] for row in seed_rows}) for key in ("hop", "accumulated")},
+        "learning_rates": [row["rate"]["learning_rate"] if row["rate"] else None for row in seed_rows],
+        "rates_at_edge": [bool(row["rate"] and row["rate"]["edge"]) for row in seed_rows],
+        "search_tokens": [row["rate"]["num_tokens"] if row["rate"] else 0 for row in seed_rows],
+        "retention": _retention(seed_rows),
+        "num_tasks": len({metric["task"] for row in seed_rows for metric in _retained(row)}),
     }
     for metric in METRICS:
-        values = [value for row in given if (value := _value(row, metric)) is not None]
+        values = [value for row in seed_rows if (value := _heldout_value(row, metric)) is not None]
         entry[metric] = fmean(values) if values else None
         entry[f"{metric}_difference"] = None if reference is None else _difference(metric, rows, reference)
     return entry
 
 
 def _difference(metric: str, rows: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The difference to the reference over the seeds that both have, or {'why': why there is none}."""
+    """The difference to the reference over the seeds that both have, or {'why': the reason for no difference}."""
     seeds = [seed for seed in rows if seed in reference]
     if not seeds:
         return {"why": "the reference is not made"}
@@ -217,7 +217,7 @@ def _retained(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _retention(rows: Iterable[dict[str, Any]]) -> float | None:
-    """Mean over seeds of the mean over tasks; a task with several metrics counts once. None without such a task."""
+    """Mean over seeds of the mean retention over tasks; a task with several metrics counts once. None without tasks."""
     means = []
     for row in rows:
         tasks: dict[str, list[float]] = {}
@@ -228,13 +228,13 @@ def _retention(rows: Iterable[dict[str, Any]]) -> float | None:
     return fmean(means) if means else None
 
 
-def _value(row: dict[str, Any], metric: str) -> float | None:
+def _heldout_value(row: dict[str, Any], metric: str) -> float | None:
     values = [record["value"] for record in row["metrics"] if (record["task"], record["metric"]) == ("heldout", metric)]
     return values[0] if values else None
 
 
 def _counts(form: Experiment, arms: Sequence[str], entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, int]]]:
-    """Arm -> metric -> wins, ties and losses over sizes and budgets."""
+    """The number of wins, ties and losses over sizes and budgets, by arm and metric."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for arm in arms:
         if arm == form.reference_arm:
@@ -249,7 +249,7 @@ def _counts(form: Experiment, arms: Sequence[str], entries: Sequence[Entry]) -> 
 
 
 def _intro(summary: dict[str, Any]) -> list[str]:
-    """What has to be known to read the tables."""
+    """The explanations above the tables, one paragraph each."""
     parent = summary["parent"]
     lines = [
         "Loss and KL to the parent are means over seeds in nats per token of held-out text, smaller is better. "
@@ -278,7 +278,7 @@ _RATES = {
 
 
 def _of_intervals(summary: dict[str, Any]) -> str:
-    """What the intervals hold, and what they do not."""
+    """The paragraph that explains the intervals and their limits."""
     seeds, few = summary["seeds"], ""
     over = "over held-out blocks" if len(seeds) == 1 else f"over {len(seeds)} seeds, then held-out blocks"
     if len(seeds) == 1:
@@ -296,27 +296,27 @@ def _of_intervals(summary: dict[str, Any]) -> str:
 
 
 def _sections(summary: dict[str, Any]) -> list[tuple[str, Table, list[str]]]:
-    """(heading, table, lines below it): one for each accounting and budget, the counts below the last."""
+    """(heading, table, lines below the table) for each accounting and budget, then for the learning rates."""
     sections: list[tuple[str, Table, list[str]]] = []
     for account, heading in _ACCOUNTS.items():
-        told = summary["accounts"][account]
-        if not told["measured"]:
+        comparison = summary["accounts"][account]
+        if not comparison["measured"]:
             arm = "no arm beside the reference" if account == "new" else "no arm has `tokens: accumulated`"
             sections.append((heading, [], [f"not measured: {arm}."]))
             continue
         for budget in summary["tokens"]:
-            rows = [entry for entry in told["rows"] if entry["budget"] == budget]
+            rows = [entry for entry in comparison["rows"] if entry["budget"] == budget]
             if rows:
                 sections.append(
                     (f"{heading}: {_BUDGETS[account].format(budget)}", _table(rows, summary["reference"]), [])
                 )
-        if not told["rows"]:
+        if not comparison["rows"]:
             sections.append((heading, [], ["nothing is made yet."]))
-        sections[-1][2].extend(_count_lines(told["counts"], summary["reference"]))
+        sections[-1][2].extend(_count_lines(comparison["counts"], summary["reference"]))
     rows = [entry for account in _ACCOUNTS for entry in summary["accounts"][account]["rows"]]
     edges = sorted({entry["arm"] for entry in rows if any(entry["rates_at_edge"])})
-    told = [_EDGE.format(", ".join(edges))] if edges else []
-    return [*sections, ("Learning rates", _rate_table(rows), told)] if rows else sections
+    notes = [_EDGE.format(", ".join(edges))] if edges else []
+    return [*sections, ("Learning rates", _rate_table(rows), notes)] if rows else sections
 
 
 _EDGE = (
@@ -326,7 +326,7 @@ _EDGE = (
 
 
 def _table(rows: Sequence[Entry], reference: str) -> Table:
-    """A line for each size and arm, the reference first in each size."""
+    """The table with a line for each size and arm, the reference first in each size."""
     head = ["", "parameters", "new tokens", "accumulated", "seeds"]
     for name in ("KL", "loss"):
         head += [name, f"less {reference}", "95% interval", "verdict"]
@@ -337,15 +337,15 @@ def _table(rows: Sequence[Entry], reference: str) -> Table:
         cells += [_span(row["tokens"][key]) for key in ("hop", "accumulated")]
         cells.append(str(len(row["seeds"])))
         for metric in METRICS:
-            value = row[metric]
-            cells += ["" if value is None else f"{value:.4f}", *_difference_cells(row[f"{metric}_difference"])]
-        told = f"{row['retention']:.0%} of {row['num_tasks']}" if row["retention"] is not None else "no task"
-        table.append([*cells, told])
+            mean = row[metric]
+            cells += ["" if mean is None else f"{mean:.4f}", *_difference_cells(row[f"{metric}_difference"])]
+        retention = f"{row['retention']:.0%} of {row['num_tasks']}" if row["retention"] is not None else "no task"
+        table.append([*cells, retention])
     return table
 
 
 def _size(numbers: Sequence[int], reference: Sequence[int] | None) -> str:
-    """Parameters, and how many more they are than the reference's, whose shape may be another."""
+    """Parameters, and the difference in percent to the reference, whose shape may be another."""
     share = fmean(numbers) / fmean(reference) - 1 if reference else 0.0
     return _span(numbers) + (f" ({share:+.1%})" if abs(share) >= 0.0005 else "")
 
@@ -357,8 +357,8 @@ def _difference_cells(difference: dict[str, Any] | None) -> list[str]:
         return ["", "", difference["why"]]
     interval = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]"
     agree = max(difference["num_below"], difference["num_seeds"] - difference["num_below"])
-    shown = difference["num_seeds"] > 1 and difference["verdict"] != "tie"
-    seeds = f" ({agree}/{difference['num_seeds']} seeds)" if shown else ""
+    shows_seeds = difference["num_seeds"] > 1 and difference["verdict"] != "tie"
+    seeds = f" ({agree}/{difference['num_seeds']} seeds)" if shows_seeds else ""
     return [f"{difference['value']:+.4f}", interval, f"{difference['verdict']}{seeds}"]
 
 
@@ -368,8 +368,8 @@ def _count_lines(counts: dict[str, dict[str, dict[str, int]]], reference: str) -
         if not any(sum(count.values()) for count in metrics.values()):
             lines.append(f"{arm} against {reference}: not compared yet.")
             continue
-        told = [f"{METRICS[metric]} {', '.join(map(_counted, count.items()))}" for metric, count in metrics.items()]
-        lines.append(f"{arm} against {reference}: {'; '.join(told)}.")
+        verdicts = [f"{METRICS[metric]} {', '.join(map(_counted, count.items()))}" for metric, count in metrics.items()]
+        lines.append(f"{arm} against {reference}: {'; '.join(verdicts)}.")
     return lines
 
 
@@ -379,7 +379,7 @@ def _counted(verdict: tuple[str, int]) -> str:
 
 
 def _rate_table(rows: Sequence[Entry]) -> Table:
-    """The rate of each training, and what the search for it read."""
+    """The table of learning rates, with the tokens of each search."""
     table = [["", "budget", "learning rate at each seed", "tokens of its search"]]
     width = max(len(row["size"]) for row in rows)
     for row in rows:
@@ -401,7 +401,7 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _charts(summary: dict[str, Any]) -> dict[str, list[str]]:
-    """For each heading: each metric against size, and against tokens where there are several budgets, as SVG."""
+    """The SVG charts under each heading: each metric against size and, with several budgets, against tokens."""
     accounts = {heading: summary["accounts"][account]["rows"] for account, heading in _ACCOUNTS.items()}
     return {heading: _account_charts(rows, summary["tokens"]) for heading, rows in accounts.items() if rows}
 

@@ -1,4 +1,4 @@
-"""What is kept of a finished cell: all its figures and what they were made of, without weights."""
+"""The result of a finished cell, as a file: its figures, and the recipe, inputs and code behind them; no weights."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ _METRIC_KEYS = ("task", "metric", "filter", "value", "stderr", "n", "higher_is_b
 
 _NO_MATTER = ("output", "acknowledged", "baselines", "finish", "evaluate.at_least", "distill.cache.folder",
               *(f"distill.{key}" for key in WITHOUT_EFFECT))  # fmt: skip
-"""Keys of a recipe that change no figure of a member."""
+"""Keys of a recipe that no figure of a member depends on."""
 
 Result = dict[str, Any]
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's keys that figures depend on, flat and without the folders of this machine."""
+    """The recipe's keys that figures depend on, as dotted keys, without folders of this machine."""
     flat = _flat(resolved_recipe(recipe, [], public=True), "")
     settings = {
         key: value
@@ -50,7 +50,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def inputs_of(recipe: Recipe) -> dict[str, str]:
-    """sha256 of what the recipe reads: parent, text, tasks, students."""
+    """The sha256 of each input of a recipe: parent, text, tasks, students."""
     unread: dict[str, Any] = {
         "distill": None,
         "members": [],
@@ -65,7 +65,7 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
 
 
 def collect_result(cell: Cell, folder: Path, inputs: dict[str, str]) -> Result:
-    """The result of a cell whose family lies finished in `folder`."""
+    """The result of a cell, from its finished family in `folder`."""
     rows, blocks, rates = family_of(load_family(folder)).rows, load_block_sums(folder), load_rates(folder)
     names = [member.name for member in cell.members]
     by_name = {row.name: row for row in rows}
@@ -89,7 +89,7 @@ def collect_result(cell: Cell, folder: Path, inputs: dict[str, str]) -> Result:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Write a result with its own sha256, one row a line."""
+    """Write a result with a sha256 of its content, one row per line."""
     result = plain(result)
     rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in result["rows"])
     head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1, allow_nan=False)
@@ -98,7 +98,7 @@ def write_result(path: Path, result: Result) -> None:
 
 
 def read_result(path: Path, cell: Cell, inputs: dict[str, str]) -> tuple[Result | None, str]:
-    """(the result of a cell, '') where the file has it; else (None, why not), and ('' where there is no file)."""
+    """(the result of a cell, ''), or (None, the reason why the file is not it); the reason is '' without a file."""
     if not path.is_file():
         return None, ""
     try:
@@ -128,25 +128,26 @@ def read_result(path: Path, cell: Cell, inputs: dict[str, str]) -> tuple[Result 
 
 @lru_cache(maxsize=1)
 def code_version() -> dict[str, str]:
-    """The package's version, and its git commit where it is run from a checkout; '+' behind it: with changes."""
+    """The package's version and, from a git checkout, its commit; a '+' after the commit means uncommitted changes."""
     folder = Path(__file__).parents[2]
-    said = {"cascade": __version__}
+    version = {"cascade": __version__}
     try:
         git = ["git", "-C", str(folder)]
-        subprocess.run([*git, "ls-files", "--error-unmatch", "errors.py"], check=True, capture_output=True, timeout=20)
+        tracked = ["ls-files", "--error-unmatch", "__init__.py"]  # an installed package can lie inside another checkout
+        subprocess.run([*git, *tracked], check=True, capture_output=True, timeout=20)
         commit, changed = (
-            subprocess.run([*git, *asked], check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
+            subprocess.run([*git, *command], check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
         )
     except (OSError, subprocess.SubprocessError):
-        return said  # installed, or without git
-    return said | {"commit": commit + ("+" if changed else "")}
+        return version  # installed, or without git
+    return version | {"commit": commit + ("+" if changed else "")}
 
 
 def _row(
     row: Row, by_name: dict[str, Row], names: list[str], blocks: dict[str, Any] | None, rate: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """A row of family.json as it is kept, with its block sums; tokens of a baseline count with those of its start."""
+    """A row of family.json with its block sums; the accumulated tokens of a baseline include those of its start."""
     member = row.name if row.role == "member" else owner_of(row.name, names) if row.role == "baseline" else ""
     hop, accumulated = row.tokens.hop, row.tokens.cumulative
     if row.role == "baseline":
@@ -167,7 +168,7 @@ def _row(
 
 
 def _rounded(blocks: dict[str, Any]) -> dict[str, Any]:
-    """Sums in seven figures, as many as float32 has."""
+    """Block sums in seven significant digits, the precision of float32."""
     return {
         name: [float(f"{value:.7g}") for value in values] if name not in ("text", "tokens") else values
         for name, values in blocks.items()
@@ -198,10 +199,11 @@ def _sha256(result: Result) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def _differences(what: str, there: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    keys = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
+def _differences(section: str, stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    keys = [key for key in sorted(stored.keys() | current.keys()) if stored.get(key) != current.get(key)]
     return [
-        f"{what}.{key}: {_short(there.get(key, 'absent'))} there, {_short(now.get(key, 'absent'))} now" for key in keys
+        f"{section}.{key}: {_short(stored.get(key, 'absent'))} there, {_short(current.get(key, 'absent'))} now"
+        for key in keys
     ]
 
 
@@ -211,7 +213,7 @@ def _short(value: Any) -> str:
 
 
 def _flat(value: Any, place: str) -> dict[str, Any]:
-    """{'distill.tokens': ...}; members by name, other lists whole."""
+    """A nested recipe as dotted keys such as 'distill.tokens'; members by name, other lists whole."""
     if place == "members":
         value = {member["name"]: member for member in value}
     if not isinstance(value, dict):

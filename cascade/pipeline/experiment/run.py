@@ -1,4 +1,4 @@
-"""`cascade experiment`: the cells one after another, each a run; what is finished is found again."""
+"""`cascade experiment`: runs the cells one after another; a rerun takes over the cells that are finished."""
 
 import hashlib
 import json
@@ -24,34 +24,34 @@ from cascade.runtime.files import make_folder, write_atomically
 from cascade.store.lock import LOCK, locked
 
 _MARK = "experiment-file.yaml"
-"""Of a folder that is an experiment's: the file as it was last run."""
+"""The file that marks an experiment's folder: a copy of the experiment's file as it was last run."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A cell, and what there is of it."""
+class CellState:
+    """A cell with its result, if it has one."""
 
     cell: Cell
     result: Result | None
     place: Path | None
-    """The file that the result was read from."""
+    """The file that the result comes from."""
     why: str
-    """Why a file that is there is not its result; '' where there is none."""
+    """The reason why an existing file is not this cell's result; '' without such a file."""
 
 
 def experiment_folder(file: ExperimentFile, output: str | Path | None) -> Path:
-    """Where an experiment goes: --output, else runs/experiments/NAME.
+    """The folder of an experiment: `output`, or runs/experiments/NAME.
 
     Raises:
-        UserError: something else is there.
+        UserError: the folder holds something else.
     """
     folder = Path(output or Path("runs") / "experiments" / file.form.name)
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give another --output")
-    others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    others = [name for name in others if not name.startswith((LOCK, f".{LOCK}-", f".{_MARK}-"))]
-    if others and _MARK not in others:
-        raise UserError(f"{folder}: holds something that is no experiment ({others[0]}); give another --output")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names = [name for name in names if not name.startswith((LOCK, f".{LOCK}-", f".{_MARK}-"))]
+    if names and _MARK not in names:
+        raise UserError(f"{folder}: holds something that is no experiment ({names[0]}); give another --output")
     return folder
 
 
@@ -64,12 +64,12 @@ def run_experiment(
 ) -> Path:
     """Make the cells of an experiment's file that are not made yet, and its tables; returns its folder.
 
-    `only` names arms; the others are shown as far as they are made. A cell that fails is told at the end, and tried
-    again by the next start; the others are made.
+    `only` names the arms to make; the tables show other arms as far as they exist. A cell that fails does not stop the
+    others: the error at the end names it, and the next start tries it again.
 
     Raises:
-        UserError: the file, or some cell of it, cannot be done; nothing is run then.
-        RunError: not all cells could be made.
+        UserError: the file or a cell cannot be run; in that case no cell is run.
+        RunError: some cells failed.
     """
     console = console or Console(stderr=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -77,8 +77,8 @@ def run_experiment(
     file = load_experiment(path)
     folder = experiment_folder(file, output)
     cells = plan_cells(file)
-    wanted = _wanted(file, cells, only)
-    check_cells(file, wanted)
+    chosen = _cells_of_arms(file, cells, only)
+    check_cells(file, chosen)
     with locked(folder):
         write_atomically(folder / _MARK, file.path.read_text(encoding="utf-8-sig"))
         for name in ("cells", "results"):
@@ -86,27 +86,27 @@ def run_experiment(
         states = [find_result(file, folder, cell) for cell in cells]
         results = {state.cell.name: state.result for state in states if state.result is not None}
         for state in states:
-            _tell(console, state, folder, again=state.cell in wanted)
-        to_do = [cell for cell in wanted if cell.name not in results]
+            _report_state(console, state, folder, again=state.cell in chosen)
+        to_do = [cell for cell in chosen if cell.name not in results]
         run_folders = {cell.name: cell_folder(folder, cell) for cell in cells}
         for cell in to_do:
             check_ownership(run_folders[cell.name], cell.recipe)
         failed, budgets = {}, sorted({cell.tokens for cell in cells})
         for number, cell in enumerate(to_do, start=1):
             failpoint("experiment.cell")
-            _say(console, f"cell {number} of {len(to_do)}: {cell.name}")
+            _print(console, f"cell {number} of {len(to_do)}: {cell.name}")
             try:
                 results[cell.name] = _make(folder, cell, run_folders, console)
             except DiskError:
                 raise
             except RunError as error:
                 failed[cell.name] = str(error)
-                _say(console, f"{cell.name}: {error}")
+                _print(console, f"{cell.name}: {error}")
             write_experiment(folder, summarise(file.form, budgets, results, failed))
         write_experiment(folder, summarise(file.form, budgets, results, failed))
     if failed:
-        told = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
-        raise RunError(f"{len(failed)} of {len(cells)} cells could not be made:\n  {told}")
+        failures = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
+        raise RunError(f"{len(failed)} of {len(cells)} cells could not be made:\n  {failures}")
     return folder
 
 
@@ -114,14 +114,14 @@ def list_experiment(path: str | Path, *, output: str | Path | None = None, only:
     """The cells, which of them are done, and the estimated seconds of the rest; runs nothing.
 
     Raises:
-        UserError: as `run_experiment`.
+        UserError: the file or a cell cannot be run.
     """
     file = load_experiment(path)
     folder = experiment_folder(file, output)
-    wanted = _wanted(file, plan_cells(file), only)
-    check_cells(file, wanted)
+    chosen = _cells_of_arms(file, plan_cells(file), only)
+    check_cells(file, chosen)
     rows = []
-    for cell in wanted:
+    for cell in chosen:
         state = find_result(file, folder, cell)
         seconds = 0.0 if state.result else _seconds(cell_folder(folder, cell), cell)
         row = {"cell": cell.name, "arm": cell.arm, "seed": cell.seed, "tokens": cell.tokens}
@@ -135,9 +135,9 @@ def list_experiment(path: str | Path, *, output: str | Path | None = None, only:
 
 
 def cell_folder(folder: Path, cell: Cell) -> Path:
-    """The run directory of a cell: its name's; with the recipe's digest where that is another recipe's run.
+    """The run directory of a cell, named after it; a digest follows where that name belongs to a run of another recipe.
 
-    An experiment whose file has changed thus makes a changed cell again, and what of it stayed the same is taken over.
+    So an experiment whose file has changed makes the changed cells again, and takes over their unchanged stages.
     """
     first = folder / "cells" / cell.name
     if not (first / "recipe.yaml").exists():
@@ -150,27 +150,27 @@ def cell_folder(folder: Path, cell: Cell) -> Path:
     return first
 
 
-def find_result(file: ExperimentFile, folder: Path, cell: Cell) -> Found:
-    """What there is of a cell, in the experiment's folder or in the one that its file names."""
+def find_result(file: ExperimentFile, folder: Path, cell: Cell) -> CellState:
+    """A cell with its result from the experiment's folder, or from the folder that its file names."""
     inputs, why = inputs_of(cell.recipe), ""
     places = [folder / "results", *([Path(file.form.results)] if file.form.results else [])]
     for place in places:
         path = place / f"{cell.name}.json"
         result, reason = read_result(path, cell, inputs)
         if result is not None:
-            return Found(cell, result, path, "")
+            return CellState(cell, result, path, "")
         if reason:
             why = f"{path}: {reason}"
-    return Found(cell, None, None, why)
+    return CellState(cell, None, None, why)
 
 
 def _make(folder: Path, cell: Cell, run_folders: dict[str, Path], console: Console) -> Result:
-    """The result of a cell, whose family is made or, where it is already, read again."""
+    """The result of a cell, after making its family or finding it finished."""
     run_folder = run_folders[cell.name]
     earlier = folder / "cells" / cell.name  # of another recipe, where that is not the run folder
-    known = [other for other in (earlier, *run_folders.values()) if other != run_folder and (other / "stages").is_dir()]
-    made = run_recipe(cell.recipe, output=run_folder, known=known, console=console)
-    result = collect_result(cell, made, inputs_of(cell.recipe))
+    known = [path for path in (earlier, *run_folders.values()) if path != run_folder and (path / "stages").is_dir()]
+    finished_folder = run_recipe(cell.recipe, output=run_folder, known=known, console=console)
+    result = collect_result(cell, finished_folder, inputs_of(cell.recipe))
     failpoint("experiment.made")
     path = folder / "results" / f"{cell.name}.json"
     write_result(path, result)
@@ -178,8 +178,8 @@ def _make(folder: Path, cell: Cell, run_folders: dict[str, Path], console: Conso
     return written
 
 
-def _wanted(file: ExperimentFile, cells: list[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells of the arms that are asked for; those of its members for a baseline row."""
+def _cells_of_arms(file: ExperimentFile, cells: list[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells of the arms in `only`, or of all arms; for a baseline row, the cells of the arm that it belongs to."""
     arms = file.form.arms
     unknown = [name for name in only if name not in arms]
     if unknown:
@@ -189,20 +189,20 @@ def _wanted(file: ExperimentFile, cells: list[Cell], only: Sequence[str]) -> lis
 
 
 def _seconds(run_folder: Path, cell: Cell) -> float:
-    """What is left of a cell; what other cells share with it, which is not made twice, is counted."""
+    """Estimated seconds of a cell's unfinished stages, including stages that other cells share with it."""
     config = config_of(cell.recipe)
     shared = remaining_seconds(run_folder, cell.recipe, "parent", parent_seconds(cell.recipe, config))
     members = remaining_members(run_folder, cell.recipe, cell.members)
     return sum(shared.values()) + sum(sum(member.seconds.values()) for member in members)
 
 
-def _tell(console: Console, state: Found, folder: Path, *, again: bool) -> None:
-    """Say of a cell what is worth it: taken from elsewhere, or there and not its result."""
+def _report_state(console: Console, state: CellState, folder: Path, *, again: bool) -> None:
+    """Print whether a cell's result was taken from elsewhere, or why an existing file is not its result."""
     if state.why:
-        _say(console, f"{state.why}; {state.cell.name} is {'made again' if again else 'not shown'}")
+        _print(console, f"{state.why}; {state.cell.name} is {'made again' if again else 'not shown'}")
     elif state.place is not None and state.place.parent != folder / "results":
-        _say(console, f"{state.cell.name}: taken from {state.place}")
+        _print(console, f"{state.cell.name}: taken from {state.place}")
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)

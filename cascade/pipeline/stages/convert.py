@@ -1,4 +1,7 @@
-"""A GGUF parent as a safetensors checkpoint: the stage convert."""
+"""The stage convert: the parent's GGUF file as a safetensors checkpoint in float32, with its tokenizer.
+
+Depends on: the GGUF file. Leaves: `checkpoint/`.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -17,14 +20,8 @@ from cascade.pipeline.runner import StageRunner
 from cascade.runtime.progress import OnStep
 
 
-def make_converted(source: ModelSource, folder: Path, on_step: OnStep) -> None:
-    """A GGUF parent as a safetensors checkpoint, in float32: exactly the values that the file stands for."""
-    save_checkpoint(load_model(source), folder / CHECKPOINT, companions=None, dtype=torch.float32)
-    load_tokenizer(source).save_pretrained(folder / CHECKPOINT)
-
-
 def converted_parent(runner: StageRunner, source: ModelSource) -> ModelSource:
-    """The parent that is converted from GGUF, as the stage convert leaves it."""
+    """The parent as a safetensors checkpoint, converted from its GGUF file."""
     converted = runner.make(
         "convert",
         "parent",
@@ -33,3 +30,9 @@ def converted_parent(runner: StageRunner, source: ModelSource) -> ModelSource:
         write=partial(make_converted, source),
     )
     return converted.model(source.reference).source
+
+
+def make_converted(source: ModelSource, folder: Path, on_step: OnStep) -> None:
+    """Write the checkpoint; float32 holds exactly the values that the GGUF file stands for."""
+    save_checkpoint(load_model(source), folder / CHECKPOINT, companions=None, dtype=torch.float32)
+    load_tokenizer(source).save_pretrained(folder / CHECKPOINT)

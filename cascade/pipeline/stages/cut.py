@@ -1,4 +1,8 @@
-"""The stage prune: a smaller model by scores, or of whole layers."""
+"""The stage prune: a smaller model, cut by importance scores or made of whole layers.
+
+Depends on: the recipe's `prune`, the target dims, the source model, its statistics, the parent and the data.
+Leaves: `plan.json`, `checkpoint/` in float32, and `losses.json` on selection blocks.
+"""
 
 import json
 from collections.abc import Sequence
@@ -37,22 +41,61 @@ class Base:
 
     model: Checkpoint
     lineage: list[Made] | None
-    """The cuts from the parent to it; None where it was not cut from the parent."""
+    """The cuts that lead from the parent to this model; None where it was not cut from the parent."""
     statistics: Made | None = None
-    """What its importance scores are computed from; None where nothing is scored."""
+    """The statistics that importance scores are computed from; None where nothing is scored."""
 
 
-def make_cut(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
-    """plan.json, the cut checkpoint in float32, and its losses on selection blocks."""
-    teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
-    plan = plan_shape(run, base, model, FoundShape(member.sized.dims, member.hidden))
-    _save_cut(run, model, plan, teacher, folder)
+def take_layers(run: Run, member: ResolvedMember, base: Base) -> Made:
+    """The stage prune of a member that starts from whole layers, spread evenly."""
+    dims, num_selected = member.sized.dims.as_dict(), selection_size(run.recipe)
+    return run.runner.make(
+        "prune",
+        member.name,
+        settings={"init": "layers", "dims": dims, "selection_blocks": num_selected},
+        inputs={"seed": base.model, "teacher": run.parent, "data": run.data},
+        write=partial(make_layers, run, member, base),
+    )
+
+
+def cut_by_scores(run: Run, member: ResolvedMember, base: Base) -> Made:
+    """The stage prune of a member that starts from the best-scored units of its base."""
+    return run.runner.make(
+        "prune",
+        member.name,
+        settings=run.recipe.prune.model_dump(exclude={"repair", "search"})
+        | {
+            "hidden": member.hidden,
+            "dims": member.sized.dims.as_dict(),
+            "selection_blocks": selection_size(run.recipe),
+        },
+        inputs=cut_inputs(run, base),
+        write=partial(make_cut, run, member, base),
+    )
+
+
+def cut_inputs(run: Run, base: Base) -> dict[str, Input]:
+    """The inputs of a cut by scores.
+
+    Raises:
+        ValueError: the base has no statistics.
+    """
+    if base.statistics is None:
+        raise ValueError("a cut by scores needs statistics")
+    return {"statistics": base.statistics, "seed": base.model, "teacher": run.parent, "data": run.data}
 
 
 def make_layers(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
-    """What make_cut writes, of whole layers that are spread evenly: no statistics, nothing scored."""
+    """Write a model of whole layers, spread evenly over the depth: plan, checkpoint and losses, as `make_cut` does."""
     teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
     plan = plan_layers(model.config, member.sized.dims, member.name)
+    _save_cut(run, model, plan, teacher, folder)
+
+
+def make_cut(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
+    """Cut the base by importance scores; write the plan, the checkpoint and its losses."""
+    teacher, model = run.teacher(), load_model(base.model.source).to(default_device())
+    plan = plan_shape(run, base, model, FoundShape(member.sized.dims, member.hidden))
     _save_cut(run, model, plan, teacher, folder)
 
 
@@ -63,20 +106,8 @@ def _save_cut(run: Run, model: nn.Module, plan: PruningPlan, teacher: nn.Module,
     write_losses(folder / "losses.json", losses_on_selection(run, pruned, teacher))
 
 
-def cut_inputs(run: Run, base: Base) -> dict[str, Input]:
-    """What a cut by scores reads."""
-    if base.statistics is None:
-        raise ValueError("a cut by scores needs statistics")
-    return {"statistics": base.statistics, "seed": base.model, "teacher": run.parent, "data": run.data}
-
-
-def load_plans(lineage: Sequence[Made] | None) -> list[PruningPlan] | None:
-    """The plans of these prune stages; None where a model was not cut from the parent."""
-    return None if lineage is None else [load_plan(cut.folder / "plan.json") for cut in lineage]
-
-
 def plan_shape(run: Run, base: Base, model: nn.Module, shape: FoundShape) -> PruningPlan:
-    """Which units of `model` stay in this shape, by the recipe's scores.
+    """The plan of a cut of `model` to a shape: which units stay, by the recipe's scores.
 
     Raises:
         ValueError: the base has no statistics.
@@ -108,38 +139,15 @@ def losses_on_selection(run: Run, model: nn.Module, teacher: nn.Module) -> dict[
     return {"loss": losses["selection_loss"], "kl_to_teacher": losses.get("selection_kl")}
 
 
-def write_losses(path: Path, value: Any) -> None:
-    """JSON of losses.
+def write_losses(path: Path, losses: Any) -> None:
+    """Write losses as JSON.
 
     Raises:
-        ValueError: one of them is not finite.
+        ValueError: a loss is not finite.
     """
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(losses, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def take_layers(run: Run, member: ResolvedMember, base: Base) -> Made:
-    """The stage prune of a member that starts from whole layers, spread evenly."""
-    dims, num_selected = member.sized.dims.as_dict(), selection_size(run.recipe)
-    return run.runner.make(
-        "prune",
-        member.name,
-        settings={"init": "layers", "dims": dims, "selection_blocks": num_selected},
-        inputs={"seed": base.model, "teacher": run.parent, "data": run.data},
-        write=partial(make_layers, run, member, base),
-    )
-
-
-def cut_by_scores(run: Run, member: ResolvedMember, base: Base) -> Made:
-    """The stage prune of a member that starts from the best-scored units of its base."""
-    return run.runner.make(
-        "prune",
-        member.name,
-        settings=run.recipe.prune.model_dump(exclude={"repair", "search"})
-        | {
-            "hidden": member.hidden,
-            "dims": member.sized.dims.as_dict(),
-            "selection_blocks": selection_size(run.recipe),
-        },
-        inputs=cut_inputs(run, base),
-        write=partial(make_cut, run, member, base),
-    )
+def load_plans(lineage: Sequence[Made] | None) -> list[PruningPlan] | None:
+    """The plans of these prune stages; None for a model that was not cut from the parent."""
+    return None if lineage is None else [load_plan(cut.folder / "plan.json") for cut in lineage]

@@ -1,4 +1,7 @@
-"""A parent that learns its classes here: the stage fit."""
+"""The stage fit: a classifier that learns its classes from the labels alone and becomes the parent.
+
+Depends on: `parent.fit`, the labelled data and the weights it starts from. Leaves: `checkpoint/` and `log.jsonl`.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -33,8 +36,28 @@ from cascade.runtime.progress import OnStep
 from cascade.store.commits import partial_of
 
 
+def fitted_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
+    """The parent, a classifier that this run trains."""
+    data, model = recipe.data, recipe.parent.model
+    settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
+    settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
+    token = new_padding(recipe)
+    settings |= {"pad_token": token} if token else {}
+    fitted = runner.make(
+        "fit",
+        "parent",
+        settings=settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
+        inputs={
+            "source": data_fingerprint(data.model_copy(update={"unlabelled": []})),
+            "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
+        },
+        write=partial(make_fitted, recipe),
+    )
+    return fitted.model(model or recipe.name).source
+
+
 def make_fitted(recipe: Recipe, folder: Path, on_step: OnStep) -> None:
-    """The parent with its classes learned from the labels alone; its log as JSON lines."""
+    """Train the classifier on the labels alone; write the checkpoint and the log."""
     settings = recipe.parent.fit
     if settings is None:
         raise ValueError("the recipe's parent is not to be fitted")
@@ -76,23 +99,3 @@ def _optimization(settings: Fit, seed: int) -> Optimization:
         schedule=cosine_schedule(settings),
         weight_decay=settings.weight_decay,
     )
-
-
-def fitted_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
-    """The parent whose classes are learned here, as the stage fit leaves it."""
-    data, model = recipe.data, recipe.parent.model
-    settings = recipe.parent.fit.model_dump(exclude={"microbatch_size"}) if recipe.parent.fit else {}
-    settings |= data.model_dump(include={"text_field", "label_field", "image_field", "max_length"})
-    token = new_padding(recipe)
-    settings |= {"pad_token": token} if token else {}
-    fitted = runner.make(
-        "fit",
-        "parent",
-        settings=settings | {"task": recipe.task, "seed": recipe.seed, "dtype": recipe.save.dtype},
-        inputs={
-            "source": data_fingerprint(data.model_copy(update={"unlabelled": []})),
-            "model": fingerprint(resolve_model(model, revision=recipe.parent.revision)) if model else "",
-        },
-        write=partial(make_fitted, recipe),
-    )
-    return fitted.model(model or recipe.name).source

@@ -1,4 +1,7 @@
-"""The stage that finds how the parent's text is framed, and the recipe that says so."""
+"""The stage framing: where begin and end tokens stand in the text, and the recipe with these settings filled in.
+
+Depends on: the text, its settings and the parent. Leaves: `framing.json` with the choice and the losses behind it.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -24,10 +27,13 @@ FRAMING = "framing.json"
 
 
 def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
-    """The recipe with data.begin_token and data.end_token as they are used, where the parent's tokenizer begins texts.
+    """The recipe with data.begin_token and data.end_token settled; unchanged where the tokenizer adds no begin token.
 
-    Unchanged where it begins them with nothing. Encoders have the token at the start of every block, as they were
-    trained; of a language model the parent itself is asked, on selection text, for what the recipe leaves open.
+    Encoders get the token at the start of every block, as in their own training. Of a language model, the parent's
+    losses on selection text decide what the recipe leaves open.
+
+    Raises:
+        UserError: the recipe asks for an end token that the tokenizer lacks.
     """
     if dims_of(load_config(parent)).vocab_size == 0:
         return recipe
@@ -39,7 +45,7 @@ def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
     if recipe.task != "language" or "auto" not in (data.begin_token, data.end_token):
         begin = "blocks" if data.begin_token == "auto" else data.begin_token
         end = "documents" if data.end_token == "auto" else data.end_token
-        return _with(recipe, begin, end)
+        return _with_tokens(recipe, begin, end)
     settings = data.model_dump(
         include={"source", "text_field", "messages_field", "template", "block_size", "begin_token", "end_token"}
     )
@@ -51,11 +57,11 @@ def framed(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Recipe:
         write=partial(make_framing, recipe, parent),
     )
     record = framing.json(FRAMING)
-    return _with(recipe, record["begin_token"], record["end_token"])
+    return _with_tokens(recipe, record["begin_token"], record["end_token"])
 
 
 def make_framing(recipe: Recipe, parent: ModelSource, folder: Path, on_step: OnStep) -> None:
-    """framing.json: where the begin and end tokens stand, and the parent's losses by which that was chosen."""
+    """Write framing.json: where begin and end tokens stand, and the parent's losses behind that choice."""
     data, tokenizer = recipe.data, load_tokenizer(parent)
     source, rows = text_data(data), dims_of(load_config(parent)).vocab_size
 
@@ -79,6 +85,6 @@ def make_framing(recipe: Recipe, parent: ModelSource, folder: Path, on_step: OnS
     write_json(folder / FRAMING, choice.record())
 
 
-def _with(recipe: Recipe, begin_token: str, end_token: str) -> Recipe:
+def _with_tokens(recipe: Recipe, begin_token: str, end_token: str) -> Recipe:
     update: dict[str, Any] = {"begin_token": begin_token, "end_token": end_token}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})

@@ -18,7 +18,7 @@ from cascade.pipeline.stage_output import Made
 from cascade.planning.generation import ANSWERS, check_generation, generation_inputs, key_settings, teacher_source
 from cascade.planning.inputs import text_data
 from cascade.planning.origins import origins_of
-from cascade.recipe.places import served_model, shown_model
+from cascade.recipe.places import public_model, served_model
 from cascade.recipe.schema import Recipe
 from cascade.runtime.errors import UserError
 from cascade.runtime.files import file_sha256
@@ -80,7 +80,7 @@ def make_generated(
     provenance: dict[str, Any] = {
         "teacher": f"{served_model(settings.endpoint.model)} at {settings.endpoint.url}"
         if settings.endpoint
-        else shown_model(source.reference),
+        else public_model(source.reference),
         "teacher_sha256": None if settings.endpoint else fingerprint(source),
         "prompts": len(prompts),
         "settings": key_settings(settings, public=True) | {"seed": recipe.seed},

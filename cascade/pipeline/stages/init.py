@@ -1,4 +1,7 @@
-"""The stage init: random weights of a given shape."""
+"""The stage init: random weights of a member's config.
+
+Depends on: the config and the recipe's seed. Leaves: `checkpoint/` in float32.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from cascade.runtime.progress import OnStep
 
 
 def draw_weights(run: Run, member: ResolvedMember) -> Made:
-    """The stage init of a member that starts from random weights."""
+    """The stage init of a member that starts from random weights, with its checkpoint."""
     return run.runner.make(
         "init",
         member.name,
@@ -28,6 +31,6 @@ def draw_weights(run: Run, member: ResolvedMember) -> Made:
 
 
 def make_random(config: Any, seed: int, folder: Path, on_step: OnStep) -> None:
-    """A checkpoint of the config in float32, its weights as transformers initialises them."""
+    """Write a checkpoint of the config in float32, initialised as transformers does it."""
     torch.manual_seed(seed)
     save_checkpoint(model_from_config(config), folder / CHECKPOINT, companions=None, dtype=torch.float32)

@@ -1,4 +1,8 @@
-"""The stage label: the teacher's targets of all that a member reads."""
+"""The stage label: the teacher's targets for every block that a member trains on, computed once and cached.
+
+Depends on: the cache root, the blocks that the member's steps draw, and the data. Leaves: targets in the cache, and
+`label.json` with what the labelling took.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -13,18 +17,8 @@ from cascade.runtime.progress import OnStep
 from cascade.store.strict_json import write_json
 
 
-def make_labels(run: Run, member: ResolvedMember, cache: TeacherCache, folder: Path, on_step: OnStep) -> None:
-    """label.json: what it took to have the teacher's targets of all that a member reads."""
-    teacher = run.teacher()
-    blocks = load_training(run.data.folder / "train.safetensors")
-    if isinstance(blocks, Examples):
-        raise ValueError("what a teacher says of single examples is not kept")
-    rows = member_rows(run.recipe, member, len(blocks))
-    write_json(folder / LABELS, cache.label(teacher_for_training(teacher, run.parent.source), blocks, rows, on_step))
-
-
 def make_label_stage(run: Run, member: ResolvedMember) -> Made | None:
-    """What it took to label all that a member reads; None where the teacher's targets are not kept."""
+    """The stage label of a member; None where the run caches no targets."""
     run = run.for_member(member)
     distill, cache = run.recipe.distill, run.cache
     if cache is None:
@@ -38,3 +32,17 @@ def make_label_stage(run: Run, member: ResolvedMember) -> Made | None:
         inputs={"data": run.data},
         write=partial(make_labels, run, member, cache),
     )
+
+
+def make_labels(run: Run, member: ResolvedMember, cache: TeacherCache, folder: Path, on_step: OnStep) -> None:
+    """Label the blocks that a member trains on, and write label.json.
+
+    Raises:
+        ValueError: the data are single examples, whose targets are never cached.
+    """
+    teacher = run.teacher()
+    blocks = load_training(run.data.folder / "train.safetensors")
+    if isinstance(blocks, Examples):
+        raise ValueError("targets of single examples are not cached")
+    rows = member_rows(run.recipe, member, len(blocks))
+    write_json(folder / LABELS, cache.label(teacher_for_training(teacher, run.parent.source), blocks, rows, on_step))

@@ -1,4 +1,8 @@
-"""Copies of finished members in fewer bits: trained with rounded weights if asked, rounded, evaluated as any row."""
+"""The stages quantise and evaluate-quantised: copies of members, or of the parent, in fewer bits.
+
+Depends on: an entry of the recipe's `finish` and the checkpoint; with a training budget also on the parent, the data
+and `distill`. Leaves: the rounded `checkpoint/` and logits for the reload gate; after a training its log and losses.
+"""
 
 import json
 from dataclasses import replace
@@ -47,7 +51,7 @@ from cascade.store.strict_json import read_json
 
 
 def make_copies(run: Run, owner: str, checkpoint: Checkpoint) -> list[RoundedCopy]:
-    """The copies that the recipe's `finish` asks for of one member, or of the parent."""
+    """The copies of a member, or of the parent, by the entries of the recipe's `finish`."""
     entries = [entry for entry in run.recipe.finish if not entry.members or owner in entry.members]
     return [_make_copy(run, owner, checkpoint, entry) for entry in entries]
 
@@ -74,7 +78,7 @@ def _make_copy(run: Run, owner: str, checkpoint: Checkpoint, entry: Finish) -> R
 
 
 def make_rounded(run: Run, checkpoint: ModelSource, entry: Finish, folder: Path, on_step: OnStep) -> None:
-    """The copy as a checkpoint that transformers reads (with torchao), and logits for the reload gate.
+    """Write a copy as a checkpoint that transformers reads (with torchao), and logits for the reload gate.
 
     Raises:
         UserError: the recipe's dtype cannot hold the weights.
@@ -107,7 +111,7 @@ def make_rounded(run: Run, checkpoint: ModelSource, entry: Finish, folder: Path,
 
 
 def _train(run: Run, entry: Finish, student: nn.Module, folder: Path, on_step: OnStep) -> None:
-    """Recovery with rounded weights, by the recipe's own way; no feature losses, nothing the student writes."""
+    """Train the student with rounded weights by the recipe's `distill`, without feature losses or on-policy text."""
     recipe = run.recipe
     if recipe.distill is None:
         raise ValueError("a quantisation-aware training needs a distill section")

@@ -1,4 +1,8 @@
-"""The stages rate and ce-rate: the peak learning rate of a training, searched for."""
+"""The stages rate and ce-rate: the peak learning rate of a training, found by short trainings.
+
+Depends on: what the training depends on, but for its rate. Leaves: `rate.json` with the rate and the loss at each
+rate of the search.
+"""
 
 from dataclasses import asdict
 from functools import partial
@@ -14,30 +18,10 @@ from cascade.runtime.progress import OnStep
 from cascade.store.strict_json import write_json
 
 
-def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder: Path, on_step: OnStep) -> None:
-    """rate.json: the learning rate found for a member's recovery, or for its baseline's, and what was tried.
-
-    `stage` is that of the training; both are searched for in the same way, each by its own loss on selection text.
-    """
-    lesson = lesson_of(run, member, start, stage)
-    search = find_learning_rate(
-        lesson.student,
-        lesson.teacher,
-        lesson.blocks,
-        num_tokens=member.num_tokens,
-        selection=lesson.selection,
-        supervision=lesson.supervision,
-        optimization=lesson.optimization,
-        execution=execution_of(distill_settings(run)),
-        on_try=on_step,
-    )
-    write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})
-
-
 def find_rate(run: Run, member: ResolvedMember, start: Start, stage: str) -> tuple[Made | None, float]:
-    """(the search for a training's rate, the rate); no search where the recipe gives a rate for it.
+    """(the search for a training's rate, the rate); the search is None where the recipe gives the rate.
 
-    A rate that is given for distillation is none for its cross-entropy baseline: that is searched for as long.
+    A given rate for distillation does not apply to the cross-entropy baseline, which has a search of its own.
     """
     learns, distill = stage == "distill", run.recipe.distill
     learning_rate = (distill.learning_rate if distill else 0.0) if learns else run.recipe.ce_learning_rate
@@ -54,3 +38,23 @@ def find_rate(run: Run, member: ResolvedMember, start: Start, stage: str) -> tup
         write=partial(make_rate, run, member, start, stage),
     )
     return search, float(search.json("rate.json")["learning_rate"])
+
+
+def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder: Path, on_step: OnStep) -> None:
+    """Search the learning rate of a member's training, and write rate.json.
+
+    `stage` is distill or baseline-ce; both searches work in the same way, each by its own loss on selection text.
+    """
+    lesson = lesson_of(run, member, start, stage)
+    search = find_learning_rate(
+        lesson.student,
+        lesson.teacher,
+        lesson.blocks,
+        num_tokens=member.num_tokens,
+        selection=lesson.selection,
+        supervision=lesson.supervision,
+        optimization=lesson.optimization,
+        execution=execution_of(distill_settings(run)),
+        on_try=on_step,
+    )
+    write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})

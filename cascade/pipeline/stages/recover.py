@@ -1,4 +1,8 @@
-"""The stages distill and baseline-ce: a member recovered, and saved as a stock checkpoint."""
+"""The stages distill and baseline-ce: a member's training, saved as a stock checkpoint.
+
+Depends on: `distill`, the learning rate, the model that training starts from, the parent and the data.
+Leaves: `checkpoint/`, `log.jsonl`, `losses.json`, and logits for the reload gate.
+"""
 
 import logging
 from dataclasses import dataclass, replace
@@ -56,6 +60,44 @@ logger = logging.getLogger(__name__)
 _ANGLE_STEPS = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A finished training of a member or of its baseline."""
+
+    output: Made
+    search: Made | None
+    """The search for its learning rate; None where the recipe gives the rate."""
+    learning_rate: float
+
+    def rate(self) -> Rate:
+        """The learning rate and its search, for the report."""
+        return rate_of(self.learning_rate, self.search.folder if self.search else None)
+
+    def stages(self) -> list[Made]:
+        """The stages of the training: itself, and the search before it."""
+        return [self.output, *([self.search] if self.search else [])]
+
+
+def train(run: Run, member: ResolvedMember, start: Start, stage: str) -> Training:
+    """A member's training, at the recipe's learning rate or at the rate of a search.
+
+    `stage` is distill, or baseline-ce, which trains the same start on the same tokens without a teacher.
+    """
+    recipe, learns = run.recipe, stage == "distill"
+    if not learns and recipe.ce_learning_rate != "auto" and recipe.distill and recipe.distill.optimizer == "auto":
+        member = replace(member, optimizer="adamw")  # a rate that is given was tried with AdamW
+    search, learning_rate = find_rate(run, member, start, stage)
+    settings = training_settings(run, member) | {"learning_rate": learning_rate}
+    output = run.runner.make(
+        stage,
+        member.name,
+        settings=settings | run.target_settings() if learns else settings,
+        inputs=training_inputs(run, start),
+        write=partial(make_recovered, run, member, start, stage, learning_rate),
+    )
+    return Training(output=output, search=search, learning_rate=learning_rate)
+
+
 def make_recovered(
     run: Run,
     member: ResolvedMember,
@@ -65,10 +107,10 @@ def make_recovered(
     folder: Path,
     on_step: OnStep,
 ) -> None:
-    """The recovered member as a stock checkpoint, its training log, and logits for the reload gate.
+    """Train a member; write its checkpoint, training log, losses, costs, and logits for the reload gate.
 
-    `stage` is distill, or baseline-ce, which learns from the text alone. Where the run keeps the teacher's targets, a
-    member learns from those, and the teacher only judges it on selection text.
+    `stage` is distill, or baseline-ce, which learns from the text alone. Where the run caches the teacher's targets, a
+    member learns from the cache, and the live teacher only measures it on selection text.
     """
     recipe, settings = run.recipe, distill_settings(run)
     lesson = lesson_of(run, member, start, stage)
@@ -106,7 +148,7 @@ def make_recovered(
 
 
 def _save_member(run: Run, student: nn.Module, folder: Path) -> None:
-    """The checkpoint with the parent's tokenizer beside it, and logits for the reload gate."""
+    """Write the checkpoint with the parent's tokenizer, and logits for the reload gate."""
     parent = run.parent.source
     dtype = _saved_dtype(run.recipe, parent)
     rounded = save_checkpoint(student, folder / CHECKPOINT, companions=parent.folder, dtype=dtype)
@@ -121,7 +163,7 @@ def _saved_dtype(recipe: Recipe, parent: ModelSource) -> torch.dtype:
 def _check_computable(run: Run, member: ResolvedMember, student: nn.Module, selection: TokenBlocks | Examples) -> None:
     """Refuse a student that its users could not run in float16, before its training and once more before it is saved.
 
-    Where float16 is the parent's own dtype it is told only: then the parent is as it is, too.
+    Where float16 is the parent's own dtype, a warning is enough: the parent has the same limits.
     """
     dtype = _saved_dtype(run.recipe, run.parent.source)
     if dtype != torch.float16 or ranks.world_size() > 1:
@@ -134,7 +176,7 @@ def _check_computable(run: Run, member: ResolvedMember, student: nn.Module, sele
 
 
 def _angles(lesson: Lesson, recipe: Recipe, member: ResolvedMember) -> list[float]:
-    """Degrees between the gradient of a sample and the exact one, in the first steps; none where nothing is sampled."""
+    """Degrees between the gradient from sampled targets and the exact one, in the first steps; else empty."""
     student, teacher, blocks, targets = lesson.student, lesson.teacher, lesson.blocks, lesson.supervision.targets
     if teacher is None or not isinstance(blocks, TokenBlocks) or not isinstance(targets, CachedTargets):
         return []
@@ -153,41 +195,3 @@ def _angles(lesson: Lesson, recipe: Recipe, member: ResolvedMember) -> list[floa
             raise
         logger.warning("out of memory: the angle between the sample's gradient and the exact one is not measured")
         return []
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """A training that is finished."""
-
-    output: Made
-    search: Made | None
-    """The search for its rate; None where the recipe gives that."""
-    learning_rate: float
-
-    def rate(self) -> Rate:
-        """What it was done at, for the report."""
-        return rate_of(self.learning_rate, self.search.folder if self.search else None)
-
-    def stages(self) -> list[Made]:
-        """The training, and the search before it."""
-        return [self.output, *([self.search] if self.search else [])]
-
-
-def train(run: Run, member: ResolvedMember, start: Start, stage: str) -> Training:
-    """A training at the rate that the recipe gives, or at the one that is searched for.
-
-    `stage` is distill, or baseline-ce: the same start on the same tokens, without a teacher, at a rate of its own.
-    """
-    recipe, learns = run.recipe, stage == "distill"
-    if not learns and recipe.ce_learning_rate != "auto" and recipe.distill and recipe.distill.optimizer == "auto":
-        member = replace(member, optimizer="adamw")  # a rate that is given was tried with AdamW
-    search, learning_rate = find_rate(run, member, start, stage)
-    settings = training_settings(run, member) | {"learning_rate": learning_rate}
-    output = run.runner.make(
-        stage,
-        member.name,
-        settings=settings | run.target_settings() if learns else settings,
-        inputs=training_inputs(run, start),
-        write=partial(make_recovered, run, member, start, stage, learning_rate),
-    )
-    return Training(output=output, search=search, learning_rate=learning_rate)

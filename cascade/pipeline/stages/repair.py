@@ -1,4 +1,8 @@
-"""The stage repair: the weights of a cut model refitted in closed form."""
+"""The stage repair: the weights of a cut model, refitted in closed form.
+
+Depends on: `prune.repair`, the cut, the model that was cut, the parent and the data.
+Leaves: `checkpoint/` in float32, `losses.json`, and `repair.json` with the result of each method.
+"""
 
 from dataclasses import asdict
 from functools import partial
@@ -22,11 +26,26 @@ REPAIRS = {
     "sequential": Repair(),
     "independent": Repair(sequential=False),
 }
-"""What the recipe's prune.repair.method names."""
+"""The methods of the recipe's prune.repair.method, by name."""
+
+
+def repair_cut(run: Run, member: ResolvedMember, base: Base, cut: Made) -> Made | None:
+    """The stage repair of a cut; None where the recipe repairs nothing."""
+    settings = run.recipe.prune.repair
+    if settings.method == "none":
+        return None
+    batch_size, num_selected = run.recipe.calibration.batch_size, selection_size(run.recipe)
+    return run.runner.make(
+        "repair",
+        member.name,
+        settings=settings.model_dump() | {"batch_size": batch_size, "selection_blocks": num_selected},
+        inputs={"cut": cut, "seed": base.model, "teacher": run.parent, "data": run.data},
+        write=partial(make_repaired, run, base, cut),
+    )
 
 
 def make_repaired(run: Run, base: Base, cut: Made, folder: Path, on_step: OnStep) -> None:
-    """The repaired checkpoint in float32, its losses on selection blocks, and what was tried (repair.json)."""
+    """Refit a cut model; write the best checkpoint in float32, its losses, and the losses of each method."""
     settings, batch_size = run.recipe.prune.repair, run.recipe.calibration.batch_size
     device, teacher = default_device(), run.teacher()
     model, plan = load_model(base.model.source).to(device), load_plan(cut.folder / "plan.json")
@@ -48,18 +67,3 @@ def make_repaired(run: Run, base: Base, cut: Made, folder: Path, on_step: OnStep
     save_checkpoint(best, folder / CHECKPOINT, companions=None, dtype=torch.float32)
     write_losses(folder / "losses.json", losses)
     write_losses(folder / "repair.json", {"chosen": chosen, "tried": trials})
-
-
-def repair_cut(run: Run, member: ResolvedMember, base: Base, cut: Made) -> Made | None:
-    """The stage repair of a cut; None where the recipe repairs nothing."""
-    settings = run.recipe.prune.repair
-    if settings.method == "none":
-        return None
-    batch_size, num_selected = run.recipe.calibration.batch_size, selection_size(run.recipe)
-    return run.runner.make(
-        "repair",
-        member.name,
-        settings=settings.model_dump() | {"batch_size": batch_size, "selection_blocks": num_selected},
-        inputs={"cut": cut, "seed": base.model, "teacher": run.parent, "data": run.data},
-        write=partial(make_repaired, run, base, cut),
-    )

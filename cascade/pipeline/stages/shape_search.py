@@ -1,9 +1,11 @@
-"""Which shape a member gets: several that meet its target are cut and repaired, the best also recovered for a while.
+"""The stages candidate and finalist: several shapes that meet a member's target, compared by their losses.
 
-Without `prune.search` there may still be two: the first shape for a rotated stream and that for one that is not.
+Depends on: `prune`, `distill`, the shape, the source model with its statistics, the parent and the data.
+Leaves: `losses.json` on selection blocks, after cut and repair and, with a token budget, after a short recovery.
 
-A shape that looks best right after the cut is often not the best after some training (Minitron, table 13), so all are
-judged by short recoveries. Each candidate is a stage of its own: found again by a rerun, and never tried twice.
+Without `prune.search` there may still be two candidates: the first shape for a rotated stream, and the first for one
+that is not rotated. The shape that looks best right after the cut is often not the best after some training (Minitron,
+table 13), so finalists are compared by short recoveries. Each candidate is a stage of its own, and a rerun finds it.
 """
 
 import logging
@@ -47,32 +49,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One shape that was tried."""
+    """A shape of a search, with its stages."""
 
     shape: FoundShape
     config: Any
-    """Of the model that it is cut from, as this shape takes it: with a head of its own where the stream is rotated."""
+    """Config of the model that the shape is cut from; where the stream is rotated, with an untied head."""
     stages: list[Made]
-    """Cut and repaired, and for a finalist also the short recovery."""
+    """The stage candidate and, for a finalist, the stage finalist with its short recovery."""
 
     def losses(self) -> dict[str, Any]:
-        """What the last of its stages found on selection blocks."""
+        """Losses of its last stage on selection blocks."""
         losses: dict[str, Any] = self.stages[-1].json("losses.json")
         return losses
 
     def score(self) -> tuple[float, float]:
-        """KL to the teacher at the last stage it went through, then as repaired.
+        """(KL to the teacher after its last stage, KL after repair), for sorting.
 
-        The first is infinite where the short recovery ran off; the second decides where all of them did.
+        The first is infinite where the short recovery diverged; the second decides where all recoveries diverged.
         """
         losses = self.losses()
-        value: float | None = (losses["recovered"] or losses["repaired"])["kl_to_teacher"]
-        repaired: float | None = losses["repaired"]["kl_to_teacher"]
-        return math.inf if value is None else value, math.inf if repaired is None else repaired
+        last_kl: float | None = (losses["recovered"] or losses["repaired"])["kl_to_teacher"]
+        repaired_kl: float | None = losses["repaired"]["kl_to_teacher"]
+        return math.inf if last_kl is None else last_kl, math.inf if repaired_kl is None else repaired_kl
 
 
 def search_shape(run: Run, member: ResolvedMember, base: Base) -> list[Candidate]:
-    """All candidates, the chosen one first; `base` is the model that they are cut from, with its statistics.
+    """All candidates of a member, the chosen one first; `base` is the model that they are cut from.
 
     Raises:
         UserError: no shape meets the target.
@@ -97,30 +99,8 @@ def search_shape(run: Run, member: ResolvedMember, base: Base) -> list[Candidate
     return sorted(finalists, key=Candidate.score) + candidates[search.finalists :]
 
 
-def _shapes(recipe: Recipe, member: ResolvedMember, base_config: Any) -> list[tuple[FoundShape, Any]]:
-    """(shape, the base's config as this shape is cut from it), for each shape to try."""
-    search, target = recipe.prune.search, member.target
-    if target is None:
-        raise ValueError(f"{member.name} is not cut")
-    count = search.candidates if search else len(member.hidden_choices)
-    shapes: list[tuple[FoundShape, Any]] = []
-    refusals: list[UserError] = []
-    for number, hidden in enumerate(member.hidden_choices):
-        share = (count - len(shapes)) // (len(member.hidden_choices) - number)
-        config = shape_config(base_config, hidden)
-        try:
-            sizes = diverse_shapes(config, target, parent=member.parent_config, count=share)
-        except UserError as error:  # a head of its own can be too large for the size that is asked for
-            refusals.append(error)
-            continue
-        shapes += [(FoundShape(dims, hidden), config) for dims in sizes]
-    if not shapes:
-        raise refusals[0]
-    return shapes
-
-
 def _try_shape(run: Run, member: ResolvedMember, base: Base, stage: str, shape: FoundShape, num_tokens: int) -> Made:
-    """The stage that cuts and repairs a shape, and recovers it on `num_tokens` tokens."""
+    """The stage candidate or finalist of a shape, with a short recovery on `num_tokens` tokens."""
     shape_settings = {"dims": shape.dims.as_dict(), "hidden": shape.hidden, "tokens": num_tokens}
     return run.runner.make(
         stage,
@@ -135,7 +115,7 @@ def _try_shape(run: Run, member: ResolvedMember, base: Base, stage: str, shape: 
 
 
 def candidate_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a candidate's result depends on besides its shape."""
+    """The settings, besides the shape, that a candidate's losses depend on."""
     distill = (
         recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
     )
@@ -151,7 +131,7 @@ def make_candidate(
     folder: Path,
     on_step: OnStep,
 ) -> None:
-    """losses.json of one shape on selection blocks: cut and repaired, then recovered on `num_tokens` tokens (or 0)."""
+    """Write the losses of a shape after cut and repair and, unless `num_tokens` is 0, after a short recovery."""
     teacher, device = run.teacher(), default_device()
     model = load_model(base.model.source).to(device)
     plan = plan_shape(run, base, model, shape)
@@ -177,7 +157,7 @@ def _recover_shortly(
     num_tokens: int,
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Losses of a candidate after a short recovery, None where it diverged; `plans` lead from the teacher to it."""
+    """Losses of a candidate after a short recovery, None if it diverged; `plans` are its cuts from the teacher on."""
     recipe, settings = run.recipe, run.recipe.distill
     if settings is None:
         raise ValueError("a recipe with members has a distill section")
@@ -203,13 +183,39 @@ def _recover_shortly(
             hooks=Hooks(on_step=on_step),
         )
         return losses_on_selection(run, student, run.teacher())
-    except (NotFiniteError, DivergedError) as error:  # of one shape among several: it is the last of them
-        logger.warning("a shape that was tried ran off when it was recovered shortly: %s", error)
+    except (NotFiniteError, DivergedError) as error:  # only this shape diverged, and it is sorted last
+        logger.warning("a shape of the search diverged in its short recovery: %s", error)
         return {"loss": None, "kl_to_teacher": None}
 
 
 def _finalist_rate(settings: Distill, num_blocks: float, optimizer: str) -> float:
-    """A shape's rate is not searched for: all of them take the same."""
+    """The learning rate of a short recovery: the recipe's, or the usual rate; all shapes of a search have the same."""
     if settings.learning_rate == "auto":
         return usual_rate(math.ceil(num_blocks / settings.batch_size), optimizer)
     return settings.learning_rate
+
+
+def _shapes(recipe: Recipe, member: ResolvedMember, base_config: Any) -> list[tuple[FoundShape, Any]]:
+    """(shape, config of the model to cut) for each shape of the search.
+
+    Raises:
+        UserError: no shape meets the target.
+    """
+    search, target = recipe.prune.search, member.target
+    if target is None:
+        raise ValueError(f"{member.name} is not cut")
+    count = search.candidates if search else len(member.hidden_choices)
+    shapes: list[tuple[FoundShape, Any]] = []
+    refusals: list[UserError] = []
+    for number, hidden in enumerate(member.hidden_choices):
+        share = (count - len(shapes)) // (len(member.hidden_choices) - number)
+        config = shape_config(base_config, hidden)
+        try:
+            sizes = diverse_shapes(config, target, parent=member.parent_config, count=share)
+        except UserError as error:  # an untied head can be too large for the target
+            refusals.append(error)
+            continue
+        shapes += [(FoundShape(dims, hidden), config) for dims in sizes]
+    if not shapes:
+        raise refusals[0]
+    return shapes

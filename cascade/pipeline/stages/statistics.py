@@ -1,4 +1,7 @@
-"""The stage statistics: what importance scores are computed from."""
+"""The stage statistics: block influence, norms and activations on calibration text, for the importance scores.
+
+Depends on: the recipe's `calibration`, the model to be cut and the data. Leaves: `statistics.safetensors`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +22,21 @@ from cascade.runtime.progress import OnStep
 from cascade.runtime.retry_smaller import in_parts_that_fit
 
 
+def with_statistics(run: Run, member: ResolvedMember, base: Base) -> Base:
+    """The base of a member together with its statistics."""
+    statistics = run.runner.make(
+        "statistics",
+        member.name,
+        settings=run.recipe.calibration.model_dump() | statistics_options(run.recipe, member.hidden_choices),
+        inputs={"seed": base.model, "data": run.data},
+        write=partial(make_statistics, run, member, base),
+        label=member.seed,
+    )
+    return replace(base, statistics=statistics)
+
+
 def make_statistics(run: Run, member: ResolvedMember, base: Base, folder: Path, on_step: OnStep) -> None:
-    """Statistics of the model that a member is cut from, on calibration blocks."""
+    """Collect the base's statistics on calibration blocks, and write them."""
     calibration = run.recipe.calibration
     model = load_model(base.model.source).to(default_device())
     blocks = load_calibration(run, calibration.num_blocks)
@@ -37,23 +53,10 @@ def make_statistics(run: Run, member: ResolvedMember, base: Base, folder: Path, 
 
 
 def statistics_options(recipe: Recipe, hidden_choices: Sequence[str]) -> dict[str, Any]:
-    """What the recipe's scores need beyond the usual statistics; second moments are taken on a quarter of the text."""
+    """Options of `collect_statistics` that the recipe's scores need; covariances use a quarter of the blocks."""
     options: dict[str, Any] = {}
     if recipe.prune.heads == "contribution":
         options["head_contributions"] = True
     if "pca" in hidden_choices:
         options["covariance_blocks"] = -(-recipe.calibration.num_blocks // 4)
     return options
-
-
-def with_statistics(run: Run, member: ResolvedMember, base: Base) -> Base:
-    """The model that a member is cut from, with its statistics."""
-    statistics = run.runner.make(
-        "statistics",
-        member.name,
-        settings=run.recipe.calibration.model_dump() | statistics_options(run.recipe, member.hidden_choices),
-        inputs={"seed": base.model, "data": run.data},
-        write=partial(make_statistics, run, member, base),
-        label=member.seed,
-    )
-    return replace(base, statistics=statistics)

@@ -1,4 +1,4 @@
-"""What a training, and the search for its rate, are made of."""
+"""What a training and the search for its learning rate have in common: settings, inputs, models, texts and losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,63 +33,57 @@ from cascade.recipe.schema import Recipe
 from cascade.runtime import ranks
 
 
-def feature_loss(
-    recipe: Recipe,
-    plans: Sequence[PruningPlan] | None,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    num_tokens: int,
-) -> FeatureLoss | None:
-    """The recipe's distill.features for one student; `plans` lead from the teacher to it (None: it was not cut).
-
-    `num_tokens` are those of its whole training (examples, where the recipe counts those).
-    """
-    settings = recipe.distill
-    if settings is None:
-        raise ValueError("a recipe with members has a distill section")
-    if teacher is None:
-        return None
-    section = settings.features
-    forms = (settings.hidden_features(bool(plans)), section.embedding)
-    hidden, embedding = (None if form == "none" else form for form in forms)
-    num_parameters, of_teacher = (sum(each.numel() for each in model.parameters()) for model in (student, teacher))
-    guided = recipe.task == "language" and bool(plans)
-    features = Features(
-        hidden=hidden,
-        embedding=embedding,
-        relations=tuple(section.relations),
-        relation_heads=section.relation_heads,
-        weights={str(name): weight for name, weight in section.weights.items()},
-        balanced=section.balanced,
-        fade_fraction=settings.fade_fraction(num_tokens / num_parameters, num_parameters / of_teacher, guided=guided),
+def training_settings(run: Run, member: ResolvedMember) -> dict[str, Any]:
+    """The settings that a member's training, and the search for its rate, depend on."""
+    recipe = run.recipe
+    settings = (
+        recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
     )
-    if not features.names():
-        return None
-    if plans:
-        origin = origin_of(plans)
-    elif hidden or embedding:
-        origin = even_origin(dims_of(student.config), dims_of(teacher.config))
-    else:
-        origin = Origin(())
-    return FeatureLoss(features, origin, student, teacher)
+    return (
+        settings
+        | {
+            "optimizer": member.optimizer,
+            "num_tokens": member.num_tokens,
+            "first_position": member.first_position,
+            "seed": recipe.seed,
+            "dtype": recipe.save.dtype,
+        }
+        | run.comparison_settings()
+    )
+
+
+def training_inputs(run: Run, start: Start) -> dict[str, Input]:
+    """The inputs of a training and of the search for its rate."""
+    return {"start": start.model, "teacher": run.parent, "data": run.data}
+
+
+def distill_settings(run: Run) -> Distill:
+    """The recipe's distill section.
+
+    Raises:
+        ValueError: the recipe has none.
+    """
+    if run.recipe.distill is None:
+        raise ValueError("a recipe with members has a distill section")
+    return run.recipe.distill
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What a member's training, and the search for its rate, are made of; nothing here depends on the rate."""
+    """Models, texts, losses and options of a member's training, all but its learning rate."""
 
     student: nn.Module
     teacher: nn.Module | None
-    """None where the text alone teaches."""
+    """None for a training on the text alone."""
     blocks: TokenBlocks | Examples
     selection: TokenBlocks | Examples
     supervision: Supervision
     optimization: Optimization
-    """At no rate yet."""
+    """All options but the learning rate, which is 0 here."""
 
 
 def lesson_of(run: Run, member: ResolvedMember, start: Start, stage: str) -> Lesson:
-    """`stage` is distill, or baseline-ce, which learns from the text alone."""
+    """The lesson of a member; `stage` is distill, or baseline-ce, which learns from the text alone."""
     recipe, settings = run.recipe, distill_settings(run)
     teacher = run.expert() if stage == "distill" else None
     student = load_model(start.model.source).to(default_device())
@@ -120,19 +114,8 @@ def lesson_of(run: Run, member: ResolvedMember, start: Start, stage: str) -> Les
     )
 
 
-def distill_settings(run: Run) -> Distill:
-    """The recipe's distill section.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if run.recipe.distill is None:
-        raise ValueError("a recipe with members has a distill section")
-    return run.recipe.distill
-
-
 def _texts(run: Run, teacher: nn.Module | None, stage: str) -> tuple[TokenBlocks | Examples, TokenBlocks | Examples]:
-    """What a training reads, and what it is judged on; a baseline's without what a teacher has said of it."""
+    """(training text, selection text); without a teacher's log-probabilities where the training has no teacher."""
     blocks = load_training(run.data.folder / "train.safetensors")
     if teacher is None and isinstance(blocks, Examples):
         blocks = blocks.labelled()  # the others have nothing to say
@@ -143,31 +126,49 @@ def _texts(run: Run, teacher: nn.Module | None, stage: str) -> tuple[TokenBlocks
 
 
 def teacher_for_training(teacher: nn.Module, parent: ModelSource) -> nn.Module:
-    """Where several processes train, a teacher of the training's own: it is sharded, and others use theirs whole."""
+    """The teacher that a training uses; with several processes, a sharded copy: other stages need the whole model."""
     if ranks.world_size() == 1:
         return teacher
     return sharding.shard(load_model(parent).to(default_device()).requires_grad_(False))
 
 
-def training_inputs(run: Run, start: Start) -> dict[str, Input]:
-    """What a training reads."""
-    return {"start": start.model, "teacher": run.parent, "data": run.data}
+def feature_loss(
+    recipe: Recipe,
+    plans: Sequence[PruningPlan] | None,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    num_tokens: int,
+) -> FeatureLoss | None:
+    """The losses of the recipe's distill.features; None where it names none, or there is no teacher.
 
-
-def training_settings(run: Run, member: ResolvedMember) -> dict[str, Any]:
-    """What the keys of a member's training, and of the search for its rate, take from the recipe."""
-    recipe = run.recipe
-    settings = (
-        recipe.distill.model_dump(exclude={"tokens", "examples", "cache", *WITHOUT_EFFECT}) if recipe.distill else {}
+    `plans` are the student's cuts from the teacher on, None if it was not cut from the teacher. `num_tokens` is the
+    length of its training, in examples where the recipe counts examples.
+    """
+    settings = recipe.distill
+    if settings is None:
+        raise ValueError("a recipe with members has a distill section")
+    if teacher is None:
+        return None
+    section = settings.features
+    forms = (settings.hidden_features(bool(plans)), section.embedding)
+    hidden, embedding = (None if form == "none" else form for form in forms)
+    num_parameters, of_teacher = (sum(each.numel() for each in model.parameters()) for model in (student, teacher))
+    guided = recipe.task == "language" and bool(plans)
+    features = Features(
+        hidden=hidden,
+        embedding=embedding,
+        relations=tuple(section.relations),
+        relation_heads=section.relation_heads,
+        weights={str(name): weight for name, weight in section.weights.items()},
+        balanced=section.balanced,
+        fade_fraction=settings.fade_fraction(num_tokens / num_parameters, num_parameters / of_teacher, guided=guided),
     )
-    return (
-        settings
-        | {
-            "optimizer": member.optimizer,
-            "num_tokens": member.num_tokens,
-            "first_position": member.first_position,
-            "seed": recipe.seed,
-            "dtype": recipe.save.dtype,
-        }
-        | run.comparison_settings()
-    )
+    if not features.names():
+        return None
+    if plans:
+        origin = origin_of(plans)
+    elif hidden or embedding:
+        origin = even_origin(dims_of(student.config), dims_of(teacher.config))
+    else:
+        origin = Origin(())
+    return FeatureLoss(features, origin, student, teacher)
