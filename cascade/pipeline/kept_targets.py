@@ -38,7 +38,7 @@ class TeacherCache:
     windows: Windows
     layout: Layout
     why: str
-    """That they are kept in this form."""
+    """Why targets of this form were chosen, for the report."""
 
     def label(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor, on_step: OnStep | None) -> dict[str, Any]:
         """Label what is missing of these blocks; what that came to, and what the form of the targets costs.
@@ -47,24 +47,37 @@ class TeacherCache:
             DiskError: the disk has no room for them.
         """
         self._require_room(blocks, rows)
-        done = label(self.windows, self.layout, teacher, blocks.rows(rows), on_step=on_step)
-        found = asdict(done) | {"kind": self.layout.kind, "why": self.why, "root": self.windows.root}
+        check = ranks.world_size() > 1  # as in `targets`
+        labelling = label(self.windows, self.layout, teacher, blocks.rows(rows), check_records=check, on_step=on_step)
+        record = asdict(labelling) | {"kind": self.layout.kind, "why": self.why, "root": self.windows.root}
         if ranks.rank() == 0:
-            note_usage(self.windows.folder, asked=done.windows, made=done.made)
+            note_usage(self.windows.folder, asked=labelling.windows, made=labelling.made)
         if self.layout.kind == "hidden" and ranks.world_size() == 1:
-            found["rounding_kl"] = rounding_kl(self.layout, teacher, blocks.rows(rows[:1]))
-        return found
+            record["rounding_kl"] = rounding_kl(self.layout, teacher, blocks.rows(rows[:1]))
+        return record
 
     def targets(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor) -> CachedTargets:
-        """What is kept of these blocks; what is missing, or was damaged since it was labelled, is labelled first."""
-        done = label(self.windows, self.layout, teacher, blocks.rows(rows))
-        if done.made and ranks.rank() == 0:
-            note_usage(self.windows.folder, asked=0, made=done.made)
-        return CachedTargets(self.windows, self.layout, blocks, self._head(teacher))
+        """The kept targets of these blocks; those that are missing are labelled first.
 
-    def objective(self, asked: Objective) -> Objective:
-        """What is asked of these targets: the likeliest ids and their bucket are a forward KL of their own."""
-        return replace(asked, divergence="forward_kl") if self.layout.kind == "top_k" else asked
+        A record is read once, by the training, and one that is damaged is labelled again there. Several processes
+        cannot stop for that in the middle of a step: they read all records before the training as well.
+        """
+        several = ranks.world_size() > 1
+
+        def label_missing(rows: Tensor, *, check_records: bool = True) -> None:
+            device = next(teacher.parameters()).device
+            with torch.autocast(device.type, enabled=False):  # the same bytes inside a step as before it
+                labelling = label(self.windows, self.layout, teacher, blocks.rows(rows), check_records=check_records)
+            if labelling.made and ranks.rank() == 0:
+                note_usage(self.windows.folder, asked=0, made=labelling.made)
+
+        label_missing(rows, check_records=several)
+        label_again = None if several else label_missing
+        return CachedTargets(self.windows, self.layout, blocks, self._head(teacher), label_again)
+
+    def objective(self, objective: Objective) -> Objective:
+        """The objective as these targets give it: the likeliest ids and their bucket are a forward KL of their own."""
+        return replace(objective, divergence="forward_kl") if self.layout.kind == "top_k" else objective
 
     def narrowed(self, vocab_size: int) -> "TeacherCache":
         """What is kept of the same teacher over its first ids alone, under a root of its own.
@@ -99,7 +112,8 @@ class TeacherCache:
         if self.layout.kind != "hidden":
             return None
         head = head_of(teacher)
-        weight, bias = (None if one is None else sharding.whole(one.detach()) for one in (head.weight, head.bias))
+        weights = head.weight, head.bias
+        weight, bias = (None if tensor is None else sharding.whole(tensor.detach()) for tensor in weights)
         if weight is None:
             raise ValueError("a head has a weight")
         return Head(weight, bias, head.scale, head.softcap).narrowed(self.layout.vocab_size)
@@ -142,8 +156,8 @@ def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCa
 def training_rows(recipe: Recipe, first_position: int, num_steps: int, num_blocks: int) -> Tensor:
     """int64: the blocks that so many steps read from a position on, each once; not those of on-policy steps."""
     steps = [step_rows(recipe, first_position, step, num_blocks) for step in taught_steps(recipe, num_steps)]
-    once: Tensor = (torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64)).unique()
-    return once
+    rows: Tensor = (torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64)).unique()
+    return rows
 
 
 def step_rows(recipe: Recipe, first_position: int, step: int, num_blocks: int) -> Tensor:
@@ -156,8 +170,8 @@ def step_rows(recipe: Recipe, first_position: int, step: int, num_blocks: int) -
 
 def taught_steps(recipe: Recipe, num_steps: int) -> list[int]:
     """The steps in which the teacher's opinion on the text is asked: all that the student does not write itself."""
-    own = recipe.distill.on_policy if recipe.distill else None
-    return [step for step in range(num_steps) if own is None or not is_due(recipe.seed, step, own.fraction)]
+    on_policy = recipe.distill.on_policy if recipe.distill else None
+    return [step for step in range(num_steps) if on_policy is None or not is_due(recipe.seed, step, on_policy.fraction)]
 
 
 def member_rows(recipe: Recipe, member: ResolvedMember, num_blocks: int) -> Tensor:

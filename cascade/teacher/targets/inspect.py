@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.runtime.errors import UserError
+from cascade.teacher.targets.index import INDEX_SUFFIX, shard_path
 from cascade.teacher.targets.shards import ROOT_FILE, Windows, damaged_shards, root_name
 from cascade.teacher.targets.usage import usage
 
@@ -51,8 +52,11 @@ def describe(root: Path) -> dict[str, Any]:
 
 
 def damage(root: Path) -> dict[str, Any]:
-    """{'record', 'shards', 'windows'}: what is wrong with a root: its own record, files, windows; all was read."""
-    windows = Windows(root, root_name(root)).refresh()
+    """{'record', 'shards', 'windows'}: what is wrong with a root's own record, its files and its windows.
+
+    Every byte of every shard is read, and no index is believed.
+    """
+    windows = Windows(root, root_name(root), from_shards=True).refresh()
     broken = [key.hex() for key in windows.keys() if windows.read(key) is None]
     record = [] if root_name(root)[:16] == root.name else [f"{root / ROOT_FILE} is not what the folder is named after"]
     shards = sorted({*damaged_shards(root), *windows.passed_over})
@@ -73,8 +77,12 @@ def remove_damaged(root: Path) -> int:
     old = time.time() - _LEFT_OVER_AFTER
     leftovers = [path for path in root.glob(".*") if path.is_file() and path.stat().st_mtime < old]
     freed = 0
-    foreign = Windows(root, root_name(root)).refresh().passed_over
-    for path in {*damaged_shards(root), *foreign, *leftovers}:
+    foreign = Windows(root, root_name(root), from_shards=True).refresh().passed_over
+    shards = {*damaged_shards(root), *foreign}
+    indexes = [
+        path for path in root.glob(f"*{INDEX_SUFFIX}") if shard_path(path) in shards or not shard_path(path).exists()
+    ]
+    for path in {*shards, *indexes, *leftovers}:
         freed += path.stat().st_size
         path.unlink(missing_ok=True)
     return freed

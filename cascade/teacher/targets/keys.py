@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from cascade.data.blocks import TokenBlocks
 from cascade.models.checkpoint.tensor_file import checkpoint_entries
 from cascade.runtime.files import write_atomically
+from cascade.teacher.targets.index import KEY_BYTES
 from cascade.teacher.targets.record import Layout
 from cascade.teacher.targets.sampling import SAMPLER
-from cascade.teacher.targets.shards import KEY_BYTES, Windows, root_folder
+from cascade.teacher.targets.shards import Windows, root_folder
 
 logger = logging.getLogger(__name__)
 

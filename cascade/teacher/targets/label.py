@@ -52,9 +52,13 @@ def label(
     teacher: nn.Module,
     blocks: TokenBlocks,
     *,
+    check_records: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Labelling:
     """Label the windows of `blocks` that are missing or damaged; several processes share them out.
+
+    With `check_records` every record of these windows is read. Without it the shards' indexes say which windows have
+    one, for a training that reads its records itself and has damaged ones labelled again (`CachedTargets`).
 
     Raises:
         RunError: the disk is full; what was written before stays.
@@ -65,13 +69,14 @@ def label(
     _require_fitting(windows.refresh(), layout, teacher)
     keys = window_keys(blocks)
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
-    missing = torch.tensor([row for key, row in first.items() if windows.read(key) is None], dtype=torch.int64)
+    present = {key for key in first if (windows.read(key) is not None if check_records else key in windows)}
+    missing = torch.tensor([row for key, row in first.items() if key not in present], dtype=torch.int64)
     missing = ranks.same(missing)
     teacher.eval()
     group = _group_size(teacher, blocks)
     steps = -(-len(missing) // (group * ranks.world_size()))
     own = missing[ranks.rank() :: ranks.world_size()]
-    writer, made = Writer(windows.folder, windows.root), 0
+    writer, num_labelled = Writer(windows.folder, windows.root), 0
     for step in range(steps):
         rows = own[step * group : (step + 1) * group]
         if ranks.world_size() == 1:  # another run may have labelled some of them meanwhile
@@ -81,16 +86,22 @@ def label(
             for row, record in zip(rows.tolist(), found, strict=True):
                 if writer.add(keys[row], record):
                     windows.refresh()
-        made += len(rows)
+        num_labelled += len(rows)
         if on_step is not None:
             on_step(step + 1, steps)
     writer.flush()
     ranks.barrier()
+    if ranks.rank() == 0:
+        windows.save_indexes()
     windows.refresh()
-    counts = ranks.total({"made": made}, torch.device("cpu"))
-    made = int(counts["made"])
-    seconds = time.perf_counter() - started
-    return Labelling(len(first), made, made * blocks.block_size, seconds, windows.num_bytes())
+    num_labelled = int(ranks.total({"labelled": num_labelled}, torch.device("cpu"))["labelled"])
+    return Labelling(
+        windows=len(first),
+        made=num_labelled,
+        tokens=num_labelled * blocks.block_size,
+        seconds=time.perf_counter() - started,
+        num_bytes=windows.num_bytes(),
+    )
 
 
 @torch.no_grad()
