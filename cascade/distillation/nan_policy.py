@@ -27,16 +27,19 @@ def gradient_norm(trained: Trained, max_grad_norm: float) -> float:
     return float(sharding.whole(clipped))
 
 
-def unfinished(losses: dict[str, float]) -> bool:
-    """Whether a step's `loss` or `grad_norm` is not finite; other figures may be infinite."""
-    return not (math.isfinite(losses["loss"]) and math.isfinite(losses["grad_norm"]))
+def is_finite(losses: dict[str, float]) -> bool:
+    """Whether a step's `loss` and `grad_norm` are finite; other figures may be infinite."""
+    return math.isfinite(losses["loss"]) and math.isfinite(losses["grad_norm"])
 
 
-def kept_figures(entry: dict[str, float]) -> dict[str, float]:
-    """A log's entry without what is not finite (on selection text, or a part of the loss), and how many those were."""
-    kept = {name: value for name, value in entry.items() if math.isfinite(value)}
-    lost = len(entry) - len(kept)
-    return kept | ({"not_finite": float(lost)} if lost else {})
+def finite_figures(entry: dict[str, float]) -> dict[str, float]:
+    """A log's entry without figures that are not finite (on selection text, or a part of the loss).
+
+    `not_finite` says how many were left out, where any were.
+    """
+    figures = {name: figure for name, figure in entry.items() if math.isfinite(figure)}
+    lost = len(entry) - len(figures)
+    return figures | ({"not_finite": float(lost)} if lost else {})
 
 
 def require_no_divergence(progress: Progress) -> None:

@@ -22,10 +22,10 @@ from cascade.runtime.errors import UserError
 
 
 class Rollouts:
-    """The student's own batches, and the buffer they are kept in.
+    """The batches that a student writes, and the buffer that holds them.
 
     Raises:
-        UserError: several processes, whose texts would end at different lengths while all wait for each other.
+        UserError: there are several processes; their texts would end at different lengths, and all would wait.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ def _number(seed: int, what: str, step: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def own_batch(
-    rollouts: Rollouts | None, student: nn.Module, given: TokenBlocks | Examples, objective: Objective, step: int
+def on_policy_batch(
+    rollouts: Rollouts | None, student: nn.Module, text: TokenBlocks | Examples, objective: Objective, step: int
 ) -> tuple[TokenBlocks | Examples, Objective, bool]:
-    """(the step's batch, what it is judged by, whether it is the student's own)."""
-    if rollouts is None or not rollouts.due(step) or isinstance(given, Examples):
-        return given, objective, False
-    return rollouts.batch(student, given, step), rollouts.objective(objective), True
+    """(batch, objective, whether the student has written the batch): the text unchanged in all other steps."""
+    if rollouts is None or not rollouts.due(step) or isinstance(text, Examples):
+        return text, objective, False
+    return rollouts.batch(student, text, step), rollouts.objective(objective), True
 
 
 def common_ids(student: Any, teacher: Any, objective: Objective) -> int:
