@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 ROOT_FILE = "root.json"
 MAX_SHARD_BYTES = 1 << 26
 SECONDS_BETWEEN_SHARDS = 60.0
-"""What a killed labelling loses at most."""
+"""Seconds of work that a killed labelling loses at most."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class Windows:
         _save_indexes(self.folder, indexes)
 
     def targets(self) -> dict[str, Any]:
-        """How records are laid out, as the root says."""
+        """The layout of the root's records."""
         layout: dict[str, Any] = self.record()["targets"]
         return layout
 
     def record(self) -> dict[str, Any]:
-        """All that the root's name stands for."""
+        """The root's record: all that its name stands for (`root_record`)."""
         record: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text(encoding="utf-8"))
         return record
 
@@ -177,55 +177,54 @@ class Windows:
 
 
 class Writer:
-    """Collects records into shards.
+    """Collects records and writes them as shards.
 
     Raises:
-        RunError: the disk is full; what was written before stays.
+        RunError: the disk is full; shards that were written before stay.
     """
 
     def __init__(self, folder: Path, root: str) -> None:
         self.folder, self.root = folder, root
         self.records: dict[bytes, bytes] = {}
-        self.held, self.written, self.last = 0, 0, time.monotonic()
+        self.num_bytes, self.last_written = 0, time.monotonic()
 
     def add(self, key: bytes, record: bytes) -> bool:
-        """Keep a window's record; whether a shard was written."""
+        """Add a window's record; whether this wrote a shard."""
         self.records[key] = record
-        self.held += len(record)
-        due = self.held >= MAX_SHARD_BYTES or time.monotonic() - self.last >= SECONDS_BETWEEN_SHARDS
+        self.num_bytes += len(record)
+        due = self.num_bytes >= MAX_SHARD_BYTES or time.monotonic() - self.last_written >= SECONDS_BETWEEN_SHARDS
         if due:
             self.flush()
         return due
 
     def flush(self) -> None:
-        """Write what is held, as one shard."""
+        """Write the records that were added since the last shard as a shard, and its index."""
         if self.records:
             content = _shard_bytes(self.root, self.records)
             name = hashlib.sha256(content).hexdigest()
             path = self.folder / f"{name}{SHARD_SUFFIX}"
             _write(path, content)
             _save_indexes(self.folder, map(index_of, [path]))  # after the shard: an index is never of what is not there
-            self.written += len(self.records)
-        self.records, self.held, self.last = {}, 0, time.monotonic()
+        self.records, self.num_bytes, self.last_written = {}, 0, time.monotonic()
 
 
 def has_root(cache: Path, record: dict[str, Any]) -> bool:
-    """Whether something is kept under the root with this record."""
-    root = _named(record)[1]
+    """Whether a cache has shards of the root with this record."""
+    root = _text_and_name(record)[1]
     return root_name(cache / root[:16]) == root and any((cache / root[:16]).glob(f"*{SHARD_SUFFIX}"))
 
 
-def _named(record: dict[str, Any]) -> tuple[str, str]:
-    """(text, name) of a root's record."""
+def _text_and_name(record: dict[str, Any]) -> tuple[str, str]:
+    """(text of `ROOT_FILE`, name) of a root with this record."""
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
 def root_folder(cache: Path, record: dict[str, Any]) -> tuple[Path, str]:
-    """(folder, name) of the root with this record, made if there is none."""
-    text, root = _named(record)
+    """(folder, name) of the root with this record, which is created where there is none."""
+    text, root = _text_and_name(record)
     folder = cache / root[:16]
-    with telling(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if root_name(folder) != root:  # new, or damaged
         _write(folder / ROOT_FILE, text.encode())
@@ -233,8 +232,8 @@ def root_folder(cache: Path, record: dict[str, Any]) -> tuple[Path, str]:
 
 
 @contextmanager
-def telling(folder: Path) -> Iterator[None]:
-    """Failures to write there, as errors that say what to do.
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A context that turns failures to write into a folder into errors that say what to do.
 
     Raises:
         DiskError: the disk takes no more.
@@ -252,7 +251,7 @@ def telling(folder: Path) -> Iterator[None]:
 
 
 def root_name(folder: Path) -> str:
-    """64 hexadecimal digits: what a root's folder says it is; its own name where it says nothing."""
+    """A root's name, 64 hexadecimal digits, from its folder's record; the folder's name where that has none."""
     try:
         return hashlib.sha256((folder / ROOT_FILE).read_bytes()).hexdigest()
     except OSError:
@@ -260,7 +259,7 @@ def root_name(folder: Path) -> str:
 
 
 def damaged_shards(folder: Path) -> list[Path]:
-    """Shards whose content is not what their names say."""
+    """Shards whose content does not have the sha256 that is their name."""
     shards = sorted(folder.glob(f"*{SHARD_SUFFIX}"))
     return [path for path in shards if _sha256(path) != path.name.removesuffix(SHARD_SUFFIX)]
 
@@ -284,13 +283,13 @@ def _checksum(root: str, key: bytes, record: NDArray[np.uint8]) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all.
+    """Write a file that appears whole or not at all.
 
     Raises:
         DiskError: the disk takes no more.
         RunError: the folder cannot be written.
     """
-    with telling(path.parent):
+    with disk_errors(path.parent):
         _replace(path, content, "shard")
 
 
