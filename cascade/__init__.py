@@ -33,6 +33,7 @@ _WHERE = {
     "FeatureLoss": "cascade.distillation.losses.features",
     "Supervision": "cascade.distillation.supervision",
     "Selection": "cascade.distillation.supervision",
+    "Lesson": "cascade.distillation.supervision",
     "Optimization": "cascade.distillation.options",
     "Execution": "cascade.distillation.options",
     "Safekeeping": "cascade.distillation.options",

@@ -5,25 +5,25 @@ from torch import Tensor, nn
 
 
 class Average:
-    """average <- decay * average + (1 - decay) * weights after each step; the first weights start it."""
+    """average <- decay * average + (1 - decay) * weights after each step, from the weights at the start on."""
 
     def __init__(self, student: nn.Module, decay: float) -> None:
         self.decay = decay
         self.values = {
-            name: value.detach().clone() for name, value in student.named_parameters() if value.requires_grad
+            name: weight.detach().clone() for name, weight in student.named_parameters() if weight.requires_grad
         }
 
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
-        """Take in the weights after `step` steps; early on the average is shorter, so that it forgets the start."""
+        """Add the weights after `step` steps; the average is short at first, so that it forgets the start."""
         decay = min(self.decay, (1 + step) / (10 + step))
         parameters = dict(student.named_parameters())
-        for name, value in self.values.items():
-            value.lerp_(parameters[name].detach(), 1 - decay)
+        for name, average in self.values.items():
+            average.lerp_(parameters[name].detach(), 1 - decay)
 
     @torch.no_grad()
     def put_into(self, student: nn.Module) -> None:
-        """The student gets the average's weights."""
+        """Replace the student's weights by their average."""
         parameters: dict[str, Tensor] = dict(student.named_parameters())
-        for name, value in self.values.items():
-            parameters[name].copy_(value)
+        for name, average in self.values.items():
+            parameters[name].copy_(average)

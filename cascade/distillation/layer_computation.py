@@ -10,8 +10,8 @@ from cascade.models.architecture.axes import probe_axes
 
 
 @contextmanager
-def computed(model: Any, execution: Execution, features: FeatureLoss | None) -> Iterator[None]:
-    """While this holds, the model's layers are computed as `execution` says."""
+def layer_computation(model: Any, execution: Execution, features: FeatureLoss | None) -> Iterator[None]:
+    """A context in which the model's layers are checkpointed or compiled, as `execution` says."""
     layers: Any = list(model.get_submodule(probe_axes(model.config).layers_prefix)) if execution.compiled else []
     if execution.compiled and features is not None and features.features.relations:
         layers.pop()  # what is watched inside a layer cannot be seen once it is compiled

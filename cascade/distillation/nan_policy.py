@@ -1,4 +1,4 @@
-"""What happens where a loss or a gradient is not finite: always before the optimizer's step, so weights stay whole."""
+"""What a training does where a loss or a gradient is not finite: always before the optimizer's step."""
 
 import json
 import logging
@@ -27,23 +27,26 @@ def gradient_norm(trained: Trained, max_grad_norm: float) -> float:
     return float(sharding.whole(clipped))
 
 
-def unfinished(losses: dict[str, float]) -> bool:
-    """Whether a step's `loss` or `grad_norm` is not finite; other figures may be infinite."""
-    return not (math.isfinite(losses["loss"]) and math.isfinite(losses["grad_norm"]))
+def is_finite(losses: dict[str, float]) -> bool:
+    """Whether a step's `loss` and `grad_norm` are finite; other figures may be infinite."""
+    return math.isfinite(losses["loss"]) and math.isfinite(losses["grad_norm"])
 
 
-def kept_figures(entry: dict[str, float]) -> dict[str, float]:
-    """A log's entry without what is not finite (on selection text, or a part of the loss), and how many those were."""
-    kept = {name: value for name, value in entry.items() if math.isfinite(value)}
-    lost = len(entry) - len(kept)
-    return kept | ({"not_finite": float(lost)} if lost else {})
+def finite_figures(entry: dict[str, float]) -> dict[str, float]:
+    """A log's entry without figures that are not finite (on selection text, or a part of the loss).
+
+    `not_finite` says how many were left out, where any were.
+    """
+    figures = {name: figure for name, figure in entry.items() if math.isfinite(figure)}
+    lost = len(entry) - len(figures)
+    return figures | ({"not_finite": float(lost)} if lost else {})
 
 
 def require_no_divergence(progress: Progress) -> None:
-    """Stop a training whose loss has climbed and stays there.
+    """Stop a training whose loss has climbed and stays high.
 
     Raises:
-        DivergedError: it has.
+        DivergedError: the loss has climbed.
     """
     since = diverged(progress.curve) if progress.step % DIVERGED_STEPS == 0 else None
     if since is not None:
@@ -62,10 +65,10 @@ def leave_out(
     losses: dict[str, float],
     log: TrainingLog,
 ) -> Progress:
-    """How the training goes on after a step whose loss or gradient is not finite: the step is among those left out.
+    """The progress to go on from after a step whose loss or gradient is not finite: the step is left out.
 
     Raises:
-        NotFiniteError: it does not; blocks and losses are in a file beside the training's states.
+        NotFiniteError: the training is to stop; blocks and losses are in a file beside the training's states.
     """
     for parameter in trained.student.parameters():
         parameter.grad = None
@@ -94,11 +97,11 @@ def leave_out(
 
 
 def _record(state_folder: Path | None, progress: Progress, rows: Tensor, losses: dict[str, float]) -> str:
-    """Write down what is known, but for the text itself; where."""
+    """Write the step's blocks, losses and settings to `RECORD`; returns where, for the message."""
     if state_folder is None or ranks.rank() > 0:
         return ""
     make_folder(state_folder)
-    figures = {name: repr(value) for name, value in losses.items()}
+    figures = {name: repr(loss) for name, loss in losses.items()}
     record = {"step": progress.step, "blocks": rows.tolist(), "losses": figures, "settings": progress.settings}
     write_atomically(state_folder / RECORD, json.dumps(record, indent=1) + "\n")
     return f" (all figures: {state_folder / RECORD})"

@@ -1,7 +1,7 @@
-"""Batches that the student writes itself: the teacher scores them, so that it learns where it goes itself.
+"""On-policy batches: the student writes them and the teacher scores them, so it learns from its own mistakes.
 
 GKD (https://arxiv.org/abs/2306.13649), with a replay buffer as in DistiLLM (https://arxiv.org/abs/2402.03898). Whether
-a step is one of these, what it draws, and what it takes from the buffer are functions of the seed and the step alone.
+a step is on-policy, and which batch it takes from the buffer, are functions of the seed and the step alone.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from cascade.runtime.errors import UserError
 
 
 class Rollouts:
-    """The student's own batches, and the buffer they are kept in.
+    """The batches that a student writes, and the buffer that holds them.
 
     Raises:
-        UserError: several processes, whose texts would end at different lengths while all wait for each other.
+        UserError: there are several processes; their texts would end at different lengths, and all would wait.
     """
 
     def __init__(
@@ -42,26 +42,26 @@ class Rollouts:
         self.vocab_size = vocab_size
 
     def due(self, step: int) -> bool:
-        """Whether the step's batch is the student's own."""
+        """Whether the student writes the step's batch."""
         return is_due(self.seed, step, self.settings.fraction)
 
     def batch(self, student: nn.Module, prompts: TokenBlocks, step: int) -> TokenBlocks:
-        """A batch from the buffer, or one that the student writes after the prompts (and that is kept)."""
-        kept = sorted(int(name.partition(".")[0]) for name in self.buffer if name.endswith(".input_ids"))
+        """A batch from the buffer, or one that the student writes after the prompts, which goes into the buffer."""
+        steps = sorted(int(name.partition(".")[0]) for name in self.buffer if name.endswith(".input_ids"))
         size = self.settings.buffer_size
-        if size and len(kept) >= size and self._draw("replay", step) < self.settings.replay_fraction:
-            chosen = kept[int(self._draw("which", step) * len(kept))]
+        if size and len(steps) >= size and self._draw("replay", step) < self.settings.replay_fraction:
+            chosen = steps[int(self._draw("which", step) * len(steps))]
             ids, labels = self.buffer[f"{chosen}.input_ids"], self.buffer[f"{chosen}.labels"]
             return TokenBlocks(ids, labels, prompts.bytes_per_token)
         written = generate(student, prompts, self.settings, self.ends, vocab_size=self.vocab_size)
         if size:
             self.buffer |= {f"{step}.input_ids": written.input_ids, f"{step}.labels": written.labels}
-            for old in [*kept, step][:-size]:
+            for old in [*steps, step][:-size]:
                 del self.buffer[f"{old}.input_ids"], self.buffer[f"{old}.labels"]
         return written
 
     def objective(self, usual: Objective) -> Objective:
-        """What the student's own text is judged by: the teacher alone, not the text itself."""
+        """The objective on text that the student has written: the teacher alone, without cross-entropy."""
         return replace(usual, divergence=self.settings.divergence, cross_entropy_weight=0.0)
 
     def _draw(self, what: str, step: int) -> float:
@@ -69,7 +69,7 @@ class Rollouts:
 
 
 def is_due(seed: int, step: int, fraction: float) -> bool:
-    """Whether a step's batch is the student's own."""
+    """Whether the student writes a step's batch."""
     return _number(seed, "due", step) < fraction
 
 
@@ -78,13 +78,13 @@ def _number(seed: int, what: str, step: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def own_batch(
-    rollouts: Rollouts | None, student: nn.Module, given: TokenBlocks | Examples, objective: Objective, step: int
+def on_policy_batch(
+    rollouts: Rollouts | None, student: nn.Module, text: TokenBlocks | Examples, objective: Objective, step: int
 ) -> tuple[TokenBlocks | Examples, Objective, bool]:
-    """(the step's batch, what it is judged by, whether it is the student's own)."""
-    if rollouts is None or not rollouts.due(step) or isinstance(given, Examples):
-        return given, objective, False
-    return rollouts.batch(student, given, step), rollouts.objective(objective), True
+    """(batch, objective, whether the student has written the batch): the text unchanged in all other steps."""
+    if rollouts is None or not rollouts.due(step) or isinstance(text, Examples):
+        return text, objective, False
+    return rollouts.batch(student, text, step), rollouts.objective(objective), True
 
 
 def common_ids(student: Any, teacher: Any, objective: Objective) -> int:
@@ -95,7 +95,7 @@ def common_ids(student: Any, teacher: Any, objective: Objective) -> int:
 
 
 def end_tokens(teacher: Any) -> list[int]:
-    """What ends a text of the teacher's, and so of its student's: a student's own settings may be lost by a cut."""
+    """Ids that end a text of the teacher, and so of its student, whose own settings a cut may have lost."""
     ends = getattr(teacher, "generation_config", None) and teacher.generation_config.eos_token_id
     ends = teacher.config.eos_token_id if ends is None and teacher is not None else ends
     return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
@@ -110,7 +110,7 @@ def generate(
     *,
     vocab_size: int | None = None,
 ) -> TokenBlocks:
-    """Prompts with the student's continuations, padded at the end; labels count in the continuations alone.
+    """Prompts with the student's continuations, padded at the end; only the continuations' tokens count.
 
     Sampled from the student's own distribution (at the temperature), up to a token of `ends`; from `vocab_size` on, ids
     are not written, and the probabilities of the others add up to 1. A prompt that leaves no room for a continuation
@@ -142,11 +142,11 @@ def generate(
         eos_token_id=list(ends) or None,
         suppress_tokens=unwritten or None,
     )
-    kept, student.generation_config = student.generation_config, how  # else its own fills in what is not said
+    previous, student.generation_config = student.generation_config, how  # or the model's would fill in defaults
     try:
         written = student.generate(input_ids=padded.to(device), attention_mask=mask.to(device))[:, longest:].cpu()
     finally:
-        student.generation_config = kept
+        student.generation_config = previous
     student.train(training)
     ids = torch.full((len(starts), longest + written.shape[1]), pad)
     labels = torch.full_like(ids, IGNORE_INDEX)

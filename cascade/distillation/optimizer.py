@@ -40,30 +40,30 @@ class Optimizer:
                 group["lr"] = rate
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(key, parameter, state) of everything remembered; quantised states as the plain tensors they are made of."""
+        """(key, parameter, tensor) of every state; quantised states as the plain tensors that they are made of."""
         for part in self.parts:
             for parameter, state in part.state.items():
-                for key, value in state.items():
-                    if hasattr(value, "__tensor_flatten__") and not sharding.is_sharded(value):
-                        for inner in value.__tensor_flatten__()[0]:
-                            yield f"{key}@{inner}", parameter, getattr(value, inner)
+                for key, tensor in state.items():
+                    if hasattr(tensor, "__tensor_flatten__") and not sharding.is_sharded(tensor):
+                        for inner in tensor.__tensor_flatten__()[0]:
+                            yield f"{key}@{inner}", parameter, getattr(tensor, inner)
                     else:
-                        yield key, parameter, value
+                        yield key, parameter, tensor
 
     def prepare_state(self) -> None:
-        """Make every state exist, as after a first step that changed no weight."""
-        kept = [(group, group["lr"], group["weight_decay"]) for group in self._groups()]
-        for group, rate, _ in kept:
+        """Create every state, as a first step that changes no weight would."""
+        options = [(group, group["lr"], group["weight_decay"]) for group in self._groups()]
+        for group, rate, _ in options:
             group["lr"], group["weight_decay"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0, 0.0
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         self.step()
         self.zero_grad()
-        for group, rate, decay in kept:
+        for group, rate, decay in options:
             group["lr"], group["weight_decay"] = rate, decay
 
     def forget(self) -> None:
-        """As before the first step."""
+        """Drop every state, as before the first step."""
         for part in self.parts:
             part.state.clear()
 
@@ -72,10 +72,10 @@ class Optimizer:
 
 
 def require_optimizer(kind: str) -> None:
-    """Refuse what cannot be had here.
+    """Refuse an optimizer that cannot run here.
 
     Raises:
-        UserError: an unknown name, torchao is missing, or anything but AdamW under several processes.
+        UserError: the name is unknown, torchao is missing, or several processes train with another one than AdamW.
     """
     if kind not in OPTIMIZERS:
         raise UserError(f"optimizer '{kind}' is unknown; known: {', '.join(OPTIMIZERS)}")
@@ -86,7 +86,7 @@ def require_optimizer(kind: str) -> None:
 
 
 _NEWTON_SCHULZ_STEPS = 5
-"""Of torch.optim.Muon."""
+"""Iterations that torch.optim.Muon makes by default."""
 
 
 def orthogonalisation_flops(config: Any) -> float:
@@ -102,7 +102,7 @@ def orthogonalisation_flops(config: Any) -> float:
 
 
 def build_optimizer(kind: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """The optimizer of a student's trainable parameters; vectors (norms, biases) are not decayed.
+    """The optimizer of a student's trainable parameters; vectors (norms, biases) have no weight decay.
 
     adamw: fused. adamw_8bit: moments in 8 bits, through torchao. muon: orthogonalised momentum for matrices inside the
     layers, its steps as long as AdamW's, so that one learning rate serves both (https://arxiv.org/abs/2502.16982).
@@ -111,13 +111,13 @@ def build_optimizer(kind: str, model: nn.Module, learning_rate: float, weight_de
         UserError: as `require_optimizer`.
     """
     require_optimizer(kind)
-    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     if kind == "muon":
         axes: Any = probe_axes(model.config)
-        inside = [value for name, value in named.items() if value.ndim == 2 and axes.layer_of(name) is not None]
-        taken = {id(value) for value in inside}
-        rest = [value for value in named.values() if id(value) not in taken]
-        muon = torch.optim.Muon(inside, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        matrices = [weight for name, weight in named.items() if weight.ndim == 2 and axes.layer_of(name) is not None]
+        orthogonalised = {id(weight) for weight in matrices}
+        rest = [weight for weight in named.values() if id(weight) not in orthogonalised]
+        muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         return Optimizer([muon, _adamw(rest, learning_rate, weight_decay)])
     if kind == "adamw_8bit":
         return Optimizer([_adamw_8bit(list(named.values()), learning_rate, weight_decay)])

@@ -1,6 +1,6 @@
-"""The options of a training, declared once: what `distill` takes and what a recipe's sections come to.
+"""The options of a training, declared once: for `distill`, and for the sections of a recipe.
 
-Plain values only, so that a recipe can be read without torch.
+Plain values without torch, so that a recipe can be read without it.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Objective:
     """tsq: the divergence is multiplied by the squared temperature, which keeps the gradient on cross-entropy's
     scale; none: it is not."""
     cross_entropy_weight: float = 0.0
-    """Share of the cross-entropy with the text; the divergence has the rest."""
+    """Share of the cross-entropy with the text in the loss; the divergence has the rest."""
     options: Options = field(default_factory=Options)
     vocab_size: int | None = field(default=None, repr=False)
     """Ids, from 0 on, that the models are compared over; None: all rows that both heads have."""
@@ -53,14 +53,14 @@ class Features:
     """cosine: 1 - cosine similarity; mse: squared distance over the teacher's squared length. Of each token's hidden
     state, averaged over layers."""
     embedding: str | None = None
-    """The same of what enters the first layer."""
+    """cosine or mse, of the input of the first layer."""
     relations: tuple[str, ...] = ()
     """qq, kk, vv: softmax of scaled products of the projections with themselves; qk: of queries with keys, as in
     attention. KL from the teacher's, averaged over relation heads, in the last layer."""
     relation_heads: int | None = None
-    """What all projections' widths are split into; the largest number up to the student's heads where not given."""
+    """Heads that all projections' widths are split into; None: as many as divide them, up to the student's heads."""
     weights: dict[str, float] = field(default_factory=dict)
-    """By 'hidden', 'embedding', 'relations'; 1 where not given."""
+    """Weights of the losses, by 'hidden', 'embedding' and 'relations'; 1 for those that have none here."""
     balanced: bool = True
     """Their sum is first scaled to the size of the logit loss, as both were in the step before (ModelOpt)."""
     fade_fraction: float | None = None
@@ -70,7 +70,7 @@ class Features:
     def names(self) -> list[str]:
         """The losses that are in use: of hidden, embedding, relations."""
         losses = {"hidden": self.hidden, "embedding": self.embedding, "relations": self.relations}
-        return [name for name, value in losses.items() if value]
+        return [name for name, form in losses.items() if form]
 
 
 @dataclass(frozen=True)
@@ -80,30 +80,30 @@ class OnPolicy:
     fraction: float
     """Share of the steps."""
     prompt_tokens: int = 32
-    """Of each block, where the block has no prompt of its own (labels that do not count at its start)."""
+    """Tokens that are the prompt in a block without a prompt of its own (labels that do not count at its start)."""
     max_new_tokens: int = 64
     temperature: float = 1.0
     divergence: str = "reverse_kl"
     buffer_size: int = 0
-    """Batches that are kept; 0: each is used once."""
+    """Batches that the buffer holds; 0: each batch is used once."""
     replay_fraction: float = 0.5
-    """Share of these steps that take a batch from a full buffer instead of writing one."""
+    """Share of the on-policy steps that take a batch from a full buffer instead of writing one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """Which batches a student reads, and how each step changes its weights: all that a result depends on."""
+    """The batches that a student reads, and how each step changes its weights."""
 
     batch_size: int = 8
     """Blocks (or examples) per optimizer step."""
     seed: int = 0
-    """Of the order of blocks, of dropout and of what a student writes itself."""
+    """Seed of the order of blocks, of dropout and of what a student writes itself."""
     first_position: int = 0
-    """Where reading starts in the endless, seeded order of blocks."""
+    """Position in the endless, seeded order of blocks at which reading starts."""
     optimizer: str = "adamw"
     """A name from `OPTIMIZERS`."""
     learning_rate: float = 3e-3
-    """The schedule's peak."""
+    """The learning rate at the schedule's peak."""
     schedule: Schedule = Schedule()
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -114,7 +114,7 @@ class Optimization:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How steps are computed: changes memory and speed, and the result at most by rounding."""
+    """How steps are computed: this changes memory and speed, and the result by rounding at most."""
 
     microbatch_size: int = 8
     """Blocks (or examples) per forward pass; halved where they do not fit into memory."""
@@ -123,15 +123,15 @@ class Execution:
     compiled: bool = False
     """Compile each layer of the student (torch.compile)."""
     remember_teacher: bool = False
-    """Keep what the teacher computes for each batch (`memory.remember`): another training will read the same."""
+    """Keep what the teacher computes for each batch (`teacher_memory.remember`) for a training of the same batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Safekeeping:
-    """What is saved of a training on its way, and when it stops by itself."""
+    """The states that a training saves on its way, and when it stops by itself."""
 
     state_folder: Path | None = None
-    """Where the training's states are saved, and looked for at its start; None: nowhere."""
+    """The folder that the training's states are saved in, and resumed from; None: no states."""
     save_every_minutes: float = 10.0
     keep_states: int = 2
     """How many of the last states stay; an older one serves where the last is damaged."""
@@ -147,7 +147,7 @@ class Safekeeping:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """Who is told of each step."""
+    """A training's log, and functions that it calls."""
 
     log_path: Path | None = None
     """A file of JSON lines, one per step."""

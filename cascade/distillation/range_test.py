@@ -1,7 +1,7 @@
-"""The peak learning rate of one recovery, found by short trainings from its own start.
+"""The peak learning rate of one training, found by short trainings from the same start.
 
-What a rate is worth depends on how much the cut has left to mend: a well repaired start is spoilt by a rate that a poor
-one needs. Each try is the whole schedule on a few steps, from the same start; the divergence on selection text decides.
+The best rate depends on how much a cut has left to recover: a rate that a damaged start needs spoils a well repaired
+one. Each try is the whole schedule on a few steps, from the same start; the divergence on selection text decides.
 """
 
 import copy
@@ -11,19 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import nn
-
-from cascade.data.blocks import TokenBlocks
-from cascade.data.examples import Examples
-from cascade.distillation.options import Execution, Optimization
-from cascade.distillation.supervision import Selection, Supervision
-from cascade.distillation.trainer import (
-    DEFAULT_EXECUTION,
-    DEFAULT_OPTIMIZATION,
-    DEFAULT_SUPERVISION,
-    TrainingMetrics,
-    distill,
-)
+from cascade.distillation.options import Execution
+from cascade.distillation.supervision import Lesson, Selection
+from cascade.distillation.trainer import DEFAULT_EXECUTION, TrainingMetrics, distill
 from cascade.runtime.errors import DivergedError, NotFiniteError, TrainingError
 
 FIRST_RATE = 1e-3
@@ -46,61 +36,56 @@ _FACTOR, _MOST_TRIES = 2.0, 6
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What was tried, and the rate that follows."""
+    """The rates that were tried, and the rate that follows from them."""
 
     learning_rate: float
     tried: list[dict[str, float | None]]
-    """learning_rate and selection loss (KL to the teacher; without one, cross-entropy) of each try, in order; a
-    loss that is not finite is None."""
+    """learning_rate and selection loss (KL to the teacher; cross-entropy without a teacher) of each try, in order;
+    None stands for a loss that is not finite."""
     num_tokens: int
     """Tokens that all tries together were trained on."""
     seconds: float
 
 
 def find_learning_rate(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    blocks: TokenBlocks | Examples,
+    lesson: Lesson,
     *,
     num_tokens: int,
-    selection: TokenBlocks | Examples,
-    supervision: Supervision = DEFAULT_SUPERVISION,
-    optimization: Optimization = DEFAULT_OPTIMIZATION,
     execution: Execution = DEFAULT_EXECUTION,
     on_try: Callable[[int, int], None] | None = None,
 ) -> RangeTest:
-    """The peak rate for a `distill` of `num_tokens` tokens with these options; `student` is left as it is.
+    """The peak rate for a `distill` of the lesson over `num_tokens` tokens; the lesson's student is left as it is.
 
     Rates are doubled, or halved, as long as that helps; a parabola through the best and its neighbours (over the
     logarithm of the rate) gives the minimum. `optimization.learning_rate` and `ema_decay` have no part in it.
     `on_try(done, most)` is called after each try.
 
     Raises:
-        TrainingError: the loss is finite at none of them.
+        TrainingError: the loss is finite at none of the rates that were tried.
     """
-    started = time.perf_counter()
-    num_steps = math.ceil(num_tokens / (optimization.batch_size * blocks.block_size))
+    started, optimization = time.perf_counter(), lesson.optimization
+    step_tokens = optimization.batch_size * lesson.blocks.block_size
+    num_steps = math.ceil(num_tokens / step_tokens)
     steps = _steps_of_a_try(num_steps)
-    tokens = steps * optimization.batch_size * blocks.block_size
     first = _first_rate(optimization.optimizer)
     execution = replace(execution, remember_teacher=True)
     losses: dict[int, float] = {}
 
     def training_at(power: int) -> TrainingMetrics:
         return distill(
-            copy.deepcopy(student),
-            teacher,
-            blocks,
-            num_tokens=tokens,
-            supervision=supervision,
+            copy.deepcopy(lesson.student),
+            lesson.teacher,
+            lesson.blocks,
+            num_tokens=steps * step_tokens,
+            supervision=lesson.supervision,
             optimization=replace(optimization, learning_rate=first * _FACTOR**power, ema_decay=None),
             execution=execution,
-            selection=Selection(blocks=selection, every=steps),
+            selection=Selection(blocks=lesson.selection, every=steps),
         )
 
     def loss_at(power: int) -> float:
         if power not in losses:
-            losses[power] = _loss_after(partial(training_at, power), with_teacher=teacher is not None)
+            losses[power] = _loss_after(partial(training_at, power), with_teacher=lesson.teacher is not None)
             if on_try is not None:
                 on_try(len(losses), _MOST_TRIES)
         return losses[power]
@@ -113,7 +98,7 @@ def find_learning_rate(
     return RangeTest(
         learning_rate=usual_rate(num_steps, optimization.optimizer) * _FACTOR ** (best + _vertex(losses, best)),
         tried=[{"learning_rate": rate, "loss": loss} for rate, loss in figures],
-        num_tokens=tokens * len(losses),
+        num_tokens=steps * step_tokens * len(losses),
         seconds=time.perf_counter() - started,
     )
 

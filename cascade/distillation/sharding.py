@@ -25,26 +25,26 @@ def shard(model: _Model) -> _Model:
     return model
 
 
-def sync_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass exchanges gradients: only a step's last one has to."""
+def sync_gradients(model: nn.Module, exchange: bool) -> None:
+    """Have the next backward pass exchange gradients, or not: only a step's last one has to."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_gradient_sync(exchange)
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward one has gathered: only then are parameters shards again."""
+    """Free the parameters that a forward pass without a backward pass has gathered: they are shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a process holds a part of the tensor only."""
+    """Whether each process holds a part of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, on every process; all of them have to ask."""
+    """The full tensor, on every process; all processes have to call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -59,10 +59,10 @@ def copy_into(target: Tensor, full: Tensor) -> None:
 def gathered(model: nn.Module, empty: nn.Module) -> nn.Module:
     """`empty`, a plain model of the same shape, with the weights of one that is sharded."""
     with torch.no_grad():
-        for (name, value), (own_name, parameter) in zip(whole_weights(model), empty.named_parameters(), strict=True):
-            if name != own_name:
-                raise ValueError(f"'{name}' where '{own_name}' was due: the models are not of one shape")
-            parameter.copy_(value)
+        for (name, weight), (expected, parameter) in zip(whole_weights(model), empty.named_parameters(), strict=True):
+            if name != expected:
+                raise ValueError(f"'{name}' where '{expected}' was due: the models are not of one shape")
+            parameter.copy_(weight)
     return empty.eval()
 
 

@@ -29,7 +29,7 @@ _FITTING = "microbatch.json"
 
 @dataclass(frozen=True)
 class Task:
-    """What one step is about."""
+    """One step's models, batch and losses."""
 
     student: nn.Module
     teacher: nn.Module | None
@@ -38,17 +38,17 @@ class Task:
     objective: Objective
     features: FeatureLoss | None
     scales: dict[str, float] | None
-    """What each feature loss is multiplied by; None: from this step's own losses, measured first."""
+    """The factor of each feature loss; None: from this step's own losses, which are measured first."""
     rows: Tensor
     """The blocks' numbers, for messages."""
     strength: float = 1.0
-    """What is left of the feature losses' weight (`FeatureLoss.strength`)."""
+    """Share of the feature losses' weight at this step (`FeatureLoss.strength`)."""
     keep: bool = False
     """Whether the batch will be read again, by another training."""
 
     @property
     def taught(self) -> bool:
-        """Whether there is more to learn from than the text."""
+        """Whether a teacher or its targets teach, besides the text."""
         return self.teacher is not None or (isinstance(self.batch, TokenBlocks) and self.batch.known is not None)
 
 
@@ -79,7 +79,7 @@ def fitting_step(task: Task, microbatch_size: int, state_folder: Path | None) ->
 
 
 def fitting_microbatch(state_folder: Path | None, microbatch_size: int) -> int:
-    """The size asked for, or the smaller one that an earlier attempt has noted."""
+    """The microbatch of the training's options, or a smaller one that an earlier attempt has noted."""
     noted = None if state_folder is None else state_folder / _FITTING
     if noted is None or not noted.exists():
         return microbatch_size
@@ -87,7 +87,7 @@ def fitting_microbatch(state_folder: Path | None, microbatch_size: int) -> int:
 
 
 def _note(state_folder: Path | None, microbatch_size: int, smaller: int) -> str:
-    """Write the smaller size down; the message that says so."""
+    """Note the smaller size beside the training's state; returns the message for the error."""
     message = f"out of memory with microbatch_size {microbatch_size} on process {ranks.rank()}; "
     if state_folder is None:
         return message + f"give microbatch_size {smaller}"
@@ -113,8 +113,8 @@ def _accumulate(task: Task, microbatch_size: int) -> dict[str, float]:
         raise TrainingError(
             f"no token of blocks {task.rows.tolist()} counts for the loss (all labels are {IGNORE_INDEX})"
         )
-    own = torch.arange(len(task.batch))[ranks.rank() :: ranks.world_size()]
-    parts = [task.batch.rows(rows) for rows in own.split(microbatch_size)]
+    of_process = torch.arange(len(task.batch))[ranks.rank() :: ranks.world_size()]
+    parts = [task.batch.rows(rows) for rows in of_process.split(microbatch_size)]
     scales = task.scales
     if scales is None and task.features is not None:
         with torch.no_grad():
@@ -133,14 +133,14 @@ def _losses(
     for number, part in enumerate(parts):
         failpoint("distill.microbatch")
         sharding.sync_gradients(task.student, number == len(parts) - 1)
-        found = batch_losses(task.student, task.teacher, part, task.objective, task.features, keep=task.keep)
+        losses = batch_losses(task.student, task.teacher, part, task.objective, task.features, keep=task.keep)
         if scales is not None:
-            loss: Any = found.fused.loss
+            loss: Any = losses.fused.loss
             if failpoint("distill.loss"):
                 loss = loss * float("nan")
-            for name, value in found.features.items():
-                loss = loss + scales[name] * value
+            for name, feature_loss in losses.features.items():
+                loss = loss + scales[name] * feature_loss
             (loss * share).backward()
-        for name, summed in sums_of(found, task.taught).items():
+        for name, summed in sums_of(losses, task.taught).items():
             sums[name] = sums.get(name, 0.0) + summed / total_valid
     return ranks.sum_numbers(sums, next(task.student.parameters()).device)

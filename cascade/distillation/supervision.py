@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
 from cascade.data.token_targets import StoredTargets
 from cascade.distillation.losses.features import FeatureLoss
-from cascade.distillation.options import Objective, OnPolicy
+from cascade.distillation.options import Objective, OnPolicy, Optimization
 
 
 class Targets(Protocol):
@@ -47,3 +47,18 @@ class Selection:
     blocks: TokenBlocks | Examples
     every: int = 25
     """Optimizer steps between two measurements; the last step is always measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a training and the search for its learning rate have in common."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    """None where the text alone, or kept targets, teach."""
+    blocks: TokenBlocks | Examples
+    selection: TokenBlocks | Examples
+    """Text that the student is judged on."""
+    supervision: Supervision = Supervision()
+    optimization: Optimization = Optimization()
+    """Its learning rate has no part in the search for one."""

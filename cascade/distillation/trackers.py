@@ -20,7 +20,7 @@ def require_trackers(names: Sequence[str]) -> None:
     """Refuse trackers whose package is missing, before anything is computed.
 
     Raises:
-        UserError: one is unknown or not installed.
+        UserError: a tracker is unknown or not installed.
     """
     for name in names:
         if name not in TRACKERS:
@@ -37,13 +37,13 @@ def require_trackers(names: Sequence[str]) -> None:
 def tracked(
     names: Sequence[str], *, project: str, run: str, folder: Path, settings: dict[str, Any]
 ) -> Iterator[Log | None]:
-    """A function that takes one entry of the log, and passes it on to every tracker; None without any.
+    """A function that passes one entry of the log on to every tracker; None where there are no trackers.
 
-    `folder` is for those that write files of their own (TensorBoard). A tracker that fails later on (a server that is
-    gone) is warned about and left out: the training goes on, and log.jsonl has every entry.
+    `folder` is for trackers that write files of their own (TensorBoard). A tracker that fails later on (a server that
+    is gone) is left out with a warning: the training goes on, and log.jsonl has every entry.
 
     Raises:
-        UserError: one is unknown, not installed, or cannot be opened.
+        UserError: a tracker is unknown, not installed, or cannot be opened.
     """
     if not names:
         yield None
@@ -53,10 +53,10 @@ def tracked(
         logs = {name: _opened(name, stack, project, run, folder, settings) for name in names}
 
         def log(entry: dict[str, float]) -> None:
-            values = {key: value for key, value in entry.items() if key != "step"}
+            figures = {key: figure for key, figure in entry.items() if key != "step"}
             for name, send in list(logs.items()):
                 try:
-                    send(values, int(entry["step"]))
+                    send(figures, int(entry["step"]))
                 except Exception as error:  # of any kind: they are other people's clients and networks
                     _logger.warning("distill.trackers: %s failed and is left out from here on: %s", name, error)
                     del logs[name]
@@ -68,7 +68,7 @@ def tracked(
 
 
 def _close(stack: ExitStack) -> None:
-    """End what was opened; a tracker that cannot be ended must not cost the training that it watched."""
+    """Close the trackers; one that cannot be closed must not cost the training that it logged."""
     try:
         stack.close()
     except Exception as error:
@@ -91,9 +91,9 @@ def _tensorboard(stack: ExitStack, project: str, run: str, folder: Path, setting
     writer: Any = SummaryWriter(str(folder / "tensorboard" / run))
     stack.callback(writer.close)
 
-    def send(values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
+    def send(figures: dict[str, float], step: int) -> None:
+        for name, figure in figures.items():
+            writer.add_scalar(name, figure, step)
 
     return send
 
@@ -103,7 +103,7 @@ def _trackio(stack: ExitStack, project: str, run: str, folder: Path, settings: d
 
     trackio.init(project=project, name=run, config=settings, embed=False)
     stack.callback(trackio.finish)
-    return lambda values, step: trackio.log(values, step=step)
+    return lambda figures, step: trackio.log(figures, step=step)
 
 
 def _wandb(stack: ExitStack, project: str, run: str, folder: Path, settings: dict[str, Any]) -> _Send:
@@ -111,7 +111,7 @@ def _wandb(stack: ExitStack, project: str, run: str, folder: Path, settings: dic
 
     opened: Any = wandb.init(project=project, name=run, config=settings, dir=str(folder))
     stack.callback(opened.finish)
-    return lambda values, step: opened.log(values, step=step)
+    return lambda figures, step: opened.log(figures, step=step)
 
 
 def _mlflow(stack: ExitStack, project: str, run: str, folder: Path, settings: dict[str, Any]) -> _Send:
@@ -119,8 +119,9 @@ def _mlflow(stack: ExitStack, project: str, run: str, folder: Path, settings: di
 
     mlflow.set_experiment(project)
     stack.enter_context(mlflow.start_run(run_name=run))
-    mlflow.log_params({name: value for name, value in settings.items() if isinstance(value, str | int | float)})
-    return lambda values, step: mlflow.log_metrics(values, step=step)
+    params = {name: setting for name, setting in settings.items() if isinstance(setting, str | int | float)}
+    mlflow.log_params(params)
+    return lambda figures, step: mlflow.log_metrics(figures, step=step)
 
 
 OPENERS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow}

@@ -6,7 +6,8 @@ Shapes: B = batch, S = block size, N = tokens that count for the loss, D = hidde
 import hashlib
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,21 +20,21 @@ from cascade.data.order import blocks_at
 from cascade.distillation import sharding
 from cascade.distillation.average import Average
 from cascade.distillation.dead_weights import zero_matrices
-from cascade.distillation.layer_computation import computed
+from cascade.distillation.layer_computation import layer_computation
 from cascade.distillation.losses.batch import selection_losses
 from cascade.distillation.losses.features import FeatureLoss
 from cascade.distillation.nan_policy import (
+    finite_figures,
     gradient_norm,
-    kept_figures,
+    is_finite,
     leave_out,
     require_no_divergence,
-    unfinished,
 )
-from cascade.distillation.on_policy import Rollouts, common_ids, end_tokens, own_batch
+from cascade.distillation.on_policy import Rollouts, common_ids, end_tokens, on_policy_batch
 from cascade.distillation.optimizer import build_optimizer
-from cascade.distillation.options import Execution, Hooks, Optimization, Safekeeping
+from cascade.distillation.options import Execution, Hooks, Objective, Optimization, Safekeeping
 from cascade.distillation.step import Task, fitting_microbatch, fitting_step
-from cascade.distillation.supervision import Selection, Supervision, Targets
+from cascade.distillation.supervision import Selection, Supervision
 from cascade.distillation.training_log import TrainingLog
 from cascade.distillation.training_state import Progress, States, Trained, load_state
 from cascade.runtime import ranks
@@ -47,7 +48,7 @@ _DEFAULT_SAFEKEEPING, _NO_HOOKS = Safekeeping(), Hooks()
 
 @dataclass(frozen=True)
 class TrainingMetrics:
-    """What a training run came to; losses in nats per token on the selection blocks (None without any)."""
+    """The result of a training; losses in nats per token on the selection blocks, None where there are none."""
 
     num_steps: int
     num_tokens: int
@@ -109,15 +110,15 @@ def distill(
     if training.states is not None and safekeeping.on_nan == "rollback":
         training.states.begin(trained, progress)
     started = time.perf_counter()
-    with computed(student, execution, supervision.features), saving() if training.states else nullcontext():
-        progress = _loop(training, trained, progress, started)
+    with layer_computation(student, execution, supervision.features), saving() if training.states else nullcontext():
+        progress = _train(training, trained, progress, started)
     training.log.close(progress.curve)
     return _metrics(training, progress, time.perf_counter() - started)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Training:
-    """What stays the same over a training: its models and data, its options, and what `distill` has opened for it."""
+    """The parts of a training that its steps do not change: models, data, options, log and states."""
 
     student: nn.Module
     teacher: nn.Module | None
@@ -139,39 +140,45 @@ class _Training:
         return self.optimization.batch_size * self.blocks.block_size
 
 
-def _loop(training: _Training, trained: Trained, progress: Progress, started: float) -> Progress:
-    """All steps that are left: a batch, its loss and gradients, the optimizer's step, what is logged and saved."""
-    training.student.train()
+def _train(training: _Training, trained: Trained, progress: Progress, started: float) -> Progress:
+    """The steps that are left: a batch, its losses and gradients, the optimizer's step, the log, a state on disk."""
+    student, optimization = training.student, training.optimization
+    student.train()
     while progress.step < training.num_steps:
         step, last = progress.step, progress.step + 1 == training.num_steps
         entry: dict[str, float] = {"step": step + 1, "num_tokens": (step + 1) * training.step_tokens}
         if step == 0:
-            entry |= zero_matrices(training.student)
+            entry |= zero_matrices(student)
         if step in progress.left_out:
             entry["skipped"] = 1.0
         else:
-            losses, rows = _gradients(training, trained, progress)
-            if unfinished(losses):
+            with _seeded(optimization.seed, step):
+                batch = _batch(training, step)
+                losses = _gradients(training, batch, progress)
+            rate = optimization.learning_rate * optimization.schedule.factor(step, training.num_steps)
+            losses |= {"learning_rate": rate, "grad_norm": gradient_norm(trained, optimization.max_grad_norm)}
+            losses |= {"microbatch_size": progress.microbatch_size, "on_policy": float(batch.on_policy)}
+            if not is_finite(losses):
                 safekeeping, states = training.safekeeping, training.states
-                progress = leave_out(progress, trained, safekeeping, states, rows, losses, training.log)
+                progress = leave_out(progress, trained, safekeeping, states, batch.rows, losses, training.log)
                 continue
-            _update(trained, step)
+            _update(trained, rate, step)
             entry |= losses | {"seconds": time.perf_counter() - started}
         if last and trained.average is not None:
-            trained.average.put_into(training.student)
+            trained.average.put_into(student)
         entry |= _selection_losses(training, progress.microbatch_size, step)
         progress.step += 1
-        _record(training, trained, progress, kept_figures(entry))
-    training.student.eval()
+        _record(training, trained, progress, finite_figures(entry))
+    student.eval()
     return progress
 
 
 def _record(training: _Training, trained: Trained, progress: Progress, entry: dict[str, float]) -> None:
-    """Log a step that is done, save a state if one is due, and tell the caller.
+    """Log a step that is done, save a state if one is due, and call the caller's function.
 
     Raises:
         Stopped: a signal has come, and the state is saved.
-        DivergedError: the loss has climbed, and the training is to stop there.
+        DivergedError: the loss has climbed, and such a training is to stop.
     """
     progress.curve.append(entry)
     training.log.add(entry)
@@ -184,55 +191,70 @@ def _record(training: _Training, trained: Trained, progress: Progress, entry: di
         require_no_divergence(progress)
 
 
-def _gradients(training: _Training, trained: Trained, progress: Progress) -> tuple[dict[str, float], Tensor]:
-    """(losses, rate and gradient norm of the step that is due; its blocks' numbers); clipped gradients in `.grad`."""
-    optimization, supervision, step = training.optimization, training.supervision, progress.step
-    rows, batch = _batch(training.blocks, supervision.targets, optimization, step)
-    rate = optimization.learning_rate * optimization.schedule.factor(step, training.num_steps)
-    trained.optimizer.set_rate(rate)
+@contextmanager
+def _seeded(seed: int, step: int) -> Iterator[None]:
+    """Random numbers of this step alone, on this process: dropout is a function of the step, as the blocks are."""
+    digest = hashlib.sha256(f"{seed}:{step}:{ranks.rank()}".encode()).digest()
     with torch.random.fork_rng():
-        torch.manual_seed(_step_seed(optimization.seed, step))  # dropout is a function of the step, as the blocks are
-        batch, objective, on_policy = own_batch(training.rollouts, training.student, batch, supervision.objective, step)
-        features = supervision.features
-        strength = 0.0 if features is None else features.strength(step / training.num_steps)
-        features = features if strength > 0 else None
-        task = Task(
-            student=training.student,
-            teacher=training.teacher,
-            batch=batch,
-            objective=objective,
-            features=features,
-            scales=_scales(features, progress.curve, on_policy, strength),
-            rows=rows,
-            strength=strength,
-            keep=training.execution.remember_teacher,
-        )
-        losses, progress.microbatch_size = fitting_step(
-            task, progress.microbatch_size, training.safekeeping.state_folder
-        )
-    figures = {"learning_rate": rate, "grad_norm": gradient_norm(trained, optimization.max_grad_norm)}
-    return losses | figures | {"microbatch_size": progress.microbatch_size, "on_policy": float(on_policy)}, rows
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield
 
 
-def _batch(
-    blocks: TokenBlocks | Examples, targets: Targets | None, optimization: Optimization, step: int
-) -> tuple[Tensor, TokenBlocks | Examples]:
-    """(numbers, blocks) of a step, with their targets; those of the step after it begin to be read."""
-    size = optimization.batch_size
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """What one step learns from."""
+
+    rows: Tensor
+    """The blocks' numbers."""
+    blocks: TokenBlocks | Examples
+    """With the teacher's targets where those were kept."""
+    objective: Objective
+    """By which the student is judged on them."""
+    on_policy: bool
+    """Whether the student has written the blocks, from the start of those with these numbers."""
+
+
+def _batch(training: _Training, step: int) -> _Batch:
+    """The blocks of a step; the targets of the step after it begin to be read."""
+    optimization, supervision, size = training.optimization, training.supervision, training.optimization.batch_size
     position = optimization.first_position + step * size
     rows, rows_after = (
-        blocks_at(start, size, num_blocks=len(blocks), seed=optimization.seed) for start in (position, position + size)
+        blocks_at(start, size, num_blocks=len(training.blocks), seed=optimization.seed)
+        for start in (position, position + size)
     )
-    batch = blocks.rows(rows)
-    if targets is None or isinstance(batch, Examples):
-        return rows, batch
-    of_process = slice(ranks.rank(), None, ranks.world_size())
-    targets.ahead(rows[of_process], rows_after[of_process])
-    return rows, replace(batch, known=targets.of(rows))
+    blocks = training.blocks.rows(rows)
+    if supervision.targets is not None and isinstance(blocks, TokenBlocks):
+        of_process = slice(ranks.rank(), None, ranks.world_size())
+        supervision.targets.ahead(rows[of_process], rows_after[of_process])
+        blocks = replace(blocks, known=supervision.targets.of(rows))
+    rollouts, objective = training.rollouts, supervision.objective
+    blocks, objective, on_policy = on_policy_batch(rollouts, training.student, blocks, objective, step)
+    return _Batch(rows=rows, blocks=blocks, objective=objective, on_policy=on_policy)
+
+
+def _gradients(training: _Training, batch: _Batch, progress: Progress) -> dict[str, float]:
+    """A step's losses in nats per token; their gradients in `.grad`, and the microbatch that fitted in `progress`."""
+    features, share = training.supervision.features, progress.step / training.num_steps
+    strength = 0.0 if features is None else features.strength(share)
+    features = features if strength > 0 else None
+    task = Task(
+        student=training.student,
+        teacher=training.teacher,
+        batch=batch.blocks,
+        objective=batch.objective,
+        features=features,
+        scales=_scales(features, progress.curve, batch.on_policy, strength),
+        rows=batch.rows,
+        strength=strength,
+        keep=training.execution.remember_teacher,
+    )
+    state_folder = training.safekeeping.state_folder
+    losses, progress.microbatch_size = fitting_step(task, progress.microbatch_size, state_folder)
+    return losses
 
 
 def _selection_losses(training: _Training, microbatch_size: int, step: int) -> dict[str, float]:
-    """Losses on the selection text after a step, where they are due; else none."""
+    """Losses on the selection text, after the steps in which they are measured."""
     selection, last = training.selection, step + 1 == training.num_steps
     if selection is None or not (last or (step + 1) % selection.every == 0):
         return {}
@@ -246,10 +268,10 @@ def _selection_losses(training: _Training, microbatch_size: int, step: int) -> d
 
 
 def _require_teacher(teacher: nn.Module | None, supervision: Supervision) -> None:
-    """Refuse losses that only a live teacher, or what was kept of one, can give.
+    """Refuse losses that need a live teacher, or kept targets, where there is neither.
 
     Raises:
-        UserError: there is none.
+        UserError: a loss needs a teacher.
     """
     from_targets = supervision.targets is not None
     needs_teacher = supervision.on_policy is not None or (supervision.features is not None and not from_targets)
@@ -267,7 +289,7 @@ def _trained(student: nn.Module, optimization: Optimization) -> Trained:
 def _rollouts(
     student: nn.Module, teacher: nn.Module | None, supervision: Supervision, seed: int, trained: Trained
 ) -> Rollouts | None:
-    """What writes the student's own batches, which are kept in `trained.buffer`; None: it writes none."""
+    """Writes the student's own batches, which `trained.buffer` holds; None where every batch is text."""
     if supervision.on_policy is None:
         return None
     vocab_size = common_ids(student, teacher, supervision.objective)
@@ -275,16 +297,16 @@ def _rollouts(
 
 
 def _states(safekeeping: Safekeeping) -> States | None:
-    """The training's states on disk; None: none are saved."""
+    """The training's states on disk; None where it saves none."""
     if safekeeping.state_folder is None:
         return None
     return States(safekeeping.state_folder, safekeeping.save_every_minutes, safekeeping.keep_states)
 
 
 def _settings(training: _Training) -> dict[str, Any]:
-    """What a training's result depends on: a state with other settings is another training's.
+    """The settings that a training's result depends on: a state with other settings belongs to another training.
 
-    Names and texts are those of states that lie on disks: a change makes trainings that were stopped start again.
+    Saved states have these names and texts: a change here makes trainings that were stopped start again.
     """
     optimization, supervision = training.optimization, training.supervision
     features, targets, vocab_size = supervision.features, supervision.targets, supervision.objective.vocab_size
@@ -308,7 +330,7 @@ def _settings(training: _Training) -> dict[str, Any]:
 
 
 def _progress(training: _Training, trained: Trained) -> Progress:
-    """How far an earlier attempt came, its log written again; else the start."""
+    """The progress of an earlier attempt, whose log is written anew, or that of a training that starts."""
     state_folder, microbatch_size = training.safekeeping.state_folder, training.execution.microbatch_size
     settings = _settings(training)
     resumed = None if state_folder is None else load_state(state_folder, trained, settings)
@@ -319,8 +341,9 @@ def _progress(training: _Training, trained: Trained) -> Progress:
     return progress
 
 
-def _update(trained: Trained, step: int) -> None:
-    """The optimizer's step, and the average's."""
+def _update(trained: Trained, rate: float, step: int) -> None:
+    """One step of the optimizer at this learning rate, and of the average."""
+    trained.optimizer.set_rate(rate)
     trained.optimizer.step()
     trained.optimizer.zero_grad()
     if trained.average is not None:
@@ -342,16 +365,10 @@ def _metrics(training: _Training, progress: Progress, seconds: float) -> Trainin
 def _scales(
     features: FeatureLoss | None, curve: list[dict[str, float]], on_policy: bool, strength: float
 ) -> dict[str, float] | None:
-    """What the feature losses are multiplied by, from the last step on text of the same kind; None before the first."""
+    """The feature losses' factors, from the last step on batches of the same kind; None before the first such step."""
     if features is None:
         return {}
     trained = (entry for entry in reversed(curve) if "skipped" not in entry)
     alike = (entry for entry in trained if bool(entry.get("on_policy", 0.0)) == on_policy)
     last = next(alike, None)
     return features.scales(last or {}, strength) if last is not None or not features.features.balanced else None
-
-
-def _step_seed(seed: int, step: int) -> int:
-    """The seed of one step's random draws, on this process."""
-    digest = hashlib.sha256(f"{seed}:{step}:{ranks.rank()}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

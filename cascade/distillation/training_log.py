@@ -1,4 +1,4 @@
-"""A training's log: a line of JSON per step, and whoever else wants to see each."""
+"""A training's log: a line of JSON per step, and a function that is called with each entry."""
 
 import json
 import logging
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
-    """Where the entries go; of several processes the first one writes."""
+    """A log's file and its listener; of several processes the first one writes."""
 
     def __init__(self, path: Path | None, on_log: Callable[[dict[str, float]], None] | None) -> None:
         self.path, self.on_log = path, on_log
         self.failed = False
 
     def add(self, entry: dict[str, float], *, show: bool = True) -> None:
-        """One more step; a log that cannot be written is told once, for what was learned is worth more than it."""
+        """Add a step's entry; a file that cannot be written is warned about once, and the training goes on."""
         if ranks.rank() > 0:
             return
         if self.path is not None:
@@ -37,14 +37,14 @@ class TrainingLog:
             self.on_log(entry)
 
     def close(self, curve: Sequence[dict[str, float]]) -> None:
-        """Warn of what the whole log tells; one that could not be written whole is written again if it can be."""
+        """Warn of troubles that the whole log shows; a file that has lost entries is written again if that works."""
         if self.failed:
             self.again(curve)
-        for found in findings(curve) if ranks.rank() == 0 else []:
-            logger.warning("%s%s", f"{self.path}: " if self.path else "", found)
+        for finding in findings(curve) if ranks.rank() == 0 else []:
+            logger.warning("%s%s", f"{self.path}: " if self.path else "", finding)
 
     def again(self, curve: Sequence[dict[str, float]]) -> None:
-        """All steps that count, of a training that goes on from a state."""
+        """Write the file anew with these entries, of a training that goes on from a state."""
         if self.path is not None and ranks.rank() == 0:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)

@@ -34,30 +34,30 @@ class Progress:
     """How far a training has come."""
 
     step: int
-    """Steps done."""
+    """Steps that are done."""
     microbatch_size: int
     curve: list[dict[str, float]]
     settings: dict[str, Any]
-    """What the training was started with; a state of another training is refused."""
+    """The settings that the training was started with; a state with other settings is not gone on from."""
     left_out: list[int] = field(default_factory=list)
     """Steps without an optimizer step: their losses or gradients, or a later one's, were not finite."""
     skips: int = 0
-    """How often that has been decided."""
+    """How often the training has skipped a step or gone back."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training changes."""
+    """All that a training's steps change."""
 
     student: nn.Module
     optimizer: Optimizer
     average: Average | None = None
     buffer: dict[str, Tensor] = field(default_factory=dict)
-    """Other tensors, by name."""
+    """Other tensors by name: the batches that the student has written."""
 
 
-def save_state(folder: Path, trained: Trained, progress: Progress, kept: int = 2) -> None:
-    """Commit a state as FOLDER/step-N and drop all but the last `kept`; every process has to call it."""
+def save_state(folder: Path, trained: Trained, progress: Progress, num_states: int = 2) -> None:
+    """Commit a state as FOLDER/step-N and drop all but the last `num_states`; every process has to call this."""
     tensors = dict(_tensors(trained))
     if ranks.rank() == 0:
         provenance = {"stage": "training state", "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -69,33 +69,33 @@ def save_state(folder: Path, trained: Trained, progress: Progress, kept: int = 2
         newest = folder / f"step-{progress.step:09d}"
         if not is_committed(newest):
             raise DiskError(f"{newest}: was written and is not there as it was; the states before it are kept")
-        own = [one for one in _states(folder) if one.name <= f"step-{progress.step:09d}"]
-        # Later ones are of no use: damaged, of other settings, or from before a return to an earlier step.
-        for old in {*_states(folder)} - {*own[-kept:]}:
+        states = [state for state in _states(folder) if state.name <= newest.name]
+        # Later states are of no use: damaged, of other settings, or from before a return to an earlier step.
+        for old in {*_states(folder)} - {*states[-num_states:]}:
             shutil.rmtree(old)
         failpoint("state.dropped")
     ranks.barrier()
 
 
 class States:
-    """When a training's states are saved: by the clock, and before it stops because it was asked to."""
+    """Saves a training's states: by the clock, and before a signal stops it."""
 
-    def __init__(self, folder: Path, every_minutes: float, kept: int) -> None:
-        self.folder, self.every_minutes, self.kept = folder, every_minutes, kept
+    def __init__(self, folder: Path, every_minutes: float, num_states: int) -> None:
+        self.folder, self.every_minutes, self.num_states = folder, every_minutes, num_states
         self.saved = time.perf_counter()
 
     def save(self, trained: Trained, progress: Progress) -> None:
-        """Now."""
-        save_state(self.folder, trained, progress, self.kept)
+        """Save the state now."""
+        save_state(self.folder, trained, progress, self.num_states)
         self.saved = time.perf_counter()
 
     def begin(self, trained: Trained, progress: Progress) -> None:
-        """Before the first step, for a training that may have to come back to it."""
+        """Save the state before the first step, for a training that may have to come back to it."""
         if progress.step == 0:
             self.save(trained, progress)
 
     def step(self, trained: Trained, progress: Progress, last: bool) -> None:
-        """After a step, on every process: save if the first one says it is time, or to any of them a signal has come.
+        """Save after a step if the first process says that it is time, or if a signal has come to any process.
 
         Raises:
             Stopped: a signal has come.
@@ -109,7 +109,7 @@ class States:
 
 
 def load_state(folder: Path, trained: Trained, settings: dict[str, Any]) -> Progress | None:
-    """The newest state that is whole, written into `trained`; None if there is none for `settings`."""
+    """The progress of the newest undamaged state, which is written into `trained`; None: no state has `settings`."""
     for candidate in reversed(_states(folder)):
         damaged = verify_folder(candidate)
         if damaged:
@@ -133,14 +133,14 @@ def _states(folder: Path) -> list[Path]:
 
 def _tensors(trained: Trained) -> dict[str, Tensor]:
     """Full tensors by name; parameters that share their storage once."""
-    tensors = {f"weight.{name}": value.contiguous() for name, value in sharding.whole_weights(trained.student)}
-    names: dict[Tensor, str] = {value: name for name, value in trained.student.named_parameters()}
-    for key, parameter, value in trained.optimizer.tensors():
-        tensors[f"optimizer.{key}.{names[parameter]}"] = sharding.whole(value).contiguous()
+    tensors = {f"weight.{name}": weight.contiguous() for name, weight in sharding.whole_weights(trained.student)}
+    names: dict[Tensor, str] = {weight: name for name, weight in trained.student.named_parameters()}
+    for key, parameter, state in trained.optimizer.tensors():
+        tensors[f"optimizer.{key}.{names[parameter]}"] = sharding.whole(state).contiguous()
     if trained.average is not None:
-        for name, value in trained.average.values.items():
-            tensors[f"average.{name}"] = sharding.whole(value).contiguous()
-    return tensors | {f"buffer.{name}": value.contiguous() for name, value in trained.buffer.items()}
+        for name, average in trained.average.values.items():
+            tensors[f"average.{name}"] = sharding.whole(average).contiguous()
+    return tensors | {f"buffer.{name}": tensor.contiguous() for name, tensor in trained.buffer.items()}
 
 
 @torch.no_grad()
@@ -151,12 +151,12 @@ def _restore(tensors: dict[str, Tensor], trained: Trained) -> None:
         trained.optimizer.forget()
     for name, weight in trained.student.named_parameters():
         sharding.copy_into(weight, tensors[f"weight.{name}"])
-    names: dict[Tensor, str] = {value: name for name, value in trained.student.named_parameters()}
-    for key, parameter, value in trained.optimizer.tensors():
-        sharding.copy_into(value, tensors[f"optimizer.{key}.{names[parameter]}"])
+    names: dict[Tensor, str] = {weight: name for name, weight in trained.student.named_parameters()}
+    for key, parameter, state in trained.optimizer.tensors():
+        sharding.copy_into(state, tensors[f"optimizer.{key}.{names[parameter]}"])
     if trained.average is not None:
-        for name, value in trained.average.values.items():
-            sharding.copy_into(value, tensors[f"average.{name}"])
+        for name, average in trained.average.values.items():
+            sharding.copy_into(average, tensors[f"average.{name}"])
     trained.buffer.clear()
-    kept = {name.removeprefix("buffer."): value for name, value in tensors.items() if name.startswith("buffer.")}
-    trained.buffer.update(kept)
+    names_in_buffer = [name for name in tensors if name.startswith("buffer.")]
+    trained.buffer.update({name.removeprefix("buffer."): tensors[name] for name in names_in_buffer})

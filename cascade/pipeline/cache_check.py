@@ -1,4 +1,4 @@
-"""Whether a cache still says what the teacher of a run says."""
+"""Whether a cache's targets are still those that the teacher of a run gives."""
 
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ def check_against_teacher(run_folder: Path, count: int, folder: Path | None = No
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(run_folder), latencies=latencies)
     choice = choose_cache(recipe, config, members, run_folder=run_folder)
     if folder is not None and recipe.distill is not None:
-        own = recipe.distill.cache.model_copy(update={"folder": str(folder)})
-        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"cache": own})})
+        cache_section = recipe.distill.cache.model_copy(update={"folder": str(folder)})
+        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"cache": cache_section})})
     folder = cache_folder(recipe)
     if choice.layout is None or not folder.is_dir():
         raise UserError(f"{run_folder}: keeps nothing of its teacher, or not in {folder}; is --folder right?")
@@ -55,40 +55,42 @@ def check_against_teacher(run_folder: Path, count: int, folder: Path | None = No
     blocks = load_training(data / "train.safetensors")
     if not isinstance(blocks, TokenBlocks):
         raise UserError(f"{run_folder}: this run keeps nothing of its teacher")
-    used = [cache if one.vocab_size is None else cache.narrowed(one.vocab_size) for one in members]
+    caches = [cache if member.vocab_size is None else cache.narrowed(member.vocab_size) for member in members]
     teacher = load_model(parent).to(default_device()).requires_grad_(False)
-    found = [_compared(one, teacher, blocks, count) for one in {one.windows.root: one for one in used}.values()]
-    if not any(one["windows_there"] for one in found):
+    by_root = {cache.windows.root: cache for cache in caches}
+    comparisons = [_compared(cache, teacher, blocks, count) for cache in by_root.values()]
+    if not any(comparison["windows_there"] for comparison in comparisons):
         raise UserError(f"{folder}: nothing that this run reads is kept there; give another --folder, or run it again")
     return {
-        "root": ", ".join(one["root"] for one in found),
-        "windows_there": sum(one["windows_there"] for one in found),
-        "compared": sum(one["compared"] for one in found),
-        "differing": [key for one in found for key in one["differing"]],
+        "root": ", ".join(comparison["root"] for comparison in comparisons),
+        "windows_there": sum(comparison["windows_there"] for comparison in comparisons),
+        "compared": sum(comparison["compared"] for comparison in comparisons),
+        "differing": [key for comparison in comparisons for key in comparison["differing"]],
     }
 
 
 def _compared(cache: TeacherCache, teacher: nn.Module, blocks: TokenBlocks, count: int) -> dict[str, Any]:
-    """At most `count` windows of a root that these blocks are read from, beside what the teacher says now."""
-    there = [row for row, key in enumerate(window_keys(blocks)) if key in cache.windows]
-    count = min(count, len(there))
-    chosen = blocks.rows(torch.tensor(there, dtype=torch.int64)[torch.arange(count) * len(there) // max(1, count)])
-    fresh = records_of(cache.windows, cache.layout, teacher, chosen)
+    """How the records of at most `count` of these blocks, in one root, compare with records that are made now."""
+    labelled = [row for row, key in enumerate(window_keys(blocks)) if key in cache.windows]
+    count = min(count, len(labelled))
+    evenly = torch.arange(count) * len(labelled) // max(1, count)
+    chosen = blocks.rows(torch.tensor(labelled, dtype=torch.int64)[evenly])
+    made_now = records_of(cache.windows, cache.layout, teacher, chosen)
     differing = []
-    for key, record in fresh.items():
-        kept = cache.windows.read(key)
-        if kept is None or kept.tobytes() != record:
+    for key, record in made_now.items():
+        from_cache = cache.windows.read(key)
+        if from_cache is None or from_cache.tobytes() != record:
             differing.append(key.hex())
     return {
         "root": cache.windows.root[:16],
-        "windows_there": len(there),
-        "compared": len(fresh),
+        "windows_there": len(labelled),
+        "compared": len(made_now),
         "differing": differing,
     }
 
 
 def folder_of_run(run_folder: Path) -> Path:
-    """Where a run keeps what its teacher says.
+    """The folder of the cache that a run reads and adds to.
 
     Raises:
         UserError: the folder holds no run.
@@ -111,13 +113,13 @@ def _parent_of(run_folder: Path, recipe: Recipe) -> ModelSource:
         folder = _newest(run_folder, f"parent.{stage}-*")
         if folder is not None:
             return ModelSource(folder / CHECKPOINT, recipe.name)
-    found = existing_parent(recipe)
-    if found is None:
+    parent = existing_parent(recipe)
+    if parent is None:
         raise UserError(f"{run_folder}: its parent is not trained yet")
-    return found
+    return parent
 
 
 def _newest(run_folder: Path, pattern: str) -> Path | None:
     """The latest committed stage of this name."""
-    found = [path for path in run_folder.glob(f"stages/{pattern}") if is_committed(path)]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    folders = [path for path in run_folder.glob(f"stages/{pattern}") if is_committed(path)]
+    return max(folders, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,4 +1,4 @@
-"""A run's cache of its teacher: opened once, asked by each training for its targets."""
+"""A run's cache of its teacher's targets: opened once, and read by each training."""
 
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -24,53 +24,65 @@ from cascade.teacher.targets.keys import root_record, weights_digest, window_key
 from cascade.teacher.targets.label import label, rounding_kl
 from cascade.teacher.targets.reader import CachedTargets
 from cascade.teacher.targets.record import Layout
-from cascade.teacher.targets.shards import Windows, has_root, root_folder, telling
+from cascade.teacher.targets.shards import Windows, disk_errors, has_root, root_folder
 from cascade.teacher.targets.usage import note_usage
 
 LABELS = "label.json"
-"""What a labelling came to."""
+"""The file in which the stage `label` leaves what its labelling came to."""
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """What is kept of a run's teacher."""
+    """The kept targets of a run's teacher."""
 
     windows: Windows
     layout: Layout
     why: str
-    """That they are kept in this form."""
+    """Why targets of this form were chosen, for the report."""
 
     def label(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor, on_step: OnStep | None) -> dict[str, Any]:
-        """Label what is missing of these blocks; what that came to, and what the form of the targets costs.
+        """Label the blocks that have no targets yet; returns the record for `LABELS`, with the cost of rounding.
 
         Raises:
             DiskError: the disk has no room for them.
         """
         self._require_room(blocks, rows)
-        done = label(self.windows, self.layout, teacher, blocks.rows(rows), on_step=on_step)
-        found = asdict(done) | {"kind": self.layout.kind, "why": self.why, "root": self.windows.root}
+        check = ranks.world_size() > 1  # as in `targets`
+        labelling = label(self.windows, self.layout, teacher, blocks.rows(rows), check_records=check, on_step=on_step)
+        record = asdict(labelling) | {"kind": self.layout.kind, "why": self.why, "root": self.windows.root}
         if ranks.rank() == 0:
-            note_usage(self.windows.folder, asked=done.windows, made=done.made)
+            note_usage(self.windows.folder, num_windows=labelling.windows, num_labelled=labelling.made)
         if self.layout.kind == "hidden" and ranks.world_size() == 1:
-            found["rounding_kl"] = rounding_kl(self.layout, teacher, blocks.rows(rows[:1]))
-        return found
+            record["rounding_kl"] = rounding_kl(self.layout, teacher, blocks.rows(rows[:1]))
+        return record
 
     def targets(self, teacher: nn.Module, blocks: TokenBlocks, rows: Tensor) -> CachedTargets:
-        """What is kept of these blocks; what is missing, or was damaged since it was labelled, is labelled first."""
-        done = label(self.windows, self.layout, teacher, blocks.rows(rows))
-        if done.made and ranks.rank() == 0:
-            note_usage(self.windows.folder, asked=0, made=done.made)
-        return CachedTargets(self.windows, self.layout, blocks, self._head(teacher))
+        """The kept targets of these blocks; those that are missing are labelled first.
 
-    def objective(self, asked: Objective) -> Objective:
-        """What is asked of these targets: the likeliest ids and their bucket are a forward KL of their own."""
-        return replace(asked, divergence="forward_kl") if self.layout.kind == "top_k" else asked
+        A record is read once, by the training, and one that is damaged is labelled again there. Several processes
+        cannot stop for that in the middle of a step: they read all records before the training as well.
+        """
+        several = ranks.world_size() > 1
+
+        def label_missing(rows: Tensor, *, check_records: bool = True) -> None:
+            device = next(teacher.parameters()).device
+            with torch.autocast(device.type, enabled=False):  # the same bytes inside a step as before it
+                labelling = label(self.windows, self.layout, teacher, blocks.rows(rows), check_records=check_records)
+            if labelling.made and ranks.rank() == 0:
+                note_usage(self.windows.folder, num_windows=0, num_labelled=labelling.made)
+
+        label_missing(rows, check_records=several)
+        label_again = None if several else label_missing
+        return CachedTargets(self.windows, self.layout, blocks, self._head(teacher), label_again)
+
+    def objective(self, objective: Objective) -> Objective:
+        """The objective as these targets give it: the likeliest ids and their bucket are a forward KL of their own."""
+        return replace(objective, divergence="forward_kl") if self.layout.kind == "top_k" else objective
 
     def narrowed(self, vocab_size: int) -> "TeacherCache":
-        """What is kept of the same teacher over its first ids alone, under a root of its own.
+        """The targets of the same teacher over its first `vocab_size` ids, under a root of their own.
 
-        Probabilities are other ones over fewer ids; hidden states are the same, and their head is cut where they are
-        read.
+        Probabilities over fewer ids are different numbers. Hidden states stay the same, and the reader cuts their head.
         """
         if self.layout.kind == "hidden" or vocab_size >= self.layout.vocab_size:
             return self
@@ -80,11 +92,15 @@ class TeacherCache:
         return replace(self, windows=windows, layout=layout)
 
     def settings(self) -> dict[str, Any]:
-        """What the results of a training depend on."""
+        """What the result of a training from these targets depends on, for its stage's key."""
         return self.layout.content()
 
     def _require_room(self, blocks: TokenBlocks, rows: Tensor) -> None:
-        """Better now than after hours of labelling."""
+        """Refuse a labelling that the disk has no room for, before its first hour.
+
+        Raises:
+            DiskError: the disk has too little room.
+        """
         missing = sum(key not in self.windows for key in set(window_keys(blocks.rows(rows))))
         needed = missing * blocks.block_size * bytes_per_token(self.layout)
         free = shutil.disk_usage(self.windows.folder).free
@@ -99,17 +115,18 @@ class TeacherCache:
         if self.layout.kind != "hidden":
             return None
         head = head_of(teacher)
-        weight, bias = (None if one is None else sharding.whole(one.detach()) for one in (head.weight, head.bias))
+        weights = head.weight, head.bias
+        weight, bias = (None if tensor is None else sharding.whole(tensor.detach()) for tensor in weights)
         if weight is None:
             raise ValueError("a head has a weight")
         return Head(weight, bias, head.scale, head.softcap).narrowed(self.layout.vocab_size)
 
 
 def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCache | None:
-    """The cache that a run uses; None where its teacher is asked each time.
+    """The cache that a run uses; None where every training asks the teacher itself.
 
     Raises:
-        UserError: a token of exact_tokens is none of the vocabulary.
+        UserError: a token of exact_tokens is not in the vocabulary.
         RunError: the folder cannot be written.
     """
     layout = choice.layout
@@ -119,7 +136,7 @@ def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCa
     if layout.kind == "sampled":
         layout = replace(layout, exact_ids=exact_ids(recipe.distill.cache.exact_tokens, tokenizer))
     folder = cache_folder(recipe)
-    with telling(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     weights = weights_digest(parent.folder, folder)
 
@@ -140,14 +157,14 @@ def open_cache(recipe: Recipe, choice: Choice, parent: ModelSource) -> TeacherCa
 
 
 def training_rows(recipe: Recipe, first_position: int, num_steps: int, num_blocks: int) -> Tensor:
-    """int64: the blocks that so many steps read from a position on, each once; not those of on-policy steps."""
+    """int64: the blocks that steps read from a position on, each once, without the blocks of on-policy steps."""
     steps = [step_rows(recipe, first_position, step, num_blocks) for step in taught_steps(recipe, num_steps)]
-    once: Tensor = (torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64)).unique()
-    return once
+    rows: Tensor = (torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64)).unique()
+    return rows
 
 
 def step_rows(recipe: Recipe, first_position: int, step: int, num_blocks: int) -> Tensor:
-    """int64: the blocks of one step."""
+    """int64: the numbers of one step's blocks."""
     if recipe.distill is None:
         raise ValueError("a recipe with members has a distill section")
     size = recipe.distill.batch_size
@@ -155,9 +172,9 @@ def step_rows(recipe: Recipe, first_position: int, step: int, num_blocks: int) -
 
 
 def taught_steps(recipe: Recipe, num_steps: int) -> list[int]:
-    """The steps in which the teacher's opinion on the text is asked: all that the student does not write itself."""
-    own = recipe.distill.on_policy if recipe.distill else None
-    return [step for step in range(num_steps) if own is None or not is_due(recipe.seed, step, own.fraction)]
+    """The steps that learn from the teacher's targets of the text: all steps but the on-policy ones."""
+    on_policy = recipe.distill.on_policy if recipe.distill else None
+    return [step for step in range(num_steps) if on_policy is None or not is_due(recipe.seed, step, on_policy.fraction)]
 
 
 def member_rows(recipe: Recipe, member: ResolvedMember, num_blocks: int) -> Tensor:

@@ -99,8 +99,7 @@ def run_recipe(
         ranks.barrier()
         settle(folder, choice)
         append_event(folder, "started", members=[member.name for member in scope])
-        estimates = _estimates(recipe, config, scope)
-        with RunProgress(console or Console(stderr=True), recipe.name, estimates) as progress:
+        with RunProgress(console or Console(stderr=True), recipe.name, _estimates(recipe, config, scope)) as progress:
             forced = forced_stages(folder, from_stage, only or [member.name for member in members])
             runner = StageRunner(folder, progress, forced, known=known)
             _make_family(runner, recipe, members, scope, latencies)

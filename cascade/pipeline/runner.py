@@ -1,4 +1,4 @@
-"""Runs a stage, or finds that it was already run: the same stage, settings and inputs are the same output."""
+"""Runs a stage, or takes the output of an earlier run with the same settings and inputs."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _DONE, _JOIN = 0, 1
 
 Write = Callable[[Path, OnStep], None]
-"""Writes a stage's output into a folder, and tells (steps done, steps in all)."""
+"""Writes a stage's output into a folder, and reports progress as (steps done, all steps)."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class StageRunner:
     folder: Path
     progress: RunProgress
     forced: Remake | None = None
-    """What is made again though it is there."""
+    """The stages to make again though their outputs are there."""
     incomplete: list[str] = field(default_factory=list)
-    """What could not be measured; all else goes on, and the next run tries it again."""
+    """Measurements that failed: the run goes on without them, and the next run makes them again."""
     known: Sequence[Path] = ()
-    """Other run directories: a stage that they have finished with the same inputs and settings is taken over."""
+    """Other run directories: their finished stages with the same inputs and settings are taken over."""
 
     def make(
         self,
@@ -68,12 +68,12 @@ class StageRunner:
         write: Write,
         label: str = "",
     ) -> Made:
-        """The output of a stage: as an earlier run has left it, or made now by `write(folder, on_step)`.
+        """The output of a stage: that of an earlier run, or one made now by `write(folder, on_step)`.
 
-        `settings` and the digests of `inputs` are what it depends on. `label` names the folder where it is not its
-        owner's (statistics are those of the model that a member is cut from).
+        The output depends on `settings` and the digests of `inputs` alone. The folder is named after the stage's owner,
+        or `label` (statistics belong to the model that a member is cut from).
         """
-        digests = {name: digest_of(value) for name, value in inputs.items()}
+        digests = {name: digest_of(stage_input) for name, stage_input in inputs.items()}
         key = stage_key(stage, STAGES[stage].format, dict(settings), digests)
         final = self.folder / "stages" / f"{label or owner}.{stage}-{key[:16]}"
         if ranks.rank() > 0:
@@ -83,7 +83,7 @@ class StageRunner:
         if forced is None and not final.exists():
             self._take_over(final, owner, stage)
         if forced is None and self._is_whole(final, owner, stage):
-            drop_partials(final)  # a death right after the commit has left them
+            drop_partials(final)  # left by a process that died right after the commit
             ranks.send(_DONE)
             self.progress.skip(owner, stage, "already done with the same inputs and settings")
             append_event(self.folder, "skipped", member=owner, stage=stage, key=key)
@@ -100,7 +100,7 @@ class StageRunner:
         return committed(final)
 
     def _commit(self, final: Path, owner: str, stage: Stage, depends_on: dict[str, Any], write: Write) -> float:
-        """Make a stage; the seconds that this took."""
+        """Make a stage and commit it; returns the seconds that this took."""
         if stage.every_rank:
             ranks.send(_JOIN)
         provenance = depends_on | {"made_with": _versions()}
@@ -114,16 +114,16 @@ class StageRunner:
         return float(cost["seconds"])
 
     def _note_incomplete(self, final: Path, owner: str, stage: str) -> None:
-        """Remember what of a stage could not be measured; where all was, what its tries have left goes."""
+        """Note which measurements of a stage failed; where none did, remove what unfinished attempts have left."""
         if not (final / INCOMPLETE).exists():
-            drop_partials(final, others=not STAGES[stage].several)
+            drop_partials(final, any_key=not STAGES[stage].several)
             return
         failed = read_json(final / INCOMPLETE)
         self.incomplete.extend(f"{owner}: {name}: {reason.splitlines()[0]}" for name, reason in failed.items())
         append_event(self.folder, "incomplete", member=owner, stage=stage, failed=sorted(failed))
 
     def _follow(self, final: Path, write: Write) -> None:
-        """What a process other than the first does: wait, or take part and leave the writing to the first."""
+        """The part of all processes but the first: wait, or take part in a stage whose output the first one writes."""
         if ranks.receive() == _JOIN:
             # Beside the first one's, so that both find the same training state; nothing in it is kept.
             staging = final.with_name(f".staging-{final.name}-{os.getpid()}r{ranks.rank()}")
@@ -135,14 +135,14 @@ class StageRunner:
             ranks.receive()
 
     def _take_over(self, final: Path, owner: str, stage: str) -> None:
-        """Have a stage's output as another run has made it: the folder's name is that of its inputs and settings."""
+        """Take a stage's output from another run: a folder of this name has the same inputs and settings."""
         for folder in self.known:
             if take_over(folder / "stages" / final.name, final):
                 append_event(self.folder, "taken over", member=owner, stage=stage, run=str(folder))
                 return
 
     def _is_whole(self, final: Path, owner: str, stage: str) -> bool:
-        """Whether an earlier run left this output, and every byte of it is still as it was."""
+        """Whether an earlier run has left this output, undamaged and with nothing added or missing."""
         if not final.exists():
             return False
         damaged = verify_folder(final)
@@ -162,7 +162,7 @@ class StageRunner:
 
 
 def _versions() -> dict[str, Any]:
-    """What the bits may depend on, for the record: not part of any key."""
+    """Versions and hardware that bits may depend on: recorded, and not part of any key."""
     return {
         "cascade": __version__,
         "torch": torch.__version__,

@@ -16,7 +16,7 @@ from cascade.data.sources import TextData, read_documents
 from cascade.data.splits import Split
 from cascade.distillation.options import Hooks, Objective, Optimization
 from cascade.distillation.range_test import find_learning_rate
-from cascade.distillation.supervision import Selection, Supervision
+from cascade.distillation.supervision import Lesson, Selection, Supervision
 from cascade.distillation.trainer import TrainingMetrics, distill
 from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.framing_test import choose_framing
@@ -206,15 +206,15 @@ def distill_model(student: str, teacher: str, output: Path, *, text: Text, recov
     with staged(output, provenance) as folder:
         learner, expert = learner.to(default_device()), expert.to(default_device()).requires_grad_(False)
         if recovery.search_rate:
-            search = find_learning_rate(
-                learner,
-                expert,
-                train,
-                num_tokens=recovery.num_tokens,
+            lesson = Lesson(
+                student=learner,
+                teacher=expert,
+                blocks=train,
                 selection=selection,
                 supervision=supervision,
                 optimization=optimization,
             )
+            search = find_learning_rate(lesson, num_tokens=recovery.num_tokens)
             optimization = replace(optimization, learning_rate=search.learning_rate)
         metrics = distill(
             learner,

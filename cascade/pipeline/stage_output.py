@@ -1,4 +1,4 @@
-"""What a stage leaves on the disk, and how the stages after it read that."""
+"""A stage's output on the disk, as the stages after it read it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ class Checkpoint:
 
     source: ModelSource
     digest: str
-    """Of its content, for the keys of the stages that read it."""
+    """Digest of the model's files, for the keys of the stages that read it."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Made:
 
     folder: Path
     digest: str
-    """Of its content, for the keys of the stages that read it."""
+    """Digest of the folder's files, for the keys of the stages that read it."""
 
     def json(self, name: str) -> Any:
         """A JSON file of the folder."""
@@ -35,27 +35,27 @@ class Made:
         return Checkpoint(ModelSource(self.folder / CHECKPOINT, reference), self.digest)
 
     def cost(self) -> dict[str, Any]:
-        """What making it took: `seconds`, and what else the stage has measured."""
+        """`seconds` that the stage took, and what else it has measured of its own cost."""
         return read_cost(self.folder)
 
 
 Input = Made | Checkpoint | str
-"""What a stage reads, or the digest of it."""
+"""What a stage reads, or its digest."""
 
 
 def committed(folder: Path) -> Made:
-    """The output in a folder that a stage has committed.
+    """The output of a stage that is committed in a folder.
 
     Raises:
-        OSError: there is none.
-        ValueError: its manifest is not as it was written.
+        OSError: nothing is committed there.
+        ValueError: the manifest is not as it was written.
     """
     return Made(folder, output_digest(folder))
 
 
-def digest_of(value: Input) -> str:
-    """What a stage's key takes of one of its inputs."""
-    return value if isinstance(value, str) else value.digest
+def digest_of(stage_input: Input) -> str:
+    """The digest of a stage's input, for the stage's key."""
+    return stage_input if isinstance(stage_input, str) else stage_input.digest
 
 
 def read_cost(folder: Path) -> dict[str, Any]:

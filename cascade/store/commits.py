@@ -54,29 +54,29 @@ def is_committed(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """File -> its size and sha256, of a committed folder.
+    """The size and sha256 of each file of a committed folder, by name.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is not as it was written, or names files outside of the folder.
+        OSError: the folder has no manifest.
+        ValueError: the manifest is not as it was written, or names files outside of the folder.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     try:
-        # Those of before there was one have these keys at most.
-        own = None if manifest.keys() <= _OLD_KEYS else manifest.pop(_OWN_SHA256)
+        # Manifests that were written before they had a sha256 of their own have these keys at most.
+        sha256 = None if manifest.keys() <= _OLD_KEYS else manifest.pop(_OWN_SHA256)
         files = manifest["files"]
         outside = [name for name in files if not inside(name)]
         whole = all(isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in files.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST}: is no manifest") from error
-    if (own is not None and own != _text_sha256(_manifest_text(manifest))) or outside or not whole:
+    if (sha256 is not None and sha256 != _text_sha256(_manifest_text(manifest))) or outside or not whole:
         raise ValueError(f"{folder / MANIFEST}: is not as it was written")
-    found: dict[str, dict[str, Any]] = files
-    return found
+    entries: dict[str, dict[str, Any]] = files
+    return entries
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """Names of files whose content is no longer what was committed (empty: all well)."""
+    """Names of files whose content is not what was committed; empty where the folder is undamaged."""
     try:
         files = read_manifest(folder)
     except (OSError, ValueError):
@@ -89,14 +89,17 @@ def verify_folder(folder: Path) -> list[str]:
 
 
 def added_weights(folder: Path) -> list[str]:
-    """Weights, or indices of weights, in a committed folder that were not committed with it: they would be loaded."""
+    """Names of weights, and indices of weights, that lie in a committed folder but not in its manifest.
+
+    Whoever loads the folder would load them.
+    """
     files = read_manifest(folder)
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors*"))
-    return [name for name in found if name not in files]
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors*"))
+    return [name for name in names if name not in files]
 
 
 def output_digest(folder: Path) -> str:
-    """sha256 over the committed files' contents, but for those with times in them, for a later stage's key."""
+    """sha256 over the contents of the committed files but `_VOLATILE`, for the keys of later stages."""
     files = read_manifest(folder)
     lines = [f"{name}:{entry['sha256']}" for name, entry in sorted(files.items()) if Path(name).name not in _VOLATILE]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -108,11 +111,11 @@ def staged(
 ) -> Iterator[Path]:
     """A folder to write into that becomes `final` when the block ends well, and vanishes when it does not.
 
-    An older folder of that name is replaced; there is no moment at which a reader finds half of one. `carry(older,
-    newer)` brings over what is not the run's own, before the older one goes.
+    An older folder of that name is replaced in one step, so a reader never finds half of either. `carry(older,
+    newer)` brings over the files that are not the run's own, before the older folder goes.
 
     Raises:
-        DiskError: the disk takes no more; nothing is left of the staging folder, and what was there before is.
+        DiskError: the disk is full; the staging folder is removed, and an older folder stays as it was.
     """
     staging = final.parent / f".staging-{final.name}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -135,9 +138,9 @@ def staged(
 
 
 def take_over(source: Path, final: Path) -> bool:
-    """Whether a committed folder of another run could be put at `final`: whole, by links where the disk has them.
+    """Put a committed folder of another run at `final`, by links where the disk has them; whether that could be done.
 
-    Both places then name the same files; no run changes a committed file, it replaces whole folders.
+    Both places then name the same files; runs never change a committed file, they replace whole folders.
     """
     if not source.is_dir() or (source / INCOMPLETE).exists() or verify_folder(source) or added_weights(source):
         return False
@@ -164,21 +167,21 @@ def _link(source: str, place: str) -> None:
 
 
 def partial_of(staging: Path) -> Path:
-    """Beside a stage's staging folder: where it keeps what another try can go on from."""
+    """The folder beside a stage's staging folder in which a stage leaves what its next attempt goes on from."""
     name = staging.name.removeprefix(".staging-").rpartition("-")[0]
     return staging.with_name(f".partial-{name}")
 
 
-def drop_partials(final: Path, *, others: bool = False) -> None:
-    """Remove what tries of a stage have left beside its place; of `others`, too, with the same name and another key."""
-    own = final.name.rpartition("-")[0]
-    for leftover in final.parent.glob(f".partial-{own}-*" if others else f".partial-{final.name}"):
-        if leftover.name.rpartition("-")[0] == f".partial-{own}":  # not of `evaluate-quantised` for `evaluate`
+def drop_partials(final: Path, *, any_key: bool = False) -> None:
+    """Remove what unfinished attempts at a stage have left; with `any_key` also those with other settings or inputs."""
+    name = final.name.rpartition("-")[0]
+    for leftover in final.parent.glob(f".partial-{name}-*" if any_key else f".partial-{final.name}"):
+        if leftover.name.rpartition("-")[0] == f".partial-{name}":  # not of `evaluate-quantised` for `evaluate`
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sweep(run_folder: Path) -> None:
-    """Tidy what killed runs have left: half-written folders go, one that was being replaced comes back."""
+    """Clean up after killed runs: half-written folders go, and a folder that was being replaced comes back."""
     for leftover in run_folder.glob("**/.staging-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for old in run_folder.glob(f"**/{_REPLACED}*"):
@@ -194,7 +197,7 @@ def sweep(run_folder: Path) -> None:
 
 
 def require_empty(folder: Path) -> Path:
-    """Where a new folder will be, whatever links lead there; refuses what would fail at the end, after hours.
+    """The place of a new folder with its links followed; refuses places that would fail at the end, after hours.
 
     Raises:
         UserError: something is there, a disk is mounted there, the command runs there, or nothing can be written.
@@ -227,7 +230,7 @@ def _write_manifest(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def seal(folder: Path, names: Iterable[str], provenance: dict[str, Any]) -> None:
-    """A manifest of some files that lie in a folder side by side, each of which was replaced in one step."""
+    """Write a manifest of files that lie side by side in a folder, each of which was replaced in one step."""
     files = {}
     for name in sorted(set(names) - {MANIFEST}):
         path = folder / name
@@ -237,7 +240,7 @@ def seal(folder: Path, names: Iterable[str], provenance: dict[str, Any]) -> None
 
 
 def _write_files(folder: Path, files: dict[str, Any], provenance: dict[str, Any]) -> None:
-    # As it is read back, so that its own sha256 is of the same text.
+    # In the form in which JSON gives it back, so that the sha256 is of the text that a reader sees.
     manifest = json.loads(json.dumps(provenance | {"files": files}, default=str))
     whole = {_OWN_SHA256: _text_sha256(_manifest_text(manifest))} | manifest
     write_atomically(folder / MANIFEST, json.dumps(whole, indent=1))
@@ -265,5 +268,5 @@ def _replace_folder(staging: Path, final: Path) -> None:
 
 
 def _held(folder: Path) -> int:
-    """Bytes in a folder."""
+    """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0

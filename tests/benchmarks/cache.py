@@ -2,6 +2,7 @@
 
     python tests/benchmarks/cache.py speed [--model NAME --text FILE] [--rounds 3] [--json]
     python tests/benchmarks/cache.py noise [--model NAME --text FILE] [--batch-tokens 1024] [--json]
+    python tests/benchmarks/cache.py bytes [--model NAME --text FILE] [--blocks 400] [--json]
 
 speed: the teacher's body and chunked head with nothing kept against labelling of each kind, and reading against training from
 what was read; each contender in a process of its own, rounds alternating, medians. NAME is a built-in, a folder or a GGUF file;
@@ -11,6 +12,10 @@ noise: at the start, middle and end of a recovery (the student is the teacher wi
 over full-parameter gradients of steps of --batch-tokens: the variance of the minibatch gradient (between steps), the variance that
 a sample adds to it, the angle between the sample's gradient and the exact one, for several numbers of draws and for the likeliest
 ids at as many bytes as those; and how far the mean over many samples is from the exact gradient, in units of its own noise.
+
+bytes: what a run reads of a cache whose shards are not in the system's memory when it makes sure that a training of a twentieth
+of the cache's blocks, in random order, lacks nothing, and then trains: bytes of records that were checksummed, and bytes that
+came from the disk (pages of the cache's files that are in memory afterwards), beside those of the records that it needs.
 """
 
 import argparse
@@ -156,6 +161,65 @@ def measure_reading(options, kind):
     }
 
 
+def measure_bytes(options, kind):
+    """Bytes of a cache, of the records that a training of a twentieth of it needs, and those that are read for it."""
+    import torch
+
+    from cascade.models.architecture.head import Head, head_of
+    from cascade.pipeline.kept_targets import TeacherCache
+    from cascade.teacher.targets import shards
+    from cascade.teacher.targets.keys import window_keys
+    from cascade.teacher.targets.label import label
+
+    shards.MAX_SHARD_BYTES = 1 << 20
+    teacher, tokenizer = loaded(options)
+    blocks = blocks_of(options, tokenizer, teacher.config.vocab_size, options.blocks)
+    layout, checksum, checked = layout_of(kind, teacher.config), shards._checksum, []
+    with tempfile.TemporaryDirectory(dir=options.folder or None) as folder:
+        windows = opened(folder, teacher, layout)
+        label(windows, layout, teacher, blocks)
+        rows = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[: len(blocks) // 20]
+        needed = sum(len(windows.read(key)) for key in window_keys(blocks.rows(rows)))
+        root, cache = windows.root, windows.folder
+        del windows
+        files = list(cache.iterdir())
+        for file in files:
+            forget(file)
+
+        def counted(root, key, record):
+            checked.append(len(record))
+            return checksum(root, key, record)
+
+        shards._checksum = counted
+        windows = shards.Windows(cache, root).refresh()
+        targets = TeacherCache(windows, layout, "").targets(teacher, blocks, rows.sort().values)
+        if kind == "hidden":
+            targets.head = Head(head_of(teacher).weight.detach(), None)
+        for step in rows.split(8):
+            targets.read(step)
+        return {
+            "cache_bytes": sum(file.stat().st_size for file in files),
+            "needed_bytes": needed,
+            "checksummed_bytes": sum(checked),
+            "bytes_from_disk": sum(in_memory(file) for file in files),
+        }
+
+
+def forget(path):
+    """Drop a file's pages from the system's memory."""
+    import os
+
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_memory(path):
+    """Bytes of a file that are in the system's memory."""
+    command = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(path)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout or 0)
+
+
 def without_layers(teacher):
     """A trainable copy with two thirds of the layers, the middle ones left out."""
     import copy
@@ -282,11 +346,12 @@ def bytes_per_token(windows, options):
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "noise"))
+    parser.add_argument("what", choices=("speed", "noise", "bytes"))
     parser.add_argument("--model", default="")
     parser.add_argument("--text", default="", help="a JSONL.gz file with a field `text`, or stdlib; random ids without")
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=48, help="speed: blocks to label and read")
+    parser.add_argument("--folder", default="", help="bytes: where the cache lies meanwhile; a real disk")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=1024, help="noise: of a step")
     parser.add_argument("--steps", type=int, default=8, help="noise: steps whose gradients are taken")
@@ -303,6 +368,8 @@ def main() -> None:
                   "text": options.text or "random ids", "block_size": options.block_size}  # fmt: skip
     if options.what == "noise":
         rows = measure_noise(options)
+    elif options.what == "bytes":
+        rows = [{"name": kind} | measure_bytes(options, kind) for kind in KINDS[1:]]
     else:
         names = [f"label:{kind}" for kind in KINDS] + [f"read:{kind}" for kind in KINDS[1:]]
         seen = {name: [] for name in names}

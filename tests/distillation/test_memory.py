@@ -11,6 +11,7 @@ from cascade.distillation.losses.batch import batch_losses
 from cascade.distillation.losses.features import FeatureLoss
 from cascade.distillation.options import Features, Objective
 from cascade.distillation.range_test import find_learning_rate
+from cascade.distillation.supervision import Lesson
 from cascade.distillation.teacher_memory import remember
 from cascade.models.architecture.origin import Origin
 
@@ -72,6 +73,6 @@ def test_tries_of_a_learning_rate_read_the_teacher_once():
     student, teacher = make_model(seed=2), remember(make_model(seed=1))
     calls = counted(teacher)
     selection = make_blocks(count=8, seed=5)
-    found = find_learning_rate(student, teacher, make_blocks(count=64), num_tokens=8 * 16 * 8, selection=selection)
-    assert len(found.tried) >= 2
+    lesson = Lesson(student=student, teacher=teacher, blocks=make_blocks(count=64), selection=selection)
+    assert len(find_learning_rate(lesson, num_tokens=8 * 16 * 8).tried) >= 2
     assert len(calls) == 8 + 1  # steps of one try, and the selection text

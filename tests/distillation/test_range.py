@@ -11,6 +11,7 @@ from conftest import distill_with, make_blocks, make_model
 from cascade.distillation import range_test
 from cascade.distillation.options import Optimization
 from cascade.distillation.range_test import FIRST_RATE, GROWTH, find_learning_rate
+from cascade.distillation.supervision import Lesson
 from cascade.distillation.trainer import TrainingMetrics
 from cascade.runtime.errors import DivergedError, NotFiniteError, TrainingError
 
@@ -30,7 +31,8 @@ def pretending(best, curvature=1.0, runs_off_above=math.inf):
 
 def search(num_tokens=8 * 16 * 8):
     model = torch.nn.Linear(1, 1)
-    return find_learning_rate(model, model, make_blocks(), num_tokens=num_tokens, selection=make_blocks())
+    lesson = Lesson(student=model, teacher=model, blocks=make_blocks(), selection=make_blocks())
+    return find_learning_rate(lesson, num_tokens=num_tokens)
 
 
 @pytest.mark.parametrize("best", [1.3e-4, 6e-4, 1e-3, 2.6e-3, 1.5e-2])
@@ -68,9 +70,8 @@ def test_a_try_that_diverges_is_a_bad_rate_whatever_a_whole_training_would_do(mo
     monkeypatch.setattr(range_test, "distill", train)
     model = torch.nn.Linear(1, 1)
     whole = Optimization(learning_rate=0.0, ema_decay=0.9, weight_decay=0.1)
-    found = find_learning_rate(
-        model, model, make_blocks(), num_tokens=8 * 16 * 8, selection=make_blocks(), optimization=whole
-    )
+    lesson = Lesson(student=model, teacher=model, blocks=make_blocks(), selection=make_blocks(), optimization=whole)
+    found = find_learning_rate(lesson, num_tokens=8 * 16 * 8)
     assert 1e-4 < found.learning_rate < 4e-4
     assert not any({"safekeeping", "hooks"} & options.keys() for options in given)
     for trial in (options["optimization"] for options in given):
@@ -90,7 +91,8 @@ def test_the_tries_leave_the_student_as_it_is_and_the_found_rate_beats_far_ones(
     teacher, student, blocks = make_model(seed=1), make_model(seed=2), make_blocks(count=32)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     options = {"num_tokens": 8 * 16 * 40, "selection": blocks}
-    found = find_learning_rate(student, teacher, blocks, **options)
+    lesson = Lesson(student=student, teacher=teacher, blocks=blocks, selection=blocks)
+    found = find_learning_rate(lesson, num_tokens=options["num_tokens"])
     assert all(torch.equal(student.state_dict()[name], value) for name, value in before.items())
     assert found.tried[0]["learning_rate"] == FIRST_RATE
 

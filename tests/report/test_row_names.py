@@ -77,7 +77,7 @@ def test_what_a_try_left_is_removed_for_its_own_stage_alone(tmp_path):
         ".partial-mm.evaluate-aa",
     ):
         (tmp_path / name).mkdir()
-    drop_partials(tmp_path / "m.evaluate-aa", others=True)
+    drop_partials(tmp_path / "m.evaluate-aa", any_key=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".partial-m.evaluate-quantised-aa",
         ".partial-mm.evaluate-aa",

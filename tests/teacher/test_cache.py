@@ -29,6 +29,7 @@ from cascade.models.architecture.origin import even_origin
 from cascade.runtime.errors import RunError, UserError
 from cascade.teacher.targets import shards
 from cascade.teacher.targets.bit_packing import pack_rising, rising_size, unpack_rising
+from cascade.teacher.targets.index import index_of
 from cascade.teacher.targets.keys import open_windows, root_record, weights_digest, window_keys
 from cascade.teacher.targets.label import _GROUP_TOKENS, label, rounding_kl
 from cascade.teacher.targets.reader import CachedTargets
@@ -222,7 +223,7 @@ def test_F17_shards_of_another_root_and_swapped_records_are_not_used(tmp_path):
     for shard in theirs.folder.glob("*.safetensors"):
         shutil.copy(shard, mine.folder)
     for shard in list(mine.folder.glob("*.safetensors")):
-        if shards._root_of(shard) == mine.root:
+        if index_of(shard).root == mine.root:
             shard.unlink()
     assert len(opened(tmp_path, SAMPLED, teacher)) == 0
     # Even one that claims to be of this root: a record's checksum says whose it is.

@@ -25,6 +25,7 @@ from cascade.recipe.load import load_recipe
 from cascade.report.records import load_family
 from cascade.runtime.errors import DiskError, RunError, UserError
 from cascade.teacher.targets import shards
+from cascade.teacher.targets.index import index_path
 from cascade.teacher.targets.shards import Windows, root_name
 
 SHARED = ("data.reuse=shared", "evaluate.tasks=[]", "baselines=[]")
@@ -242,7 +243,8 @@ def test_cache_commands_show_verify_and_make_room(make):
     assert broken["shards"] == [shard.name] and len(broken["windows"]) == 1
     plain = CliRunner().invoke(main, ["cache", "verify", *there])
     assert plain.exit_code == 1 and "1 damaged shards, 1 damaged windows" in plain.output
-    assert call("prune", "--damaged")["freed_bytes"] == len(content)
+    index = index_path(shard).stat().st_size
+    assert call("prune", "--damaged")["freed_bytes"] == len(content) + index
     assert call("verify")["ok"]
     assert call("prune", "--unused-days", "1")["removed_roots"] == []
     assert call("prune", "--max-gb", "1")["removed_roots"] == []

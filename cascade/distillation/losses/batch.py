@@ -4,7 +4,7 @@ Shapes: B = batch, S = block size, N = tokens that count for the loss, D = hidde
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from cascade.distillation.losses.features import FeatureLoss, Seen
 from cascade.distillation.losses.fused import FusedLoss, fused_loss
 from cascade.distillation.options import Objective
 from cascade.distillation.teacher_memory import teacher_hidden
-from cascade.models.architecture.head import head_of, last_hidden
+from cascade.models.architecture.head import Head, head_of, last_hidden
 from cascade.models.architecture.model_class import is_body, model_class_of
 
 FORWARD_KL = Objective()
@@ -31,7 +31,7 @@ class BatchLosses(NamedTuple):
 
     fused: FusedLoss
     features: dict[str, Tensor]
-    """By name, with gradients; empty where none is asked for."""
+    """The feature losses by name, with gradients; empty where the training has none."""
     embeds: bool = False
     """Whether the loss is the distance of embeddings: then there is no entropy and nothing that could agree."""
 
@@ -47,10 +47,9 @@ def batch_losses(
 ) -> BatchLosses:
     """Losses of the tokens that count; both models stop before their heads, which the loss takes chunk by chunk.
 
-    What the batch itself knows of a teacher is learned from, rather than asking one that is here.
-
-    Labelled examples are seen as they are. With `keep` what the teacher shows is kept, if it is one that is remembered:
-    the batch will be read again.
+    A batch that brings a teacher's targets with it is learned from those, and a live teacher is not asked. Labelled
+    examples have class losses, or those of sentence embeddings. With `keep` the outputs of a teacher that remembers
+    (`teacher_memory.remember`) are kept, for a batch that will be read again.
     """
     device = next(student.parameters()).device
     if isinstance(batch, Examples):
@@ -58,67 +57,93 @@ def batch_losses(
             if is_body(getattr(student, "config", None)):
                 return BatchLosses(*embedding_losses(student, teacher, batch, features, keep=keep), embeds=True)
             return BatchLosses(*example_losses(student, teacher, batch, objective, features, keep=keep))
-    inputs = batch.inputs(device)
-    next_BS = batch.targets().to(device)
+    inputs, next_BS = batch.inputs(device), batch.targets().to(device)
     counts_BS = next_BS != IGNORE_INDEX
     counted = counts_BS.flatten().nonzero()[:, 0]
-
-    def of_counted(hidden_BSD: Tensor) -> Tensor:
-        return batch.predicting(hidden_BSD).flatten(0, 1)[counted]
-
-    teacher_ND, teacher_head, inside = None, None, {}
-    ours, theirs = Seen(), Seen()
-    known = None
     with autocast(device):
-        kept = batch.known.load() if isinstance(batch.known, StoredTargets) else batch.known
-        if isinstance(kept, HiddenTargets):
-            teacher_head = kept.head
-            teacher_ND = kept.hidden.to(device, teacher_head.weight.dtype).flatten(0, 1)[counted]
-            theirs = _kept_points(kept, inputs["input_ids"], batch.masked)
-        elif kept is not None:
-            known = _of_tokens(kept, counted)
-        elif teacher is not None and features is None:
-            teacher_ND, teacher_head = of_counted(teacher_hidden(teacher, inputs, keep=keep)), head_of(teacher)
-        elif teacher is not None and features is not None:
-            hidden_BSD, theirs = features.of_teacher(teacher, inputs, keep=keep)
-            teacher_ND, teacher_head = of_counted(hidden_BSD), head_of(teacher)
-        if features is None or teacher_ND is None:
-            student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
-        else:
-            with features.watching(student, teacher=False) as ours:
-                student_ND = of_counted(last_hidden(student, **inputs, use_cache=False))
-    if features is not None and teacher_ND is not None:  # in float32, as everything from here on
+        teaching = _teaching_of(teacher, batch, inputs, counted, features, keep=keep)
+        if teaching.hidden_ND is None:  # there is nothing that the student's layers could be compared with
+            features = None
+        watching = nullcontext(Seen()) if features is None else features.watching(student, teacher=False)
+        with watching as student_inside:
+            student_ND = _of_counted(batch, last_hidden(student, **inputs, use_cache=False), counted)
+    feature_losses = {}
+    if features is not None:  # in float32, as everything from here on
         all_BS = torch.nn.functional.pad(counts_BS, (0, inputs["input_ids"].shape[1] - counts_BS.shape[1]))
-        inside = features.losses(ours, theirs, all_BS, lambda: visible(student, inputs))
+        feature_losses = features.losses(student_inside, teaching.inside, all_BS, lambda: visible(student, inputs))
     fused = fused_loss(
         student_ND,
         head_of(student),
         next_BS.flatten()[counted],
         objective,
-        teacher_hidden=teacher_ND,
-        teacher_head=teacher_head,
-        known=known,
+        teacher_hidden=teaching.hidden_ND,
+        teacher_head=teaching.head,
+        known=teaching.probabilities,
     )
-    return BatchLosses(fused, inside)
+    return BatchLosses(fused, feature_losses)
+
+
+@dataclass(frozen=True)
+class _Teaching:
+    """What a batch or a live teacher says of the tokens that count; nothing where the text alone teaches."""
+
+    hidden_ND: Tensor | None = None
+    """What the teacher's head reads."""
+    head: Head | None = None
+    """The teacher's head."""
+    probabilities: ListedTargets | DrawnTargets | None = None
+    """Some of the teacher's probabilities, instead of hidden states."""
+    inside: Seen = field(default_factory=Seen)
+    """What the feature losses read of the teacher's layers."""
+
+
+def _teaching_of(
+    teacher: nn.Module | None,
+    batch: TokenBlocks,
+    inputs: dict[str, Tensor],
+    counted: Tensor,
+    features: FeatureLoss | None,
+    *,
+    keep: bool,
+) -> _Teaching:
+    """What teaches a batch: the targets that it brings with it, or else the live teacher."""
+    targets = batch.known.load() if isinstance(batch.known, StoredTargets) else batch.known
+    if isinstance(targets, HiddenTargets):
+        hidden_ND = targets.hidden.to(counted.device, targets.head.weight.dtype).flatten(0, 1)[counted]
+        return _Teaching(hidden_ND, targets.head, inside=_points_of(targets, inputs["input_ids"], batch.masked))
+    if targets is not None:
+        return _Teaching(probabilities=_of_tokens(targets, counted))
+    if teacher is None:
+        return _Teaching()
+    if features is None:
+        hidden_BSD, inside = teacher_hidden(teacher, inputs, keep=keep), Seen()
+    else:
+        hidden_BSD, inside = features.of_teacher(teacher, inputs, keep=keep)
+    return _Teaching(_of_counted(batch, hidden_BSD, counted), head_of(teacher), inside=inside)
+
+
+def _of_counted(batch: TokenBlocks, hidden_BSD: Tensor, counted: Tensor) -> Tensor:
+    """[N, D]: hidden states at the places that predict tokens that count."""
+    return batch.predicting(hidden_BSD).flatten(0, 1)[counted]
 
 
 def _of_tokens(known: ListedTargets | DrawnTargets, counted: Tensor) -> ListedTargets | DrawnTargets:
     """A batch's targets of the tokens that count, in their order."""
     device = counted.device
     if isinstance(known, ListedTargets):  # of the tokens that stand there, as labels are
-        ids, log_p = (one[:, 1:].flatten(0, 1).to(device)[counted] for one in (known.ids, known.log_p))
+        ids, log_p = (part[:, 1:].flatten(0, 1).to(device)[counted] for part in (known.ids, known.log_p))
         return ListedTargets(ids.long(), log_p)
     fields = (known.ids, known.shares, known.entropy)
-    ids, shares, entropy = (one.flatten(0, 1).to(device)[counted] for one in fields)
+    ids, shares, entropy = (part.flatten(0, 1).to(device)[counted] for part in fields)
     return DrawnTargets(ids.long(), shares, entropy)
 
 
-def _kept_points(known: HiddenTargets, input_ids: Tensor, masked: bool) -> Seen:
-    """What was kept of the layers, [B, S, D]: nothing is known of a block's last place, which predicts nothing."""
+def _points_of(targets: HiddenTargets, input_ids: Tensor, masked: bool) -> Seen:
+    """Kept hidden states of layers, [B, S, D]; zeros at a causal block's last place, which predicts nothing."""
     missing = 0 if masked else 1
     device = input_ids.device
     return Seen(
-        {at: torch.nn.functional.pad(value.to(device), (0, 0, 0, missing)) for at, value in known.points.items()}
+        {at: torch.nn.functional.pad(states.to(device), (0, 0, 0, missing)) for at, states in targets.points.items()}
     )
 
 
@@ -135,24 +160,18 @@ def visible(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return sees
 
 
-def sums_of(found: BatchLosses, with_teacher: bool) -> dict[str, float]:
-    """A batch's losses summed over its tokens."""
-    fused = found.fused
+def sums_of(losses: BatchLosses, with_teacher: bool) -> dict[str, float]:
+    """A batch's losses summed over its tokens, by the names that the training's log has."""
+    fused = losses.fused
     sums = {"loss": fused.loss.item(), "cross_entropy": fused.cross_entropy.sum().item()}
     if not with_teacher:
         return sums
-    if found.embeds:
-        inside = {f"{name}_loss": value.item() for name, value in found.features.items()}
-        return {"loss": sums["loss"], "divergence": fused.divergence.sum().item()} | inside
-    return (
-        sums
-        | {
-            "divergence": fused.divergence.sum().item(),
-            "teacher_entropy": fused.teacher_entropy.sum().item(),
-            "agreement": fused.agrees.sum().item(),
-        }
-        | {f"{name}_loss": value.item() for name, value in found.features.items()}
-    )
+    features = {f"{name}_loss": loss.item() for name, loss in losses.features.items()}
+    divergence = {"divergence": fused.divergence.sum().item()}
+    if losses.embeds:
+        return {"loss": sums["loss"]} | divergence | features
+    likeness = {"teacher_entropy": fused.teacher_entropy.sum().item(), "agreement": fused.agrees.sum().item()}
+    return sums | divergence | likeness | features
 
 
 @torch.no_grad()
@@ -166,16 +185,16 @@ def selection_losses(
 ) -> dict[str, float]:
     """{'selection_loss', 'selection_kl' (with a teacher)}: nats per token over `blocks`; student left in train mode.
 
-    `vocab_size` is that of `Objective`.
+    `vocab_size` is `Objective.vocab_size`.
     """
     student.eval()
     objective = replace(FORWARD_KL, vocab_size=vocab_size)
     sums, count = [0.0, 0.0], 0
     for part in blocks.split(batch_size):
-        found = batch_losses(student, teacher, part, objective).fused
-        sums[0] += found.cross_entropy.sum().item()
-        sums[1] += found.divergence.sum().item()
-        count += len(found.divergence)
+        fused = batch_losses(student, teacher, part, objective).fused
+        sums[0] += fused.cross_entropy.sum().item()
+        sums[1] += fused.divergence.sum().item()
+        count += len(fused.divergence)
     student.train()
     sharding.reshard(student)
     losses = {"selection_loss": sums[0] / count}
@@ -183,6 +202,6 @@ def selection_losses(
 
 
 def autocast(device: torch.device) -> Any:
-    """The precision of models' forward passes on this kind of device."""
+    """A context with the precision of forward passes on a device: bfloat16 on GPUs, the weights' own on CPUs."""
     # CPUs of the common kind have no fast bfloat16; there float32 is both faster and exact.
     return torch.autocast(device.type, dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()

@@ -1,4 +1,4 @@
-"""What a batch of labelled examples costs a student: class probabilities instead of tokens', the same divergences.
+"""The loss of a batch of labelled examples: the divergences of token losses, over class probabilities.
 
 Hinton et al. 2015 (https://arxiv.org/abs/1503.02531): soft labels at a temperature, beside the hard ones.
 
@@ -30,9 +30,9 @@ def example_losses(
     *,
     keep: bool = True,
 ) -> tuple[FusedLoss, dict[str, Tensor]]:
-    """(loss and its parts, losses on what happens inside), summed over the examples.
+    """(loss and its parts, feature losses by name), summed over the examples.
 
-    Where an example has no label the divergence counts with its own share, and there is no cross-entropy.
+    An example without a label has no cross-entropy; its divergence keeps its share of the loss.
 
     Raises:
         ValueError: an example has neither label nor teacher.
@@ -52,9 +52,9 @@ def both_outputs(
     features: FeatureLoss | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """(the student's output, its teacher's without a gradient, losses on what happens inside).
+    """(the student's output, the teacher's without a gradient, feature losses by name).
 
-    `read(model, inputs)` gives an output [N, ...]; a teacher that is remembered keeps it under the name `what`.
+    `read(model, inputs)` gives an output [N, ...]; a teacher that remembers keeps it under the name `what`.
     """
     theirs, theirs_inside = None, Seen()
     if teacher is not None:
@@ -88,19 +88,18 @@ def class_losses(ours: Tensor, theirs: Tensor | None, labels: Tensor, objective:
             continue
         if theirs is None and not labelled:
             raise ValueError("an example without a label needs a teacher")
-        wanted = objective if labelled else replace(objective, cross_entropy_weight=0.0)
-        found = fused_loss(
+        fused = fused_loss(
             ours[rows],
             head,
             labels[rows].clamp_min(0),
-            wanted,
+            objective if labelled else replace(objective, cross_entropy_weight=0.0),
             teacher_hidden=None if theirs is None else theirs[rows],
             teacher_head=None if theirs is None else head,
         )
         if not labelled:
-            none = torch.zeros_like(found.cross_entropy)
-            found = found._replace(loss=found.loss * (1 - objective.cross_entropy_weight), cross_entropy=none)
-        parts[labelled] = found
+            none = torch.zeros_like(fused.cross_entropy)
+            fused = fused._replace(loss=fused.loss * (1 - objective.cross_entropy_weight), cross_entropy=none)
+        parts[labelled] = fused
     loss = torch.stack([part.loss for part in parts.values()]).sum()
     columns = []
     for number in range(1, len(FusedLoss._fields)):
@@ -127,5 +126,6 @@ def _of_teacher(
             output = read(teacher, inputs)
         return {what: output} | seen.tensors()
 
-    found = remembered(teacher, inputs, what if features is None else f"{what} {features.wanted()}", look, keep=keep)
-    return found[what], Seen.of(found)
+    name = what if features is None else f"{what} {features.teacher_tensors()}"
+    tensors = remembered(teacher, inputs, name, look, keep=keep)
+    return tensors[what], Seen.of(tensors)

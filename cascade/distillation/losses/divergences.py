@@ -23,7 +23,7 @@ SMALLEST_TAIL = 1e-8
 
 @dataclass(frozen=True)
 class Options:
-    """Parameters that some divergences have."""
+    """Parameters of the divergences that have any."""
 
     beta: float = 0.5
     """Generalised JSD: the teacher's share of the mixture, between 0 and 1 (the ends are forward and reverse KL)."""
@@ -55,8 +55,8 @@ def jsd(log_q: Tensor, log_p: Tensor, options: Options) -> tuple[Tensor, Tensor]
         return (forward_kl if beta == 0.0 else reverse_kl)(log_q, log_p, options)
     log_m = _log_mixture(log_p, beta, log_q)
     q, of_q = log_q.exp(), log_q - log_m
-    value = beta * _dot(log_p.exp(), log_p - log_m) + (1 - beta) * _dot(q, of_q)
-    return value, (1 - beta) * _centred(q, of_q)
+    divergence = beta * _dot(log_p.exp(), log_p - log_m) + (1 - beta) * _dot(q, of_q)
+    return divergence, (1 - beta) * _centred(q, of_q)
 
 
 def skew_forward_kl(log_q: Tensor, log_p: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -89,12 +89,12 @@ def ghost_top_k(log_q: Tensor, log_p: Tensor, options: Options) -> tuple[Tensor,
 
 
 def ghost(log_q: Tensor, ids: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward KL over K listed ids [C, K], the teacher's log-probabilities of which are given, and one bucket."""
+    """Forward KL over listed ids [C, K] with the teacher's log-probabilities [C, K], and one bucket for all others."""
     listed, p, q = log_q.gather(-1, ids), log_p.exp(), log_q.exp()
     log_rest_p, log_rest_q = _log_tail(log_p), _log_tail(listed)
-    value = _dot(p, log_p - listed) + log_rest_p.exp() * (log_rest_p - log_rest_q)
+    divergence = _dot(p, log_p - listed) + log_rest_p.exp() * (log_rest_p - log_rest_q)
     gradient = q * (1 - (log_rest_p - log_rest_q).exp())[:, None]
-    return value, gradient.scatter_(-1, ids, listed.exp() - p)
+    return divergence, gradient.scatter_(-1, ids, listed.exp() - p)
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Options], tuple[Tensor, Tensor]]] = {
@@ -106,7 +106,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Options], tuple[Tensor, Tensor]
     "tvd": tvd,
     "ghost_top_k": ghost_top_k,
 }
-"""By their name in a recipe."""
+"""The losses on logits by their names in a recipe."""
 
 
 def _dot(weights: Tensor, values: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _centred(q: Tensor, inner: Tensor) -> Tensor:
 
 
 def _log_mixture(first: Tensor, share: float, second: Tensor) -> Tensor:
-    """The log(share e^first + (1 - share) e^second)."""
+    """log(share * e^first + (1 - share) * e^second)."""
     return (first + math.log(share)).logaddexp(second + math.log1p(-share))
 
 

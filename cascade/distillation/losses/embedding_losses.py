@@ -1,4 +1,4 @@
-"""What a batch of texts costs a student that is asked for its teacher's sentence embeddings.
+"""The loss of a batch of texts for a student that learns its teacher's sentence embeddings.
 
 Shapes: N = texts, S = tokens, D = hidden size, of both models.
 """
@@ -18,7 +18,7 @@ from cascade.distillation.losses.fused import FusedLoss
 def embedding_losses(
     student: Any, teacher: Any, batch: Examples, features: FeatureLoss | None = None, *, keep: bool = True
 ) -> tuple[FusedLoss, dict[str, Tensor]]:
-    """(1 - cosine similarity of both embeddings, losses on what happens inside), summed over the texts.
+    """(1 - cosine similarity of both models' embeddings, feature losses by name), summed over the texts.
 
     Raises:
         ValueError: there is no teacher.
@@ -28,8 +28,8 @@ def embedding_losses(
     if theirs_ND is None:
         raise ValueError("embeddings are learned from a teacher")
     distance = 1 - cosine_similarity(ours_ND, theirs_ND, dim=-1)
-    shown, none = distance.detach(), torch.zeros_like(distance)
-    return FusedLoss(distance.sum(), shown, shown, none, none), inside
+    detached, none = distance.detach(), torch.zeros_like(distance)
+    return FusedLoss(distance.sum(), detached, detached, none, none), inside
 
 
 def embed(model: Any, inputs: dict[str, Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
-"""Losses on what happens inside: the stream between layers, the embeddings, and who attends to whom.
+"""Feature losses: on hidden states between layers, on embeddings, and on attention relations.
 
-Hidden states and embeddings are compared along the pruning's own map (`Origin`), without learned projections; attention
-relations as in MiniLM (https://arxiv.org/abs/2002.10957, https://arxiv.org/abs/2012.15828), from the outputs of the
-projections, so that any attention kernel will do.
+Hidden states and embeddings are compared along the map that pruning leaves (`Origin`), without learned projections;
+attention relations as in MiniLM (https://arxiv.org/abs/2002.10957, https://arxiv.org/abs/2012.15828), from the outputs
+of the projections, so that any attention kernel will do.
 
 Shapes: B = batch, S = block size, N = tokens that count, D = hidden size (each model its own), W = width of all heads.
 """
@@ -29,27 +29,27 @@ from cascade.runtime.errors import UserError
 
 @dataclass
 class Seen:
-    """What a forward pass showed of one model."""
+    """Activations of one model's forward pass that the losses read."""
 
     points: dict[int, Tensor] = field(default_factory=dict)
-    """[B, S, D]: what enters each layer that was asked for; under the number of layers, what leaves the last."""
+    """[B, S, D]: the input of each watched layer by its number; under the number of layers, the last one's output."""
     projections: dict[str, Tensor] = field(default_factory=dict)
-    """q, k, v: [B, S, W]"""
+    """[B, S, W] each, by q, k and v: the attention projections of the last layer."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name."""
-        return {f"point {number}": value for number, value in self.points.items()} | self.projections
+        """All activations by name, as `of` reads them."""
+        return {f"point {number}": states for number, states in self.points.items()} | self.projections
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> "Seen":
-        """What `tensors` gave; other names are left out."""
-        points = {int(name.split()[1]): value for name, value in tensors.items() if name.startswith("point ")}
+        """The activations that `tensors` named, without tensors of other names."""
+        points = {int(name.split()[1]): states for name, states in tensors.items() if name.startswith("point ")}
         return cls(points, {name: tensors[name] for name in "qkv" if name in tensors})
 
 
 @contextmanager
 def watching_points(model: nn.Module, points: set[int]) -> Iterator[dict[int, Tensor]]:
-    """While this holds, of each forward pass what enters these layers (their number: what leaves the last)."""
+    """A context that notes the inputs of these layers in each forward pass (the number of layers: the output)."""
     seen: dict[int, Tensor] = {}
     layers: Any = model.get_submodule(probe_axes(model.config).layers_prefix)
 
@@ -98,11 +98,11 @@ class FeatureLoss:
         self.places = ([0] if features.embedding else []) + places
         dims = [dims_of(model.config) for model in (student, teacher)]
         self.relation_heads = fitting_heads(features.relation_heads, dims) if features.relations else 0
-        self.head_dims = [one.head_dim for one in dims]
+        self.head_dims = [model_dims.head_dim for model_dims in dims]
 
     @contextmanager
     def watching(self, model: nn.Module, *, teacher: bool) -> Iterator[Seen]:
-        """What the losses need of the model's forward passes while this holds."""
+        """A context that notes what the losses read of the model's forward passes."""
         projections: dict[str, Tensor] = {}
         handles = []
         points = {self.origin.points[place] if teacher else place for place in self.places}
@@ -117,18 +117,18 @@ class FeatureLoss:
                 handle.remove()
 
     def of_teacher(self, teacher: nn.Module, inputs: dict[str, Tensor], *, keep: bool) -> tuple[Tensor, Seen]:
-        """What the teacher's head would read of `inputs`, [B, S, D], and what the losses need of its layers."""
+        """The hidden states that the teacher's head reads, [B, S, D], and the activations that the losses read."""
 
         def look() -> dict[str, Tensor]:
             with self.watching(teacher, teacher=True) as seen:
                 hidden = last_hidden(teacher, **inputs, use_cache=False)
             return {"hidden": hidden} | seen.tensors()
 
-        found = remembered(teacher, inputs, self.wanted(), look, keep=keep)
-        return found["hidden"], Seen.of(found)
+        tensors = remembered(teacher, inputs, self.teacher_tensors(), look, keep=keep)
+        return tensors["hidden"], Seen.of(tensors)
 
-    def wanted(self) -> str:
-        """What is asked of a teacher, as a text: the same text, the same tensors."""
+    def teacher_tensors(self) -> str:
+        """A name for the tensors that the losses read of a teacher: the same name stands for the same tensors."""
         return f"{sorted({self.origin.points[place] for place in self.places})} {bool(self.features.relations)}"
 
     def losses(
@@ -136,15 +136,15 @@ class FeatureLoss:
     ) -> dict[str, Tensor]:
         """Each loss, summed over the tokens that count: [] float32 with a gradient towards the student.
 
-        `visible` gives, if it is needed, which tokens each token's relations are with, [B, S, S].
+        `visible` is called where relations are compared: whether each token may look at another, [B, S, S].
         """
-        found: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         if self.features.hidden is not None:
             places = [place for place in self.places if place > 0]
             parts = [self._stream(student, teacher, place, self.features.hidden, counted_BS) for place in places]
-            found["hidden"] = torch.stack(parts).mean(0)
+            losses["hidden"] = torch.stack(parts).mean(0)
         if self.features.embedding is not None:
-            found["embedding"] = self._stream(student, teacher, 0, self.features.embedding, counted_BS)
+            losses["embedding"] = self._stream(student, teacher, 0, self.features.embedding, counted_BS)
         if self.features.relations:
             allowed_BSS = visible()
             parts = [
@@ -157,11 +157,11 @@ class FeatureLoss:
                 )
                 for name in self.features.relations
             ]
-            found["relations"] = torch.stack(parts).mean(0)
-        return found
+            losses["relations"] = torch.stack(parts).mean(0)
+        return losses
 
     def strength(self, progress: float) -> float:
-        """What is left of the losses' weight after this share of the steps: 1 at the start, 0 once they have faded."""
+        """The share of the losses' weight after `progress` of the steps: 1 at the start, 0 once they have faded."""
         fade_fraction = self.features.fade_fraction
         return 1.0 if fade_fraction is None else max(0.0, 1.0 - progress / fade_fraction)
 

@@ -1,4 +1,4 @@
-"""Head and divergence in one: logits exist for a chunk of tokens at a time, and gradients are formed on the way.
+"""Head and divergence fused: logits exist for a chunk of tokens at a time, with gradients formed in the same pass.
 
 Shapes: N = tokens, C = tokens of a chunk, D = hidden size (each model its own), V = vocabulary.
 """
@@ -19,7 +19,11 @@ from cascade.runtime.errors import UserError
 
 CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 25, 1 << 29
 CPU_ROWS_BYTES = 1 << 20
-"""What is worked on between two matrix products on a CPU at a time: it stays in the cache."""
+"""Bytes of logits that a CPU works on at a time between two matrix products: they stay in its cache."""
+
+
+_Source = tuple[Tensor, Head] | ListedTargets | DrawnTargets
+"""What is learned from: a teacher's hidden states, or raw logits, with its head; or some of its probabilities."""
 
 
 class FusedLoss(NamedTuple):
@@ -50,8 +54,8 @@ def fused_loss(
 ) -> FusedLoss:
     """Losses of N tokens from hidden states [N, D]; every target [N] counts: leave masked tokens out before.
 
-    Instead of a teacher there may be what is `known` of one: ids that it listed (`listed_kl`) or a sample of its
-    probabilities (`drawn_kl`), both forward KL at temperature 1. Without either the loss is cross-entropy.
+    Instead of a teacher's hidden states, `known` may have its likeliest ids (`listed_kl`) or a sample of its
+    probabilities (`drawn_kl`), both for forward KL at temperature 1. Without either the loss is cross-entropy.
 
     All of it is over the V ids that the models have in common (`Objective.common_rows`): with logits z and u of student
     and teacher, p_i = exp(u_i / T) / sum_{j < V} exp(u_j / T) and q_i likewise of z, for i < V. These are the models'
@@ -60,7 +64,7 @@ def fused_loss(
     taken under the same condition.
 
     Raises:
-        UserError: an unknown divergence, one that cannot be had from what is known, or a target beyond the common
+        UserError: an unknown divergence, one that `known` probabilities cannot give, or a target beyond the common
             vocabulary.
     """
     if objective.divergence not in DIVERGENCES:
@@ -70,7 +74,7 @@ def fused_loss(
             f"{objective.divergence} at temperature {objective.temperature:g} cannot be had from some of a teacher's "
             "probabilities; use forward_kl at temperature 1, a live teacher or its hidden states"
         )
-    rows = [len(one.weight) for one in (head, teacher_head) if one is not None]
+    rows = [len(model_head.weight) for model_head in (head, teacher_head) if model_head is not None]
     vocabulary = objective.common_rows(*rows)
     if teacher_head is not None:
         teacher_head = teacher_head.narrowed(vocabulary)
@@ -81,7 +85,7 @@ def fused_loss(
     head = head.narrowed(vocabulary)
     chunk = chunk_size or chunk_rule(len(targets), vocabulary, hidden.device)
     teacher = None if teacher_hidden is None or teacher_head is None else (teacher_hidden.detach(), teacher_head)
-    source = teacher if teacher is not None else known
+    source: _Source | None = teacher if teacher is not None else known
     loss, tokens = _Fused.apply(hidden, head.weight, head.bias, head, source, targets, objective, chunk)  # type: ignore[no-untyped-call]
     return FusedLoss(loss, *tokens.unbind())
 
@@ -102,42 +106,40 @@ class _Fused(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        known: tuple[Tensor, Head] | ListedTargets | DrawnTargets | None,
+        source: _Source | None,
         targets: Tensor,
         objective: Objective,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[:3]
+        needs_grad = ctx.needs_input_grad[:3]
         # Products are taken in the hidden states' dtype (16 bits under autocast), gradients of the weight in float32.
         original, weight, num_tokens = weight.dtype, weight.detach().to(hidden.dtype), len(targets)
         head = replace(head, weight=weight)
-        teacher = known if isinstance(known, tuple) else None
-        sparse = None if isinstance(known, tuple) else known
-        if teacher is not None:
-            teacher = teacher[0], replace(teacher[1], weight=teacher[1].weight.detach().to(teacher[0].dtype))
+        if isinstance(source, tuple):
+            source = source[0], replace(source[1], weight=source[1].weight.detach().to(source[0].dtype))
         tokens = torch.zeros(4, num_tokens, dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted[1] else None
-        grad_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wanted[2] else None
+        grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad[1] else None
+        grad_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if needs_grad[2] else None
         buffers = [torch.empty(0, device=hidden.device) for _ in range(2)]
         for start in range(0, num_tokens, chunk):
             part = slice(start, min(start + chunk, num_tokens))
             logits = raw_logits(hidden[part].detach(), head, buffers, 0)
-            expected = None
-            if teacher is not None:
-                expected = raw_logits(teacher[0][part], teacher[1], buffers, 1)
+            if isinstance(source, tuple):
+                expected: _Source | None = raw_logits(source[0][part], source[1], buffers, 1), source[1]
+            else:
+                expected = None if source is None else source.rows(part)
             rows = len(logits) if hidden.device.type != "cpu" else max(1, CPU_ROWS_BYTES // (4 * logits.shape[1]))
             for first in range(0, len(logits), rows):
                 block = slice(first, first + rows)
                 _work(
                     logits[block],
                     head,
-                    None if expected is None or teacher is None else (expected[block], teacher[1]),
-                    None if sparse is None else sparse.rows(part).rows(block),
+                    _block_of(expected, block),
                     targets[part][block],
                     objective,
                     tokens[:, part][:, block],
-                    with_gradient=any(wanted),
+                    with_gradient=any(needs_grad),
                 )
             gradient = logits.to(weight.dtype)  # now the loss's gradient with respect to the raw logits
             if grad_hidden is not None:
@@ -148,7 +150,7 @@ class _Fused(torch.autograd.Function):
                 grad_bias += logits.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = original, None if bias is None else bias.dtype
-        weight_of_ce = objective.cross_entropy_weight if known is not None else 1.0
+        weight_of_ce = objective.cross_entropy_weight if source is not None else 1.0
         loss = (1 - weight_of_ce) * tokens[0].sum() + weight_of_ce * tokens[1].sum()
         ctx.mark_non_differentiable(tokens)
         return loss, tokens
@@ -191,29 +193,38 @@ def _add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         total.addmm_(gradient.T.float(), hidden.float())
 
 
+def _block_of(expected: _Source | None, block: slice) -> _Source | None:
+    """The rows of a block of tokens."""
+    if isinstance(expected, tuple):
+        return expected[0][block], expected[1]
+    return None if expected is None else expected.rows(block)
+
+
 def _work(
     logits: Tensor,
     head: Head,
-    teacher: tuple[Tensor, Head] | None,
-    known: ListedTargets | DrawnTargets | None,
+    expected: _Source | None,
     targets: Tensor,
     objective: Objective,
     tokens: Tensor,
     *,
     with_gradient: bool,
 ) -> None:
-    """Losses of a block of tokens into `tokens` [4, C]; its raw `logits` [C, V] become the loss's gradient."""
+    """Losses of a block of tokens into `tokens` [4, C]; its raw `logits` [C, V] become the loss's gradient.
+
+    `expected` has the teacher's raw logits [C, V] and its head, or targets [C, K].
+    """
     chain = transform_logits(logits, head)
-    if teacher is not None:
-        expected = teacher[0]
-        transform_logits(expected, teacher[1])
-        tokens[3] = logits.argmax(-1) == expected.argmax(-1)
+    if isinstance(expected, tuple):
+        teacher_logits, teacher_head = expected
+        transform_logits(teacher_logits, teacher_head)
+        tokens[3] = logits.argmax(-1) == teacher_logits.argmax(-1)
         plain = objective.temperature == 1 and objective.divergence == "forward_kl"
-        (forward_kl_in_place if plain else _any_divergence)(logits, expected, targets, objective, tokens)
-    elif isinstance(known, DrawnTargets):
-        drawn_kl(logits, known, targets, objective.cross_entropy_weight, tokens)
-    elif known is not None:
-        listed_kl(logits, known, targets, objective.cross_entropy_weight, tokens)
+        (forward_kl_in_place if plain else _any_divergence)(logits, teacher_logits, targets, objective, tokens)
+    elif isinstance(expected, DrawnTargets):
+        drawn_kl(logits, expected, targets, objective.cross_entropy_weight, tokens)
+    elif expected is not None:
+        listed_kl(logits, expected, targets, objective.cross_entropy_weight, tokens)
     else:
         log_q = torch.log_softmax(logits, -1)
         tokens[1] = -log_q.gather(-1, targets[:, None])[:, 0]
@@ -266,9 +277,9 @@ def forward_kl_in_place(
 def _any_divergence(logits: Tensor, expected: Tensor, targets: Tensor, objective: Objective, tokens: Tensor) -> None:
     temperature, share, index = objective.temperature, objective.cross_entropy_weight, targets[:, None]
     log_q, log_p = torch.log_softmax(logits / temperature, -1), torch.log_softmax(expected / temperature, -1)
-    value, gradient = DIVERGENCES[objective.divergence](log_q, log_p, objective.options)
+    divergence, gradient = DIVERGENCES[objective.divergence](log_q, log_p, objective.options)
     squared = objective.temperature_scale == "tsq"
-    tokens[0] = value * (temperature**2 if squared else 1.0)
+    tokens[0] = divergence * (temperature**2 if squared else 1.0)
     tokens[1] = torch.logsumexp(logits, -1) - logits.gather(-1, index)[:, 0]
     tokens[2] = -(log_p.exp() * log_p).sum(-1)
     gradient.mul_((1 - share) * (temperature if squared else 1 / temperature))

@@ -1,4 +1,4 @@
-"""Attention relations: who attends to whom, from the outputs of the projections (MiniLM).
+"""Attention relations from the outputs of the projections: softmax of their scaled products, as in MiniLM.
 
 https://arxiv.org/abs/2002.10957, and relation heads as in https://arxiv.org/abs/2012.15828.
 
@@ -19,29 +19,29 @@ from cascade.models.architecture.sized import Sized
 from cascade.runtime.errors import UserError
 
 
-def fitting_heads(asked: int | None, dims: Sequence[ModelDims]) -> int:
-    """Relation heads for models of these dims, the student's first: what was asked for, or the most that fit.
+def fitting_heads(heads: int | None, dims: Sequence[ModelDims]) -> int:
+    """Relation heads for models of these dims, the student's first: `heads`, or with None the most that fit.
 
     Raises:
-        UserError: what was asked for does not divide every projection's width.
+        UserError: `heads` does not divide every projection's width.
     """
-    counts = [count for one in dims for count in (one.num_attention_heads, one.num_key_value_heads)]
-    head_dims = [one.head_dim for one in dims for _ in range(2)]
+    counts = [count for model in dims for count in (model.num_attention_heads, model.num_key_value_heads)]
+    head_dims = [model.head_dim for model in dims for _ in range(2)]
     widths = [count * head_dim for count, head_dim in zip(counts, head_dims, strict=True)]
     common = gcd(*widths)
     fitting = [count for count in range(1, common + 1) if common % count == 0]
-    if asked is None:
+    if heads is None:
         return max(count for count in fitting if count <= dims[0].num_attention_heads)
-    if asked not in fitting:
+    if heads not in fitting:
         raise UserError(
-            f"relation_heads: {asked} does not divide the widths of the projections "
+            f"relation_heads: {heads} does not divide the widths of the projections "
             f"({', '.join(map(str, sorted(set(widths))))}); possible: {', '.join(map(str, fitting))}"
         )
-    return asked
+    return heads
 
 
 _NAMES = {"q": r"q|query|q_proj|q_lin|wq", "k": r"k|key|k_proj|k_lin|wk", "v": r"v|value|v_proj|v_lin|wv"}
-"""What architectures call their projections."""
+"""The names that architectures give their projections, as patterns."""
 
 
 def attention_projections(model: Any, layer: int) -> list[tuple[nn.Module, list[tuple[str, int, int]]]]:
@@ -55,7 +55,7 @@ def attention_projections(model: Any, layer: int) -> list[tuple[nn.Module, list[
     sized = Sized(model.config)
     axes, dims = sized.axes, sized.dims
     prefix = f"{axes.layers_prefix}.{layer}."
-    found: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
+    projections: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
     for name, _ in model.named_parameters():
         output = axes.output_axis(name) if name.startswith(prefix) else None
         if output is None or axes.module_of(name) not in axes.behaviour.readers:
@@ -65,21 +65,21 @@ def attention_projections(model: Any, layer: int) -> list[tuple[nn.Module, list[
             continue
         rows = [(part.rows_per_unit(dims), int(getattr(dims, str(part.dim)))) for part in parts]
         if len(parts) == 3:
-            found.append((module, [(letter, *size) for letter, size in zip("qkv", rows, strict=True)]))
+            projections.append((module, [(letter, *size) for letter, size in zip("qkv", rows, strict=True)]))
         elif parts[0].rows_per_unit(dims) == 3 * dims.head_dim:
-            found.append((module, [("qkv", *rows[0])]))
+            projections.append((module, [("qkv", *rows[0])]))
         else:
-            own = name.split(".")[-2]
-            letters = [letter for letter, pattern in _NAMES.items() if re.fullmatch(pattern, own)]
+            module_name = name.split(".")[-2]
+            letters = [letter for letter, pattern in _NAMES.items() if re.fullmatch(pattern, module_name)]
             if letters:
-                found.append((module, [(letters[0], *rows[0])]))
-    known = "".join(letter for _, parts in found for letter, _, _ in parts)
+                projections.append((module, [(letters[0], *rows[0])]))
+    known = "".join(letter for _, parts in projections for letter, _, _ in parts)
     if sorted(known) != list("kqv"):
         raise UserError(
             f"distill.features.relations: model type '{model.config.model_type}': its projections of queries, keys and "
             f"values are not all known by name (found: {known or 'none'})"
         )
-    return found
+    return projections
 
 
 def splitting(parts: Sequence[tuple[str, int, int]], into: dict[str, Tensor]) -> Any:
@@ -104,10 +104,10 @@ def relation_loss(
     ours: list[Tensor], theirs: list[Tensor], heads: int, counted_BS: Tensor, allowed_BSS: Tensor
 ) -> Tensor:
     """KL of the teacher's relations from the student's, summed over tokens, averaged over heads; one head at a time."""
-    split = [[one.unflatten(-1, (heads, -1)) for one in pair] for pair in (ours, theirs)]
+    split = [[states.unflatten(-1, (heads, -1)) for states in pair] for pair in (ours, theirs)]
     total = ours[0].new_zeros((), dtype=torch.float32)
     for head in range(heads):
-        pairs = [one[..., head, :] for pair in split for one in pair]
+        pairs = [states[..., head, :] for pair in split for states in pair]
         total = total + checkpoint(_relation_kl, *pairs, counted_BS, allowed_BSS, use_reentrant=False)
     return total / heads
 
@@ -115,9 +115,10 @@ def relation_loss(
 def sides(projections: dict[str, Tensor], name: str, head_dim: int) -> list[Tensor]:
     """Both sides of a relation, [B, S, W]; keys are repeated for every query head that shares them."""
     pair = [projections[letter] for letter in name]
-    width = max(one.shape[-1] for one in pair)
+    width = max(states.shape[-1] for states in pair)
     return [
-        one.unflatten(-1, (-1, head_dim)).repeat_interleave(width // one.shape[-1], dim=-2).flatten(-2) for one in pair
+        states.unflatten(-1, (-1, head_dim)).repeat_interleave(width // states.shape[-1], dim=-2).flatten(-2)
+        for states in pair
     ]
 
 

@@ -1,4 +1,4 @@
-"""Forward KL from a teacher of which only the likeliest ids are known, and a bucket for the rest (the ghost token).
+"""Forward KL where only a teacher's likeliest ids are known, with one bucket for all others (the ghost token).
 
 Shapes: C = tokens, V = vocabulary, K = ids listed at a place, at most.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 from cascade.data.token_targets import ListedTargets
 
 ROUNDING = 1e-6
-"""Mass left over by the listed ids that is taken for none."""
+"""Mass outside the listed ids that counts as none."""
 
 
 def listed_kl(logits: Tensor, listed: ListedTargets, targets: Tensor, share: float, tokens: Tensor) -> None:
@@ -23,7 +23,7 @@ def listed_kl(logits: Tensor, listed: ListedTargets, targets: Tensor, share: flo
     agrees = logits.argmax(-1) == index.gather(-1, listed.log_p.argmax(-1, keepdim=True))[:, 0]
     listed_logits = logits.gather(-1, index)
     target_logits = logits.gather(-1, targets[:, None])[:, 0]
-    # Ids that stand for none point at 0, which may be listed as well: add to it what leaves it as it is.
+    # Missing ids (-1) point at id 0, which may be listed as well: adding 0 there leaves it as it is.
     outside = torch.zeros_like(logits).scatter_add_(-1, index, known.to(logits.dtype)).bool()
     log_rest = logits.masked_fill(outside, -torch.inf).logsumexp(-1)
     log_sum = torch.logaddexp(log_rest, listed_logits.masked_fill(~known, -torch.inf).logsumexp(-1))
@@ -39,10 +39,10 @@ def listed_kl(logits: Tensor, listed: ListedTargets, targets: Tensor, share: flo
     tokens[3] = agrees
     total = (p.sum(-1) + rest)[:, None]  # 1, but for rounding
     logits.sub_(log_sum[:, None]).exp_()
-    others = total - torch.where(rest > 0, (rest.log() - log_s).exp(), 0.0)[:, None]
+    scale_of_rest = total - torch.where(rest > 0, (rest.log() - log_s).exp(), 0.0)[:, None]
     text = logits.clone() if share else None
     at_listed = (total * logits.gather(-1, index) - p) * known
-    logits.mul_(others).masked_fill_(outside, 0.0).scatter_add_(-1, index, at_listed)
+    logits.mul_(scale_of_rest).masked_fill_(outside, 0.0).scatter_add_(-1, index, at_listed)
     if text is not None:
         text.scatter_add_(-1, targets[:, None], text.new_full((len(targets), 1), -1.0))
         logits.mul_(1 - share).add_(text, alpha=share)

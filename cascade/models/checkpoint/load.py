@@ -27,7 +27,7 @@ from cascade.models.checkpoint.tensor_file import checkpoint_entries
 from cascade.models.checkpoint.value_range import require_held
 from cascade.models.checkpoint.weight_files import check_weight_files, refuse_adapters
 from cascade.runtime.errors import UserError
-from cascade.runtime.files import file_sha256
+from cascade.runtime.file_digests import sha256_once
 
 _LOADING_ERRORS = (
     OSError,
@@ -248,12 +248,15 @@ def _torch_dtype(value: Any) -> torch.dtype | None:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """sha256 over the names and contents of config, weights and tokenizer."""
+    """sha256 over the names and contents of config, weights and tokenizer.
+
+    A run needs it many times and reads each file once (`sha256_once`).
+    """
     digest = hashlib.sha256()
     patterns = ["config.json", "*.safetensors", "*.model", *_COMPANIONS]
     files = {file for pattern in patterns for file in source.folder.glob(pattern) if file.is_file()}
     for file in [source.folder / source.gguf_file] if source.gguf_file else sorted(files):
-        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+        digest.update(f"{file.name}:{sha256_once(file)}\n".encode())
     return digest.hexdigest()
 
 

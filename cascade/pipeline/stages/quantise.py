@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from cascade.data.examples import load_training
 from cascade.distillation.options import Hooks
 from cascade.distillation.range_test import find_learning_rate
-from cascade.distillation.supervision import Selection
+from cascade.distillation.supervision import Lesson, Selection
 from cascade.distillation.trainer import distill
 from cascade.evaluation.evaluate import default_device
 from cascade.evaluation.reload import write_reference
@@ -127,17 +127,15 @@ def _train(run: Run, entry: Finish, student: nn.Module, folder: Path, on_step: O
     if rate == "auto" and rate_path.exists():
         rate = float(read_json(rate_path))
     if rate == "auto":
-        search = find_learning_rate(
-            student,
-            teacher,
-            blocks,
-            num_tokens=entry.budget,
+        lesson = Lesson(
+            student=student,
+            teacher=teacher,
+            blocks=blocks,
             selection=selection,
             supervision=supervision,
             optimization=optimization,
-            execution=execution,
-            on_try=on_step,
         )
+        search = find_learning_rate(lesson, num_tokens=entry.budget, execution=execution, on_try=on_step)
         rate = search.learning_rate
         rate_path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(rate_path, json.dumps(rate))

@@ -46,15 +46,6 @@ def make_rate(run: Run, member: ResolvedMember, start: Start, stage: str, folder
     `stage` is distill or baseline-ce; both searches work in the same way, each by its own loss on selection text.
     """
     lesson = lesson_of(run, member, start, stage)
-    search = find_learning_rate(
-        lesson.student,
-        lesson.teacher,
-        lesson.blocks,
-        num_tokens=member.num_tokens,
-        selection=lesson.selection,
-        supervision=lesson.supervision,
-        optimization=lesson.optimization,
-        execution=execution_of(distill_settings(run)),
-        on_try=on_step,
-    )
+    execution = execution_of(distill_settings(run))
+    search = find_learning_rate(lesson, num_tokens=member.num_tokens, execution=execution, on_try=on_step)
     write_json(folder / "rate.json", {name: value for name, value in asdict(search).items() if name != "seconds"})

@@ -16,7 +16,7 @@ from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples
 from cascade.distillation import sharding
 from cascade.distillation.options import Hooks
-from cascade.distillation.supervision import Selection
+from cascade.distillation.supervision import Lesson, Selection
 from cascade.distillation.trackers import tracked
 from cascade.distillation.trainer import distill
 from cascade.evaluation.reload import write_reference
@@ -35,7 +35,6 @@ from cascade.pipeline.kept_targets import step_rows, taught_steps
 from cascade.pipeline.stage_output import Made, Start
 from cascade.pipeline.stages.rate import find_rate
 from cascade.pipeline.stages.training import (
-    Lesson,
     distill_settings,
     lesson_of,
     training_inputs,

@@ -1,7 +1,7 @@
 """What a training and the search for its learning rate have in common: settings, inputs, models, texts and losses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,8 +10,8 @@ from cascade.data.blocks import TokenBlocks
 from cascade.data.examples import Examples, load_training
 from cascade.distillation import sharding
 from cascade.distillation.losses.features import FeatureLoss
-from cascade.distillation.options import Features, Optimization
-from cascade.distillation.supervision import Supervision
+from cascade.distillation.options import Features
+from cascade.distillation.supervision import Lesson
 from cascade.evaluation.evaluate import default_device
 from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.origin import Origin, even_origin
@@ -68,22 +68,8 @@ def distill_settings(run: Run) -> Distill:
     return run.recipe.distill
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lesson:
-    """Models, texts, losses and options of a member's training, all but its learning rate."""
-
-    student: nn.Module
-    teacher: nn.Module | None
-    """None for a training on the text alone."""
-    blocks: TokenBlocks | Examples
-    selection: TokenBlocks | Examples
-    supervision: Supervision
-    optimization: Optimization
-    """All options but the learning rate, which is 0 here."""
-
-
 def lesson_of(run: Run, member: ResolvedMember, start: Start, stage: str) -> Lesson:
-    """The lesson of a member; `stage` is distill, or baseline-ce, which learns from the text alone."""
+    """What a member's training is made of; `stage` is distill, or baseline-ce, which learns from the text alone."""
     recipe, settings = run.recipe, distill_settings(run)
     teacher = run.expert() if stage == "distill" else None
     student = load_model(start.model.source).to(default_device())

@@ -63,6 +63,6 @@ def _unpack_fixed(data: Bytes, count: int, width: int) -> Integers:
     padded = np.concatenate([data, np.zeros(8, dtype=np.uint8)])
     words = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
     starts = np.arange(count, dtype=np.int64) * width
-    found = (words[starts >> 3] >> (starts & 7).astype(np.uint64)) & np.uint64((1 << width) - 1)
-    numbers: Integers = found.astype(np.int64)
+    fields = (words[starts >> 3] >> (starts & 7).astype(np.uint64)) & np.uint64((1 << width) - 1)
+    numbers: Integers = fields.astype(np.int64)
     return numbers

@@ -1,4 +1,4 @@
-"""What a cache's folder holds, whether it is whole, and making room in it."""
+"""For `cascade cache`: what a cache's folder holds, whether it is undamaged, and making room in it."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.runtime.errors import UserError
+from cascade.teacher.targets.index import INDEX_SUFFIX, shard_path
 from cascade.teacher.targets.shards import ROOT_FILE, Windows, damaged_shards, root_name
 from cascade.teacher.targets.usage import usage
 
@@ -15,23 +16,23 @@ _LEFT_OVER_AFTER = 3600.0
 """Seconds after which a file that was being written has no writer any more."""
 
 
-def roots_in(folder: Path, wanted: Sequence[str] = ()) -> list[Path]:
-    """The roots' folders, by name; only those whose names begin with one of `wanted` where there are any.
+def roots_in(folder: Path, prefixes: Sequence[str] = ()) -> list[Path]:
+    """The roots' folders, by name; where `prefixes` are given, those whose names begin with one of them.
 
     Raises:
-        UserError: the folder is not there, or one of `wanted` fits no root.
+        UserError: the folder is not there, or no root's name begins with one of the prefixes.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; nothing was kept there yet, or give another --folder")
-    found = sorted(path.parent for path in folder.glob(f"*/{ROOT_FILE}") if _is_root(path.parent))
-    for prefix in wanted:
-        if not any(path.name.startswith(prefix) for path in found):
-            raise UserError(f"--root {prefix}: no root in {folder} begins so; known: {_names(found)}")
-    return [path for path in found if not wanted or path.name.startswith(tuple(wanted))]
+    roots = sorted(path.parent for path in folder.glob(f"*/{ROOT_FILE}") if _is_root(path.parent))
+    for prefix in prefixes:
+        if not any(path.name.startswith(prefix) for path in roots):
+            raise UserError(f"--root {prefix}: no root in {folder} begins so; known: {_names(roots)}")
+    return [path for path in roots if not prefixes or path.name.startswith(tuple(prefixes))]
 
 
 def describe(root: Path) -> dict[str, Any]:
-    """A root's teacher, form, windows, bytes and use; contents are not read, unreadable shards are counted."""
+    """A root's teacher, form, windows, bytes and use, without reading any record; unreadable shards are counted."""
     windows = Windows(root, root_name(root)).refresh()
     record, used = _record(root), usage(root)
     shards = list(root.glob("*.safetensors"))
@@ -51,8 +52,11 @@ def describe(root: Path) -> dict[str, Any]:
 
 
 def damage(root: Path) -> dict[str, Any]:
-    """{'record', 'shards', 'windows'}: what is wrong with a root: its own record, files, windows; all was read."""
-    windows = Windows(root, root_name(root)).refresh()
+    """{'record', 'shards', 'windows'}: what is wrong with a root's own record, its files and its windows.
+
+    Every byte of every shard is read, and no index is believed.
+    """
+    windows = Windows(root, root_name(root), from_shards=True).refresh()
     broken = [key.hex() for key in windows.keys() if windows.read(key) is None]
     record = [] if root_name(root)[:16] == root.name else [f"{root / ROOT_FILE} is not what the folder is named after"]
     shards = sorted({*damaged_shards(root), *windows.passed_over})
@@ -60,7 +64,7 @@ def damage(root: Path) -> dict[str, Any]:
 
 
 def remove_roots(roots: Sequence[Path]) -> int:
-    """Remove whole roots; bytes that are free then."""
+    """Remove whole roots; returns the bytes that this freed."""
     freed = 0
     for root in roots:
         freed += sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
@@ -69,12 +73,16 @@ def remove_roots(roots: Sequence[Path]) -> int:
 
 
 def remove_damaged(root: Path) -> int:
-    """Remove shards that are not what their names say or of another root, and what nobody writes any more; bytes."""
+    """Remove damaged and foreign shards, their indexes, and what dead writers have left; returns the bytes freed."""
     old = time.time() - _LEFT_OVER_AFTER
     leftovers = [path for path in root.glob(".*") if path.is_file() and path.stat().st_mtime < old]
     freed = 0
-    foreign = Windows(root, root_name(root)).refresh().passed_over
-    for path in {*damaged_shards(root), *foreign, *leftovers}:
+    foreign = Windows(root, root_name(root), from_shards=True).refresh().passed_over
+    shards = {*damaged_shards(root), *foreign}
+    indexes = [
+        path for path in root.glob(f"*{INDEX_SUFFIX}") if shard_path(path) in shards or not shard_path(path).exists()
+    ]
+    for path in {*shards, *indexes, *leftovers}:
         freed += path.stat().st_size
         path.unlink(missing_ok=True)
     return freed
@@ -93,7 +101,7 @@ def to_fit(roots: Sequence[Path], max_bytes: float) -> list[Path]:
 
 
 def unused_since(roots: Sequence[Path], days: float) -> list[Path]:
-    """The roots that no training asked in so many days."""
+    """The roots that no training has read for so many days."""
     return [root for root in roots if usage(root)["last"] < time.time() - 86_400 * days]
 
 
@@ -105,10 +113,10 @@ def _is_root(folder: Path) -> bool:
 
 def _record(root: Path) -> dict[str, Any]:
     try:
-        found = json.loads((root / ROOT_FILE).read_text(encoding="utf-8"))
+        record = json.loads((root / ROOT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _names(roots: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""What a window and a root are named by: contents alone; order, batch, recipe and processes do not matter.
+"""Names of windows and roots, from contents alone: order, batch, recipe and processes do not matter.
 
 Shapes: N = windows, S = tokens of a window.
 """
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from cascade.data.blocks import TokenBlocks
 from cascade.models.checkpoint.tensor_file import checkpoint_entries
 from cascade.runtime.files import write_atomically
+from cascade.teacher.targets.index import KEY_BYTES
 from cascade.teacher.targets.record import Layout
 from cascade.teacher.targets.sampling import SAMPLER
-from cascade.teacher.targets.shards import KEY_BYTES, Windows, root_folder
+from cascade.teacher.targets.shards import Windows, root_folder
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +29,18 @@ FORMAT = 1
 
 _MEMO = "weights.json"
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-"""Of a config: what changes no logit, or is said elsewhere."""
+"""Keys of a config that change no logit, or that a root's record has under another name."""
 
 
 def window_keys(blocks: TokenBlocks) -> list[bytes]:
-    """16 bytes a window: of its ids, where its documents start, and which tokens count where not all do."""
+    """A digest of 16 bytes per window: of its ids, its documents' starts, and the tokens that count if not all do."""
     ids, labels = blocks.input_ids.to(torch.int32), blocks.labels.to(torch.int32)
     places = None if blocks.position_ids is None else blocks.position_ids.to(torch.int32)
     all_count = (ids == labels).all(1).tolist()
     keys = []
-    for row, plain in enumerate(all_count):
+    for row, without_labels in enumerate(all_count):
         digest = hashlib.blake2b(b"masked" if blocks.masked else b"causal", digest_size=KEY_BYTES)
-        for name, values in (("ids", ids), ("positions", places), ("labels", None if plain else labels)):
+        for name, values in (("ids", ids), ("positions", places), ("labels", None if without_labels else labels)):
             if values is not None:
                 digest.update(f"{name}:{values.shape[1]}:".encode() + values[row].numpy().tobytes())
         keys.append(digest.digest())
@@ -49,12 +50,12 @@ def window_keys(blocks: TokenBlocks) -> list[bytes]:
 def root_record(
     weights: str, config: Any, tokenizer: Any, layout: Layout, *, dtype: str, attn_implementation: str
 ) -> dict[str, Any]:
-    """All that the targets of a window depend on, but for the window itself and rounding; `weights` is their digest."""
-    own = {name: value for name, value in config.to_dict().items() if name not in _NOT_THE_MODEL}
+    """All that the targets of a window depend on besides the window and rounding; `weights` is `weights_digest`."""
+    model_config = {name: setting for name, setting in config.to_dict().items() if name not in _NOT_THE_MODEL}
     return {
         "format": FORMAT,  # and `version` in the targets
         "weights": weights,
-        "config": _digest(own),
+        "config": _digest(model_config),
         "model_type": config.model_type,
         "tokenizer": None if tokenizer is None else _digest(tokenizer.get_vocab()),
         "targets": layout.as_dict(),
@@ -65,9 +66,9 @@ def root_record(
 
 
 def open_windows(cache: str | Path, teacher: nn.Module, tokenizer: Any, layout: Layout) -> Windows:
-    """What is kept in a folder of this very model, by the weights that it has now; nothing yet, where nothing is.
+    """The targets that a cache's folder holds of a teacher with these weights; none at first.
 
-    `label` fills it and `CachedTargets` reads it. Runs name roots by checkpoint files, and so differently.
+    `label` adds to them and `CachedTargets` reads them. Runs name roots by checkpoint files, and so differently.
     """
     model: Any = teacher
     first = next(teacher.parameters())
@@ -83,32 +84,32 @@ def open_windows(cache: str | Path, teacher: nn.Module, tokenizer: Any, layout: 
 
 
 def weights_digest(folder: Path, cache: Path, *, again: bool = False) -> str:
-    """sha256 of a checkpoint's tensors by name, whatever files they are in.
+    """sha256 of a checkpoint's tensors in the order of their names, however they are split into files.
 
-    Remembered in the cache's folder by each file's path, size, time and inode; `again` reads them anyway.
+    The cache's folder remembers it by each file's path, size, time and inode; `again` reads the weights all the same.
     """
     entries = checkpoint_entries(folder)
     files = sorted({entry.path.resolve() for entry in entries.values()})
     stats = [(str(path), path.stat()) for path in files]
-    known = json.dumps([(name, one.st_size, one.st_mtime_ns, one.st_ino) for name, one in stats])
+    known = json.dumps([(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats])
     memo = _read_memo(cache / _MEMO)
     if not again and known in memo:
         return memo[known]
-    found = tensors_digest((name, entry.read()) for name, entry in sorted(entries.items()))
+    digest = tensors_digest((name, entry.read()) for name, entry in sorted(entries.items()))
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache / _MEMO, json.dumps(_read_memo(cache / _MEMO) | {known: found}, indent=1))
+        write_atomically(cache / _MEMO, json.dumps(_read_memo(cache / _MEMO) | {known: digest}, indent=1))
     except OSError as error:  # then they are read again the next time
         logger.warning("%s: the weights' digest is not remembered: %s", cache, error.strerror)
-    return found
+    return digest
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 of tensors in the order given: names, dtypes, shapes and contents."""
+    """sha256 of the names, dtypes, shapes and contents of tensors, in their order."""
     digest = hashlib.sha256()
-    for name, value in tensors:
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}:".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, tensor in tensors:
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -120,11 +121,11 @@ def default_folder() -> Path:
 
 def _read_memo(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        digests = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return digests if isinstance(digests, dict) else {}
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+def _digest(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""What a teacher says of windows, computed once and kept: windows that are there already are passed over.
+"""A teacher's targets of windows, computed once and kept: windows that have a record already are passed over.
 
-The teacher sees windows in groups of one size, and its head each window by itself, so that a window's record does not
-depend on which others are labelled with it, in which order, or by how many processes.
+The teacher reads windows in groups of one size, and its head each window by itself, so that a window's record does not
+depend on which other windows are labelled with it, in which order, or by how many processes.
 
 Shapes: G = windows of a group, S = tokens of a window, P = places of a window that predict, T = those that count,
 D = the teacher's hidden size, V = vocabulary.
@@ -32,17 +32,17 @@ _CHECKED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Labelling:
-    """What was done."""
+    """What a labelling came to."""
 
     windows: int
-    """That were asked for."""
+    """Different windows among the blocks."""
     made: int
-    """Of these, labelled now; the others were there."""
+    """Windows that were labelled now; the others had their records."""
     tokens: int
-    """Of what was labelled now."""
+    """Tokens of the windows that were labelled now."""
     seconds: float
     num_bytes: int
-    """Of the whole root on disk."""
+    """Bytes of all the root's shards."""
 
 
 @torch.no_grad()
@@ -52,9 +52,13 @@ def label(
     teacher: nn.Module,
     blocks: TokenBlocks,
     *,
+    check_records: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Labelling:
     """Label the windows of `blocks` that are missing or damaged; several processes share them out.
+
+    With `check_records` every record of these windows is read. Without it the shards' indexes say which windows have
+    one, for a training that reads its records itself and has damaged ones labelled again (`CachedTargets`).
 
     Raises:
         RunError: the disk is full; what was written before stays.
@@ -65,43 +69,50 @@ def label(
     _require_fitting(windows.refresh(), layout, teacher)
     keys = window_keys(blocks)
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
-    missing = torch.tensor([row for key, row in first.items() if windows.read(key) is None], dtype=torch.int64)
+    present = {key for key in first if (windows.read(key) is not None if check_records else key in windows)}
+    missing = torch.tensor([row for key, row in first.items() if key not in present], dtype=torch.int64)
     missing = ranks.broadcast_ints(missing)
     teacher.eval()
     group = _group_size(teacher, blocks)
     steps = -(-len(missing) // (group * ranks.world_size()))
-    own = missing[ranks.rank() :: ranks.world_size()]
-    writer, made = Writer(windows.folder, windows.root), 0
+    of_process = missing[ranks.rank() :: ranks.world_size()]
+    writer, num_labelled = Writer(windows.folder, windows.root), 0
     for step in range(steps):
-        rows = own[step * group : (step + 1) * group]
+        rows = of_process[step * group : (step + 1) * group]
         if ranks.world_size() == 1:  # another run may have labelled some of them meanwhile
             rows = torch.tensor([row for row in rows.tolist() if keys[row] not in windows], dtype=torch.int64)
         if len(rows) or ranks.world_size() > 1:
-            found = _records(layout, windows.root, teacher, blocks, rows, keys, group)
-            for row, record in zip(rows.tolist(), found, strict=True):
+            records = _records(layout, windows.root, teacher, blocks, rows, keys, group)
+            for row, record in zip(rows.tolist(), records, strict=True):
                 if writer.add(keys[row], record):
                     windows.refresh()
-        made += len(rows)
+        num_labelled += len(rows)
         if on_step is not None:
             on_step(step + 1, steps)
     writer.flush()
     ranks.barrier()
+    if ranks.rank() == 0:
+        windows.save_indexes()
     windows.refresh()
-    counts = ranks.sum_numbers({"made": made}, torch.device("cpu"))
-    made = int(counts["made"])
-    seconds = time.perf_counter() - started
-    return Labelling(len(first), made, made * blocks.block_size, seconds, windows.num_bytes())
+    num_labelled = int(ranks.sum_numbers({"labelled": num_labelled}, torch.device("cpu"))["labelled"])
+    return Labelling(
+        windows=len(first),
+        made=num_labelled,
+        tokens=num_labelled * blocks.block_size,
+        seconds=time.perf_counter() - started,
+        num_bytes=windows.num_bytes(),
+    )
 
 
 @torch.no_grad()
 def records_of(windows: Windows, layout: Layout, teacher: nn.Module, blocks: TokenBlocks) -> dict[bytes, bytes]:
-    """The records of these blocks by key, computed now, whatever is kept."""
-    keys, found = window_keys(blocks), dict[bytes, bytes]()
+    """The records of these blocks by key, computed anew whether the cache has them or not."""
+    keys, by_key = window_keys(blocks), dict[bytes, bytes]()
     group = _group_size(teacher, blocks)
     for rows in torch.arange(len(blocks)).split(group):
         records = _records(layout, windows.root, teacher, blocks, rows, keys, group)
-        found |= {keys[row]: record for row, record in zip(rows.tolist(), records, strict=True)}
-    return found
+        by_key |= {keys[row]: record for row, record in zip(rows.tolist(), records, strict=True)}
+    return by_key
 
 
 @torch.no_grad()
@@ -112,7 +123,9 @@ def rounding_kl(layout: Layout, teacher: nn.Module, block: TokenBlocks) -> float
         hidden_BPD = block.predicting(last_hidden(teacher, **block.inputs(device), use_cache=False))
     hidden = hidden_BPD.flatten(0, 1)[:_CHECKED_TOKENS].float()
     head = head_of(teacher).narrowed(layout.vocab_size)
-    live, rebuilt = (logits_of(one, head).float().log_softmax(-1) for one in (hidden, through_record(layout, hidden)))
+    live, rebuilt = (
+        logits_of(states, head).float().log_softmax(-1) for states in (hidden, through_record(layout, hidden))
+    )
     return float((live.exp() * (live - rebuilt)).sum(-1).mean())
 
 
@@ -125,22 +138,22 @@ def _records(
     keys: Sequence[bytes],
     group: int,
 ) -> list[bytes]:
-    """Of the windows `rows`, at most `group`; the group is filled up with the first of them."""
+    """The records of the windows `rows`, at most `group` of them; the first one fills the group up."""
     device = _device(teacher)
     filler = rows[:1] if len(rows) else torch.zeros(1, dtype=torch.int64)  # a process without work takes part
     filled = blocks.rows(torch.cat([rows, filler.expand(group - len(rows))]))
     with autocast(device), watching_points(teacher, set(layout.points)) as seen:
         hidden_GSD = last_hidden(teacher, **filled.inputs(device), use_cache=False)
     hidden_GPD, targets_GP = filled.predicting(hidden_GSD), filled.targets()
-    points = {number: filled.predicting(value) for number, value in seen.items()}
+    points = {number: filled.predicting(states) for number, states in seen.items()}
     head = head_of(teacher).narrowed(layout.vocab_size)
     records = []
     for place, row in enumerate(rows.tolist()):
         counted = (targets_GP[place] != IGNORE_INDEX).nonzero()[:, 0]
         hidden_TD, targets_T = hidden_GPD[place][counted.to(device)], targets_GP[place][counted].to(device)
         if layout.kind == "hidden":
-            own = {number: value[place][counted.to(device)] for number, value in points.items()}
-            records.append(pack_hidden(layout, hidden_TD, own))
+            of_window = {number: states[place][counted.to(device)] for number, states in points.items()}
+            records.append(pack_hidden(layout, hidden_TD, of_window))
         else:
             records.append(_of_logits(layout, root, head, hidden_TD, targets_T, keys[row]))
     return records
@@ -193,7 +206,7 @@ def _require_fitting(windows: Windows, layout: Layout, teacher: nn.Module) -> No
 
 
 def _group_size(teacher: nn.Module, blocks: TokenBlocks) -> int:
-    """Windows that the teacher sees at once: always as many, whatever there is to label."""
+    """Windows that the teacher reads at once: the same number whatever there is to label."""
     return max(1, _GROUP_TOKENS.get(_device(teacher).type, 2048) // blocks.block_size)
 
 

@@ -26,7 +26,7 @@ _PER_NAT = 2048
 
 @dataclass(frozen=True)
 class Layout:
-    """What is kept of each token, and how: all that is needed to read a record."""
+    """What a record has of each token, and how it is packed: all that is needed to read records."""
 
     kind: str
     """One of `KINDS`."""
@@ -48,24 +48,24 @@ class Layout:
     which no training reads."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For a root's record; only what its kind needs. Those of before there were versions say none."""
+        """The layout as a root's record has it: what its kind needs, and no version where there was none yet."""
         versioned = self.kind != "hidden" and self.version > 1
-        return {name: value for name, value in asdict(self).items() if value and (name != "version" or versioned)}
+        return {name: option for name, option in asdict(self).items() if option and (name != "version" or versioned)}
 
     def content(self) -> dict[str, Any]:
-        """What the trainings that read it depend on: however it is packed, the same."""
-        return {name: value for name, value in self.as_dict().items() if name != "version"}
+        """The part that the trainings which read it depend on: the same however records are packed."""
+        return {name: option for name, option in self.as_dict().items() if name != "version"}
 
 
 def require_layout(windows: Windows, layout: Layout) -> None:
-    """Refuse to read or write records in another way than their root says.
+    """Refuse to read or write records by another layout than their root's.
 
     Raises:
-        UserError: with both.
+        UserError: the layouts differ.
     """
-    said, wanted = windows.targets(), json.loads(json.dumps(layout.as_dict()))
-    if said != wanted:
-        raise UserError(f"{windows.folder}: keeps {said}, not {wanted}; open the root of this layout")
+    of_root, expected = windows.targets(), json.loads(json.dumps(layout.as_dict()))
+    if of_root != expected:
+        raise UserError(f"{windows.folder}: keeps {of_root}, not {expected}; open the root of this layout")
 
 
 def pack_sample(layout: Layout, sample: Sample, target_log_p: Tensor) -> bytes:
@@ -106,14 +106,14 @@ def unpack_sample(layout: Layout, data: Bytes, tokens: int) -> DrawnTargets:
     token, ids = np.divmod(values, layout.vocab_size)
     if len(last) != count or (last // layout.draws != token).any():
         raise ValueError("draws and ids do not belong together")
-    own, listed = len(layout.exact_ids), np.bincount(token, minlength=tokens)
+    num_exact, listed = len(layout.exact_ids), np.bincount(token, minlength=tokens)
     first = np.cumsum(listed) - listed
-    place = own + np.arange(count) - first[token]
+    place = num_exact + np.arange(count) - first[token]
     left = (1 - exact.sum(1)) / layout.draws
-    width = own + int(listed.max(initial=0))
+    width = num_exact + int(listed.max(initial=0))
     ids_TK = np.full((tokens, width), -1, dtype=np.int32)
     shares_TK = np.zeros((tokens, width), dtype=np.float32)
-    ids_TK[:, :own], shares_TK[:, :own] = layout.exact_ids, exact
+    ids_TK[:, :num_exact], shares_TK[:, :num_exact] = layout.exact_ids, exact
     ids_TK[token, place] = ids
     shares_TK[token, place] = np.diff(last, prepend=-1) * left[token]
     parts = (torch.from_numpy(part) for part in (ids_TK, shares_TK, entropy.astype(np.float32)))
@@ -125,9 +125,9 @@ def pack_top(layout: Layout, ids: Tensor, log_p: Tensor, target_log_p: Tensor) -
     ids, order = ids.sort(-1)
     values = ids.cpu().numpy() + np.arange(len(ids))[:, None] * layout.vocab_size
     steps = (-log_p.gather(-1, order) * _PER_NAT).round().clamp(0, 65535)
-    kept = steps.cpu().numpy().astype("<u2").tobytes()
+    packed_steps = steps.cpu().numpy().astype("<u2").tobytes()
     first = _bytes(target_log_p, torch.float32) if layout.version == 1 else b""
-    return first + kept + pack_rising(values.reshape(-1), len(ids) * layout.vocab_size)
+    return first + packed_steps + pack_rising(values.reshape(-1), len(ids) * layout.vocab_size)
 
 
 def unpack_top(layout: Layout, data: Bytes, tokens: int) -> ListedTargets:
@@ -162,7 +162,7 @@ def unpack_hidden(layout: Layout, data: Bytes, tokens: int) -> list[Tensor]:
 
 
 def through_record(layout: Layout, hidden: Tensor) -> Tensor:
-    """[T, D] float32: hidden states as they come back from a record."""
+    """[T, D] float32: hidden states as a record gives them back, with its rounding."""
     packed = np.frombuffer(_pack_states(layout, hidden), dtype=np.uint8)
     return _unpack_states(layout, _Cursor(packed), len(hidden)).float().to(hidden.device)
 

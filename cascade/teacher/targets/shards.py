@@ -3,6 +3,7 @@
 A shard is a safetensors file named by the sha256 of its content, of four tensors: `windows` uint8 [W, 16] (their keys),
 `ends` int64 [W] (of their records in the data), `sums` uint8 [W, 16] and `data` uint8. A checksum covers the root, the
 window and its record, so that a record that was damaged, moved to another window or brought from another root is none.
+Beside each shard lies its index (`cascade.teacher.targets.index`).
 
 Shapes: W = windows of a shard.
 """
@@ -12,45 +13,53 @@ import json
 import logging
 import os
 import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from cascade.models.checkpoint.tensor_file import Entry, entries_of, opened
 from cascade.runtime.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.runtime.failpoints import failpoint
 from cascade.runtime.files import sync_folder
+from cascade.teacher.targets.index import (
+    KEY_BYTES,
+    SHARD_SUFFIX,
+    Index,
+    index_bytes,
+    index_of,
+    index_path,
+    read_index,
+)
 
 logger = logging.getLogger(__name__)
 
-KEY_BYTES = 16
 ROOT_FILE = "root.json"
 MAX_SHARD_BYTES = 1 << 26
 SECONDS_BETWEEN_SHARDS = 60.0
-"""What a killed labelling loses at most."""
-
-_SUFFIX = ".safetensors"
+"""Seconds of work that a killed labelling loses at most."""
 
 
 @dataclass(frozen=True)
 class _Shard:
     path: Path
-    ends: NDArray[np.int64]
-    sums: NDArray[np.uint8]
-    data: NDArray[np.uint8]
-    """Mapped: read when it is looked at."""
+    index: Index
 
     def record(self, number: int) -> NDArray[np.uint8]:
-        start = int(self.ends[number - 1]) if number else 0
-        return self.data[start : int(self.ends[number])]
+        """The bytes of one record; fewer, or none, where the file no longer has them."""
+        start, size = int(self.index.starts[number]), int(self.index.sizes[number])
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                return np.frombuffer(os.pread(file.fileno(), size, start), dtype=np.uint8)
+        except OSError as error:
+            logger.warning("%s: cannot be read: %s", self.path, error.strerror)
+            return np.zeros(0, dtype=np.uint8)
 
 
 @dataclass
@@ -60,136 +69,162 @@ class Windows:
     folder: Path
     root: str
     """64 hexadecimal digits."""
-    _found: dict[bytes, list[tuple[_Shard, int]]] = field(default_factory=dict)
-    """The shards that a window is in, and where."""
-    _known: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Files that were looked at: inode and time of each."""
+    from_shards: bool = False
+    """Go by the shards' own tables, whatever their indexes say: for checks of a whole cache."""
+    _places: dict[bytes, list[tuple[_Shard, int]]] = field(default_factory=dict)
+    """By window, the shards that hold its record, and the record's number there."""
+    _seen_files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Inode and time of each shard that was opened, by name."""
+    _shards: dict[Path, _Shard] = field(default_factory=dict)
+    """The shards that are open."""
+    _damaged: dict[Path, set[int]] = field(default_factory=dict)
+    """By shard, the numbers of the records that were found damaged."""
+    _unsaved: set[Path] = field(default_factory=set)
+    """Shards whose index is missing, or lists records that were found damaged."""
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    """Held while the tables change: a training's targets are read by a thread of their own."""
     passed_over: set[Path] = field(default_factory=set)
     """Files that are no shards of this root, or are cut off."""
     num_damaged: int = 0
     """Records that were read and not used."""
 
     def refresh(self) -> "Windows":
-        """Look for shards that have come since."""
-        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+        """Open the shards that were written since the last call."""
+        for path in sorted(self.folder.glob(f"*{SHARD_SUFFIX}")):
             try:
                 stat = path.stat()
             except FileNotFoundError:  # removed meanwhile
                 continue
-            if self._known.get(path.name) != (stat.st_ino, stat.st_mtime_ns):  # new, or written again
-                self._known[path.name] = stat.st_ino, stat.st_mtime_ns
+            if self._seen_files.get(path.name) != (stat.st_ino, stat.st_mtime_ns):  # new, or written again
+                self._seen_files[path.name] = stat.st_ino, stat.st_mtime_ns
                 self._open(path)
         return self
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._places)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._found
+        return key in self._places
 
     def keys(self) -> Iterator[bytes]:
-        """Of all windows that seem to be there."""
-        return iter(list(self._found))
+        """The keys of all windows that have a record; whether it is whole is known when it is read."""
+        return iter(list(self._places))
 
     def read(self, key: bytes) -> NDArray[np.uint8] | None:
         """A window's record; None where there is none that is whole: from then on the window is missing."""
-        for shard, number in list(self._found.get(key, ())):
+        for shard, number in list(self._places.get(key, ())):
             record = shard.record(number)
-            if _checksum(self.root, key, record) == shard.sums[number].tobytes():
+            if _checksum(self.root, key, record) == shard.index.checksums[number].tobytes():
                 return record
             logger.warning("%s: the record of window %s is damaged and not used", shard.path, key.hex())
-            self.num_damaged += 1
-            self._found[key] = [place for place in self._found[key] if place[0] is not shard]
-        self._found.pop(key, None)
+            with self._lock:
+                self.num_damaged += 1
+                self._damaged.setdefault(shard.path, set()).add(number)
+                self._unsaved.add(shard.path)
+                self._places[key] = [place for place in self._places.get(key, ()) if place[0] is not shard]
+        with self._lock:
+            if not self._places.get(key):
+                self._places.pop(key, None)
         return None
 
+    def save_indexes(self) -> None:
+        """Write the indexes that are missing, and those of shards with damaged records, which they leave out.
+
+        A folder that cannot be written stays as it is: indexes only spare reading.
+        """
+        with self._lock:
+            unsaved = {path: self._shards[path] for path in self._unsaved if path in self._shards}
+            indexes = [shard.index.without(self._damaged.get(path, set())) for path, shard in unsaved.items()]
+            self._unsaved.clear()
+        _save_indexes(self.folder, indexes)
+
     def targets(self) -> dict[str, Any]:
-        """How records are laid out, as the root says."""
-        found: dict[str, Any] = self.record()["targets"]
-        return found
+        """The layout of the root's records."""
+        layout: dict[str, Any] = self.record()["targets"]
+        return layout
 
     def record(self) -> dict[str, Any]:
-        """All that the root's name stands for."""
-        found: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text(encoding="utf-8"))
-        return found
+        """The root's record: all that its name stands for (`root_record`)."""
+        record: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text(encoding="utf-8"))
+        return record
 
     def num_bytes(self) -> int:
-        """Of all its shards."""
-        return sum(_size(path) for path in self.folder.glob(f"*{_SUFFIX}"))
+        """Bytes of all its shards, without their indexes."""
+        return sum(_size(path) for path in self.folder.glob(f"*{SHARD_SUFFIX}"))
 
     def _open(self, path: Path) -> None:
         """Take up a shard's windows; one that is cut off, of another root or no shard at all is passed over."""
         try:
-            if _root_of(path) != self.root:
+            saved = None if self.from_shards else read_index(path)
+            index = saved or index_of(path)
+            if index.root != self.root:
                 raise UserError(f"{path}: belongs to another root")
-            entries = dict(entries_of(path))
-            keys = _mapped(entries["windows"]).copy().reshape(-1, KEY_BYTES)
-            ends = _mapped(entries["ends"]).copy().view("<i8")
-            sums = _mapped(entries["sums"]).copy().reshape(-1, KEY_BYTES)
-            data = _mapped(entries["data"])
-            if not len(keys) == len(ends) == len(sums) or (np.diff(ends, prepend=0) < 0).any():
-                raise UserError(f"{path}: its tables do not fit each other")
-            if len(ends) and ends[-1] != len(data):
-                raise UserError(f"{path}: {len(data)} bytes of records where {ends[-1]} were due")
-        except (UserError, OSError, KeyError, ValueError, TypeError) as error:
+        except (UserError, OSError) as error:
             logger.warning("%s: passed over, its windows count as missing: %s", path, error)
             self.passed_over.add(path)
             return
-        self.passed_over.discard(path)
-        shard = _Shard(path, ends, sums, data)
-        for number, key in enumerate(keys):
-            others = [place for place in self._found.get(key.tobytes(), ()) if place[0].path != path]
-            self._found[key.tobytes()] = [*others, (shard, number)]
+        shard = _Shard(path, index)
+        with self._lock:
+            self.passed_over.discard(path)
+            self._shards[path] = shard
+            self._damaged.pop(path, None)
+            (self._unsaved.add if saved is None else self._unsaved.discard)(path)
+            keys = index.keys.tobytes()
+            for number in range(len(index.keys)):
+                key = keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
+                elsewhere = [place for place in self._places.get(key, ()) if place[0].path != path]
+                self._places[key] = [*elsewhere, (shard, number)]
 
 
 class Writer:
-    """Collects records into shards.
+    """Collects records and writes them as shards.
 
     Raises:
-        RunError: the disk is full; what was written before stays.
+        RunError: the disk is full; shards that were written before stay.
     """
 
     def __init__(self, folder: Path, root: str) -> None:
         self.folder, self.root = folder, root
         self.records: dict[bytes, bytes] = {}
-        self.held, self.written, self.last = 0, 0, time.monotonic()
+        self.num_bytes, self.last_written = 0, time.monotonic()
 
     def add(self, key: bytes, record: bytes) -> bool:
-        """Keep a window's record; whether a shard was written."""
+        """Add a window's record; whether this wrote a shard."""
         self.records[key] = record
-        self.held += len(record)
-        due = self.held >= MAX_SHARD_BYTES or time.monotonic() - self.last >= SECONDS_BETWEEN_SHARDS
+        self.num_bytes += len(record)
+        due = self.num_bytes >= MAX_SHARD_BYTES or time.monotonic() - self.last_written >= SECONDS_BETWEEN_SHARDS
         if due:
             self.flush()
         return due
 
     def flush(self) -> None:
-        """Write what is held, as one shard."""
+        """Write the records that were added since the last shard as a shard, and its index."""
         if self.records:
             content = _shard_bytes(self.root, self.records)
             name = hashlib.sha256(content).hexdigest()
-            _write(self.folder / f"{name}{_SUFFIX}", content)
-            self.written += len(self.records)
-        self.records, self.held, self.last = {}, 0, time.monotonic()
+            path = self.folder / f"{name}{SHARD_SUFFIX}"
+            _write(path, content)
+            _save_indexes(self.folder, map(index_of, [path]))  # after the shard: an index is never of what is not there
+        self.records, self.num_bytes, self.last_written = {}, 0, time.monotonic()
 
 
 def has_root(cache: Path, record: dict[str, Any]) -> bool:
-    """Whether something is kept under the root with this record."""
-    root = _named(record)[1]
-    return root_name(cache / root[:16]) == root and any((cache / root[:16]).glob(f"*{_SUFFIX}"))
+    """Whether a cache has shards of the root with this record."""
+    root = _text_and_name(record)[1]
+    return root_name(cache / root[:16]) == root and any((cache / root[:16]).glob(f"*{SHARD_SUFFIX}"))
 
 
-def _named(record: dict[str, Any]) -> tuple[str, str]:
-    """(text, name) of a root's record."""
+def _text_and_name(record: dict[str, Any]) -> tuple[str, str]:
+    """(text of `ROOT_FILE`, name) of a root with this record."""
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
 def root_folder(cache: Path, record: dict[str, Any]) -> tuple[Path, str]:
-    """(folder, name) of the root with this record, made if there is none."""
-    text, root = _named(record)
+    """(folder, name) of the root with this record, which is created where there is none."""
+    text, root = _text_and_name(record)
     folder = cache / root[:16]
-    with telling(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if root_name(folder) != root:  # new, or damaged
         _write(folder / ROOT_FILE, text.encode())
@@ -197,8 +232,8 @@ def root_folder(cache: Path, record: dict[str, Any]) -> tuple[Path, str]:
 
 
 @contextmanager
-def telling(folder: Path) -> Iterator[None]:
-    """Failures to write there, as errors that say what to do.
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A context that turns failures to write into a folder into errors that say what to do.
 
     Raises:
         DiskError: the disk takes no more.
@@ -216,7 +251,7 @@ def telling(folder: Path) -> Iterator[None]:
 
 
 def root_name(folder: Path) -> str:
-    """64 hexadecimal digits: what a root's folder says it is; its own name where it says nothing."""
+    """A root's name, 64 hexadecimal digits, from its folder's record; the folder's name where that has none."""
     try:
         return hashlib.sha256((folder / ROOT_FILE).read_bytes()).hexdigest()
     except OSError:
@@ -224,8 +259,9 @@ def root_name(folder: Path) -> str:
 
 
 def damaged_shards(folder: Path) -> list[Path]:
-    """Shards whose content is not what their names say."""
-    return [path for path in sorted(folder.glob(f"*{_SUFFIX}")) if _sha256(path) != path.name.removesuffix(_SUFFIX)]
+    """Shards whose content does not have the sha256 that is their name."""
+    shards = sorted(folder.glob(f"*{SHARD_SUFFIX}"))
+    return [path for path in shards if _sha256(path) != path.name.removesuffix(SHARD_SUFFIX)]
 
 
 def _shard_bytes(root: str, records: dict[bytes, bytes]) -> bytes:
@@ -246,34 +282,41 @@ def _checksum(root: str, key: bytes, record: NDArray[np.uint8]) -> bytes:
     return digest.digest()
 
 
-def _root_of(path: Path) -> str:
-    with opened(path) as file:
-        return str(file.metadata()["root"])
-
-
-def _mapped(entry: Entry) -> NDArray[np.uint8]:
-    """A tensor's bytes, read from the file when they are looked at."""
-    values: NDArray[np.uint8] = entry.read().flatten().view(torch.uint8).numpy()
-    return values
-
-
 def _write(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        DiskError: the disk takes no more.
+        RunError: the folder cannot be written.
+    """
+    with disk_errors(path.parent):
+        _replace(path, content, "shard")
+
+
+def _save_indexes(folder: Path, indexes: Iterable[Index]) -> None:
+    """Write indexes beside their shards, where the folder can be written."""
+    try:
+        for index in indexes:
+            _replace(index_path(folder / index.shard), index_bytes(index), "index")
+    except (UserError, OSError) as error:
+        logger.warning("%s: the shards' indexes are not kept, and made again: %s", folder, error)
+
+
+def _replace(path: Path, content: bytes, kind: str) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    with telling(path.parent):
-        try:
-            with temporary.open("wb") as file:
-                failpoint("shard.begun")
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            failpoint("shard.synced")
-            os.replace(temporary, path)
-            failpoint("shard.renamed")
-            sync_folder(path.parent)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+    try:
+        with temporary.open("wb") as file:
+            failpoint(f"{kind}.begun")
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        failpoint(f"{kind}.synced")
+        os.replace(temporary, path)
+        failpoint(f"{kind}.renamed")
+        sync_folder(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""How often a root's windows were asked for and found, and when that was last."""
+"""How many windows trainings have asked a root for, how many of them had to be labelled, and the time of the last."""
 
 import json
 import logging
@@ -13,10 +13,11 @@ logger = logging.getLogger(__name__)
 _FILE = "usage.json"
 
 
-def note_usage(folder: Path, *, asked: int, made: int) -> None:
-    """Count windows that a training asked for, and those of them that had to be labelled; where that can be written."""
+def note_usage(folder: Path, *, num_windows: int, num_labelled: int) -> None:
+    """Count windows that a training asked for, and those of them that had to be labelled; a warning if it cannot."""
     before = usage(folder)
-    counted = {"asked": before["asked"] + asked, "made": before["made"] + made, "last": round(time.time())}
+    added = {"asked": before["asked"] + num_windows, "made": before["made"] + num_labelled}
+    counted = added | {"last": round(time.time())}
     try:
         write_atomically(folder / _FILE, json.dumps(counted) + "\n")
     except OSError as error:
@@ -24,10 +25,10 @@ def note_usage(folder: Path, *, asked: int, made: int) -> None:
 
 
 def usage(folder: Path) -> dict[str, int]:
-    """{'asked', 'made', 'last'}: windows, and when it was last asked or written (seconds since 1970)."""
+    """{'asked', 'made', 'last'}: windows asked for and labelled, and the last use or writing in seconds since 1970."""
     try:
-        found: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        counted = {name: int(found[name]) for name in ("asked", "made", "last")}
+        record: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        counted = {name: int(record[name]) for name in ("asked", "made", "last")}
     except (OSError, ValueError, KeyError, TypeError):
         counted = {"asked": 0, "made": 0, "last": 0}
     return counted | {"last": max(counted["last"], _last_written(folder))}
