@@ -291,7 +291,7 @@ def test_F29_a_name_that_leads_elsewhere_once_it_was_looked_at_is_sent_nothing(t
     own, asked_for = socket.getaddrinfo, []
 
     def rebinding(host, port, *rest, **named):
-        if host != "rebind.example":
+        if host not in ("rebind.example", b"rebind.example"):
             return own(host, port, *rest, **named)
         asked_for.append(host)
         if len(asked_for) > 1:
