@@ -34,6 +34,7 @@ from cascade.cli.runs import doctor, report, verify
 from cascade.distillation.losses.divergences import DIVERGENCES
 from cascade.runtime.errors import UserError
 from cascade.runtime.failpoints import arm
+from cascade.runtime.permissions import Permissions
 from cascade.runtime.secrets import Redacting, redact_tracebacks
 
 
@@ -70,7 +71,9 @@ for _command in (cache, experiment, report, verify, doctor):
     help="Make the stages again from here: statistics, prune, distill, evaluate, report.",
 )
 @JSON
+@click.pass_obj
 def run(
+    permissions: Permissions,
     recipe: str,
     output: str | None,
     overrides: tuple[str, ...],
@@ -88,7 +91,7 @@ def run(
     from cascade.runtime import ranks
 
     with interruptible():
-        folder = run_recipe(loaded, output=output, only=only, from_stage=from_stage)
+        folder = run_recipe(loaded, output=output, only=only, from_stage=from_stage, permissions=permissions)
     others = ranks.rank() > 0
     ranks.leave()
     if others:
@@ -103,7 +106,8 @@ def run(
 @TASK_CODE
 @PRIVATE
 @JSON
-def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.pass_obj
+def plan(permissions: Permissions, recipe: str, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check RECIPE and say what would be made, how large and how long. Loads no weights."""
     from cascade.recipe.load import load_recipe
 
@@ -111,7 +115,7 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
     quiet_libraries()
     from cascade.planning.preview import preview, preview_text
 
-    found = preview(loaded, output)
+    found = preview(loaded, output, permissions)
     click.echo(json.dumps(found) if as_json else preview_text(found))
 
 
@@ -128,7 +132,15 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 )
 @PRIVATE
 @JSON
-def generate(recipe: str, output: str | None, overrides: tuple[str, ...], filter_path: str, as_json: bool) -> None:
+@click.pass_obj
+def generate(
+    permissions: Permissions,
+    recipe: str,
+    output: str | None,
+    overrides: tuple[str, ...],
+    filter_path: str,
+    as_json: bool,
+) -> None:
     """Let the teacher of RECIPE's `generate` section write its dataset, or go on where it was stopped.
 
     `cascade run` does so by itself; with --filter, give the dataset that is printed to a recipe as data.train.
@@ -140,7 +152,8 @@ def generate(recipe: str, output: str | None, overrides: tuple[str, ...], filter
     from cascade.pipeline.run import run_generate
 
     with interruptible():
-        finish(run_generate(loaded, output=output, filter_path=filter_path), as_json)
+        summary = run_generate(loaded, output=output, filter_path=filter_path, permissions=permissions)
+        finish(summary, as_json)
 
 
 @main.command()
@@ -298,7 +311,9 @@ def distill(
 @DATA
 @BLOCK
 @JSON
+@click.pass_obj
 def evaluate(
+    permissions: Permissions,
     checkpoint: str,
     tasks: tuple[str, ...],
     task_folders: tuple[str, ...],
@@ -311,11 +326,17 @@ def evaluate(
 ) -> None:
     """Measure CHECKPOINT: held-out loss, tasks, speed and memory."""
     quiet_libraries()
+    from cascade.evaluation.tasks_lm_eval.task_options import HarnessOptions, TaskOptions
     from cascade.pipeline.single_stage import evaluate_model
 
-    folders = [Path(folder) for folder in task_folders]
+    options = TaskOptions(
+        names=tasks,
+        folders=[Path(folder) for folder in task_folders],
+        harness=HarnessOptions(limit=limit),
+        allow_code=permissions.task_code,
+    )
     with interruptible(NOTHING_KEPT):
-        found = evaluate_model(checkpoint, tasks, folders, teacher, limit, heldout_blocks, data, block_size)
+        found = evaluate_model(checkpoint, options, teacher, heldout_blocks, data, block_size)
     if not as_json:
         lines = {
             f"{metric['task']}/{metric['metric']}": f"{metric['value']}"

@@ -20,6 +20,7 @@ from cascade.pipeline.stage_output import Input, Made, committed, digest_of, rea
 from cascade.runtime import ranks
 from cascade.runtime.errors import UserError
 from cascade.runtime.failpoints import at
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.progress import OnStep, RunProgress
 from cascade.store.commits import (
     COST_FILE,
@@ -57,6 +58,8 @@ class StageRunner:
     """What could not be measured; all else goes on, and the next run tries it again."""
     known: Sequence[Path] = ()
     """Other run directories: a stage that they have finished with the same inputs and settings is taken over."""
+    permissions: Permissions = NO_PERMISSIONS
+    """What stages may do that no recipe can allow."""
 
     def make(
         self,

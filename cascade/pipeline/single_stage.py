@@ -1,7 +1,6 @@
 """One stage on its own, from the command line's plain arguments: models by reference, text by name."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,8 @@ from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.framing_test import choose_framing
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks, require_datasets
-from cascade.evaluation.tasks_lm_eval.task_options import HarnessOptions, TaskOptions
+from cascade.evaluation.tasks_lm_eval.task_code import require_allowed
+from cascade.evaluation.tasks_lm_eval.task_options import TaskOptions
 from cascade.evaluation.tokenizer_files import require_same_ids
 from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.dims import dims_of
@@ -210,10 +210,8 @@ def _training_figures(metrics: TrainingMetrics) -> dict[str, Any]:
 
 def evaluate_model(
     checkpoint: str,
-    tasks: Sequence[str],
-    task_folders: Sequence[Path],
+    tasks: TaskOptions,
     teacher: str | None,
-    limit: int | None,
     num_blocks: int,
     data: str | None,
     block_size: int,
@@ -224,7 +222,9 @@ def evaluate_model(
     data = named_text(data, checkpoint)
     _require_language_models(source, teacher_source)
     common = _common_ids(source, teacher_source, block_size)
-    require_datasets(find_tasks(tasks, task_folders))
+    found = find_tasks(tasks.names, tasks.folders)
+    require_allowed(found, tasks.allow_code)
+    require_datasets(found)
     tokenizer = load_tokenizer(source)
     framing = _framing(teacher_source or source, data, block_size)
     text = replace(_text(data), begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix))
@@ -234,7 +234,7 @@ def evaluate_model(
         expert = load_model(teacher_source).to(default_device())
     result = evaluate(
         source,
-        tasks=TaskOptions(names=tasks, folders=task_folders, harness=HarnessOptions(limit=limit)),
+        tasks=tasks,
         teacher=expert,
         heldout=heldout,
         vocab_size=common,

@@ -20,6 +20,7 @@ from cascade.evaluation.heldout import (
     require_heldout,
 )
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks, measured_names, require_datasets
+from cascade.evaluation.tasks_lm_eval.task_code import require_allowed
 from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.head import require_head
 from cascade.models.architecture.model_class import build_on_meta
@@ -33,15 +34,21 @@ from cascade.planning.vocabularies import require_common_text, text_tokenizer
 from cascade.recipe.schema import Recipe
 from cascade.runtime import ranks
 from cascade.runtime.errors import UserError
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 
 
-def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember]) -> None:
+def require_foreseen(
+    recipe: Recipe,
+    parent_config: Any,
+    members: Sequence[ResolvedMember],
+    permissions: Permissions = NO_PERMISSIONS,
+) -> None:
     """Refuse now what a later stage would refuse; loads no weights.
 
     Raises:
         UserError: with the key, what is wrong and what is accepted.
     """
-    _require_tasks(recipe)
+    _require_tasks(recipe, permissions)
     _require_models(recipe, parent_config, members)
     _require_processes(recipe)
     tokenizer = text_tokenizer(recipe)
@@ -63,9 +70,10 @@ def rows_of_all(parent_config: Any, members: Sequence[ResolvedMember]) -> int:
     return min([dims_of(parent_config).vocab_size, *(one.vocab_size for one in members if one.vocab_size)])
 
 
-def _require_tasks(recipe: Recipe) -> None:
-    """Their datasets are here, and report what `at_least` asks for."""
+def _require_tasks(recipe: Recipe, permissions: Permissions) -> None:
+    """Tasks run no code that is not allowed, their datasets are here, and they report what `at_least` asks for."""
     tasks = find_tasks(recipe.evaluate.tasks, [Path(folder) for folder in recipe.evaluate.task_folders])
+    require_allowed(tasks, permissions.task_code)
     require_datasets(tasks)
     measured = measured_names(tasks) if recipe.evaluate.at_least else set()
     own = {f"heldout/{name}" for name in _heldout_metrics(recipe)}

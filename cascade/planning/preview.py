@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks
+from cascade.evaluation.tasks_lm_eval.task_code import require_allowed
 from cascade.models.architecture.axes import probe_axes
 from cascade.models.architecture.dims import dims_of
 from cascade.models.checkpoint.load import load_tokenizer
@@ -29,13 +30,16 @@ from cascade.pruning.size.shape import legal_values, listed
 from cascade.recipe.schema import Recipe
 from cascade.report.plots import minutes, short_number
 from cascade.report.tables import plain_table
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.store.lock import existing
 from cascade.teacher.writing.generate import collect_prompts, planned
 
 _LEAST_SHARE, _LEAST_HOP = 0.1, 2 / 3
 
 
-def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
+def preview(
+    recipe: Recipe, output: str | Path | None = None, permissions: Permissions = NO_PERMISSIONS
+) -> dict[str, Any]:
     """Members with their shapes and costs; checks paths, tasks, tokenizer, text, legality and the cut itself.
 
     Raises:
@@ -48,7 +52,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     source = existing_parent(recipe)
     if source is not None and dims.vocab_size:
         tokenizer = load_tokenizer(source, vocab_size=dims.vocab_size)
-    find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
+    tasks = find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
+    require_allowed(tasks, permissions.task_code)
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(
         recipe,
@@ -68,9 +73,9 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
             raise ValueError("a parent that writes is not trained in the same recipe")
         check_generation(recipe, recipe.generate, prompts, source)
         missing = missing_answers(recipe, recipe.generate, prompts, source, folder)
-        asked = planned(recipe.generate, len(prompts), missing)
+        asked = planned(recipe.generate, len(prompts), missing, permissions)
     proof = check_family(recipe, config, members)
-    require_foreseen(recipe, config, members)
+    require_foreseen(recipe, config, members, permissions)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = remaining_members(folder, recipe, with_cache(recipe, config, members, choice))
     check_licences(recipe)

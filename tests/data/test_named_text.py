@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 from cascade.cli.main import main
+from cascade.evaluation.tasks_lm_eval.task_options import TaskOptions
 from cascade.pipeline.single_stage import evaluate_model, named_text, told_text
 from cascade.runtime.errors import UserError
 
@@ -45,7 +46,7 @@ def test_the_text_that_is_named_is_the_one_that_is_measured_and_told(tiny_parent
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"x{n} = {n} " * 30}) + "\n" for n in range(200)))
     losses = {}
     for data in ("stdlib", str(tmp_path / "text.jsonl")):
-        found = evaluate_model(str(tiny_parent), [], [], None, None, 2, data, 32)
+        found = evaluate_model(str(tiny_parent), TaskOptions(), None, 2, data, 32)
         assert found["text"] == told_text(data) and found["text"].startswith(data)
         losses[data] = next(one["value"] for one in found["metrics"] if one["metric"] == "loss")
     assert len(set(losses.values())) == 2
@@ -78,5 +79,5 @@ def test_models_that_predict_no_next_token_are_not_trained_or_measured_as_if_the
 def test_messages_of_a_command_name_its_option_and_no_key_of_a_recipe(tiny_parent, tmp_path, rows, message):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=message) as error:
-        evaluate_model(str(tiny_parent), [], [], None, None, 2, str(tmp_path / "a.jsonl"), 32)
+        evaluate_model(str(tiny_parent), TaskOptions(), None, 2, str(tmp_path / "a.jsonl"), 32)
     assert "data.text_field" not in str(error.value) and "data.max_bad_rows" not in str(error.value)

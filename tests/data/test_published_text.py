@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from cascade.evaluation.reload import ReloadError, check_reload, require_same_text, write_reference
 from cascade.evaluation.reload_process import tokenizer_facts
+from cascade.evaluation.tasks_lm_eval.task_options import TaskOptions
 from cascade.evaluation.tokenizer_files import require_same_ids, require_tokenizer_files
 from cascade.models.checkpoint.load import BUILTIN_FOLDER, load_tokenizer, resolve_model, save_checkpoint
 from cascade.pipeline.run import run_recipe
@@ -139,7 +140,7 @@ def test_a_student_with_the_same_tokens_and_other_merges_is_refused(tmp_path):
 @needs_shared
 def test_cascade_evaluate_measures_a_model_on_text_as_it_was_trained():
     found = evaluate_model(
-        str(SHARED / "models" / "stories260K"), (), (), None, None, 24,
+        str(SHARED / "models" / "stories260K"), TaskOptions(), None, 24,
         str(SHARED / "text" / "tinystories" / "valid.jsonl.gz"), 256,
     )  # fmt: skip
     loss = next(metric["value"] for metric in found["metrics"] if metric["metric"] == "loss")

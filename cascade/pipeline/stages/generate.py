@@ -28,8 +28,9 @@ from cascade.teacher.writing.filters import Keep
 from cascade.teacher.writing.generate import (
     Teacher,
     collect_prompts,
-    generate,
     save_dataset,
+    select_answers,
+    write_answers,
 )
 from cascade.teacher.writing.prompts import Prompt
 
@@ -47,35 +48,36 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
         "parent",
         settings=key_settings,
         inputs=inputs | {"filter": _filter_digest(filter_path)},
-        write=partial(make_generated, recipe, prompts, parent, runner.folder / ANSWERS, filter_path),
+        write=partial(make_generated, runner, recipe, prompts, parent, filter_path),
     )
 
 
 def make_generated(
+    runner: StageRunner,
     recipe: Recipe,
     prompts: list[Prompt],
     parent: ModelSource,
-    answers: Path,
     filter_path: str,
     folder: Path,
     on_step: OnStep,
 ) -> None:
-    """The dataset and where it comes from; `answers` is the folder that keeps what was answered."""
+    """The dataset and where it comes from; the run directory keeps every answer, also for other datasets."""
     settings = recipe.generate
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
     teacher = None if settings.endpoint else _teacher(teacher_source(settings, parent))
     judge = _teacher(parent) if settings.filters.max_perplexity else None
-    dataset = generate(
+    keep = load_filter(filter_path) if filter_path else None
+    written = write_answers(
         settings,
         prompts,
-        answers,
+        runner.folder / ANSWERS,
         teacher=teacher,
-        judge=judge,
         seed=recipe.seed,
-        keep=load_filter(filter_path) if filter_path else None,
+        permissions=runner.permissions,
         on_step=on_step,
     )
+    dataset = select_answers(settings, written, judge=judge, keep=keep)
     source = teacher_source(settings, parent)
     provenance: dict[str, Any] = {
         "teacher": f"{served_model(settings.endpoint.model)} at {settings.endpoint.url}"

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from cascade.recipe.generate import Endpoint
 from cascade.runtime.errors import UserError
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.secrets import remember
 
 OWN_KEYS = "CASCADE_"
@@ -42,16 +43,8 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_private_allowed = False
 
-
-def allow_private() -> None:
-    """From now on this process asks endpoints on private networks."""
-    global _private_allowed
-    _private_allowed = True
-
-
-def check_endpoint(endpoint: Endpoint, *, needs_key: bool = True) -> str:
+def check_endpoint(endpoint: Endpoint, permissions: Permissions = NO_PERMISSIONS, *, needs_key: bool = True) -> str:
     """The key, or '' where none is asked for or needed; refuses addresses that no key should be sent to.
 
     Raises:
@@ -73,7 +66,7 @@ def check_endpoint(endpoint: Endpoint, *, needs_key: bool = True) -> str:
         raise UserError(f"{place}: expected a host's name of letters, digits, '.' and '-', and no odd signs")
     here = is_here(endpoint.url)
     for text in _addresses(host, port):
-        require_address(text, endpoint.url, here)
+        require_address(text, endpoint.url, permissions)
     if parts.scheme == "http" and not here and not endpoint.allow_http:
         raise UserError(f"{place}: plain http would show key and text to the network; use https, or allow_http: true")
     return _key(endpoint.key_env, host, here) if endpoint.key_env and needs_key else ""
@@ -85,12 +78,13 @@ def is_here(url: str) -> bool:
     return host in ("localhost", "::1") or _LOOPBACK.fullmatch(host) is not None
 
 
-def require_address(text: str, url: str, here: bool = False) -> None:
-    """Refuse an address that a name stands for, or that was connected to; `here`: this machine is meant.
+def require_address(text: str, url: str, permissions: Permissions = NO_PERMISSIONS) -> None:
+    """Refuse an address that a url's host stands for, or that was connected to.
 
     Raises:
-        UserError: it is link-local, or of another network than it should be.
+        UserError: the address is link-local, or of another network than the url says.
     """
+    here = is_here(url)
     address: _Address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
@@ -105,7 +99,7 @@ def require_address(text: str, url: str, here: bool = False) -> None:
             f"{place} is {'not ' if here else ''}this machine; write localhost for it, and for nothing else"
         )
     private = not address.is_global or getattr(address, "is_site_local", False)
-    if private and not here and not _private_allowed:
+    if private and not here and not permissions.private_networks:
         raise UserError(f"{place} is on a private network; where you trust the recipe, give --allow-private")
 
 

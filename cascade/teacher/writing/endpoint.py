@@ -16,8 +16,9 @@ from typing import Any
 
 from cascade.recipe.generate import Endpoint
 from cascade.runtime.errors import RunError, UserError
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.secrets import is_key, is_placeholder
-from cascade.teacher.writing.address import check_endpoint, is_here, require_address
+from cascade.teacher.writing.address import check_endpoint, require_address
 from cascade.teacher.writing.answers import HOLDS_KEY, Answer, AnswerLog, Request
 from cascade.teacher.writing.http_client import HTTPClient, Response, http_client
 from cascade.teacher.writing.logprobs import top_logprobs
@@ -53,6 +54,7 @@ def ask(
     spending: Spending,
     *,
     sampling: dict[str, Any],
+    permissions: Permissions = NO_PERMISSIONS,
     on_answer: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Ask for every request that the log has no answer to, and append each answer as it comes.
@@ -67,11 +69,11 @@ def ask(
     missing = [request for request in requests if request.key not in log.answers]
     if not missing:
         return []
-    key = check_endpoint(endpoint)
+    key = check_endpoint(endpoint, permissions)
     outcome = _Outcome(log, len(requests) - len(missing), on_answer)
 
     def require_peer(address: str) -> None:
-        require_address(address, endpoint.url, is_here(endpoint.url))
+        require_address(address, endpoint.url, permissions)
 
     url = f"{endpoint.url.rstrip('/')}/{_PATHS[endpoint.api]}"
     with http_client(url, require_peer, max_connections=endpoint.concurrency) as http:

@@ -19,6 +19,7 @@ from cascade.data.splits import SPLIT_SHARE, SPLITS, split_of_text
 from cascade.recipe.generate import Generate
 from cascade.runtime.errors import RunError, UserError
 from cascade.runtime.paths import distinct_files
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.teacher.writing.address import check_endpoint
 from cascade.teacher.writing.answers import Answer, AnswerLog, Request, requests_of
 from cascade.teacher.writing.endings import is_complete
@@ -44,6 +45,19 @@ class Teacher:
     tokenizer: Any
     digest: str
     """Of its weights and tokenizer: what its answers depend on."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a teacher has written."""
+
+    answers: list[tuple[Request, Answer]]
+    refused: list[Answer]
+    """Answers that an endpoint would not give; each says why."""
+    chat: bool
+    """Whether the messages belong into a chat template; else their texts follow one another."""
+    money: float
+    """What the endpoint has cost over all starts, in the currency of the prices."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,9 @@ def require_every_split(prompts: Sequence[Prompt]) -> None:
         )
 
 
-def planned(settings: Generate, num_prompts: int, missing: int) -> dict[str, Any]:
+def planned(
+    settings: Generate, num_prompts: int, missing: int, permissions: Permissions = NO_PERMISSIONS
+) -> dict[str, Any]:
     """How much would be asked, of whom, and what the `missing` answers may cost at most, without asking.
 
     Raises:
@@ -102,7 +118,7 @@ def planned(settings: Generate, num_prompts: int, missing: int) -> dict[str, Any
     endpoint = settings.endpoint
     most = missing * settings.max_new_tokens
     if endpoint is not None:
-        check_endpoint(endpoint, needs_key=missing > 0)
+        check_endpoint(endpoint, permissions, needs_key=missing > 0)
     return {
         "prompts": num_prompts,
         "answers": num_prompts * settings.answers,
@@ -157,25 +173,23 @@ def wanted_answers(
     return requests_of(prompts, settings.answers, who)
 
 
-def generate(
+def write_answers(
     settings: Generate,
     prompts: Sequence[Prompt],
     folder: Path,
     *,
     teacher: Teacher | None = None,
-    judge: Teacher | None = None,
     seed: int = 0,
-    keep: Keep | None = None,
+    permissions: Permissions = NO_PERMISSIONS,
     on_step: OnStep | None = None,
-) -> Dataset:
-    """The dataset; what `folder` already has answers to is not asked again.
+) -> Answers:
+    """The teacher's answers to all prompts; a prompt that `folder` has an answer to already is not asked again.
 
-    `teacher` writes where the settings have no endpoint; `judge` is the model of filters.max_perplexity; `keep` is a
-    filter of the caller's own.
+    `teacher` writes where the settings have no endpoint.
 
     Raises:
-        RunError: the endpoint fails or the budget is spent (what was answered is kept), or no answer is left.
-        UserError: see `collect_prompts`, `is_chat`, `ask` and `write`.
+        RunError: the endpoint fails or the budget is spent (what was answered is kept).
+        UserError: see `is_chat`, `ask` and `write`.
     """
     endpoint = settings.endpoint
     if (teacher is None) == (endpoint is None):
@@ -183,59 +197,62 @@ def generate(
     tokenizer, digest = (teacher.tokenizer, teacher.digest) if teacher else (None, "")
     chat = is_chat(settings, tokenizer)
     sampling: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p}
-    wanted = wanted_answers(settings, prompts, seed=seed, tokenizer=tokenizer, digest=digest)
+    requests = wanted_answers(settings, prompts, seed=seed, tokenizer=tokenizer, digest=digest)
     log = AnswerLog(folder / "answers.jsonl")
-    log.on_added = Watch(settings, [log.answers[one.key] for one in wanted if one.key in log.answers]).look
+    log.on_added = Watch(settings, [log.answers[one.key] for one in requests if one.key in log.answers]).look
 
     def report(done: int) -> None:
         if on_step is not None:
-            on_step(done, len(wanted))
+            on_step(done, len(requests))
 
     money, refused = 0.0, list[Answer]()
     if endpoint is not None:
         spending = Spending(folder / "spending.json", endpoint)
-        asked = sampling | {"max_tokens": settings.max_new_tokens}
+        sampling |= {"max_tokens": settings.max_new_tokens}
         try:
-            refused = ask(endpoint, wanted, log, spending, sampling=asked, on_answer=report)
+            refused = ask(
+                endpoint, requests, log, spending, sampling=sampling, permissions=permissions, on_answer=report
+            )
         except BudgetSpent as error:
-            answered = sum(one.key in log.answers for one in wanted)
+            answered = sum(request.key in log.answers for request in requests)
             if endpoint.budget.when_spent == "stop" or not answered:
-                raise BudgetSpent(f"{error}; {answered:,} of {len(wanted):,} answers are there and kept") from error
+                raise BudgetSpent(f"{error}; {answered:,} of {len(requests):,} answers are there and kept") from error
         money = spending.money
     elif teacher is not None:
-        local = sampling | {"top_k": settings.top_k, "max_new_tokens": settings.max_new_tokens}
+        sampling |= {"top_k": settings.top_k, "max_new_tokens": settings.max_new_tokens}
         write(
             teacher.model,
             teacher.tokenizer,
-            wanted,
+            requests,
             log,
             chat=chat,
-            sampling=local,
+            sampling=sampling,
             batch_size=settings.batch_size,
             on_answer=report,
         )
-    return _dataset(settings, wanted, log, refused, chat, money, judge, keep)
+    answers = [(request, log.answers[request.key]) for request in requests if request.key in log.answers]
+    return Answers(answers, refused, chat, money)
 
 
-def _dataset(
-    settings: Generate,
-    wanted: Sequence[Request],
-    log: AnswerLog,
-    refused: Sequence[Answer],
-    chat: bool,
-    money: float,
-    judge: Teacher | None,
-    keep: Keep | None,
+def select_answers(
+    settings: Generate, written: Answers, *, judge: Teacher | None = None, keep: Keep | None = None
 ) -> Dataset:
+    """The conversations with answers that pass every filter.
+
+    `judge` is the model of filters.max_perplexity; `keep` is a filter of the caller's own.
+
+    Raises:
+        RunError: no answer is left.
+    """
     perplexity_of = None
     if judge is not None:
-        own = bool(judge.tokenizer.chat_template) and chat
+        own = bool(judge.tokenizer.chat_template) and written.chat
         perplexity_of = lambda prompt, text: perplexity(judge.model, judge.tokenizer, prompt, text, chat=own)  # noqa: E731
     judged = Filter(settings.filters, perplexity_of=perplexity_of, keep=keep)
     rows: list[dict[str, Any]] = []
+    refused, answers = written.refused, written.answers
     dropped: dict[str, int] = {"refused": len(refused)} if refused else {}
     cut: dict[str, int] = {}
-    answers = [(request, log.answers[request.key]) for request in wanted if request.key in log.answers]
     for request, answer in answers:
         if settings.filters.thoughts == "strip":
             answer = without_thoughts(answer)
@@ -263,9 +280,9 @@ def _dataset(
     spent = {
         "prompt_tokens": sum(answer.prompt_tokens for _, answer in answers),
         "answer_tokens": sum(answer.answer_tokens for _, answer in answers),
-        "money": money,
+        "money": written.money,
     }
-    return Dataset(rows, chat, dropped, len(answers), spent)
+    return Dataset(rows, written.chat, dropped, len(answers), spent)
 
 
 def _tell(only_thoughts: int, cut: dict[str, int], answers: int) -> None:
