@@ -21,7 +21,8 @@ from cascade.recipe.load import load_recipe
 from cascade.runtime.errors import RunError, UserError
 from cascade.teacher.writing.answers import Answer, requests_of
 from cascade.teacher.writing.filters import Filter, perplexity, repetition
-from cascade.teacher.writing.generate import Teacher, select_answers, write_answers
+from cascade.teacher.writing.generate import select_answers, write_answers
+from cascade.teacher.writing.local import Teacher
 from cascade.teacher.writing.prompts import beginnings, filled, prompts_of, read_prompts
 
 

@@ -170,33 +170,52 @@ def test_a_certificate_is_trusted_where_SSL_CERT_FILE_has_it_and_refused_elsewhe
         thread.join(5)
 
 
-def interrupt_after(*seconds):
-    """Send this process's main thread SIGINT after so many seconds each."""
-    for delay in seconds:
-        arguments = (threading.main_thread().ident, signal.SIGINT)
-        threading.Timer(delay, signal.pthread_kill, arguments).start()
+@contextmanager
+def interrupted(*, after, times):
+    """The block is stopped by SIGINT, `times` times half a second apart, once `after` requests have arrived.
+
+    Yields (`arrived`, which the server releases for each request, and `sent`, which is set after the first signal).
+    """
+    arrived, sent, thread_id = threading.Semaphore(0), threading.Event(), threading.main_thread().ident
+
+    def interrupt():
+        for _ in range(after):
+            arrived.acquire(timeout=20)
+        for _ in range(times):
+            time.sleep(0.5)
+            signal.pthread_kill(thread_id, signal.SIGINT)
+            sent.set()
+
+    thread = threading.Thread(target=interrupt)
+    with handled(), pytest.raises(Stopped):
+        thread.start()
+        yield arrived, sent
+    thread.join()
+    with handled():
+        pass  # forgets the signal, which the next training in this process would heed
 
 
 def test_F03_ctrl_c_waits_for_the_answers_under_way_and_asks_for_no_more(tmp_path):
     def respond(body, number):
-        time.sleep(1.0)
+        arrived.release()
+        sent.wait(20)
+        time.sleep(0.3)
         return echo(body)
 
-    with serving(respond) as (url, received):
-        interrupt_after(0.5)
-        with handled(), pytest.raises(Stopped):
-            answered(url, tmp_path, 20, concurrency=2)
+    with serving(respond) as (url, received), interrupted(after=2, times=1) as (arrived, sent):
+        answered(url, tmp_path, 20, concurrency=2)
     assert len(received) == len(AnswerLog(tmp_path / "answers.jsonl").answers) == 2
 
 
 def test_F03_the_second_ctrl_c_ends_the_requests_at_once(tmp_path):
-    with serving(lambda body, number: ("hang", 20.0)) as (url, received):
-        interrupt_after(0.5, 1.0)
-        started = time.monotonic()
-        with handled(), pytest.raises(Stopped):
-            answered(url, tmp_path, 20, concurrency=2)
-        assert time.monotonic() - started < 8
-        assert len(received) == 2
+    def respond(body, number):
+        arrived.release()
+        return "hang", 20.0
+
+    started = time.monotonic()
+    with serving(respond) as (url, received), interrupted(after=2, times=2) as (arrived, _):
+        answered(url, tmp_path, 20, concurrency=2)
+    assert time.monotonic() - started < 10 and len(received) == 2
 
 
 def test_an_endpoint_is_asked_from_where_an_event_loop_runs_already_as_in_a_notebook(tmp_path):

@@ -1,4 +1,4 @@
-"""The stage that writes the text of data.source: generated, and the recipe that reads it."""
+"""The stage that generates text with a teacher, and the recipe that reads that text."""
 
 import importlib.util
 import json
@@ -26,17 +26,17 @@ from cascade.runtime.progress import OnStep
 from cascade.store.commits import COST_FILE
 from cascade.teacher.writing.filters import Keep
 from cascade.teacher.writing.generate import (
-    Teacher,
     collect_prompts,
     save_dataset,
     select_answers,
     write_answers,
 )
+from cascade.teacher.writing.local import Teacher
 from cascade.teacher.writing.prompts import Prompt
 
 
 def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, filter_path: str = "") -> Made:
-    """The generated text: dataset.jsonl, provenance.json."""
+    """The stage's output: dataset.jsonl and provenance.json."""
     settings = recipe.generate
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
@@ -61,7 +61,7 @@ def make_generated(
     folder: Path,
     on_step: OnStep,
 ) -> None:
-    """The dataset and where it comes from; the run directory keeps every answer, also for other datasets."""
+    """Write dataset.jsonl and provenance.json; the run directory keeps every answer, also for later settings."""
     settings = recipe.generate
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
@@ -108,7 +108,7 @@ def reading(recipe: Recipe, generated: Made) -> Recipe:
 
 
 def load_filter(path: str) -> Keep:
-    """The function of FILE.py:NAME. It is code: it runs because the user named it on the command line.
+    """The function at FILE.py:NAME. This code runs because the user has named it on the command line.
 
     Raises:
         UserError: there is no such file or function.
@@ -124,10 +124,10 @@ def load_filter(path: str) -> Keep:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"--filter {path}: it cannot be imported: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise UserError(f"--filter {path}: there is no function '{name}' in it")
-    keep: Keep = found
+    keep: Keep = function
     return keep
 
 

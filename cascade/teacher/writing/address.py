@@ -1,7 +1,7 @@
-"""Where an endpoint is, and the key to it, before anything is sent.
+"""Checks an endpoint's address and finds its key, before anything is sent.
 
-A recipe may come from a stranger: it can name neither a machine that only this network reaches, nor one of this
-machine's other keys to be sent to a place of its choice.
+A recipe may come from a stranger: it can neither name a machine that only this network reaches, nor have one of this
+machine's other keys sent to a place of its choice.
 """
 
 import ipaddress
@@ -15,8 +15,8 @@ from cascade.runtime.errors import UserError
 from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.secrets import remember
 
-OWN_KEYS = "CASCADE_"
-"""What the names of variables begin with that whoever starts a run has meant for its endpoints."""
+KEY_PREFIX = "CASCADE_"
+"""Environment variables that begin so hold keys that the user has meant for the endpoints of recipes."""
 
 SERVICES = {
     "ANTHROPIC_API_KEY": "anthropic.com",
@@ -34,7 +34,7 @@ SERVICES = {
     "TOGETHER_API_KEY": "together.xyz",
     "XAI_API_KEY": "x.ai",
 }
-"""Variables that are known to hold a service's key, and the domain of that service: it is sent nowhere else."""
+"""Environment variable of a service's key -> the service's domain, the only place that the key is sent to."""
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _PLAIN = re.compile(r"[!-~]+")
@@ -45,11 +45,11 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def check_endpoint(endpoint: Endpoint, permissions: Permissions = NO_PERMISSIONS, *, needs_key: bool = True) -> str:
-    """The key, or '' where none is asked for or needed; refuses addresses that no key should be sent to.
+    """The endpoint's key, '' where none is named or needed; refuses addresses that no key should be sent to.
 
     Raises:
-        UserError: the address is not https, on a network that was not allowed, or of no machine that is asked; the
-            key's variable is empty, or is not for that address.
+        UserError: the address is not https, or on a network that is not allowed; the key's variable is empty, or not
+            for that address.
     """
     place = f"generate.endpoint.url: {endpoint.url}"
     try:
@@ -73,7 +73,7 @@ def check_endpoint(endpoint: Endpoint, permissions: Permissions = NO_PERMISSIONS
 
 
 def is_here(url: str) -> bool:
-    """Whether a url says that it is of this machine; other names can lead anywhere, also a moment later."""
+    """Whether a url names this machine; any other name can lead anywhere, and elsewhere a moment later."""
     host = (urlsplit(url).hostname or "").rstrip(".")
     return host in ("localhost", "::1") or _LOOPBACK.fullmatch(host) is not None
 
@@ -104,22 +104,22 @@ def require_address(text: str, url: str, permissions: Permissions = NO_PERMISSIO
 
 
 def _addresses(host: str, port: int | None) -> list[str]:
-    """What the name stands for on this machine; empty where it cannot be told (offline, or a proxy's to know)."""
+    """The addresses that a host's name stands for; none where this machine cannot tell (offline, behind a proxy)."""
     try:
-        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return []
-    return [str(one[4][0]) for one in found]
+    return [str(entry[4][0]) for entry in entries]
 
 
 def _key(name: str, host: str, here: bool) -> str:
-    """The variable's value, if it may go there."""
+    """The key in an environment variable, if it may be sent to the host."""
     place = f"generate.endpoint.key_env: {name}"
     owner = SERVICES.get(name)
-    own = name.startswith(OWN_KEYS) or (owner is not None and (host == owner or host.endswith(f".{owner}")))
-    if not (own or here):
+    fits = name.startswith(KEY_PREFIX) or (owner is not None and (host == owner or host.endswith(f".{owner}")))
+    if not (fits or here):
         whose = f"is the key to {owner}" if owner else "may be the key to something else"
-        raise UserError(f"{place} {whose} and is not sent to {host}; put that server's key into {OWN_KEYS}KEY")
+        raise UserError(f"{place} {whose} and is not sent to {host}; put that server's key into {KEY_PREFIX}KEY")
     key = os.environ.get(name, "").strip()
     if not key:
         raise UserError(f"generate.endpoint.key_env: the environment variable {name} is not set")

@@ -1,14 +1,14 @@
-"""A teacher behind OpenAI's interface: many requests at a time, patient with the server, careful with the money.
+"""A teacher behind OpenAI's interface: several requests at a time, retries with pauses, a budget.
 
-The key comes from the environment, goes into one header, and is struck out of every message. Answers are never edited:
-one that holds the key is not kept.
+The key comes from the environment, goes into one header, and is removed from every message. Answers are never edited;
+the text of an answer that holds the key is not kept.
 """
 
 import json
 import random
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -26,25 +26,25 @@ from cascade.teacher.writing.reply import error_of, length_named, refused_parame
 from cascade.teacher.writing.spending import Spending
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""Answers that may be others a moment later."""
+"""Statuses that may change a moment later: the request is tried again."""
 
 _THIS_PROMPT = (400, 413, 422)
-"""Answers that may be about the prompt alone: too long, or not wanted."""
+"""Statuses that may be about the prompt alone: it is too long, or refused."""
 
 _PATHS = {"chat": "chat/completions", "completions": "completions"}
 """An endpoint's api -> where its requests go, below its url."""
 
 _MOST_REFUSED = 5
-"""So many refusals in a row are no matter of the prompts."""
+"""After so many refusals in a row, the prompts are not the reason."""
 
 _KEY_LETTERS = 20
-"""A shorter key may stand in an answer by chance."""
+"""A key of fewer letters may stand in an answer by chance."""
 
 _NO_LOGPROBS = "leave generate.endpoint.top_logprobs out, and give distill.teacher: text"
 
 
 class EndpointError(RunError):
-    """The endpoint does not answer; what it has answered before is kept."""
+    """The endpoint does not answer; its earlier answers are kept."""
 
 
 def ask(
@@ -59,12 +59,12 @@ def ask(
 ) -> list[Answer]:
     """Ask for every request that the log has no answer to, and append each answer as it comes.
 
-    `on_answer(n)` is called with the number of answers so far. Returns the refusals: they are not kept, as their reason
-    may be another than the prompt (an empty account, a model that is not loaded), and asked for again next time.
+    `on_answer(n)` is called with the number of answers so far. Returns the refusals. They are not kept, and the next
+    start asks again, as the prompt may not be their reason (an empty account, a model that is not loaded).
 
     Raises:
-        BudgetSpent, EndpointError: with the first of them no more is sent; what is under way is waited for.
-        UserError: no key, a wrong one, or an unknown model.
+        BudgetSpent, EndpointError: nothing more is sent; the requests under way are waited for.
+        UserError: the key is missing or wrong, the model is unknown, or the address is refused.
     """
     missing = [request for request in requests if request.key not in log.answers]
     if not missing:
@@ -91,7 +91,7 @@ def ask(
 
 
 class _Outcome:
-    """What has come of the requests; several threads hand in their answers."""
+    """What the requests have led to; several threads hand in their answers."""
 
     def __init__(self, log: AnswerLog, done: int, on_answer: Callable[[int], None] | None) -> None:
         self.log, self.done, self.on_answer = log, done, on_answer
@@ -153,7 +153,7 @@ class _Client:
             self.stopped.set()
 
     def answer(self, request: Request) -> tuple[Answer, bool] | None:
-        """(one answer, whether it is usable), however many tries it takes; None if all was stopped meanwhile."""
+        """(the answer, whether it is usable), after some tries; None where all was stopped meanwhile."""
         jitter = random.Random(request.seed)
         for attempt in range(self.endpoint.max_retries + 1):
             self.spending.send()
@@ -166,7 +166,7 @@ class _Client:
                 status, problem = result
             if status in _THIS_PROMPT:
                 self._require_taken(request, body)
-                return Answer(request.key, problem or self._shown(status, body), "refused", 0, 0), False
+                return Answer(request.key, problem or self._excerpt(status, body), "refused", 0, 0), False
             if status and status not in _AGAIN:
                 raise self._hopeless(status, body)
             if attempt < self.endpoint.max_retries and self.stopped.wait(
@@ -175,7 +175,7 @@ class _Client:
                 return None
         raise EndpointError(
             f"{self.url}: no answer after {self.endpoint.max_retries + 1} tries; the last: "
-            f"{self._clean(problem or self._shown(status, body))}"
+            f"{self._clean(problem or self._excerpt(status, body))}"
         )
 
     def _post(self, request: Request) -> Response:
@@ -184,33 +184,33 @@ class _Client:
         return self.http.post(content, headers, seconds=self.endpoint.timeout_seconds)
 
     def _body(self, request: Request) -> dict[str, Any]:
-        asked: dict[str, Any] = {"model": self.endpoint.model, "seed": request.seed} | self.sampling
+        body: dict[str, Any] = {"model": self.endpoint.model, "seed": request.seed} | self.sampling
         count = self.endpoint.top_logprobs
         if self.endpoint.api == "chat":
-            asked["messages"] = request.prompt.messages
-            asked |= {"logprobs": True, "top_logprobs": count} if count else {}
+            body["messages"] = request.prompt.messages
+            body |= {"logprobs": True, "top_logprobs": count} if count else {}
         else:
-            asked["prompt"] = request.prompt.text
-            asked |= {"logprobs": count} if count else {}
-        return {name: value for name, value in (asked | self.endpoint.extra_body).items() if value is not None}
+            body["prompt"] = request.prompt.text
+            body |= {"logprobs": count} if count else {}
+        return {name: setting for name, setting in (body | self.endpoint.extra_body).items() if setting is not None}
 
     def _read(self, request: Request, body: bytes) -> Answer | tuple[int, str]:
-        """The answer, or (the status that its error stands for, or 0; what is wrong); its cost is counted."""
+        """The answer in a body, or (the status that its error stands for, or 0; what is wrong). Its cost is counted."""
         try:
-            found = json.loads(body)
+            content = json.loads(body)
         except (ValueError, RecursionError) as error:
             return 0, f"not JSON ({error}): {self._clean(body.decode(errors='replace'))[:200]}"
-        shown = self._clean(str(found))[:300]
-        if not isinstance(found, dict):
-            return 0, f"no answer: {shown}"
-        reply = reply_of(found, chat=self.endpoint.api == "chat")
-        usage = self._usage(found, reply.text or "")
+        excerpt = self._clean(str(content))[:300]
+        if not isinstance(content, dict):
+            return 0, f"no answer: {excerpt}"
+        reply = reply_of(content, chat=self.endpoint.api == "chat")
+        usage = self._usage(content, reply.text or "")
         self.spending.receive(*usage)
-        fault = error_of(found)
+        fault = error_of(content)
         if fault is not None:
-            return fault[0], f"an error instead of an answer: {shown}"
+            return fault[0], f"an error instead of an answer: {excerpt}"
         if reply.text is None:
-            return 0, f"no answer in it: {shown}"
+            return 0, f"no answer in it: {excerpt}"
         if top_logprobs([reply.logprobs]):
             self.outcome.has_logprobs = True
         if self.endpoint.top_logprobs and reply.text and not self.outcome.has_logprobs:
@@ -221,18 +221,18 @@ class _Client:
         whole = reply.text.encode("utf-8", "replace").decode()
         logprobs = None if reply.logprobs is None else [reply.logprobs]
         return Answer(
-            request.key, whole, reply.finish_reason or self._unsaid(usage[1]), *usage, logprobs, reply.reasoned
+            request.key, whole, reply.finish_reason or self._assumed_reason(usage[1]), *usage, logprobs, reply.reasoned
         )
 
-    def _unsaid(self, answer_tokens: int) -> str:
-        """The end of an answer whose server does not say: a length that used up all the tokens was cut."""
+    def _assumed_reason(self, answer_tokens: int) -> str:
+        """The finish reason where the server gives none: an answer that used up all its tokens was cut."""
         return "length" if answer_tokens >= self.sampling.get("max_tokens", answer_tokens + 1) else "stop"
 
     def _require_taken(self, request: Request, body: bytes) -> None:
-        """Refuse to ask on with a parameter that the server takes from nobody.
+        """Stop where the server says that it takes a parameter from nobody.
 
         Raises:
-            UserError: it says so; with the remedy.
+            UserError: with the parameter and the remedy.
         """
         sent = self._body(request).keys() - {"model", "messages", "prompt"}
         name = refused_parameter(body, sent)
@@ -244,29 +244,29 @@ class _Client:
             remedy = _NO_LOGPROBS
         else:
             renamed = {length_named(body): self.sampling[name]} if name == "max_tokens" else {}
-            keys = ", ".join(f"{key}: {value}" for key, value in ({name: "null"} | renamed).items())
+            keys = ", ".join(f"{key}: {setting}" for key, setting in ({name: "null"} | renamed).items())
             remedy = f"in the recipe, generate.endpoint.extra_body: {{{keys}}} mends it"
-        raise UserError(f"{self.url}: the server does not take `{name}`; {remedy}. It said: {self._shown(400, body)}")
+        raise UserError(f"{self.url}: the server does not take `{name}`; {remedy}. It said: {self._excerpt(400, body)}")
 
-    def _usage(self, found: dict[str, Any], text: str) -> tuple[int, int]:
-        """Prompt and answer tokens; a server that does not count is taken at four letters a token."""
-        usage = found.get("usage")
+    def _usage(self, body: dict[str, Any], text: str) -> tuple[int, int]:
+        """Prompt and answer tokens; four letters count as a token where the server does not count."""
+        usage = body.get("usage")
         if isinstance(usage, dict):
-            asked, answered = usage.get("prompt_tokens"), usage.get("completion_tokens")
-            if isinstance(asked, int) and isinstance(answered, int) and min(asked, answered) >= 0:
-                return asked, answered
+            read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            if isinstance(read, int) and isinstance(written, int) and min(read, written) >= 0:
+                return read, written
         return 0, -(-len(text) // 4)
 
-    def _pause(self, tried: int, headers: Any, retries: random.Random) -> float:
+    def _pause(self, attempt: int, headers: Mapping[str, str], jitter: random.Random) -> float:
         """Seconds until the next try: what the server asks for, else twice as long each time, with jitter."""
         longest = self.endpoint.max_backoff_seconds
-        asked = headers.get("Retry-After") if headers else None
-        if asked:
+        retry_after = headers.get("Retry-After")
+        if retry_after:
             try:
-                seconds = float(asked)
+                seconds = float(retry_after)
             except ValueError:
                 try:
-                    seconds = (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds()
+                    seconds = (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
                 except (ValueError, TypeError):
                     seconds = 0.0
             if seconds > 10 * longest:
@@ -275,23 +275,25 @@ class _Client:
                     "generate.endpoint.max_backoff_seconds"
                 )
             if seconds > 0:
-                return seconds + retries.random() * min(1.0, seconds)
-        return min(longest, 2.0**tried) * (0.5 + retries.random() / 2)
+                return seconds + jitter.random() * min(1.0, seconds)
+        return min(longest, 2.0**attempt) * (0.5 + jitter.random() / 2)
 
     def _hopeless(self, status: int, body: bytes) -> Exception:
-        said = self._shown(status, body)
+        excerpt = self._excerpt(status, body)
         if status in (401, 403):
             where = f"${self.endpoint.key_env}" if self.endpoint.key_env else "generate.endpoint.key_env (none given)"
-            return UserError(f"{self.url}: the key is not accepted ({said}); look at {where}")
+            return UserError(f"{self.url}: the key is not accepted ({excerpt}); look at {where}")
         if 300 <= status < 400:
-            return UserError(f"{self.url}: answers with a redirect ({said}), which is not followed; give the right url")
-        return UserError(f"{self.url}: {said}; look at generate.endpoint.url and model '{self.endpoint.model}'")
+            return UserError(
+                f"{self.url}: answers with a redirect ({excerpt}), which is not followed; give the right url"
+            )
+        return UserError(f"{self.url}: {excerpt}; look at generate.endpoint.url and model '{self.endpoint.model}'")
 
-    def _shown(self, status: int, body: bytes) -> str:
+    def _excerpt(self, status: int, body: bytes) -> str:
         return f"{status} {self._clean(body.decode(errors='replace'))[:300]}".strip()
 
     def _clean(self, text: str) -> str:
-        """A server's words without the key, also as JSON or Python write it; a short key is taken out as a word."""
+        """A server's text without the key, also as JSON or Python write it; a short key is removed as a word."""
         if not self.key or is_placeholder(self.key):
             return text
         as_json = json.dumps(self.key)[1:-1]

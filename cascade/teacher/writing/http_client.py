@@ -131,12 +131,8 @@ def http_client(url: str, require_peer: Callable[[str], None], *, max_connection
         raise UserError(f"{url}: the certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read: {error}") from error
     except (ValueError, httpx2.InvalidURL):  # their texts may show a proxy's password
         raise UserError(f"{url}: ALL_PROXY, HTTPS_PROXY or HTTP_PROXY in the environment is no proxy's url") from None
-    with start_blocking_portal() as portal:
-        try:
-            yield HTTPClient(client, portal, url, require_peer)
-        except BaseException:
-            portal.call(portal.stop, True)
-            raise
+    with start_blocking_portal() as portal:  # cancels what is under way when an exception leaves it
+        yield HTTPClient(client, portal, url, require_peer)
         portal.call(client.aclose)
 
 
