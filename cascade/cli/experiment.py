@@ -5,6 +5,7 @@ import json
 import click
 
 from cascade.cli.options import JSON, PRIVATE, TASK_CODE, interruptible, quiet_libraries
+from cascade.runtime.permissions import Permissions
 
 
 @click.command()
@@ -17,7 +18,10 @@ from cascade.cli.options import JSON, PRIVATE, TASK_CODE, interruptible, quiet_l
 @TASK_CODE
 @PRIVATE
 @JSON
-def experiment(file: str, output: str | None, only: tuple[str, ...], listed: bool, as_json: bool) -> None:
+@click.pass_obj
+def experiment(
+    permissions: Permissions, file: str, output: str | None, only: tuple[str, ...], listed: bool, as_json: bool
+) -> None:
     """Make the families of FILE (arms x seeds x token budgets, over one parent) and say which arms are better.
 
     Goes on where an earlier start stopped. The keys of FILE: docs/experiment.md.
@@ -30,9 +34,9 @@ def experiment(file: str, output: str | None, only: tuple[str, ...], listed: boo
     from cascade.pipeline.experiment.run import list_experiment, run_experiment
 
     if listed:
-        listed_cells = list_experiment(file, output=output, only=only)
+        listed_cells = list_experiment(file, output=output, only=only, permissions=permissions)
         click.echo(json.dumps(listed_cells) if as_json else list_texts(listed_cells))
         return
     with interruptible():
-        folder = run_experiment(file, output=output, only=only)
+        folder = run_experiment(file, output=output, only=only, permissions=permissions)
     click.echo(json.dumps(load_experiment_summary(folder)) if as_json else experiment_texts(folder))

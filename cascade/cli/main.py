@@ -24,6 +24,7 @@ from cascade.cli.options import (
 from cascade.cli.runs import doctor, report, verify
 from cascade.cli.single_stage import distill, evaluate, prune
 from cascade.runtime.failpoints import arm
+from cascade.runtime.permissions import Permissions
 from cascade.runtime.secrets import Redacting, redact_tracebacks
 
 
@@ -60,7 +61,9 @@ for _command in (cache, experiment, report, verify, doctor):
     help="Make the stages again from here: statistics, prune, distill, evaluate, report.",
 )
 @JSON
+@click.pass_obj
 def run(
+    permissions: Permissions,
     recipe: str,
     output: str | None,
     overrides: tuple[str, ...],
@@ -78,7 +81,7 @@ def run(
     from cascade.runtime import ranks
 
     with interruptible():
-        folder = run_recipe(loaded, output=output, only=only, from_stage=from_stage)
+        folder = run_recipe(loaded, output=output, only=only, from_stage=from_stage, permissions=permissions)
     is_follower = ranks.rank() > 0
     ranks.leave()
     if is_follower:
@@ -93,7 +96,8 @@ def run(
 @TASK_CODE
 @PRIVATE
 @JSON
-def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.pass_obj
+def plan(permissions: Permissions, recipe: str, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check RECIPE and say what would be made, how large and how long. Loads no weights."""
     from cascade.recipe.load import load_recipe
 
@@ -102,7 +106,7 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
     from cascade.planning.preview import preview
     from cascade.planning.preview_text import preview_text
 
-    family_preview = preview(loaded, output)
+    family_preview = preview(loaded, output, permissions)
     click.echo(json.dumps(family_preview) if as_json else preview_text(family_preview))
 
 
@@ -119,7 +123,15 @@ def plan(recipe: str, output: str | None, overrides: tuple[str, ...], as_json: b
 )
 @PRIVATE
 @JSON
-def generate(recipe: str, output: str | None, overrides: tuple[str, ...], filter_path: str, as_json: bool) -> None:
+@click.pass_obj
+def generate(
+    permissions: Permissions,
+    recipe: str,
+    output: str | None,
+    overrides: tuple[str, ...],
+    filter_path: str,
+    as_json: bool,
+) -> None:
     """Let the teacher of RECIPE's `generate` section write its dataset, or go on where it was stopped.
 
     `cascade run` does so by itself; with --filter, give the dataset that is printed to a recipe as data.train.
@@ -131,7 +143,8 @@ def generate(recipe: str, output: str | None, overrides: tuple[str, ...], filter
     from cascade.pipeline.run import run_generate
 
     with interruptible():
-        finish(run_generate(loaded, output=output, filter_path=filter_path), as_json)
+        summary = run_generate(loaded, output=output, filter_path=filter_path, permissions=permissions)
+        finish(summary, as_json)
 
 
 for _command in (prune, distill, evaluate):

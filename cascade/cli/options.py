@@ -6,13 +6,14 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
-from importlib import import_module
 from typing import Any, TypeVar
 
 import click
 
 from cascade.runtime.errors import DiskError, RunError, Stopped, UserError, is_disk_error
+from cascade.runtime.permissions import NO_PERMISSIONS
 from cascade.runtime.secrets import redact
 from cascade.runtime.stopping import handled
 
@@ -47,25 +48,21 @@ DATA = click.option(
 )
 
 
-def _permission(option: str, module: str, function: str, help_text: str) -> Callable[[_Command], _Command]:
-    """A flag that grants this process a permission, which no recipe can grant."""
+def _permission(option: str, name: str, help_text: str) -> Callable[[_Command], _Command]:
+    """A flag that sets a permission, which no recipe can ask for; a command gets them with `click.pass_obj`."""
 
-    def give(context: click.Context, parameter: click.Parameter, granted: bool) -> None:
-        if granted:
-            getattr(import_module(module), function)()
+    def give(context: click.Context, parameter: click.Parameter, allowed: bool) -> None:
+        context.obj = replace(context.obj or NO_PERMISSIONS, **{name: allowed})
 
     return click.option(option, is_flag=True, expose_value=False, callback=give, help=help_text)
 
 
 TASK_CODE = _permission(
     "--allow-task-code",
-    "cascade.evaluation.tasks_lm_eval.task_code",
-    "allow",
+    "task_code",
     "Allow Python functions of tasks; they run in a process of their own, without keys in its environment.",
 )
-PRIVATE = _permission(
-    "--allow-private", "cascade.teacher.writing.address", "allow_private", "Allow an endpoint on a private network."
-)
+PRIVATE = _permission("--allow-private", "private_networks", "Allow an endpoint on a private network.")
 BLOCK = click.option(
     "--block-size", default=256, type=click.IntRange(min=8), show_default=True, help="Tokens per block."
 )

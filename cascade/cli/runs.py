@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cascade.cli.options import JSON, OUTPUT, PRIVATE, SET, TASK_CODE, finish, quiet_libraries
+from cascade.runtime.permissions import Permissions
 
 RUN = click.argument("run_folder", type=click.Path(file_okay=False))
 
@@ -60,7 +61,10 @@ def verify(run_folder: str, as_json: bool) -> None:
 @TASK_CODE
 @PRIVATE
 @JSON
-def doctor(recipe: str | None, output: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.pass_obj
+def doctor(
+    permissions: Permissions, recipe: str | None, output: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
     """Check this machine, and what RECIPE needs of it. Exit code 1 where something would stop a run."""
     from cascade.recipe.load import load_recipe
 
@@ -68,7 +72,7 @@ def doctor(recipe: str | None, output: str | None, overrides: tuple[str, ...], a
     quiet_libraries()
     from cascade.planning.doctor import examine
 
-    checks = examine(loaded, output)
+    checks = examine(loaded, output, permissions)
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks]))
     else:

@@ -23,6 +23,7 @@ from cascade.cli.options import (
 )
 from cascade.distillation.losses.divergences import DIVERGENCES
 from cascade.runtime.errors import UserError
+from cascade.runtime.permissions import Permissions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +221,7 @@ class EvaluateOptions:
 def evaluate(options: EvaluateOptions) -> None:
     """Measure CHECKPOINT: held-out loss, tasks, speed and memory."""
     quiet_libraries()
+    permissions: Permissions = click.get_current_context().obj
     from cascade.evaluation.tasks_lm_eval.task_options import HarnessOptions, TaskOptions
     from cascade.pipeline.single_stage import Text, evaluate_model
 
@@ -227,6 +229,7 @@ def evaluate(options: EvaluateOptions) -> None:
         names=options.tasks,
         folders=[Path(folder) for folder in options.task_folders],
         harness=HarnessOptions(limit=options.limit),
+        allow_code=permissions.task_code,
     )
     text = Text(data=options.data, block_size=options.block_size, num_blocks=options.heldout_blocks)
     with interruptible(NOTHING_KEPT):

@@ -4,7 +4,8 @@ Shapes: N = examples, S = tokens, H, W = pixels.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from cascade.data.bad_rows import BadRows, tell_once
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks, require_split
-from cascade.data.images import open_image
+from cascade.data.images import open_image, pillow_needed
 from cascade.data.labels import is_number, label_of, require_clear_labels, require_known_labels
-from cascade.data.rows import Place
+from cascade.data.rows import Place, Row
 from cascade.data.sources import TextData, part_rows, splits_above, unfit_text
 from cascade.data.splits import SPLIT_SHARE, Heldout, Split, require_open, split_of_text
 from cascade.runtime.errors import UserError
@@ -223,7 +224,7 @@ def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows, *, key: s
     fields |= {data.label_field: "Set data.label_field"} if labelled else {}
     found: list[Raw] = []
     unlabelled: Place | None = None
-    for place, values, _ in part_rows(data.text, part, fields, key=key):
+    for place, values, _ in _rows(data, part, fields, key):
         content, where = values.get(field), f"{key}: {place}"
         reason = "" if data.images else unfit_text(content)
         bad.read(place)
@@ -240,6 +241,11 @@ def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows, *, key: s
     if unlabelled is not None:
         label_of(None, f"{key}: {unlabelled}")
     return found
+
+
+def _rows(data: LabelledData, part: str, fields: dict[str, str], key: str) -> Iterator[Row]:
+    with pillow_needed(key) if data.images else nullcontext():  # datasets reads the pictures of the hub's rows
+        yield from part_rows(data.text, part, fields, key=key)
 
 
 def _kept_elsewhere(data: LabelledData, split: str) -> frozenset[str]:

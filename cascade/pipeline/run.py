@@ -41,6 +41,7 @@ from cascade.runtime import ranks
 from cascade.runtime.errors import RunError, UserError
 from cascade.runtime.failpoints import at
 from cascade.runtime.files import write_atomically
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.progress import RunProgress
 from cascade.store.commits import MANIFEST
 from cascade.store.events import append_event
@@ -57,12 +58,14 @@ def run_recipe(
     only: Sequence[str] = (),
     from_stage: str | None = None,
     known: Sequence[Path] = (),
+    permissions: Permissions = NO_PERMISSIONS,
     console: Console | None = None,
 ) -> Path:
     """Make the family of a recipe, or go on where an earlier run stopped; returns the run directory.
 
     `only` names members to make (with the seeds that they need); `from_stage` makes their stages again from there on.
-    What other run directories, the `known` ones, have of the same inputs and settings is taken over.
+    What other run directories, the `known` ones, have of the same inputs and settings is taken over. `permissions` is
+    what stages may do that no recipe can allow.
 
     Raises:
         UserError: the recipe cannot be done, or the directory belongs to another recipe.
@@ -77,13 +80,13 @@ def run_recipe(
     require_one_process(recipe)
     config = parent_config(recipe)
     if ranks.rank() > 0:
-        return _follow_run(recipe, folder, config, only)
+        return _follow_run(recipe, folder, config, only, permissions)
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     check_family(recipe, config, members)
     if recipe.classifies:
         check_labels(recipe, config)
-    require_foreseen(recipe, config, members)
+    require_foreseen(recipe, config, members, permissions)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
@@ -101,7 +104,7 @@ def run_recipe(
         append_event(folder, "started", members=[member.name for member in scope])
         with RunProgress(console or Console(stderr=True), recipe.name, _estimates(recipe, config, scope)) as progress:
             forced = forced_stages(folder, from_stage, only or [member.name for member in members])
-            runner = StageRunner(folder, progress, forced, known=known)
+            runner = StageRunner(folder, progress, forced, known=known, permissions=permissions)
             _make_family(runner, recipe, members, scope, latencies)
         if forced is not None:
             forced.end()
@@ -113,7 +116,12 @@ def run_recipe(
 
 
 def run_generate(
-    recipe: Recipe, *, output: str | Path | None = None, filter_path: str = "", console: Console | None = None
+    recipe: Recipe,
+    *,
+    output: str | Path | None = None,
+    filter_path: str = "",
+    permissions: Permissions = NO_PERMISSIONS,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Only the dataset of a recipe's `generate` section; returns where it is and what is in it.
 
@@ -131,7 +139,7 @@ def run_generate(
     with locked(folder), RunProgress(console or Console(stderr=True), recipe.name, {}) as progress:
         if not (folder / "recipe.yaml").exists():
             write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, [])))
-        runner = StageRunner(folder, progress)
+        runner = StageRunner(folder, progress, permissions=permissions)
         generated = run_generation(runner, recipe, make_parent(runner, recipe), filter_path)
     record: dict[str, Any] = generated.json("provenance.json")
     dataset = {
@@ -153,13 +161,13 @@ def _estimates(recipe: Recipe, config: Any, scope: list[ResolvedMember]) -> dict
     return estimates
 
 
-def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str]) -> Path:
+def _follow_run(recipe: Recipe, folder: Path, config: Any, only: Sequence[str], permissions: Permissions) -> Path:
     """The run as another process than the first sees it: it only takes part in what is done together."""
     ranks.barrier()  # until the first has the lock and has kept what it measured
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
     with RunProgress(Console(quiet=True), recipe.name, {}) as progress:
-        runner = StageRunner(folder, progress)
+        runner = StageRunner(folder, progress, permissions=permissions)
         _make_family(runner, recipe, members, _with_seeds(members, only), latencies)
     return folder
 

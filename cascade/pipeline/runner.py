@@ -20,6 +20,7 @@ from cascade.pipeline.stage_output import Input, Made, committed, digest_of, rea
 from cascade.runtime import ranks
 from cascade.runtime.errors import UserError
 from cascade.runtime.failpoints import at
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.progress import OnStep, RunProgress
 from cascade.store.commits import (
     COST_FILE,
@@ -57,6 +58,8 @@ class StageRunner:
     """Measurements that failed: the run goes on without them, and the next run makes them again."""
     known: Sequence[Path] = ()
     """Other run directories: their finished stages with the same inputs and settings are taken over."""
+    permissions: Permissions = NO_PERMISSIONS
+    """The permissions of the command, which no recipe can give."""
 
     def make(
         self,

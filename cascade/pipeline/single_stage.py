@@ -22,6 +22,7 @@ from cascade.evaluation.evaluate import default_device, evaluate
 from cascade.evaluation.framing_test import choose_framing
 from cascade.evaluation.heldout import heldout_blocks
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks, require_datasets
+from cascade.evaluation.tasks_lm_eval.task_code import require_allowed
 from cascade.evaluation.tasks_lm_eval.task_options import TaskOptions
 from cascade.evaluation.tokenizer_files import require_same_ids
 from cascade.models.architecture.axes import probe_axes
@@ -261,7 +262,9 @@ def evaluate_model(
     _require_language_models(source, teacher_source)
     common = _common_ids(source, teacher_source, block_size)
     tasks = tasks or TaskOptions()
-    require_datasets(find_tasks(tasks.names, tasks.folders))
+    configs = find_tasks(tasks.names, tasks.folders)
+    require_allowed(configs, tasks.allow_code)
+    require_datasets(configs)
     tokenizer = load_tokenizer(source)
     framing = _framing(teacher_source or source, data, block_size)
     framed_text = replace(_text(data), begin_blocks=framing.begin_blocks, end_token=bool(framing.suffix))

@@ -17,6 +17,7 @@ from cascade.planning.disk_room import memory_bytes
 from cascade.recipe.schema import Recipe
 from cascade.runtime.errors import DiskError, UserError
 from cascade.runtime.files import write_atomically
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.secrets import redact
 
 DISTRIBUTION = "cascade-distill"
@@ -34,7 +35,7 @@ class Check:
     do: str = ""
 
 
-def examine(recipe: Recipe | None, output: str | Path | None) -> list[Check]:
+def examine(recipe: Recipe | None, output: str | Path | None, permissions: Permissions = NO_PERMISSIONS) -> list[Check]:
     """Machine, versions, disk, accelerator, and what a recipe needs where one is given.
 
     The network is only asked for what the recipe names.
@@ -42,7 +43,7 @@ def examine(recipe: Recipe | None, output: str | Path | None) -> list[Check]:
     folder = Path(output or (recipe.output if recipe else "") or "runs")
     checks = [_machine(), *_memory(recipe, output), *_versions(), *_disk(folder), _accelerator(), _environment()]
     if recipe is not None:
-        checks += [*_hub(recipe), *_recipe(recipe, output)]
+        checks += [*_hub(recipe), *_recipe(recipe, output, permissions)]
     return checks
 
 
@@ -152,12 +153,12 @@ def _hub(recipe: Recipe) -> Iterator[Check]:
             yield Check(f"{kind} {name}", "fault", redact(first), "is the name right, is it gated, is a token set?")
 
 
-def _recipe(recipe: Recipe, output: str | Path | None) -> Iterator[Check]:
+def _recipe(recipe: Recipe, output: str | Path | None, permissions: Permissions) -> Iterator[Check]:
     """What `cascade plan` finds, against this machine."""
     from cascade.planning.preview import preview
 
     try:
-        plan: dict[str, Any] = preview(recipe, output)
+        plan: dict[str, Any] = preview(recipe, output, permissions)
     except UserError as error:
         yield Check("recipe", "fault", str(error), "mend that first")
         return

@@ -21,6 +21,7 @@ from cascade.evaluation.heldout import (
     require_heldout,
 )
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks, measured_names, require_datasets
+from cascade.evaluation.tasks_lm_eval.task_code import require_allowed
 from cascade.models.architecture.dims import dims_of
 from cascade.models.architecture.head import require_head
 from cascade.models.architecture.model_class import build_on_meta
@@ -34,15 +35,21 @@ from cascade.planning.vocabularies import require_common_text, text_tokenizer
 from cascade.recipe.schema import Recipe
 from cascade.runtime import ranks
 from cascade.runtime.errors import UserError
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 
 
-def require_foreseen(recipe: Recipe, parent_config: Any, members: Sequence[ResolvedMember]) -> None:
+def require_foreseen(
+    recipe: Recipe,
+    parent_config: Any,
+    members: Sequence[ResolvedMember],
+    permissions: Permissions = NO_PERMISSIONS,
+) -> None:
     """Refuse at the start what a later stage would refuse; loads no weights.
 
     Raises:
         UserError: with the key, what is wrong and what is accepted.
     """
-    _require_tasks(recipe)
+    _require_tasks(recipe, permissions)
     _require_models(recipe, parent_config, members)
     _require_processes(recipe)
     tokenizer = text_tokenizer(recipe)
@@ -64,9 +71,10 @@ def rows_of_all(parent_config: Any, members: Sequence[ResolvedMember]) -> int:
     return min([dims_of(parent_config).vocab_size, *(member.vocab_size for member in members if member.vocab_size)])
 
 
-def _require_tasks(recipe: Recipe) -> None:
-    """Refuse evaluation tasks whose datasets are missing, and thresholds on metrics that no task reports."""
+def _require_tasks(recipe: Recipe, permissions: Permissions) -> None:
+    """Refuse tasks whose code is not allowed or whose datasets are missing, and thresholds on metrics of no task."""
     tasks = find_tasks(recipe.evaluate.tasks, [Path(folder) for folder in recipe.evaluate.task_folders])
+    require_allowed(tasks, permissions.task_code)
     require_datasets(tasks)
     measured = measured_names(tasks) if recipe.evaluate.at_least else set()
     heldout_names = {f"heldout/{name}" for name in _heldout_metrics(recipe)}

@@ -23,9 +23,9 @@ from cascade.store.commits import MANIFEST, is_committed
 from cascade.store.strict_json import read_json
 from cascade.teacher.writing.answers import AnswerLog
 from cascade.teacher.writing.generate import (
+    answer_requests,
     is_chat,
     require_every_split,
-    wanted_answers,
 )
 from cascade.teacher.writing.local import fitting_ids
 from cascade.teacher.writing.prompts import Prompt
@@ -52,7 +52,7 @@ def missing_answers(
     source = teacher_source(settings, parent)
     local = {} if settings.endpoint else {"tokenizer": load_tokenizer(source), "digest": fingerprint(source)}
     answered = AnswerLog(path).answers
-    return sum(answer.key not in answered for answer in wanted_answers(settings, prompts, seed=recipe.seed, **local))
+    return sum(request.key not in answered for request in answer_requests(settings, prompts, seed=recipe.seed, **local))
 
 
 def generation_inputs(

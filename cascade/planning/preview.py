@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks
+from cascade.evaluation.tasks_lm_eval.task_code import require_allowed
 from cascade.models.architecture.sized import Sized
 from cascade.models.checkpoint.load import ModelSource, load_tokenizer
 from cascade.models.checkpoint.sentence_files import unlearned_settings
@@ -29,11 +30,14 @@ from cascade.pruning.size.shape import legal_values, listed
 from cascade.pruning.size.target import Latency
 from cascade.recipe.generate import Generate
 from cascade.recipe.schema import Recipe
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.store.lock import existing
 from cascade.teacher.writing.generate import collect_prompts, planned
 
 
-def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
+def preview(
+    recipe: Recipe, output: str | Path | None = None, permissions: Permissions = NO_PERMISSIONS
+) -> dict[str, Any]:
     """The record of a plan: members with their shapes and costs, after every check that needs no weights.
 
     Raises:
@@ -45,7 +49,8 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     parent, source = Sized(config), existing_parent(recipe)
     reads_text = bool(parent.dims.vocab_size)
     tokenizer = load_tokenizer(source, vocab_size=parent.dims.vocab_size) if source is not None and reads_text else None
-    find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
+    tasks = find_tasks(recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
+    require_allowed(tasks, permissions.task_code)
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(
         recipe,
@@ -57,9 +62,9 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     data = preview_data(recipe, config, tokenizer, rows_of_all(config, members) if reads_text else None)
     generate = None
     if recipe.generate is not None:
-        data["prompts"], generate = _preview_generation(recipe, recipe.generate, source, folder)
+        data["prompts"], generate = _preview_generation(recipe, recipe.generate, source, folder, permissions)
     proof = check_family(recipe, config, members)
-    require_foreseen(recipe, config, members)
+    require_foreseen(recipe, config, members, permissions)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = remaining_members(folder, recipe, with_cache(recipe, config, members, choice))
     check_licences(recipe)
@@ -80,7 +85,7 @@ def preview(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
 
 
 def _preview_generation(
-    recipe: Recipe, settings: Generate, source: ModelSource | None, folder: Path
+    recipe: Recipe, settings: Generate, source: ModelSource | None, folder: Path, permissions: Permissions
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(rows of prompts that are left out, what the teacher will be asked for)."""
     bad = text_data(recipe.data).bad_row_counter()
@@ -90,7 +95,7 @@ def _preview_generation(
         raise ValueError("a parent that writes is not trained in the same recipe")
     check_generation(recipe, settings, prompts, source)
     missing = missing_answers(recipe, settings, prompts, source, folder)
-    return skipped, planned(settings, len(prompts), missing)
+    return skipped, planned(settings, len(prompts), missing, permissions)
 
 
 def _run_record(recipe: Recipe, members: Sequence[ResolvedMember], parent: Sized, folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cascade.evaluation.reload import ReloadError, check_reload, write_reference
 from cascade.evaluation.retention import retention_interval, with_retention
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks, run_tasks
 from cascade.evaluation.tasks_lm_eval.items import TASK_FOLDER
+from cascade.evaluation.tasks_lm_eval.task_code import require_allowed
 from cascade.evaluation.tasks_lm_eval.task_options import HarnessOptions, TaskOptions
 from cascade.models.checkpoint.load import load_model, load_tokenizer, resolve_model, save_checkpoint
 from cascade.report.records import Metric
@@ -114,7 +115,7 @@ def test_task_files_name_their_data_relative_to_themselves(tmp_path):
         find_tasks(["mine"], [tmp_path])
     (tmp_path / "mine.yaml").write_text(text + "process_docs: !function evil.run\n")
     with pytest.raises(UserError, match="names Python functions of its own.*--allow-task-code"):
-        find_tasks(["mine"], [tmp_path])
+        require_allowed(find_tasks(["mine"], [tmp_path]), False)
 
 
 def test_a_metric_that_is_no_mean_of_its_items_has_no_standard_error_made_up(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -279,8 +280,6 @@ def test_F29_task_files_run_no_code_unless_it_is_allowed_and_then_apart_and_with
     tiny_parent, tmp_path, monkeypatch
 ):
     from cascade.evaluation.evaluate import evaluate
-    from cascade.evaluation.tasks_lm_eval import task_code
-    from cascade.evaluation.tasks_lm_eval.harness import find_tasks
     from cascade.evaluation.tasks_lm_eval.task_options import TaskOptions
 
     canary = tmp_path / "canary"
@@ -295,18 +294,48 @@ def test_F29_task_files_run_no_code_unless_it_is_allowed_and_then_apart_and_with
         "output_type: loglikelihood\ndoc_to_target: '{{a}}'\nmetric_list: [{metric: acc}]\n"
     )
     (tmp_path / "mine.yaml").write_text(base + "doc_to_text: !function own.text\n")
+    tasks = TaskOptions(names=["mine"], folders=[tmp_path])
     with pytest.raises(UserError, match="names Python functions of its own.*--allow-task-code"):
-        find_tasks(["mine"], [tmp_path])
+        evaluate(str(tiny_parent), tasks=tasks, measure_speed=False)
     assert not canary.exists()
-    # The permission holds for a whole process, and later tests have not given it.
-    monkeypatch.setattr(task_code, "_allowed", True)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "z" * 34)
     monkeypatch.setenv("MY_API_KEY", "a-key-of-mine")
-    tasks = TaskOptions(names=["mine"], folders=[tmp_path])
-    found = evaluate(str(tiny_parent), tasks=tasks, measure_speed=False)
+    found = evaluate(str(tiny_parent), tasks=replace(tasks, allow_code=True), measure_speed=False)
     assert found.failed == {} and any(metric.task == "mine" for metric in found.metrics)
     seen = json.loads(canary.read_text())
     assert seen["pid"] != os.getpid() and not {"HF_TOKEN", "MY_API_KEY"} & set(seen["env"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "message"),
+    [
+        (
+            "--allow-task-code",
+            ["evaluate={tasks: [mine], task_folders: [FOLDER]}"],
+            "names Python functions of its own",
+        ),
+        (
+            "--allow-private",
+            [
+                "data={source: generated, block_size: 32}",
+                "generate={endpoint: {url: 'https://10.0.0.5/v1', model: m, api: completions}, "
+                "stdlib: true, num_prompts: 300}",
+                "distill.teacher=text",
+                "baselines=[cut]",
+            ],
+            "on a private network",
+        ),
+    ],
+)
+def test_F29_a_permission_is_that_of_one_command_and_of_no_later_one(recipe_folder, tmp_path, flag, changes, message):
+    (tmp_path / "mine.yaml").write_text("task: mine\ndataset_path: json\ndoc_to_text: !function own.text\n")
+    options = [part for change in changes for part in ("--set", change.replace("FOLDER", str(tmp_path)))]
+    arguments = (recipe_folder / "tiny.yaml", "--output", str(tmp_path / "run"), *options)
+    for _ in range(2):
+        code, output = plan(*arguments)
+        assert code == 2 and message in output and flag in output
+        code, output = plan(*arguments, flag)
+        assert code == 0, output
 
 
 @pytest.mark.parametrize(
@@ -330,6 +359,7 @@ def test_F29_task_files_run_no_code_unless_it_is_allowed_and_then_apart_and_with
 )
 def test_F29_task_files_cannot_have_code_fetched_or_imported_by_name(tmp_path, change, said):
     from cascade.evaluation.tasks_lm_eval.harness import find_tasks
+    from cascade.evaluation.tasks_lm_eval.task_code import require_allowed
 
     (tmp_path / "rows.jsonl").write_text('{"q": "x", "a": " 1"}\n' * 4)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\n")
@@ -341,7 +371,9 @@ def test_F29_task_files_cannot_have_code_fetched_or_imported_by_name(tmp_path, c
 
     def find(settings):
         (tmp_path / "mine.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
-        return find_tasks(["mine"], [tmp_path])
+        tasks = find_tasks(["mine"], [tmp_path])
+        require_allowed(tasks, False)
+        return tasks
 
     assert find(base)[0]["metric_list"] == [{"metric": "acc"}]
     name, _, value = change.replace("FOLDER", str(tmp_path)).partition(": ")

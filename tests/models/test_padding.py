@@ -253,7 +253,7 @@ def test_embeddings_are_those_of_a_text_alone_also_where_nothing_pads(config, ki
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_teachers_likeliest_answer_is_the_same_alone_and_beside_longer_prompts(tmp_path, kind):
     from cascade.teacher.writing.answers import AnswerLog, requests_of
-    from cascade.teacher.writing.local import write
+    from cascade.teacher.writing.local import Teacher, write
     from cascade.teacher.writing.prompts import prompts_of
 
     source = ModelSource(make_language_model(tmp_path / "model", kind, PADDINGS["nobody"], seed=3), "model")
@@ -262,7 +262,8 @@ def test_a_teachers_likeliest_answer_is_the_same_alone_and_beside_longer_prompts
     for size in (1, 9):
         log = AnswerLog(tmp_path / f"{size}.jsonl")
         sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6}
-        write(load_model(source), load_tokenizer(source), wanted, log, chat=False, sampling=sampling, batch_size=size)
+        teacher = Teacher(load_model(source), load_tokenizer(source), "")
+        write(teacher, wanted, log, chat=False, sampling=sampling, batch_size=size)
         found.append({key: answer.text for key, answer in log.answers.items()})
     assert found[0] == found[1] and any(found[0].values())
 

@@ -1,6 +1,7 @@
 """Classifiers: examples, soft labels, and a family of them."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -342,6 +343,55 @@ def test_pictures_and_numbers_give_the_same_pixels(tmp_path):
     two = [Raw(torch.zeros(1, 2, 2), "a"), Raw(torch.zeros(1, 3, 2), "a")]
     with pytest.raises(UserError, match=r"images of \(1, 2, 2\) and of \(1, 3, 2\)"):
         image_examples(two, ["a"])
+
+
+def image_files(folder, count=60):
+    """A recipe of images in files, which come in two classes."""
+    rows = []
+    for number in range(count):
+        name = f"{number}.pgm"  # a portable graymap: a header and the pixels
+        (folder / name).write_bytes(b"P5 8 8 255\n" + bytes([number * 4 % 256] * 32 + [number % 2 * 255] * 32))
+        rows.append({"image": name, "label": "odd" if number % 2 else "even"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (
+        (ROOT / "recipes" / "digits.yaml").read_text().replace("source: digits", "source: files\n  train: rows.jsonl")
+    )
+    (folder / "images.yaml").write_text(text.replace("train_examples: 150", "train_examples: 20"))
+    return load_recipe(folder / "images.yaml")
+
+
+def test_a_recipe_of_image_files_is_planned_where_pillow_is_there(tmp_path):
+    assert [member["name"] for member in preview(image_files(tmp_path), tmp_path / "run")["members"]] == ["small"]
+
+
+def test_without_pillow_a_recipe_of_image_files_stops_before_anything_is_made(tmp_path, monkeypatch):
+    recipe = image_files(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "PIL"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    for make in (preview, run_recipe):
+        with pytest.raises(UserError, match=r"rows.jsonl.*pip install 'cascade-distill\[images\]'"):
+            make(recipe, output=tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
+    assert open_image([[0, 255]], "x", tmp_path).tolist() == [[[0.0, 1.0]]]
+    with pytest.raises(UserError, match="neither rows of pixels nor a picture: 7"):
+        open_image(7, "x", tmp_path)
+
+
+def test_without_pillow_the_pictures_of_a_hub_dataset_say_what_to_install(tmp_path, monkeypatch):
+    import datasets
+
+    image_files(tmp_path, count=20)
+    columns = {"image": [str(tmp_path / f"{n}.pgm") for n in range(20)], "label": ["even", "odd"] * 10}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    table = datasets.Dataset.from_dict(columns, features=features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: table)
+    text = TextData("hub", {}, dataset="org/pictures", revision="0" * 40, hub_splits={"train": "train"})
+    data = LabelledData(text, images=True)
+    assert {example.content.shape for example in read_examples(data, "train")} == {(1, 8, 8)}
+    monkeypatch.setattr(datasets.config, "PIL_AVAILABLE", False)
+    with pytest.raises(UserError, match=r"data.train: pictures are read .*pip install 'cascade-distill\[images\]'"):
+        read_examples(data, "train")
 
 
 @pytest.mark.parametrize(

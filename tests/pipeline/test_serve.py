@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 
+import httpx2
 import pytest
-import requests
 import torch
 from test_logprobs import TEMPLATE
 
@@ -42,9 +42,9 @@ def server(tmp_path_factory):
     try:
         for _ in range(600):
             try:
-                requests.get(f"http://127.0.0.1:{port}/health", timeout=1)
+                httpx2.get(f"http://127.0.0.1:{port}/health", timeout=1)
                 break
-            except requests.ConnectionError:
+            except httpx2.TransportError:
                 assert process.poll() is None, (folder.parent / "log.txt").read_text()[-2000:]
                 time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/v1", str(folder)

@@ -14,7 +14,7 @@ from cascade.runtime import secrets
 from cascade.runtime.errors import UserError
 from cascade.teacher.writing.answers import Answer, AnswerLog
 from cascade.teacher.writing.endpoint import EndpointError
-from cascade.teacher.writing.generate import generate
+from cascade.teacher.writing.generate import select_answers, write_answers
 from cascade.teacher.writing.prompts import prompts_of
 from cascade.teacher.writing.reply import error_of
 from cascade.teacher.writing.thoughts import split_thoughts
@@ -34,7 +34,8 @@ def written(url, folder, *, count=12, endpoint=None, filters=None, **more):
         max_new_tokens=64,
         **more,
     )
-    return generate(settings, prompts_of([f"question {number}" for number in range(count)]), folder)
+    prompts = prompts_of([f"question {number}" for number in range(count)])
+    return select_answers(settings, write_answers(settings, prompts, folder))
 
 
 def texts_of(dataset):

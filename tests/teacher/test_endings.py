@@ -5,7 +5,7 @@ from endpoint_server import chat_answer, serving
 
 from cascade.recipe.generate import Generate
 from cascade.teacher.writing.answers import Answer, AnswerLog
-from cascade.teacher.writing.generate import generate
+from cascade.teacher.writing.generate import select_answers, write_answers
 from cascade.teacher.writing.prompts import prompts_of
 from cascade.teacher.writing.reply import reply_of
 from cascade.teacher.writing.watch import UselessAnswers
@@ -19,7 +19,8 @@ def settings_for(url, *, endpoint=None, **filters):
 
 def written(url, folder, *, count=6, endpoint=None, **filters):
     settings = settings_for(url, endpoint=endpoint, **filters)
-    return generate(settings, prompts_of([f"question {number}" for number in range(count)]), folder)
+    prompts = prompts_of([f"question {number}" for number in range(count)])
+    return select_answers(settings, write_answers(settings, prompts, folder))
 
 
 def ending_in(reason, **message):

@@ -8,6 +8,7 @@ from endpoint_server import chat_answer, serving
 
 from cascade.recipe.generate import Endpoint
 from cascade.runtime.errors import UserError
+from cascade.runtime.permissions import Permissions
 from cascade.teacher.writing.address import check_endpoint
 from cascade.teacher.writing.answers import AnswerLog, damaged_lines, requests_of
 from cascade.teacher.writing.endpoint import EndpointError, ask
@@ -268,8 +269,8 @@ def test_addresses_and_keys_that_cannot_be_right_are_refused_before_anything_is_
 
 
 def test_keys_go_to_their_own_service_or_where_they_are_meant_for_and_private_networks_only_if_allowed(monkeypatch):
-    def key_for(url, name):
-        return check_endpoint(Endpoint(url=url, model="m", key_env=name))
+    def key_for(url, name, **permissions):
+        return check_endpoint(Endpoint(url=url, model="m", key_env=name), Permissions(**permissions))
 
     for name in ("OPENAI_API_KEY", "CASCADE_KEY", "ANY_KEY"):
         monkeypatch.setenv(name, f"key-of-{name}")
@@ -278,11 +279,11 @@ def test_keys_go_to_their_own_service_or_where_they_are_meant_for_and_private_ne
     assert (
         key_for("http://127.0.0.1:1/v1", "ANY_KEY") == key_for("http://localhost:1/v1", "ANY_KEY") == "key-of-ANY_KEY"
     )
-    # The permission holds for a whole process, and later tests have not given it.
-    monkeypatch.setattr("cascade.teacher.writing.address._private_allowed", True)
-    assert key_for("https://10.0.0.5/v1", "CASCADE_KEY") == "key-of-CASCADE_KEY"
+    assert key_for("https://10.0.0.5/v1", "CASCADE_KEY", private_networks=True) == "key-of-CASCADE_KEY"
+    with pytest.raises(UserError, match="on a private network"):
+        key_for("https://10.0.0.5/v1", "CASCADE_KEY", task_code=True)
     with pytest.raises(UserError, match="link-local"):
-        key_for("https://169.254.169.254/v1", "CASCADE_KEY")
+        key_for("https://169.254.169.254/v1", "CASCADE_KEY", private_networks=True)
 
 
 @pytest.mark.parametrize("at_first", ["93.184.216.34", None])
@@ -292,7 +293,7 @@ def test_F29_a_name_that_leads_elsewhere_once_it_was_looked_at_is_sent_nothing(t
     own, asked_for = socket.getaddrinfo, []
 
     def rebinding(host, port, *rest, **named):
-        if host != "rebind.example":
+        if host not in ("rebind.example", b"rebind.example"):
             return own(host, port, *rest, **named)
         asked_for.append(host)
         if len(asked_for) > 1:

@@ -22,7 +22,8 @@ from cascade.recipe.load import load_recipe
 from cascade.runtime.errors import RunError, UserError
 from cascade.teacher.writing.answers import Answer, requests_of
 from cascade.teacher.writing.filters import Filter, perplexity, repetition
-from cascade.teacher.writing.generate import Teacher, generate
+from cascade.teacher.writing.generate import select_answers, write_answers
+from cascade.teacher.writing.local import Teacher
 from cascade.teacher.writing.prompts import beginnings, filled, prompts_of, read_prompts
 
 
@@ -31,6 +32,11 @@ def teacher():
     """A random model that reads the built-in tokenizer's ids."""
     source = resolve_model("builtin:pico-python")
     return Teacher(make_model(vocab_size=2048, max_position_embeddings=64), load_tokenizer(source), "random")
+
+
+def generate(settings, prompts, folder, *, teacher):
+    """The dataset that a teacher here writes."""
+    return select_answers(settings, write_answers(settings, prompts, folder, teacher=teacher))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,13 @@ from torch import nn
 
 from cascade.evaluation.tasks_lm_eval.items import TASK_FOLDER
 from cascade.evaluation.tasks_lm_eval.results import TaskResults, results_of
-from cascade.evaluation.tasks_lm_eval.task_code import DATA_BUILDERS, CodeTask, measure_apart, read_task
+from cascade.evaluation.tasks_lm_eval.task_code import (
+    DATA_BUILDERS,
+    CodeTask,
+    measure_apart,
+    read_task,
+    require_allowed,
+)
 from cascade.evaluation.tasks_lm_eval.task_options import HarnessOptions, TaskOptions
 from cascade.models.architecture.positions import usable_context
 from cascade.models.checkpoint.load import ModelSource
@@ -40,10 +46,12 @@ Task = str | dict[str, Any] | CodeTask
 def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> list[Task]:
     """What to hand lm-eval for each name: a task's config from a folder, or the name of one of its own tasks.
 
+    A task that could run code is found, too; `require_allowed` refuses it.
+
     The package's own tasks are always there. Paths of data files in a task file are relative to that file.
 
     Raises:
-        UserError: nobody knows the name, or the task brings code that was not allowed.
+        UserError: nobody knows the name, or a task's file or data cannot be used.
     """
     known: dict[str, Path] = {}
     for folder in (TASK_FOLDER, *folders):
@@ -72,7 +80,9 @@ def run_tasks(
     results = TaskResults([], {}, {})
     if tasks.names:
         _tell_suffix(tokenizer, model)
-    for name, task in zip(tasks.names, find_tasks(tasks.names, tasks.folders), strict=True):
+    found = find_tasks(tasks.names, tasks.folders)
+    require_allowed(found, tasks.allow_code)
+    for name, task in zip(tasks.names, found, strict=True):
         try:
             result = _task_result(name, task, model, tokenizer, source, tasks)
         except (DiskError, UserError):

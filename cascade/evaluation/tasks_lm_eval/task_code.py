@@ -1,7 +1,7 @@
-"""Tasks whose files could run code (`!function`, metrics from elsewhere): only if this process was told to, and apart.
+"""Tasks whose files could run code (`!function`, metrics from elsewhere).
 
-A permission belongs to the process, which the command line gives it to; a recipe cannot ask for it. The functions run
-in a process of their own, whose environment holds no keys.
+They run only with the permission of whoever starts the run, which a recipe cannot ask for, in a process of their own,
+whose environment holds no keys.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ _ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _FUNCTION = re.compile(r"!\s*function\b|!<function>|!!python|tag:yaml\.org,2002:python")
 
-_allowed = False
-
 
 @dataclass(frozen=True)
 class CodeTask:
     """A task file that may run code."""
 
     path: Path
+    why: str = ""
+    """What in it could run code."""
 
     def digest(self) -> str:
         """sha256 of the file and of all that lies beside and below it: code, and the data that it reads."""
@@ -52,17 +52,11 @@ class CodeTask:
         return digest.hexdigest()
 
 
-def allow() -> None:
-    """From now on this process runs such tasks."""
-    global _allowed
-    _allowed = True
-
-
 def read_task(path: Path, metrics: Sequence[str]) -> dict[str, Any] | CodeTask:
     """A task file's content where it is data alone, with none but these `metrics`; else the task to measure apart.
 
     Raises:
-        UserError: it could run code, and nobody has allowed that; or it is no task file.
+        UserError: the file is no task file.
     """
     if _FUNCTION.search(path.read_text(encoding="utf-8", errors="replace")):
         why = "names Python functions of its own (!function)"
@@ -71,12 +65,21 @@ def read_task(path: Path, metrics: Sequence[str]) -> dict[str, Any] | CodeTask:
         why = _reason(config, metrics)
         if not why:
             return config
-    if not _allowed:
-        raise UserError(
-            f"{path}: {why}: code from elsewhere could run on this machine. Read what it names; if you trust it, give "
-            "--allow-task-code"
-        )
-    return CodeTask(path)
+    return CodeTask(path, why)
+
+
+def require_allowed(tasks: Sequence[object], allow_code: bool) -> None:
+    """Refuse tasks that could run code, where that is not allowed.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    for task in tasks:
+        if isinstance(task, CodeTask) and not allow_code:
+            raise UserError(
+                f"{task.path}: {task.why}: code from elsewhere could run on this machine. Read what it names; if you "
+                "trust it, give --allow-task-code"
+            )
 
 
 def _reason(config: dict[str, Any], metrics: Sequence[str]) -> str:

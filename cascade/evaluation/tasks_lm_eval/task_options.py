@@ -26,5 +26,7 @@ class TaskOptions:
     folders: Sequence[Path] = ()
     """Folders of task files, beside the package's own."""
     harness: HarnessOptions = HarnessOptions()
+    allow_code: bool = False
+    """Whether tasks may run Python functions of their own, in a process without keys in its environment."""
     results_folder: Path | None = None
     """Where each task's result is saved as soon as it is there, and taken from by another try; None: nowhere."""

@@ -14,6 +14,7 @@ from cascade.recipe.experiment import ExperimentFile, expanded
 from cascade.recipe.load import load_recipe
 from cascade.recipe.schema import Member, Recipe
 from cascade.runtime.errors import RecipeError, UserError
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.store.strict_yaml import Place, write_yaml
 
 
@@ -83,7 +84,7 @@ def _num_members(file: ExperimentFile) -> int:
     return len(_load(file, ("set",), overrides).members)
 
 
-def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:
+def check_cells(file: ExperimentFile, cells: Sequence[Cell], permissions: Permissions = NO_PERMISSIONS) -> None:
     """Check each arm once, before any cell runs.
 
     Raises:
@@ -93,7 +94,7 @@ def check_cells(file: ExperimentFile, cells: Sequence[Cell]) -> None:
         with _of_arm(file, cell.arm):
             config = config_of(cell.recipe)
             check_family(cell.recipe, config, cell.members)
-            require_foreseen(cell.recipe, config, cell.members)
+            require_foreseen(cell.recipe, config, cell.members, permissions)
 
 
 def accumulated_tokens(members: Sequence[ResolvedMember]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from cascade.recipe.experiment import ExperimentFile, load_experiment
 from cascade.runtime.errors import DiskError, RunError, UserError
 from cascade.runtime.failpoints import failpoint
 from cascade.runtime.files import make_folder, write_atomically
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.store.lock import LOCK, locked
 
 _MARK = "experiment-file.yaml"
@@ -60,6 +61,7 @@ def run_experiment(
     *,
     output: str | Path | None = None,
     only: Sequence[str] = (),
+    permissions: Permissions = NO_PERMISSIONS,
     console: Console | None = None,
 ) -> Path:
     """Make the cells of an experiment's file that are not made yet, and its tables; returns its folder.
@@ -78,7 +80,7 @@ def run_experiment(
     folder = experiment_folder(file, output)
     cells = plan_cells(file)
     chosen = _cells_of_arms(file, cells, only)
-    check_cells(file, chosen)
+    check_cells(file, chosen, permissions)
     with locked(folder):
         write_atomically(folder / _MARK, file.path.read_text(encoding="utf-8-sig"))
         for name in ("cells", "results"):
@@ -96,7 +98,7 @@ def run_experiment(
             failpoint("experiment.cell")
             _print(console, f"cell {number} of {len(to_do)}: {cell.name}")
             try:
-                results[cell.name] = _make(folder, cell, run_folders, console)
+                results[cell.name] = _make(folder, cell, run_folders, permissions, console)
             except DiskError:
                 raise
             except RunError as error:
@@ -110,7 +112,13 @@ def run_experiment(
     return folder
 
 
-def list_experiment(path: str | Path, *, output: str | Path | None = None, only: Sequence[str] = ()) -> dict[str, Any]:
+def list_experiment(
+    path: str | Path,
+    *,
+    output: str | Path | None = None,
+    only: Sequence[str] = (),
+    permissions: Permissions = NO_PERMISSIONS,
+) -> dict[str, Any]:
     """The cells, which of them are done, and the estimated seconds of the rest; runs nothing.
 
     Raises:
@@ -119,7 +127,7 @@ def list_experiment(path: str | Path, *, output: str | Path | None = None, only:
     file = load_experiment(path)
     folder = experiment_folder(file, output)
     chosen = _cells_of_arms(file, plan_cells(file), only)
-    check_cells(file, chosen)
+    check_cells(file, chosen, permissions)
     rows = []
     for cell in chosen:
         state = find_result(file, folder, cell)
@@ -164,12 +172,12 @@ def find_result(file: ExperimentFile, folder: Path, cell: Cell) -> CellState:
     return CellState(cell, None, None, why)
 
 
-def _make(folder: Path, cell: Cell, run_folders: dict[str, Path], console: Console) -> Result:
+def _make(folder: Path, cell: Cell, run_folders: dict[str, Path], permissions: Permissions, console: Console) -> Result:
     """The result of a cell, after making its family or finding it finished."""
     run_folder = run_folders[cell.name]
     earlier = folder / "cells" / cell.name  # of another recipe, where that is not the run folder
     known = [path for path in (earlier, *run_folders.values()) if path != run_folder and (path / "stages").is_dir()]
-    finished_folder = run_recipe(cell.recipe, output=run_folder, known=known, console=console)
+    finished_folder = run_recipe(cell.recipe, output=run_folder, known=known, permissions=permissions, console=console)
     result = collect_result(cell, finished_folder, inputs_of(cell.recipe))
     failpoint("experiment.made")
     path = folder / "results" / f"{cell.name}.json"

@@ -39,6 +39,7 @@ from cascade.report.write import resealed
 from cascade.runtime import ranks
 from cascade.runtime.errors import RunError
 from cascade.runtime.files import write_atomically
+from cascade.runtime.permissions import Permissions
 from cascade.runtime.progress import OnStep
 from cascade.runtime.secrets import redact_all
 from cascade.store.commits import COST_FILE, INCOMPLETE, partial_of
@@ -64,7 +65,7 @@ def make_evaluation(run: Run, checkpoint: ModelSource, reference: Path | None, f
     heldout = heldout_text(run, checkpoint, bad, vocab_size=vocab_size)
     result = evaluate(
         checkpoint,
-        tasks=_task_options(recipe, partial_of(folder) / "tasks"),
+        tasks=_task_options(recipe, run.runner.permissions, partial_of(folder) / "tasks"),
         teacher=teacher,
         heldout=heldout,
         vocab_size=vocab_size,
@@ -97,13 +98,19 @@ def make_evaluation(run: Run, checkpoint: ModelSource, reference: Path | None, f
         write_json(folder / INCOMPLETE, redact_all(result.failed))
 
 
-def _task_options(recipe: Recipe, results_folder: Path) -> TaskOptions:
+def _task_options(recipe: Recipe, permissions: Permissions, results_folder: Path) -> TaskOptions:
     settings = recipe.evaluate
     harness = HarnessOptions(
         limit=settings.limit, num_fewshot=settings.num_fewshot, seed=recipe.seed, batch_size=settings.batch_size
     )
     folders = [Path(folder) for folder in settings.task_folders]
-    return TaskOptions(names=settings.tasks, folders=folders, harness=harness, results_folder=results_folder)
+    return TaskOptions(
+        names=settings.tasks,
+        folders=folders,
+        harness=harness,
+        allow_code=permissions.task_code,
+        results_folder=results_folder,
+    )
 
 
 def evaluate_checkpoint(run: Run, stage: str, owner: str, output: Made, reference: str) -> Made:

@@ -1,4 +1,4 @@
-"""The stage that writes the text of data.source: generated, and the recipe that reads it."""
+"""The stage that generates text with a teacher, and the recipe that reads that text."""
 
 import importlib.util
 import json
@@ -26,16 +26,17 @@ from cascade.runtime.progress import OnStep
 from cascade.store.commits import COST_FILE
 from cascade.teacher.writing.filters import Keep
 from cascade.teacher.writing.generate import (
-    Teacher,
     collect_prompts,
-    generate,
     save_dataset,
+    select_answers,
+    write_answers,
 )
+from cascade.teacher.writing.local import Teacher
 from cascade.teacher.writing.prompts import Prompt
 
 
 def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, filter_path: str = "") -> Made:
-    """The generated text: dataset.jsonl, provenance.json."""
+    """The stage's output: dataset.jsonl and provenance.json."""
     settings = recipe.generate
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
@@ -47,35 +48,36 @@ def run_generation(runner: StageRunner, recipe: Recipe, parent: ModelSource, fil
         "parent",
         settings=key_settings,
         inputs=inputs | {"filter": _filter_digest(filter_path)},
-        write=partial(make_generated, recipe, prompts, parent, runner.folder / ANSWERS, filter_path),
+        write=partial(make_generated, runner, recipe, prompts, parent, filter_path),
     )
 
 
 def make_generated(
+    runner: StageRunner,
     recipe: Recipe,
     prompts: list[Prompt],
     parent: ModelSource,
-    answers: Path,
     filter_path: str,
     folder: Path,
     on_step: OnStep,
 ) -> None:
-    """The dataset and where it comes from; `answers` is the folder that keeps what was answered."""
+    """Write dataset.jsonl and provenance.json; the run directory keeps every answer, also for later settings."""
     settings = recipe.generate
     if settings is None:
         raise ValueError("the recipe has no `generate` section")
     teacher = None if settings.endpoint else _teacher(teacher_source(settings, parent))
     judge = _teacher(parent) if settings.filters.max_perplexity else None
-    dataset = generate(
+    keep = load_filter(filter_path) if filter_path else None
+    written = write_answers(
         settings,
         prompts,
-        answers,
+        runner.folder / ANSWERS,
         teacher=teacher,
-        judge=judge,
         seed=recipe.seed,
-        keep=load_filter(filter_path) if filter_path else None,
+        permissions=runner.permissions,
         on_step=on_step,
     )
+    dataset = select_answers(settings, written, judge=judge, keep=keep)
     source = teacher_source(settings, parent)
     provenance: dict[str, Any] = {
         "teacher": f"{served_model(settings.endpoint.model)} at {settings.endpoint.url}"
@@ -106,7 +108,7 @@ def reading(recipe: Recipe, generated: Made) -> Recipe:
 
 
 def load_filter(path: str) -> Keep:
-    """The function of FILE.py:NAME. It is code: it runs because the user named it on the command line.
+    """The function at FILE.py:NAME. This code runs because the user has named it on the command line.
 
     Raises:
         UserError: there is no such file or function.
@@ -122,10 +124,10 @@ def load_filter(path: str) -> Keep:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"--filter {path}: it cannot be imported: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise UserError(f"--filter {path}: there is no function '{name}' in it")
-    keep: Keep = found
+    keep: Keep = function
     return keep
 
 

@@ -1,7 +1,7 @@
-"""Where an endpoint is, and the key to it, before anything is sent.
+"""Checks an endpoint's address and finds its key, before anything is sent.
 
-A recipe may come from a stranger: it can name neither a machine that only this network reaches, nor one of this
-machine's other keys to be sent to a place of its choice.
+A recipe may come from a stranger: it can neither name a machine that only this network reaches, nor have one of this
+machine's other keys sent to a place of its choice.
 """
 
 import ipaddress
@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 
 from cascade.recipe.generate import Endpoint
 from cascade.runtime.errors import UserError
+from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.secrets import remember
 
-OWN_KEYS = "CASCADE_"
-"""What the names of variables begin with that whoever starts a run has meant for its endpoints."""
+KEY_PREFIX = "CASCADE_"
+"""Environment variables that begin so hold keys that the user has meant for the endpoints of recipes."""
 
 SERVICES = {
     "ANTHROPIC_API_KEY": "anthropic.com",
@@ -33,7 +34,7 @@ SERVICES = {
     "TOGETHER_API_KEY": "together.xyz",
     "XAI_API_KEY": "x.ai",
 }
-"""Variables that are known to hold a service's key, and the domain of that service: it is sent nowhere else."""
+"""Environment variable of a service's key -> the service's domain, the only place that the key is sent to."""
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _PLAIN = re.compile(r"[!-~]+")
@@ -42,21 +43,13 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_private_allowed = False
 
-
-def allow_private() -> None:
-    """From now on this process asks endpoints on private networks."""
-    global _private_allowed
-    _private_allowed = True
-
-
-def check_endpoint(endpoint: Endpoint, *, needs_key: bool = True) -> str:
-    """The key, or '' where none is asked for or needed; refuses addresses that no key should be sent to.
+def check_endpoint(endpoint: Endpoint, permissions: Permissions = NO_PERMISSIONS, *, needs_key: bool = True) -> str:
+    """The endpoint's key, '' where none is named or needed; refuses addresses that no key should be sent to.
 
     Raises:
-        UserError: the address is not https, on a network that was not allowed, or of no machine that is asked; the
-            key's variable is empty, or is not for that address.
+        UserError: the address is not https, or on a network that is not allowed; the key's variable is empty, or not
+            for that address.
     """
     place = f"generate.endpoint.url: {endpoint.url}"
     try:
@@ -73,24 +66,25 @@ def check_endpoint(endpoint: Endpoint, *, needs_key: bool = True) -> str:
         raise UserError(f"{place}: expected a host's name of letters, digits, '.' and '-', and no odd signs")
     here = is_here(endpoint.url)
     for text in _addresses(host, port):
-        require_address(text, endpoint.url, here)
+        require_address(text, endpoint.url, permissions)
     if parts.scheme == "http" and not here and not endpoint.allow_http:
         raise UserError(f"{place}: plain http would show key and text to the network; use https, or allow_http: true")
     return _key(endpoint.key_env, host, here) if endpoint.key_env and needs_key else ""
 
 
 def is_here(url: str) -> bool:
-    """Whether a url says that it is of this machine; other names can lead anywhere, also a moment later."""
+    """Whether a url names this machine; any other name can lead anywhere, and elsewhere a moment later."""
     host = (urlsplit(url).hostname or "").rstrip(".")
     return host in ("localhost", "::1") or _LOOPBACK.fullmatch(host) is not None
 
 
-def require_address(text: str, url: str, here: bool = False) -> None:
-    """Refuse an address that a name stands for, or that was connected to; `here`: this machine is meant.
+def require_address(text: str, url: str, permissions: Permissions = NO_PERMISSIONS) -> None:
+    """Refuse an address that a url's host stands for, or that was connected to.
 
     Raises:
-        UserError: it is link-local, or of another network than it should be.
+        UserError: the address is link-local, or of another network than the url says.
     """
+    here = is_here(url)
     address: _Address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
@@ -105,27 +99,27 @@ def require_address(text: str, url: str, here: bool = False) -> None:
             f"{place} is {'not ' if here else ''}this machine; write localhost for it, and for nothing else"
         )
     private = not address.is_global or getattr(address, "is_site_local", False)
-    if private and not here and not _private_allowed:
+    if private and not here and not permissions.private_networks:
         raise UserError(f"{place} is on a private network; where you trust the recipe, give --allow-private")
 
 
 def _addresses(host: str, port: int | None) -> list[str]:
-    """What the name stands for on this machine; empty where it cannot be told (offline, or a proxy's to know)."""
+    """The addresses that a host's name stands for; none where this machine cannot tell (offline, behind a proxy)."""
     try:
-        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return []
-    return [str(one[4][0]) for one in found]
+    return [str(entry[4][0]) for entry in entries]
 
 
 def _key(name: str, host: str, here: bool) -> str:
-    """The variable's value, if it may go there."""
+    """The key in an environment variable, if it may be sent to the host."""
     place = f"generate.endpoint.key_env: {name}"
     owner = SERVICES.get(name)
-    own = name.startswith(OWN_KEYS) or (owner is not None and (host == owner or host.endswith(f".{owner}")))
-    if not (own or here):
+    fits = name.startswith(KEY_PREFIX) or (owner is not None and (host == owner or host.endswith(f".{owner}")))
+    if not (fits or here):
         whose = f"is the key to {owner}" if owner else "may be the key to something else"
-        raise UserError(f"{place} {whose} and is not sent to {host}; put that server's key into {OWN_KEYS}KEY")
+        raise UserError(f"{place} {whose} and is not sent to {host}; put that server's key into {KEY_PREFIX}KEY")
     key = os.environ.get(name, "").strip()
     if not key:
         raise UserError(f"generate.endpoint.key_env: the environment variable {name} is not set")

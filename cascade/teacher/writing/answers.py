@@ -1,4 +1,4 @@
-"""Answers as they came, one line each, appended and synced: what was paid for is never asked for again."""
+"""The log of a teacher's answers, one line each, appended and synced: no answer is paid for twice."""
 
 import hashlib
 import json
@@ -21,23 +21,23 @@ HOLDS_KEY = "key"
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to ask for."""
+    """One answer that a teacher is to give."""
 
     prompt: Prompt
     number: int
-    """Of the answers to this prompt, from 0."""
+    """The number of this answer among those to its prompt, from 0."""
     key: str
-    """What the answer depends on, as a digest: the prompt, its number, who is asked, and how it samples."""
+    """Digest of what the answer depends on: the prompt, the answer's number, the teacher and its sampling."""
 
     @property
     def seed(self) -> int:
-        """Of the answer's sampling."""
+        """Seed of the answer's sampling."""
         return int(self.key[:8], 16) >> 1
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """A teacher's answer to a request."""
 
     key: str
     text: str
@@ -48,24 +48,24 @@ class Answer:
     answer_tokens: int
     logprobs: list[Any] | None = None
     reasoned: bool = False
-    """Whether a server has told of reasoning beside the text."""
+    """Whether the server has reported reasoning beside the text."""
 
 
 def requests_of(prompts: Sequence[Prompt], answers: int, settings: dict[str, Any]) -> list[Request]:
-    """Every answer to ask for, in order; `settings` is all that changes an answer."""
+    """A request for every answer, in order; `settings` holds everything that changes an answer."""
     how = json.dumps(settings, sort_keys=True)
-    found = []
+    requests = []
     for prompt in prompts:
         for number in range(answers):
             digest = hashlib.sha256(f"{how}\n{json.dumps(prompt.messages)}\n{number}".encode()).hexdigest()
-            found.append(Request(prompt, number, digest[:32]))
-    return found
+            requests.append(Request(prompt, number, digest[:32]))
+    return requests
 
 
 class AnswerLog:
-    """An append-only file of answers by key. A line that a death left half-written is passed over.
+    """An append-only file of answers by key. A line that a killed process left half-written is skipped.
 
-    Safe to append to from several threads. `on_added` is called with each answer once it is on the disk.
+    Several threads may append. `on_added` is called with each answer once it is on the disk.
     """
 
     def __init__(self, path: Path, on_added: Callable[[Answer], None] | None = None) -> None:
@@ -84,7 +84,7 @@ class AnswerLog:
                     logger.warning("%s: a line is not as it was written; what it answered is asked for again", path)
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Append, on disk before this returns."""
+        """Append answers; they are on the disk before this returns."""
         lines = "".join(_line(answer) + "\n" for answer in answers)
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class AnswerLog:
 
 
 def damaged_lines(path: Path) -> list[int]:
-    """Numbers, from 1, of the lines that are not as they were written (the last may be half of one)."""
+    """Numbers, from 1, of the lines that are not as they were written (the last may be half a line)."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [number for number, line in enumerate(lines, start=1) if line and _read(line) is None]
 
@@ -118,7 +118,7 @@ def _digest(record: dict[str, Any]) -> str:
 def _read(line: str) -> Answer | None:
     try:
         record = json.loads(line)
-        own = record.pop("sha256", None)  # none in lines of before there was one
-        return Answer(**record) if own is None or own == _digest(record) else None
+        sha256 = record.pop("sha256", None)  # lines of earlier versions have none
+        return Answer(**record) if sha256 is None or sha256 == _digest(record) else None
     except (ValueError, TypeError, AttributeError):
         return None

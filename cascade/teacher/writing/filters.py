@@ -1,4 +1,4 @@
-"""Which answers are good enough to learn from; every one that is not is counted under its reason."""
+"""Which answers are good enough to learn from; each answer that is dropped is counted under a reason."""
 
 import hashlib
 import math
@@ -17,13 +17,13 @@ from cascade.teacher.writing.prompts import Messages, Prompt
 from cascade.teacher.writing.thoughts import has_thoughts
 
 Keep = Callable[[Messages, str], bool]
-"""A caller's own filter: (messages, answer) -> whether to keep it."""
+"""A caller's own filter: (messages, answer) -> whether the answer is kept."""
 
 _RUN_WORDS, _SHINGLE_WORDS, _NEAR = 4, 5, 0.75
 
 
 def repetition(text: str) -> float:
-    """Share of the text's four-word runs that stood in it before; 0 for a text of fewer words."""
+    """Share of a text's four-word runs that occurred earlier in it, from 0 to 1; 0 for a text of fewer words."""
     words = text.split()
     runs = [tuple(words[start : start + _RUN_WORDS]) for start in range(len(words) - _RUN_WORDS + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
@@ -31,11 +31,11 @@ def repetition(text: str) -> float:
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, prompt: Prompt, answer: str, *, chat: bool) -> float:
-    """Exp of the mean loss of the answer's tokens after its prompt; of as many as fit into the context."""
+    """Exp of the mean loss, in nats, of an answer's tokens after its prompt, as far as the context reaches."""
     before = prompt_ids(prompt, tokenizer, chat=chat)
-    own = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
-    context = usable_context(model.config) or len(before) + len(own)
-    ids = torch.tensor([before + own])[:, :context].to(next(model.parameters()).device)
+    ids_of_answer = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+    context = usable_context(model.config) or len(before) + len(ids_of_answer)
+    ids = torch.tensor([before + ids_of_answer])[:, :context].to(next(model.parameters()).device)
     start = max(1, len(before))
     if ids.shape[1] <= start:
         return 1.0
@@ -44,7 +44,7 @@ def perplexity(model: Any, tokenizer: Any, prompt: Prompt, answer: str, *, chat:
 
 
 class Filter:
-    """Judges answers one after another; duplicates are told from what it has kept so far."""
+    """Judges answers one after another; an answer is a duplicate of one that was kept before it."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Filter:
         self.sizes: list[int] = []
 
     def reason_against(self, request: Request, answer: Answer) -> str:
-        """Why it is not kept; '' where it is. Cheap questions first."""
+        """Why an answer is dropped; '' where it is kept. Cheap checks come first."""
         settings, text, ending = self.settings, answer.text, answer.finish_reason
         words = text.split()
         if ending in REFUSALS:
@@ -81,8 +81,8 @@ class Filter:
         if repetition(text) > settings.max_repetition:
             return "repetitive"
         plain = " ".join(words).lower()
-        asked = (request.prompt.id, plain)
-        if settings.duplicates != "keep" and asked in self.exact:
+        identity = (request.prompt.id, plain)
+        if settings.duplicates != "keep" and identity in self.exact:
             return "duplicate"
         shingles = _shingles(plain.split()) if settings.duplicates == "near" else []
         if shingles and self._near(shingles):
@@ -92,14 +92,14 @@ class Filter:
             return "perplexity"
         if self.keep is not None and not self.keep(request.prompt.messages, text):
             return "own filter"
-        self.exact.add(asked)
+        self.exact.add(identity)
         for shingle in set(shingles):
             self.runs.setdefault(shingle, []).append(len(self.sizes))
         self.sizes.append(len(set(shingles)))
         return ""
 
     def _near(self, shingles: Sequence[int]) -> bool:
-        """Whether one kept answer has three quarters of these runs."""
+        """Whether an answer that was kept has three quarters of these five-word runs."""
         shared: dict[int, int] = {}
         for shingle in set(shingles):
             for number in self.runs.get(shingle, ()):

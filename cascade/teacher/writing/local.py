@@ -1,6 +1,7 @@
-"""A teacher that writes here: batches of prompts, padded at the front, each batch with random numbers of its own."""
+"""A teacher that writes on this machine: batches of prompts, padded at the front, each sampled with its own seed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,23 @@ from cascade.runtime.errors import UserError
 from cascade.teacher.writing.answers import Answer, AnswerLog, Request
 from cascade.teacher.writing.prompts import Prompt
 
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that answers on this machine."""
+
+    model: nn.Module
+    tokenizer: Any
+    digest: str
+    """Digest of the weights and the tokenizer, on which answers depend."""
+
+
 _AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 """Cleaning up takes the spaces before punctuation out of the answer."""
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, *, chat: bool) -> list[int]:
-    """The prompt as the teacher reads it, opened for an answer, behind the tokens that begin a text.
+    """The ids of a prompt as the teacher reads it: after the tokens that begin a text, up to where the answer begins.
 
     Raises:
         UserError: the chat template refuses it.
@@ -43,10 +55,10 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, *, chat: bool) -> list[int]:
 def fitting_ids(
     prompts: Mapping[str, Prompt], tokenizer: Any, config: Any, *, chat: bool, max_new_tokens: int
 ) -> dict[str, list[int]]:
-    """Each prompt's tokens, by the prompts' names.
+    """Each prompt's ids, by the prompts' names.
 
     Raises:
-        UserError: one leaves no room for an answer in the teacher's context, or has a token that it cannot read.
+        UserError: a prompt leaves no room for an answer in the teacher's context, or has an id beyond its vocabulary.
     """
     ids = {name: prompt_ids(prompt, tokenizer, chat=chat) for name, prompt in prompts.items()}
     context, rows = usable_context(config), config.get_text_config().vocab_size
@@ -63,9 +75,8 @@ def fitting_ids(
 
 @torch.no_grad()
 def write(
-    teacher: nn.Module,
-    tokenizer: Any,
-    wanted: Sequence[Request],
+    teacher: Teacher,
+    requests: Sequence[Request],
     log: AnswerLog,
     *,
     chat: bool,
@@ -73,23 +84,24 @@ def write(
     batch_size: int,
     on_answer: Callable[[int], None] | None = None,
 ) -> None:
-    """Append an answer to every request that the log has none to.
+    """Append to the log an answer to every request that it has none to.
 
-    Batches are those of all requests, so that an answer does not depend on what was there before.
+    Batches are made of all requests, so that an answer does not depend on which answers were there before.
 
     Raises:
         UserError: a prompt leaves no room for an answer in the teacher's context.
     """
-    model: Any = teacher
-    prompts = {one.prompt.id: one.prompt for one in wanted}
+    model: Any = teacher.model
+    tokenizer = teacher.tokenizer
+    prompts = {request.prompt.id: request.prompt for request in requests}
     ids = fitting_ids(prompts, tokenizer, model.config, chat=chat, max_new_tokens=sampling["max_new_tokens"])
-    ordered = sorted(wanted, key=lambda one: len(ids[one.prompt.id]))  # alike lengths, little padding
+    ordered = sorted(requests, key=lambda request: len(ids[request.prompt.id]))  # similar lengths need little padding
     config = _config(model, tokenizer, sampling)
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        if all(one.key in log.answers for one in batch):
+        if all(request.key in log.answers for request in batch):
             continue
-        written = _batch(model, tokenizer, batch, [ids[one.prompt.id] for one in batch], config)
+        written = _batch(model, tokenizer, batch, [ids[request.prompt.id] for request in batch], config)
         log.add([answer for answer in written if answer.key not in log.answers])
         if on_answer is not None:
             on_answer(min(start + batch_size, len(ordered)))
@@ -121,21 +133,21 @@ def _batch(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
         mask[row, longest - len(prompt) :] = 1
-    kept, model.generation_config = model.generation_config, config  # else its own fills in what is not said
+    before, model.generation_config = model.generation_config, config  # else its own fills in what is not given
     try:
         with torch.random.fork_rng():
             torch.manual_seed(batch[0].seed)
             written = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))[:, longest:].cpu()
     finally:
-        model.generation_config = kept
+        model.generation_config = before
     ends = torch.tensor(config.eos_token_id or [], dtype=torch.int64)
     answers = []
     for request, prompt, row in zip(batch, prompts, written, strict=True):
         stops = torch.isin(row, ends).nonzero()
         stopped = len(stops) > 0
-        own = row[: int(stops[0])] if stopped else row
-        before = tokenizer.decode(prompt, **_AS_WRITTEN)
-        text = tokenizer.decode([*prompt, *own.tolist()], **_AS_WRITTEN).removeprefix(before)
+        answer_ids = row[: int(stops[0])] if stopped else row
+        beginning = tokenizer.decode(prompt, **_AS_WRITTEN)
+        text = tokenizer.decode([*prompt, *answer_ids.tolist()], **_AS_WRITTEN).removeprefix(beginning)
         reason = "stop" if stopped else "length"
-        answers.append(Answer(request.key, text, reason, len(prompt), len(own) + stopped))
+        answers.append(Answer(request.key, text, reason, len(prompt), len(answer_ids) + stopped))
     return answers

@@ -1,4 +1,4 @@
-"""What a teacher is asked: prompts from files, templates, the beginnings of texts, the standard library."""
+"""Prompts for a teacher: from files, templates, the beginnings of texts and the standard library."""
 
 import hashlib
 import json
@@ -20,36 +20,36 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to ask: a conversation that waits for an answer. Without a chat its texts are joined."""
+    """A conversation that waits for an answer. Where there is no chat template, its texts are joined."""
 
     messages: Messages
 
     @property
     def id(self) -> str:
-        """A function of the content alone."""
+        """Digest of the content alone."""
         return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()[:16]
 
     @property
     def text(self) -> str:
-        """The contents, one after another."""
-        return "".join(one["content"] for one in self.messages)
+        """The contents of the messages, joined."""
+        return "".join(message["content"] for message in self.messages)
 
 
 def prompts_of(texts: Sequence[str | Messages], *, system: str = "", count: int | None = None) -> list[Prompt]:
     """Prompts without repetition, `count` of them spread evenly, each after the `system` message.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no prompt.
     """
     before = [{"role": "system", "content": system}] if system else []
-    asked = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in texts]
-    unique = {prompt.id: prompt for prompt in (Prompt([*before, *one]) for one in asked)}
-    found = list(unique.values())
-    if not found:
+    conversations = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in texts]
+    unique = {prompt.id: prompt for prompt in (Prompt([*before, *messages]) for messages in conversations)}
+    prompts = list(unique.values())
+    if not prompts:
         raise UserError("generate: there is not one prompt")
-    if count is None or count >= len(found):
-        return found
-    return [found[number * len(found) // count] for number in range(count)]
+    if count is None or count >= len(prompts):
+        return prompts
+    return [prompts[number * len(prompts) // count] for number in range(count)]
 
 
 def read_prompts(path: Path, bad: BadRows | None = None) -> Iterator[str | Messages]:
@@ -58,7 +58,7 @@ def read_prompts(path: Path, bad: BadRows | None = None) -> Iterator[str | Messa
     Rows that cannot be used are counted in `bad`, where that is given.
 
     Raises:
-        UserError: the file cannot be read, or without `bad` a row; it is named.
+        UserError: the file cannot be read, or, without `bad`, a row is no prompt; the message names it.
     """
     key = "generate.prompts"
     for place, values, _ in read_rows(str(path), ("prompt", "messages"), key=key):
@@ -81,17 +81,17 @@ def _is_prompt(values: dict[str, Any]) -> bool:
 
 
 def _messages(values: dict[str, Any]) -> Messages:
-    return [{"role": one["role"], "content": one["content"]} for one in values["messages"]]
+    return [{"role": message["role"], "content": message["content"]} for message in values["messages"]]
 
 
 def _unfit(values: dict[str, Any]) -> str:
-    """Why a row is no prompt; '' if it is."""
+    """Why a row is no prompt; '' where it is a prompt."""
     messages: Any = values.get("messages")
     if _is_prompt(values):
         return ""
     if unfit_messages(messages):
-        wanted = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
-        return f"{str(values)[:80] if values else 'neither field is there'}; {wanted}"
+        expected = 'expected {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+        return f"{str(values)[:80] if values else 'neither field is there'}; {expected}"
     if messages[-1]["role"] == "assistant":
         return "its last message is the assistant's already; remove it"
     return ""
@@ -101,12 +101,12 @@ def filled(templates: Sequence[str], values: Mapping[str, Sequence[str]]) -> Ite
     """Every template with every combination of the values that it names.
 
     Raises:
-        UserError: a name without values, or values without a name.
+        UserError: a name has no values, or no template names the values.
     """
     used: set[str] = set()
     for template in templates:
         try:
-            parsed = [one for one in Formatter().parse(template) if one[1] is not None]
+            parsed = [field for field in Formatter().parse(template) if field[1] is not None]
             if any(form or conversion for _, _, form, conversion in parsed):
                 raise ValueError("only {name} is filled in, without ':' and '!'")
             fields = {str(name) for _, name, _, _ in parsed}
@@ -130,20 +130,20 @@ def filled(templates: Sequence[str], values: Mapping[str, Sequence[str]]) -> Ite
 
 
 def beginnings(files: Sequence[str], text_field: str, num_words: int, bad: BadRows | None = None) -> list[str]:
-    """The first words of each document, white space as it stood; what follows them is for the teacher to write.
+    """The first words of each document, with their white space; the teacher writes what follows.
 
     Rows that cannot be used are counted in `bad`.
     """
     data = TextData("files", {"train": tuple(files)}, text_field=text_field, whole_documents=True)
     texts = read_documents(data, "train", bad=bad)
-    found = (re.match(rf"\s*(?:\S+\s+){{{num_words - 1}}}\S+", text) for text in texts)
-    return [match.group() for match in found if match]
+    matches = (re.match(rf"\s*(?:\S+\s+){{{num_words - 1}}}\S+", text) for text in texts)
+    return [match.group() for match in matches if match]
 
 
 def stdlib_functions() -> list[str]:
-    """The first line of each top-level function of the standard library's training part: a body is to be written.
+    """The first line of each top-level function of the standard library's training part; the teacher writes the body.
 
-    Without its line break, which tokenizers like to join to what follows.
+    The line break is left out, as tokenizers may join it to what follows.
     """
     texts = read_documents(TextData("stdlib", {}), "train")
     return [match.group() for text in texts for match in re.finditer(r"^def [^\n]*:$", text, re.MULTILINE)]

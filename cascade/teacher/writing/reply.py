@@ -1,4 +1,4 @@
-"""What a server's body says: an answer, an error (with whatever status), or a parameter that it does not take."""
+"""Reads a server's body: an answer, an error (with whatever status), or a parameter that the server does not take."""
 
 import json
 import re
@@ -13,7 +13,7 @@ _NAMED = {
     "context_length_exceeded": 400, "invalid_request_error": 400, "unsupported_parameter": 400,
     "unsupported_value": 400, "unknown_parameter": 400, "rate_limit_exceeded": 429, "overloaded_error": 529,
 }  # fmt: skip
-"""Errors by name -> the status that stands for them."""
+"""Name of an error -> the HTTP status that it stands for."""
 
 _NOT_TAKEN = re.compile(
     r"(?i)unsupported|n[o']t support|unknown|unrecogni[sz]ed|unexpected|extra[ _](?:inputs|forbidden)|not permitted"
@@ -24,22 +24,21 @@ _LENGTHS = re.compile(r"\bmax_\w+_tokens\b")
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer of a body."""
+    """The answer in a server's body."""
 
     text: str | None
-    """None where there is no answer in the body."""
+    """None where the body holds no answer."""
     finish_reason: str
-    """As `read_reason` gives it; '' where the server gives none."""
+    """The reason as `read_reason` returns it; '' where the server gives none."""
     reasoned: bool
-    """Whether the model has thought: beside the answer, or uncounted in it."""
+    """Whether the model has reasoned beside the answer, shown or only counted."""
     logprobs: dict[str, Any] | None
 
 
-def reply_of(found: dict[str, Any], *, chat: bool) -> Reply:
+def reply_of(body: dict[str, Any], *, chat: bool) -> Reply:
     """The answer in a chat completion's or a completion's body."""
-    choice = _choice(found)
-    said = choice.get("message")
-    message: dict[str, Any] = said if isinstance(said, dict) else {}
+    choice = _choice(body)
+    message: dict[str, Any] = choice["message"] if isinstance(choice.get("message"), dict) else {}
     content, parted = _joined(message.get("content")) if chat else (choice.get("text"), False)
     calls = any(message.get(name) for name in ("tool_calls", "function_call"))
     reason = read_reason(choice.get("finish_reason"), calls_tool=calls)
@@ -52,40 +51,40 @@ def reply_of(found: dict[str, Any], *, chat: bool) -> Reply:
     return Reply(
         content if isinstance(content, str) else None,
         reason,
-        bool(parted or beside or _counted_thoughts(found)),
+        bool(parted or beside or _counted_thoughts(body)),
         logprobs if isinstance(logprobs, dict) else None,
     )
 
 
-def error_of(found: dict[str, Any]) -> tuple[int, str] | None:
-    """(the status that the error stands for, or 0; its text) of a body with an error in it, whatever its own status."""
-    choice = _choice(found)
-    error = found.get("error") or choice.get("error")
-    if not error and found.get("object") == "error":
-        error = found
+def error_of(body: dict[str, Any]) -> tuple[int, str] | None:
+    """(the status that an error stands for, or 0; its text) of a body with an error, whatever the response's status."""
+    choice = _choice(body)
+    error = body.get("error") or choice.get("error")
+    if not error and body.get("object") == "error":
+        error = body
     if not error and choice.get("finish_reason") == "error":
         error = "finish_reason: error"
     if not error:
         return None
-    told = error if isinstance(error, dict) else {"message": error}
-    codes = [told.get(name) for name in ("code", "status", "type")]
-    numbers = [int(str(one)) if str(one).isdecimal() else _NAMED.get(str(one), 0) for one in codes]
-    return next((one for one in numbers if 400 <= one < 600), 0), str(told.get("message") or told)
+    details = error if isinstance(error, dict) else {"message": error}
+    codes = [details.get(name) for name in ("code", "status", "type")]
+    statuses = [int(str(code)) if str(code).isdecimal() else _NAMED.get(str(code), 0) for code in codes]
+    return next((status for status in statuses if 400 <= status < 600), 0), str(details.get("message") or details)
 
 
 def refused_parameter(body: bytes, sent: Collection[str]) -> str:
-    """Which of the keys that were sent the server does not take, by an error's own words; '' where it is none."""
+    """The key of a request that an error says the server does not take; '' where the error says something else."""
     text = body.decode(errors="replace")
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError):
-        found = {"message": text}
-    error = found.get("error", found) if isinstance(found, dict) else {}
+        content = {"message": text}
+    error = content.get("error", content) if isinstance(content, dict) else {}
     error = error if isinstance(error, dict) else {"message": error}
     details = error.get("detail") or error.get("message")
-    for one in details if isinstance(details, list) else []:  # of pydantic, which servers in Python show as it is
-        place = one.get("loc") if isinstance(one, dict) else None
-        if place and str(place[-1]) in sent and _NOT_TAKEN.search(f"{one.get('type')} {one.get('msg')}"):
+    for detail in details if isinstance(details, list) else []:  # pydantic's own, which servers in Python pass on
+        place = detail.get("loc") if isinstance(detail, dict) else None
+        if place and str(place[-1]) in sent and _NOT_TAKEN.search(f"{detail.get('type')} {detail.get('msg')}"):
             return str(place[-1])
     if isinstance(details, list) or not _NOT_TAKEN.search(f"{error.get('code')} {details}"):
         return ""
@@ -96,27 +95,27 @@ def refused_parameter(body: bytes, sent: Collection[str]) -> str:
 
 
 def length_named(body: bytes) -> str:
-    """What a server that does not take `max_tokens` calls it."""
+    """The name that a server which does not take `max_tokens` has for it."""
     match = _LENGTHS.search(body.decode(errors="replace"))
     return match.group() if match else "max_completion_tokens"
 
 
-def _choice(found: dict[str, Any]) -> dict[str, Any]:
-    choices = found.get("choices")
+def _choice(body: dict[str, Any]) -> dict[str, Any]:
+    choices = body.get("choices")
     return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
 
 
 def _joined(content: Any) -> tuple[Any, bool]:
-    """(a message's text, whether there are thoughts beside it); a list of parts is joined."""
+    """(a message's text, whether there are thoughts beside it); the texts of a list of parts are joined."""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return content, False
     texts = [part.get("text") for part in content if part.get("type") == "text"]
     return "".join(text for text in texts if isinstance(text, str)), len(texts) < len(content)
 
 
-def _counted_thoughts(found: dict[str, Any]) -> bool:
+def _counted_thoughts(body: dict[str, Any]) -> bool:
     """Whether the server has counted tokens of reasoning that it does not show."""
-    usage = found.get("usage")
+    usage = body.get("usage")
     details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
     count = details.get("reasoning_tokens") if isinstance(details, dict) else 0
     return isinstance(count, int) and count > 0

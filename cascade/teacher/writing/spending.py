@@ -1,4 +1,4 @@
-"""What an endpoint has cost so far, and what it still may."""
+"""What an endpoint has cost so far, and what it may still cost."""
 
 import json
 import threading
@@ -10,11 +10,11 @@ from cascade.runtime.files import write_atomically
 
 
 class BudgetSpent(RunError):
-    """Nothing more may be asked; what was answered is kept."""
+    """The budget allows no further request; the answers that came are kept."""
 
 
 class Spending:
-    """What was spent, over all starts: kept in a file, before a request is sent."""
+    """Requests and tokens over all starts, written to a file before a request is sent."""
 
     def __init__(self, path: Path, endpoint: Endpoint) -> None:
         self.path, self.budget = path, endpoint.budget
@@ -28,7 +28,7 @@ class Spending:
 
     @property
     def money(self) -> float:
-        """In the currency of the prices."""
+        """The cost of all tokens, in the currency of the prices."""
         prices = self.budget.price_per_million_prompt, self.budget.price_per_million_answer
         return (self.spent["prompt_tokens"] * prices[0] + self.spent["answer_tokens"] * prices[1]) / 1e6
 
@@ -36,23 +36,23 @@ class Spending:
         """Count a request that is about to be sent.
 
         Raises:
-            BudgetSpent: it may not be.
+            BudgetSpent: the budget allows no further request.
         """
         with self._lock:
             tokens = self.spent["prompt_tokens"] + self.spent["answer_tokens"]
-            limits = {"requests": self.spent["requests"], "tokens": tokens, "money": self.money}
-            for name, value in limits.items():
+            amounts = {"requests": self.spent["requests"], "tokens": tokens, "money": self.money}
+            for name, amount in amounts.items():
                 limit = getattr(self.budget, name)
-                if limit is not None and value >= limit:
+                if limit is not None and amount >= limit:
                     raise BudgetSpent(f"generate.endpoint.budget.{name}: {limit:g} is spent; raise it to go on")
             self._add({"requests": 1})
 
     def receive(self, prompt_tokens: int, answer_tokens: int) -> None:
-        """Count what an answer has cost."""
+        """Count the tokens of an answer."""
         with self._lock:
             self._add({"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens})
 
     def _add(self, more: dict[str, int]) -> None:
-        self.spent = {name: value + more.get(name, 0) for name, value in self.spent.items()}
+        self.spent = {name: count + more.get(name, 0) for name, count in self.spent.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self.spent) + "\n")

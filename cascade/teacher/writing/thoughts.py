@@ -1,4 +1,4 @@
-"""Thoughts that a reasoning model writes into its answers: where they end, and whether students learn from them."""
+"""Thoughts that a reasoning model begins its answers with: where they end, and whether students learn them."""
 
 import re
 from collections.abc import Iterable
@@ -17,11 +17,12 @@ _MARKED = re.compile(
     r"|<\|channel\|>analysis.*\Z)\s*"
 )
 
-_SHOWN_LETTERS = 60
+_MAX_LETTERS = 60
+"""Letters of a text that a message shows."""
 
 
 def split_thoughts(text: str) -> tuple[str, str]:
-    """(the thoughts that a text begins with, the answer after them); thoughts that never end are all of the text."""
+    """(the thoughts that a text begins with, the answer after them); thoughts that never end take all of the text."""
     end = 0
     while end < len(text):
         match = _MARKED.match(text, end)
@@ -37,22 +38,22 @@ def has_thoughts(answer: Answer) -> bool:
 
 
 def without_thoughts(answer: Answer) -> Answer:
-    """The answer alone; a server's answer that is only thoughts has no text then."""
+    """The answer without its thoughts; an answer that is only thoughts becomes empty."""
     thoughts, rest = split_thoughts(answer.text)
     return replace(answer, text=rest, reasoned=True) if thoughts else answer
 
 
 def require_no_thoughts(answers: Iterable[Answer], filters: Filters) -> None:
-    """Ask whether students learn from thoughts, where the recipe does not say.
+    """Refuse answers with thoughts where the recipe does not say whether students learn them.
 
     Raises:
         UserError: an answer begins with thoughts, and `generate.filters.thoughts` is 'stop'.
     """
     if filters.thoughts != "stop":
         return
-    shown = next((one.text for one in answers if has_thoughts(one)), None)
-    if shown is not None:
-        begins = " ".join(shown.split())[:_SHOWN_LETTERS]
+    text = next((answer.text for answer in answers if has_thoughts(answer)), None)
+    if text is not None:
+        begins = " ".join(text.split())[:_MAX_LETTERS]
         raise UserError(
             f"generate: the teacher writes its thoughts into its answers ({begins!r} …); say with "
             "generate.filters.thoughts whether the students learn them: keep (all of it), strip (the answer alone) or "

@@ -1,4 +1,4 @@
-"""Looks at answers as they come: where they leave nothing to learn from, no more of them are paid for."""
+"""Watches answers as they come, and stops where nothing can be learned from them, before more are paid for."""
 
 from collections.abc import Iterable
 from threading import Lock
@@ -10,7 +10,7 @@ from cascade.teacher.writing.endings import CALLS_TOOL, REFUSALS
 from cascade.teacher.writing.thoughts import has_thoughts, require_no_thoughts, without_thoughts
 
 _MOST_AT_FIRST, _MOST_IN_A_ROW = 5, 20
-"""Useless answers in a row, before there is a useful one and after: by then some are a matter of their prompts."""
+"""Useless answers in a row that stop the run, before the first useful answer and after it, where prompts may be why."""
 
 LESS_THOUGHT = (
     "let it think less: generate.endpoint.extra_body: {reasoning_effort: low}, or where the server renders a template "
@@ -19,14 +19,14 @@ LESS_THOUGHT = (
 
 
 class UselessAnswers(RunError):
-    """The teacher answers, and nothing can be learned from it; what it has answered is kept."""
+    """Nothing can be learned from the teacher's answers; they are kept."""
 
 
 class Watch:
-    """One start's view of the answers; several threads may show theirs."""
+    """Counts useless answers since this start; several threads may hand in theirs."""
 
     def __init__(self, settings: Generate, before: Iterable[Answer]) -> None:
-        """`before`: answers of earlier starts.
+        """Start with the answers of earlier starts, `before`.
 
         Raises:
             UserError: they hold thoughts, and the recipe does not say what becomes of them.
@@ -34,14 +34,14 @@ class Watch:
         self.settings, self.lock, self.useless = settings, Lock(), 0
         earlier = list(before)
         require_no_thoughts(earlier, settings.filters)
-        self.most = _MOST_IN_A_ROW if any(self._teaches(one) for one in earlier) else _MOST_AT_FIRST
+        self.most = _MOST_IN_A_ROW if any(self._teaches(answer) for answer in earlier) else _MOST_AT_FIRST
 
     def look(self, answer: Answer) -> None:
         """Take note of an answer.
 
         Raises:
-            UserError: it holds thoughts, and the recipe does not say what becomes of them.
-            UselessAnswers: it is one of many in a row that nothing can be learned from.
+            UserError: the answer holds thoughts, and the recipe does not say what becomes of them.
+            UselessAnswers: nothing can be learned from it, nor from the answers before it.
         """
         require_no_thoughts([answer], self.settings.filters)
         if self.settings.endpoint is None:
@@ -63,7 +63,7 @@ class Watch:
         return bool((without_thoughts(answer) if thoughts == "strip" else answer).text.strip())
 
     def _cause(self, answer: Answer) -> str:
-        """What the last of them has, and what would mend it."""
+        """What is wrong with the last answer of the row, and what would mend it."""
         most, reason = self.settings.max_new_tokens, answer.finish_reason
         if has_thoughts(answer) and self.settings.filters.thoughts == "drop":
             return f"begin with thoughts, and generate.filters.thoughts is drop; give strip, or {LESS_THOUGHT}"
