@@ -64,8 +64,8 @@ def run_recipe(
     """Make the family of a recipe, or go on where an earlier run stopped; returns the run directory.
 
     `only` names members to make (with the seeds that they need); `from_stage` makes their stages again from there on.
-    What other run directories, the `known` ones, have of the same inputs and settings is taken over. `permissions` is
-    what stages may do that no recipe can allow.
+    Stages that other run directories (`known`) have finished with the same inputs and settings are taken over.
+    `permissions` allow stages what no recipe can allow.
 
     Raises:
         UserError: the recipe cannot be done, or the directory belongs to another recipe.
@@ -83,21 +83,14 @@ def run_recipe(
         return _follow_run(recipe, folder, config, only, permissions)
     latencies = find_latencies(recipe, config, folder)
     members = resolve_family(recipe, config, pinned_seeds=pinned_seeds(folder), latencies=latencies)
-    check_family(recipe, config, members)
-    if recipe.classifies:
-        check_labels(recipe, config)
-    require_foreseen(recipe, config, members, permissions)
+    _check(recipe, config, members, permissions)
     choice = choose_cache(recipe, config, members, run_folder=folder)
     members = with_cache(recipe, config, members, choice)
     check_licences(recipe)
     scope = _with_seeds(members, only)
     with locked(folder):
         require_room_for(folder, scope)
-        if (folder / MANIFEST).exists():
-            set_damaged_aside(folder)
-        with resealed(folder):
-            write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
-            write_task_files(folder, recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
+        _write_recipe(folder, recipe, members)
         keep_latencies(recipe, config, folder, latencies)
         ranks.barrier()
         settle(folder, choice)
@@ -153,6 +146,23 @@ def run_generate(
     return summary
 
 
+def _check(recipe: Recipe, config: Any, members: list[ResolvedMember], permissions: Permissions) -> None:
+    """Refuse what would stop the run later."""
+    check_family(recipe, config, members)
+    if recipe.classifies:
+        check_labels(recipe, config)
+    require_foreseen(recipe, config, members, permissions)
+
+
+def _write_recipe(folder: Path, recipe: Recipe, members: list[ResolvedMember]) -> None:
+    """The run directory's own recipe and task files; damaged reports are set aside before."""
+    if (folder / MANIFEST).exists():
+        set_damaged_aside(folder)
+    with resealed(folder):
+        write_atomically(folder / "recipe.yaml", write_yaml(resolved_recipe(recipe, members)))
+        write_task_files(folder, recipe.evaluate.tasks, [Path(path) for path in recipe.evaluate.task_folders])
+
+
 def _estimates(recipe: Recipe, config: Any, scope: list[ResolvedMember]) -> dict[tuple[str, str], float]:
     """Seconds of each stage that is to be made, by (owner, stage)."""
     estimates = {("parent", stage): seconds for stage, seconds in parent_seconds(recipe, config).items()}
@@ -203,8 +213,7 @@ def _make_family(
         seed = finished.get(member.seed)
         labels = make_label_stage(run, member)
         candidates = find_shape(run, member, seed)
-        if candidates:
-            # From here on the member, and what is cut from it, has the shape that was found.
+        if candidates:  # from here on the member, and what is cut from it, has the best shape
             shapes[name] = candidates[0].shape
             members = resolve_family(
                 recipe,
