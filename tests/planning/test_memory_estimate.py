@@ -1,13 +1,13 @@
 """The memory that a plan names for a training is what the training takes, within 20%, in a process of its own.
 
-What is measured is the largest resident set (`ru_maxrss`) less what the process held before it made its first model:
-that is what the machine has to have, with everything that no counter of tensors sees (what the allocator keeps, what
-products of matrices need meanwhile). Libraries are not part of it: a plan adds a fixed figure for them.
+What is measured is the largest resident set (VmHWM: `ru_maxrss` begins with that of the process that starts this one)
+less what the process held before it made its first model: that is what the machine has to have, with everything that
+no counter of tensors sees (what the allocator keeps, what products of matrices need meanwhile). Libraries are not part
+of it: a plan adds a fixed figure for them.
 """
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -138,9 +138,10 @@ def kept_targets(teacher, blocks, kind, folder):
     return CachedTargets(windows, layouts[kind], blocks, head_of(teacher) if kind == "hidden" else None)
 
 
-def resident_bytes():
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident_bytes(entry):
+    """`VmRSS` or `VmHWM` of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry))
 
 
 def main(setting, folder):
@@ -158,14 +159,14 @@ def main(setting, folder):
     recipe, vocab_size = recipe_of(setting), setting.get("vocab_size", 2048)
     tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": vocab_size}
     train(recipe, config_of(**tiny), config_of(**tiny), setting.get("cache"), folder / "tiny")  # what libraries load
-    before = resident_bytes()
+    before = resident_bytes("VmRSS")
     parent_config = config_of(**setting["teacher"], vocab_size=vocab_size)
     config = config_of(**(setting["teacher"] | {"num_hidden_layers": setting["layers"]}), vocab_size=vocab_size)
     plan = estimates.peak_memory(
         recipe, recipe.distill, Sized(config), Sized(parent_config), optimizer=recipe.distill.optimizer
     )
     train(recipe, config, parent_config, setting.get("cache"), folder / "real")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = resident_bytes("VmHWM") - before
     count = int(probe_axes(config).num_parameters(dims_of(config)))
     figures = {"plan": plan - estimates.BASE_PROCESS_BYTES, "peak": peak, "num_parameters": count}
     print(json.dumps(figures | {"before": before}))

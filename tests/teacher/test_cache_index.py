@@ -47,13 +47,13 @@ def bytes_read():
 @pytest.fixture
 def checked(monkeypatch):
     """The lengths of the records whose checksums were computed."""
-    lengths, checksum = [], shards._checksum
+    lengths, checksum = [], shards.record_checksum
 
     def counted(root, key, record):
         lengths.append(len(record))
         return checksum(root, key, record)
 
-    monkeypatch.setattr(shards, "_checksum", counted)
+    monkeypatch.setattr(shards, "record_checksum", counted)
     return lengths
 
 
@@ -174,14 +174,14 @@ def test_a_check_of_the_cache_believes_no_index(tmp_path):
 
 
 def test_a_folder_that_takes_no_index_costs_no_shard(tmp_path, monkeypatch, caplog):
-    replace = shards._replace
+    replace = shards.replace_file
 
     def full(path, content, kind):
         if kind == "index":
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(path, content, kind)
 
-    monkeypatch.setattr(shards, "_replace", full)
+    monkeypatch.setattr(shards, "replace_file", full)
     teacher, blocks = make_model(), make_blocks(6)
     windows = labelled(tmp_path, SAMPLED, teacher, blocks)
     assert "indexes are not kept" in caplog.text and not list(windows.folder.glob("*.index"))
@@ -189,13 +189,13 @@ def test_a_folder_that_takes_no_index_costs_no_shard(tmp_path, monkeypatch, capl
 
 
 def test_an_index_is_written_after_its_shard(tmp_path, monkeypatch):
-    written, replace = [], shards._replace
+    written, replace = [], shards.replace_file
 
     def noted(path, content, kind):
         written.append((path.name.partition(".")[0], kind))
         replace(path, content, kind)
 
-    monkeypatch.setattr(shards, "_replace", noted)
+    monkeypatch.setattr(shards, "replace_file", noted)
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 1)
     labelled(tmp_path, SAMPLED, make_model(), make_blocks(3))
     pairs = [written[place : place + 2] for place in range(1, len(written), 2)]  # after root.json

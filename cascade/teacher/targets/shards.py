@@ -114,7 +114,7 @@ class Windows:
         """A window's record; None where there is none that is whole: from then on the window is missing."""
         for shard, number in list(self._places.get(key, ())):
             record = shard.record(number)
-            if _checksum(self.root, key, record) == shard.index.checksums[number].tobytes():
+            if record_checksum(self.root, key, record) == shard.index.checksums[number].tobytes():
                 return record
             logger.warning("%s: the record of window %s is damaged and not used", shard.path, key.hex())
             with self._lock:
@@ -266,7 +266,9 @@ def damaged_shards(folder: Path) -> list[Path]:
 
 def _shard_bytes(root: str, records: dict[bytes, bytes]) -> bytes:
     data = np.frombuffer(b"".join(records.values()), dtype=np.uint8)
-    sums = b"".join(_checksum(root, key, np.frombuffer(record, dtype=np.uint8)) for key, record in records.items())
+    sums = b"".join(
+        record_checksum(root, key, np.frombuffer(record, dtype=np.uint8)) for key, record in records.items()
+    )
     tensors = {
         "windows": np.frombuffer(b"".join(records), dtype=np.uint8).reshape(-1, KEY_BYTES),
         "ends": np.cumsum([len(record) for record in records.values()], dtype=np.int64),
@@ -276,7 +278,8 @@ def _shard_bytes(root: str, records: dict[bytes, bytes]) -> bytes:
     return bytes(save(tensors, metadata={"root": root}))
 
 
-def _checksum(root: str, key: bytes, record: NDArray[np.uint8]) -> bytes:
+def record_checksum(root: str, key: bytes, record: NDArray[np.uint8]) -> bytes:
+    """16 bytes: the blake2b digest of the root, the window's key and the record."""
     digest = hashlib.blake2b(root.encode() + key, digest_size=KEY_BYTES)
     digest.update(np.ascontiguousarray(record).data)
     return digest.digest()
@@ -290,19 +293,24 @@ def _write(path: Path, content: bytes) -> None:
         RunError: the folder cannot be written.
     """
     with disk_errors(path.parent):
-        _replace(path, content, "shard")
+        replace_file(path, content, "shard")
 
 
 def _save_indexes(folder: Path, indexes: Iterable[Index]) -> None:
     """Write indexes beside their shards, where the folder can be written."""
     try:
         for index in indexes:
-            _replace(index_path(folder / index.shard), index_bytes(index), "index")
+            replace_file(index_path(folder / index.shard), index_bytes(index), "index")
     except (UserError, OSError) as error:
         logger.warning("%s: the shards' indexes are not kept, and made again: %s", folder, error)
 
 
-def _replace(path: Path, content: bytes, kind: str) -> None:
+def replace_file(path: Path, content: bytes, kind: str) -> None:
+    """Put a file in place in one step, synced; `kind` names the failpoints (shard or index).
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
