@@ -17,13 +17,13 @@ _LEAST_ROWS = 200
 """Where only the start of the files was read, a share is counted of at least so many rows."""
 
 
-_told: set[str] = set()
+_sentences: set[str] = set()
 
 
 def tell_once(log: logging.Logger, sentence: str) -> None:
     """Warn, unless this process has said the same before: every stage reads the data again."""
-    if sentence not in _told:
-        _told.add(sentence)
+    if sentence not in _sentences:
+        _sentences.add(sentence)
         log.warning("%s", sentence)
 
 
@@ -82,7 +82,7 @@ class BadRows:
             return
         share = bad / max(rows, 1 if whole else _LEAST_ROWS) if share is None else share
         first = self.named(names)[0]
-        told = f"{key}: {bad:,} of {rows:,} rows cannot be used, the first: {first['place']}: {first['reason']}"
+        complaint = f"{key}: {bad:,} of {rows:,} rows cannot be used, the first: {first['place']}: {first['reason']}"
         if share > self.most:
             allows, more = (
                 ("data.max_bad_rows allows", ", or raise data.max_bad_rows to leave them out")
@@ -90,11 +90,11 @@ class BadRows:
                 else ("a command leaves out at most", "")
             )
             raise UserError(
-                f"{told}. That is {share:.1%}, and {allows} {self.most:.1%}; mend or remove these rows{more}"
+                f"{complaint}. That is {share:.1%}, and {allows} {self.most:.1%}; mend or remove these rows{more}"
             )
         count = sum(map(len, self.reasons.values()))
         if count > self.num_told:
-            tell_once(logger, f"{told}; left out")
+            tell_once(logger, f"{complaint}; left out")
             self.num_told = count
 
     def named(self, files: Iterable[str] | None = None) -> list[dict[str, str]]:
@@ -118,7 +118,7 @@ class BadRows:
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes, as JSON."""
-        reasons = {name: [[number, *told] for number, told in rows.items()] for name, rows in self.reasons.items()}
+        reasons = {name: [[number, *reason] for number, reason in rows.items()] for name, rows in self.reasons.items()}
         return {"last_row": self.last_row, "num_empty": self.num_empty, "reasons": reasons}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -128,5 +128,5 @@ class BadRows:
         for name, count in state["num_empty"].items():
             self.num_empty[name] = max(count, self.num_empty.get(name, 0))
         for name, rows in state["reasons"].items():
-            own = self.reasons.setdefault(name, {})
-            own |= {number: (unit, reason) for number, unit, reason in rows}
+            known = self.reasons.setdefault(name, {})
+            known |= {number: (unit, reason) for number, unit, reason in rows}

@@ -38,10 +38,10 @@ class ListedReader:
         A token that counts and has no list (the end of a turn, or one that the teacher cuts otherwise) is taken for
         what it is: the teacher has written it.
         """
-        found: list[Listed] = [[(label, 0.0)] if label != IGNORE_INDEX else [] for label in labels]
+        listed_at: list[Listed] = [[(label, 0.0)] if label != IGNORE_INDEX else [] for label in labels]
         theirs = json.loads(message["top_logprobs"]) if message.get("top_logprobs") else []
         if not theirs:
-            return found
+            return listed_at
         places = _last_turn(labels)
         answer = str(message["content"]).strip().encode()  # templates and servers may trim it
         ours = _spans([self._bytes[ids[place]] or b"" for place in places], answer)
@@ -51,14 +51,14 @@ class ListedReader:
         self.num_tokens += sum(inside) or len(places)
         for place, span, counts in zip(places, ours, inside, strict=False):
             listed: dict[int, float] = {}
-            for token, value in tops.get(span, []):
+            for token, log_p in tops.get(span, []):
                 known = self._id_of.get(_raw(token))
                 if known is not None:
-                    listed[known] = max(value, listed.get(known, -math.inf))
+                    listed[known] = max(log_p, listed.get(known, -math.inf))
             if listed:
-                found[place] = list(listed.items())
+                listed_at[place] = list(listed.items())
                 self.num_aligned += counts
-        return found
+        return listed_at
 
     def require_agreement(self, name: str) -> None:
         """Refuse what is hardly the same tokens.
@@ -82,11 +82,11 @@ def _spans(tokens: Sequence[bytes], answer: bytes) -> list[tuple[int, int]]:
     place = -b"".join(tokens).find(answer)
     if place > 0:
         return []
-    found = []
+    spans = []
     for token in tokens:
-        found.append((place, place + len(token)))
+        spans.append((place, place + len(token)))
         place += len(token)
-    return found
+    return spans
 
 
 def _last_turn(labels: Sequence[int]) -> list[int]:

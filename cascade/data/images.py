@@ -49,10 +49,10 @@ def open_image(content: Any, place: str, folder: Path) -> Tensor:
 
 def _numbers(content: list[Any], place: str) -> Tensor:
     try:
-        found = torch.tensor(content)
+        pixels = torch.tensor(content)
     except (ValueError, TypeError) as error:
         raise UserError(f"{place}: rows of pixels of different length, or no numbers: {error}") from error
-    whole, values = not found.is_floating_point(), found.float()
+    whole, values = not pixels.is_floating_point(), pixels.float()
     values = values[None] if values.ndim == 2 else values
     if values.ndim != 3 or not values.numel():
         raise UserError(f"{place}: expected pixels as [height][width] or [channels][height][width]")

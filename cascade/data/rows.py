@@ -87,7 +87,7 @@ def require_fields(rows: Iterable[Row], fields: dict[str, str], *, key: str = "d
     for row in rows:
         number += 1
         if missing:
-            missing = {name: told for name, told in missing.items() if name not in row.values}
+            missing = {name: remedy for name, remedy in missing.items() if name not in row.values}
             if missing and number == _UNKNOWN_FIELD_ROWS:
                 raise UserError(_lacks(row.place.file, missing, key))
         yield row
@@ -106,9 +106,9 @@ def without_padding(values: dict[str, Any]) -> dict[str, Any]:
 
 def _without_nulls(value: Any, stay: tuple[str, ...] = ()) -> Any:
     if isinstance(value, list):
-        return [_without_nulls(one, stay) for one in value]
+        return [_without_nulls(part, stay) for part in value]
     if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None or name in stay}
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None or name in stay}
     return value
 
 

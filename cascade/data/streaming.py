@@ -139,8 +139,8 @@ def _batches(
         start = cursor["reader"] if number == cursor["file"] else None
         for rows, reader in _read(data, parts[number], start, split):
             placed = ((place, usable(data, place, values, bad, key=f"data.{split}")) for place, values, _ in rows)
-            documents = [(place, one) for place, one in placed if one is not None]
-            yield [one for one in documents if belongs(data, split, one[1], elsewhere)], number, reader
+            documents = [(place, document) for place, document in placed if document is not None]
+            yield [pair for pair in documents if belongs(data, split, pair[1], elsewhere)], number, reader
 
 
 def _read(data: TextData, part: str, start: Any, split: str) -> Iterator[tuple[list[Row], Any]]:
@@ -189,5 +189,5 @@ def _tokens(
 
 def _num_bytes(document: Document) -> int:
     """UTF-8 bytes of what is said."""
-    said = document if isinstance(document, str) else "".join(message["content"] for message in document)
-    return len(said.encode())
+    text = document if isinstance(document, str) else "".join(message["content"] for message in document)
+    return len(text.encode())

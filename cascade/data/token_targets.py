@@ -95,20 +95,20 @@ Listed = list[tuple[int, float]]
 
 def as_tensors(listed: Sequence[Listed]) -> ListedTargets:
     """Lists, one a token, as [T, K] tensors: a tenth of the lists' memory."""
-    width = max(1, max((len(one) for one in listed), default=0))
-    padded = [[*one, *[(-1, -math.inf)] * (width - len(one))] for one in listed]
-    ids = torch.tensor([[number for number, _ in one] for one in padded], dtype=torch.int32).view(-1, width)
-    return ListedTargets(ids, torch.tensor([[value for _, value in one] for one in padded]).view(-1, width))
+    width = max(1, max((len(entries) for entries in listed), default=0))
+    padded = [[*entries, *[(-1, -math.inf)] * (width - len(entries))] for entries in listed]
+    ids = torch.tensor([[number for number, _ in entries] for entries in padded], dtype=torch.int32).view(-1, width)
+    return ListedTargets(ids, torch.tensor([[log_p for _, log_p in entries] for entries in padded]).view(-1, width))
 
 
 def as_targets(documents: Sequence[ListedTargets], index: Tensor) -> ListedTargets:
     """[T, K] of documents one after another, each with a K of its own, as blocks; `index` [N, S] is -1: nothing."""
-    width = max(one.ids.shape[1] for one in documents)
+    width = max(targets.ids.shape[1] for targets in documents)
 
     def joined(parts: list[Tensor], fill: float) -> Tensor:
         whole = torch.cat([pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
         return whole[index.clamp(min=0)].masked_fill((index < 0)[..., None], fill)
 
     return ListedTargets(
-        joined([one.ids for one in documents], -1), joined([one.log_p for one in documents], -math.inf)
+        joined([targets.ids for targets in documents], -1), joined([targets.log_p for targets in documents], -math.inf)
     )

@@ -108,8 +108,10 @@ def heldout_documents(data: TextData) -> list[Any]:
 
 def production_data(data: TextData, files: Sequence[str]) -> TextData:
     """Where production text is read, whole, as a held-out split of its own."""
-    own = {"train": tuple(files), "heldout": tuple(files)}
-    return replace(data, source="files", files=own, hub_splits=None, weights=(), streaming=False, listed=False)
+    files_of_splits = {"train": tuple(files), "heldout": tuple(files)}
+    return replace(
+        data, source="files", files=files_of_splits, hub_splits=None, weights=(), streaming=False, listed=False
+    )
 
 
 def heldout_rows(data: LabelledData) -> list[Raw]:
@@ -247,7 +249,9 @@ def _block_report(
         counts.append(valid.double().sum(1))
     tokens, confidence_2N = torch.cat(counts), torch.cat(confidence, 1)
     sums = {name: torch.cat(values) for name, values in columns.items() if values}
-    loss, *others = [_metric(name, values, tokens, higher=name == "top1_agreement") for name, values in sums.items()]
+    loss, *comparisons = [
+        _metric(name, values, tokens, higher=name == "top1_agreement") for name, values in sums.items()
+    ]
     error = calibration_error(*confidence_2N)
     calibration = heldout_metric("calibration_error", error, None, confidence_2N.shape[1], higher=False)
     bits = [_bits_per_byte(loss, blocks.bytes_per_token)] if blocks.bytes_per_token else []
@@ -257,7 +261,7 @@ def _block_report(
         entropy, expert_loss, student_loss = torch.cat(difficulty, 1)
         names = [str(number) for number in range(len(blocks))]
         tail = long_tail(entropy, expert_loss, student_loss, numbers, names)
-    return HeldoutReport([loss, *bits, calibration, *others], {}, tail, block_sums(blocks, tokens, sums))
+    return HeldoutReport([loss, *bits, calibration, *comparisons], {}, tail, block_sums(blocks, tokens, sums))
 
 
 def _bits_per_byte(loss: Metric, bytes_per_token: float) -> Metric:
@@ -275,7 +279,7 @@ def block_sums(blocks: TokenBlocks, tokens: Tensor, sums: dict[str, Tensor]) -> 
     digest = hashlib.sha256()
     for part in (blocks.input_ids, blocks.labels):
         digest.update(part.long().contiguous().numpy().tobytes())
-    values = {name: one.cpu().tolist() for name, one in sums.items()}
+    values = {name: by_block.cpu().tolist() for name, by_block in sums.items()}
     return {"text": digest.hexdigest(), "tokens": tokens.long().cpu().tolist()} | values
 
 

@@ -100,19 +100,19 @@ def _rendered(tokenizer: Any) -> list[str]:
     """The template's conversation, opened for an answer and not; what it says where it refuses."""
     if not tokenizer.chat_template:
         return []
-    found = []
+    texts = []
     for opened in (True, False):
         try:
             text = tokenizer.apply_chat_template(list(_CHAT), tokenize=False, add_generation_prompt=opened)
         except Exception as error:  # a template's own word, compared like any other
             text = f"refused: {error}"
-        found.append(str(text))
-    return found
+        texts.append(str(text))
+    return texts
 
 
 def written(model: Any, input_ids: Tensor, generation_config: GenerationConfig) -> tuple[Tensor, Tensor]:
     """(greedy continuation [N], how far each token's logit is above the next, relative to the largest logit [N])."""
-    found = model.generate(
+    generation = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=generation_config,
@@ -122,10 +122,10 @@ def written(model: Any, input_ids: Tensor, generation_config: GenerationConfig) 
         output_logits=True,
         return_dict_in_generate=True,
     )
-    logits = torch.cat(found.logits).float()
+    logits = torch.cat(generation.logits).float()
     best = logits.topk(2).values
     scale = logits.abs().masked_fill(~logits.isfinite(), 0).amax(-1).clamp_min(1e-30)
-    return found.sequences[0, input_ids.shape[1] :].cpu(), ((best[:, 0] - best[:, 1]) / scale).cpu()
+    return generation.sequences[0, input_ids.shape[1] :].cpu(), ((best[:, 0] - best[:, 1]) / scale).cpu()
 
 
 def measure(folder: str, request: str, answer: str) -> None:
@@ -143,8 +143,8 @@ def measure(folder: str, request: str, answer: str) -> None:
             result["generated"] = continued.tolist()
         if "logits" in tensors:
             inputs = {name: tensors[name] for name in ("input_ids", "pixel_values") if name in tensors}
-            found = model(**inputs)
-            logits = found.logits if hasattr(found, "logits") else found.last_hidden_state
+            output = model(**inputs)
+            logits = output.logits if hasattr(output, "logits") else output.last_hidden_state
             result["reload_difference"] = float(
                 (logits - tensors["logits"]).abs().max() / tensors["logits"].abs().max()
             )
@@ -202,12 +202,12 @@ def _median_seconds(action: Callable[[], Any], *, rounds: int = 3) -> float:
     return statistics.median(times)
 
 
-def _attempt(asked: dict[str, str]) -> int:
+def _attempt(request: dict[str, str]) -> int:
     """Exit status of one request; what went wrong goes into its file of errors."""
-    with Path(asked["errors"]).open("w", encoding="utf-8") as errors:
+    with Path(request["errors"]).open("w", encoding="utf-8") as errors:
         sys.stderr = errors
         try:
-            measure(asked["folder"], asked["request"], asked["answer"])
+            measure(request["folder"], request["request"], request["answer"])
         except BaseException:
             traceback.print_exc(file=errors)
             return 1
@@ -216,13 +216,13 @@ def _attempt(asked: dict[str, str]) -> int:
 
 def _serve() -> None:
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         if not hasattr(os, "fork"):  # then this process is good for one checkpoint
-            print(json.dumps({"status": _attempt(asked)}), flush=True)
+            print(json.dumps({"status": _attempt(request)}), flush=True)
             return
         child = os.fork()
         if child == 0:
-            os._exit(_attempt(asked))
+            os._exit(_attempt(request))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(json.dumps({"status": status}), flush=True)
 
