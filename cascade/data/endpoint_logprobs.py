@@ -14,7 +14,7 @@ from cascade.data.token_targets import Listed
 from cascade.runtime.errors import UserError
 
 LEAST_ALIGNED = 0.9
-"""Share of the answers' tokens that must stand where one of the teacher's does."""
+"""Least share of an answer's tokens that begin and end where a token of the teacher does."""
 
 
 class ListedReader:
@@ -28,12 +28,12 @@ class ListedReader:
         self._bytes = token_bytes(tokenizer)
         self._id_of = {raw: number for number, raw in enumerate(self._bytes) if raw is not None}
         self.num_tokens = 0
-        """Of the answers that came with log-probabilities, by our tokenizer."""
+        """Tokens, by our tokenizer, of the answers that came with log-probabilities."""
         self.num_aligned = 0
-        """Of these: those that begin and end where one of the teacher's does."""
+        """Those of `num_tokens` that begin and end where a token of the teacher does."""
 
     def read(self, message: dict[str, Any], ids: Sequence[int], labels: Sequence[int]) -> list[Listed]:
-        """Of each token of a conversation that this message ends: the ids that are listed there.
+        """The ids and log-probabilities listed for each token of a conversation that ends with `message`.
 
         A token that counts and has no list (the end of a turn, or one that the teacher cuts otherwise) is taken for
         what it is: the teacher has written it.
@@ -61,7 +61,7 @@ class ListedReader:
         return listed_at
 
     def require_agreement(self, name: str) -> None:
-        """Refuse what is hardly the same tokens.
+        """Refuse answers whose teacher cuts text into other tokens than the student's tokenizer does.
 
         Raises:
             UserError: there are no log-probabilities, or most stand between our tokens.
@@ -78,7 +78,7 @@ class ListedReader:
 
 
 def _spans(tokens: Sequence[bytes], answer: bytes) -> list[tuple[int, int]]:
-    """Where each token stands, in bytes from the answer's first; [] if the answer is not in them."""
+    """(first, end) byte of each token, from the answer's first byte; [] if the tokens do not hold the answer."""
     place = -b"".join(tokens).find(answer)
     if place > 0:
         return []
@@ -90,7 +90,7 @@ def _spans(tokens: Sequence[bytes], answer: bytes) -> list[tuple[int, int]]:
 
 
 def _last_turn(labels: Sequence[int]) -> list[int]:
-    """Places of the last run of tokens that count."""
+    """Places of the last stretch of tokens that count for the loss."""
     places: list[int] = []
     for place in range(len(labels) - 1, -1, -1):
         if labels[place] != IGNORE_INDEX:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Examples:
-    """What a classifier reads."""
+    """Inputs of a classifier or an encoder, with the classes that are known."""
 
     tensors: dict[str, Tensor]
     """The model's inputs: input_ids and attention_mask int64 [N, S], or pixel_values float32 [N, C, H, W]."""
@@ -41,19 +41,19 @@ class Examples:
 
     @property
     def block_size(self) -> int:
-        """An example counts as one, however long it is."""
+        """1: an example counts once, however long it is."""
         return 1
 
     def num_counted(self) -> int:
-        """How many a step's loss is divided by."""
+        """Examples, which a step's loss is divided by."""
         return len(self)
 
     def labelled(self) -> "Examples":
-        """Those that have a label."""
+        """The examples that have a label."""
         return self.rows((self.labels != IGNORE_INDEX).nonzero()[:, 0])
 
     def rows(self, rows: Tensor) -> "Examples":
-        """The examples of these numbers; of texts only the columns that they fill."""
+        """Examples picked by their numbers; texts are cut to the longest of them."""
         tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
         if "attention_mask" in tensors:
             longest = max(1, int(tensors["attention_mask"].sum(1).max()))
@@ -65,11 +65,11 @@ class Examples:
         return self if count >= len(self) else self.rows(torch.arange(count) * len(self) // count)
 
     def inputs(self, device: torch.device | None = None) -> dict[str, Tensor]:
-        """What a model takes."""
+        """The keyword arguments of a model's forward pass."""
         return {name: tensor.to(device) for name, tensor in self.tensors.items()}
 
     def split(self, batch_size: int) -> "list[Examples]":
-        """In stored order, `batch_size` at a time; the last may be fewer."""
+        """Batches of `batch_size` examples in stored order; the last may be smaller."""
         return [self.rows(rows) for rows in torch.arange(len(self)).split(batch_size)]
 
 
@@ -78,18 +78,18 @@ class LabelledData:
     """Where examples come from."""
 
     text: TextData
-    """Its files, by split."""
+    """Where the rows are read, by split."""
     images: bool
     labelled: bool = True
-    """Whether they have labels; else all are there for their teacher."""
+    """Whether rows have labels; without them a teacher's outputs are all that is learned."""
     label_field: str = "label"
     image_field: str = "image"
     unlabelled: tuple[str, ...] = ()
     """Files whose examples are trained on without their labels, if they have any."""
     train_examples: int | None = None
-    """So many labelled ones of the training split, spread evenly; all where not given."""
+    """Examples of the training split that keep their labels, spread evenly over it; None: all."""
     rest: bool = False
-    """Whether the others of the training split are there without their labels."""
+    """Whether the rest of the training split is read without its labels."""
 
 
 class Raw(NamedTuple):
@@ -146,7 +146,7 @@ def class_names(data: LabelledData) -> list[str]:
 
 
 def classes_in(raw: Sequence[Raw]) -> list[str]:
-    """As `class_names`, of these examples."""
+    """The classes that labels of these examples name, in the order of `class_names`."""
     first: dict[str, Raw] = {}
     for example in raw:
         if example.label is not None:
@@ -191,7 +191,7 @@ def image_examples(raw: Sequence[Raw], classes: Sequence[str]) -> Examples:
 
 
 def save_examples(examples: Examples, path: Path, *, split: str = "") -> None:
-    """One safetensors file; with a `split` it opens for who names it alone."""
+    """Write one safetensors file; a file with a `split` opens only for that name."""
     save_file(examples.tensors | {"labels": examples.labels}, path, metadata={"split": split} if split else None)
 
 
@@ -242,7 +242,7 @@ def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows, *, key: s
 
 
 def _kept_elsewhere(data: LabelledData, split: str) -> frozenset[str]:
-    """Contents of the files of later splits, as `sources.kept_elsewhere`."""
+    """Contents that stand in files of later splits, which need them untouched more."""
     split_files, bad = data.text.own_splits, BadRows()
     parts = [
         (part, f"data.{name}")
@@ -255,7 +255,7 @@ def _kept_elsewhere(data: LabelledData, split: str) -> frozenset[str]:
 
 
 def _untouched(raw: list[Raw], elsewhere: frozenset[str], key: str) -> list[Raw]:
-    """Those that do not stand in a later split's files; the others are told."""
+    """The examples that do not stand in a later split's files; a warning counts the rest."""
     left = [example for example in raw if _content(example) not in elsewhere] if elsewhere else raw
     if len(left) < len(raw):
         tell_once(
@@ -271,13 +271,13 @@ def _split(example: Raw, shares: dict[str, float]) -> str:
 
 
 def _content(example: Raw) -> str:
-    """What tells an example from another."""
+    """The text, or the pixels as hexadecimal digits: equal for equal examples."""
     content = example.content
     return content if isinstance(content, str) else str(content.numpy().tobytes().hex())
 
 
 def _known(data: LabelledData, raw: list[Raw]) -> list[Raw]:
-    """Those that keep their labels, then the others without."""
+    """The examples that keep their labels, then the rest without labels where that is read."""
     count = data.train_examples
     if count is None or count >= len(raw):
         return raw

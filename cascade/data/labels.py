@@ -18,11 +18,11 @@ class Labelled(Protocol):
 
     @property
     def label(self) -> str | None:
-        """The name of its class; None where it has no label."""
+        """Name of the example's class; None where it has no label."""
 
     @property
     def place(self) -> Place | None:
-        """Where it stands; None where it is in no file."""
+        """Where the example stands; None where it is in no file."""
 
 
 def label_of(value: Any, place: str) -> str:

@@ -14,13 +14,13 @@ from cascade.runtime.errors import UserError
 from cascade.runtime.paths import ignored_files
 
 _STREAMED_ROWS = 5000
-"""Of text that is streamed, so many documents are looked at."""
+"""Documents of streamed text that a plan looks at."""
 
 _EVERY = 1000
-"""Of the first so many conversations each is tried with the template, of later ones ever fewer."""
+"""Conversations that are all written with the chat template; of later ones ever fewer are."""
 
 _NAMED = 20
-"""Rows that cannot be used, of those that are named."""
+"""Bad rows that a plan names by file and line."""
 
 
 def look_at(

@@ -12,11 +12,11 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.runtime.errors import UserError
 
 SHARE, _AS_MASK, _AS_ANY = 0.15, 0.8, 0.1
-"""Of all tokens; of those, replaced by the mask token, and by any other. The rest stands as it is."""
+"""Share of tokens to guess; shares of these that become the mask token, or any other token. The rest stays."""
 
 
 def mask_token(tokenizer: Any) -> int:
-    """What hides a token.
+    """Id of the mask token, which stands where a token is hidden.
 
     Raises:
         UserError: the tokenizer has no such token.

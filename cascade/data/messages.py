@@ -18,13 +18,13 @@ Conversation = list[dict[str, Any]]
 
 
 class Example(NamedTuple):
-    """What is trained on: a conversation, or its beginning up to one of its answers."""
+    """A conversation, or its beginning up to one of its answers, as tokens to train on."""
 
     ids: list[int]
     labels: list[int]
     """IGNORE_INDEX where a token does not count."""
     messages: Conversation
-    """The messages that it holds."""
+    """The conversation's messages that the tokens are of."""
 
 
 Rendered = tuple[str, list[tuple[int, int]], Conversation]
@@ -90,7 +90,7 @@ def _example(rendered: Rendered, tokenizer: Any, template: bool, framing: Framin
 
 
 def _joined(messages: Conversation, turns: str) -> Rendered:
-    """The texts one after another."""
+    """The messages' texts one after another, without a template."""
     spans, length = [], 0
     for message in messages:
         end = length + len(message["content"])

@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 
 PASSAGE_LETTERS = 2000
-"""Of a passage, about; of a small corpus fewer, so that there are enough of them."""
+"""Letters of a passage, about; a small corpus has shorter ones, so that there are enough."""
 
 _LEAST_LETTERS = 200
 
 _ROUND = 33
-"""Of so many stretches one goes to each split that has no files of its own: 3 in 100, as of documents."""
+"""One of so many stretches goes to each split without files of its own: 3 in 100, as with documents."""
 
 _MOST_TOGETHER = 8
-"""Passages of a stretch at most."""
+"""Most passages of a stretch."""
 
 
 def cut_documents(documents: Sequence[str], missing: Sequence[str]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from cascade.data.sources import TextData, cuts_passages, read_placed
 from cascade.data.streaming import stream_blocks
 
 MOST_STREAMED = 4096
-"""Blocks of a split without a limit of its own, where text is streamed."""
+"""Most blocks of a streamed split for which no limit is given."""
 
 
 def prepare_blocks(

@@ -21,7 +21,7 @@ Document = str | list[dict[str, Any]]
 """A text, or a conversation."""
 
 Placed = tuple[Place, Document]
-"""A document, and where it stands."""
+"""(place of its row, document)"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TextData:
     listed: bool = False
     """Whether answers' `top_logprobs` are read as well"""
     weights: tuple[float, ...] = ()
-    """Of the files of 'train': shares of its tokens; by their size where not given"""
+    """Share of the tokens of 'train' for each of its files; empty: by their size"""
     streaming: bool = False
     """Documents are read one after another, only as many as are needed"""
     begin_blocks: bool = False
@@ -57,7 +57,7 @@ class TextData:
     whole_documents: bool = False
     """Whether documents stay whole where they are too few to give each split one"""
     turns: str = "all"
-    """Of conversations: 'all' answers count, or the 'last' alone"""
+    """Which answers of a conversation count: 'all', or the 'last' alone"""
     bad_rows: str = "skip"
     """Rows that cannot be used: 'skip' up to `max_bad_rows`, or 'stop'"""
     max_bad_rows: float = 0.01
@@ -79,11 +79,11 @@ class TextData:
 
     @property
     def field(self) -> str:
-        """Where a document stands in its row."""
+        """Name of the rows' field that holds a document."""
         return self.messages_field or self.text_field
 
     def names_of(self, split: str) -> tuple[str, ...]:
-        """What is read for a split."""
+        """Files, or the hub dataset's split, that a split is read from."""
         return self.own_splits.get(split, self.own_splits["train"])
 
     def parts_of(self, names: Sequence[str], key: str = "data") -> list[str]:
@@ -99,7 +99,7 @@ class TextData:
         return f"{self.dataset} ({part})" if self.source == "hub" else part
 
     def bad_row_counter(self) -> BadRows:
-        """A new count of what cannot be used, by the recipe's rules."""
+        """A new counter of bad rows, under the recipe's rules for them."""
         return BadRows(self.bad_rows, self.max_bad_rows, recipe=self.recipe)
 
     @property
@@ -173,7 +173,7 @@ def documents_of(
 def usable(
     data: TextData, place: Place, values: dict[str, Any], bad: BadRows | None, *, key: str = "data"
 ) -> Document | None:
-    """A row's document; None where there is none that can be used: it is counted."""
+    """A row's document; None where it cannot be used, which `bad` then counts."""
     document: Any = values.get(data.field)
     empty = isinstance(document, str) and not document.strip()
     if bad is not None:

@@ -28,7 +28,7 @@ def split_of_text(text: str, *, shares: dict[str, float]) -> str:
 
 
 def drop_near_copies(documents: list[str], references: list[str], *, threshold: float = 0.2) -> list[int]:
-    """Indices of `documents` to keep: those that share less than `threshold` of their text with `others`.
+    """Indices of `documents` to keep: those that share less than `threshold` of their text with `references`.
 
     Shared means: runs of four consecutive non-blank lines (or the whole text, if shorter) that also stand in
     one of `others`, as a fraction of the document's own runs.

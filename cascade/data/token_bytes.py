@@ -10,7 +10,7 @@ _PIECES = {"ByteFallback", "Metaspace", "Replace"}
 
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """By id: the bytes that it adds to a text; of special tokens their own names; None where no token has the id.
+    """The bytes that each id adds to a text, by id; a special token's own name; None where no token has the id.
 
     Byte-level tokenizers (GPT-2's) and those that write a space as '▁' (SentencePiece's) are understood.
 

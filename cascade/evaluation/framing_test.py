@@ -30,15 +30,15 @@ class FramingChoice:
 
     framing: Framing
     text_loss: dict[str, float]
-    """Of the same tokens of blocks that start inside a document: as they are (`documents`), behind the prefix
-    (`blocks`); empty where it was not asked for, or no block starts inside a document."""
+    """Losses of blocks that start inside a document: as they are (`documents`) and the same tokens behind the prefix
+    (`blocks`); empty where the recipe leaves no choice, or no block starts inside a document."""
     end_token_loss: float | None
-    """Of the end token behind documents; None where it was not asked for, or no document ends in the text."""
+    """Loss of the end token behind documents; None where the recipe leaves no choice, or no document ends."""
     guess_loss: float
-    """Of a guess among all tokens of the vocabulary."""
+    """Loss of a guess among all tokens of the vocabulary."""
 
     def record(self) -> dict[str, Any]:
-        """For framing.json, with the recipe's words."""
+        """The choice as framing.json has it, in the recipe's words."""
         return self.framing.record() | {
             "prefix": list(self.framing.prefix),
             "text_loss": self.text_loss,

@@ -85,7 +85,7 @@ def production_documents(data: TextData, files: Sequence[str]) -> list[Any]:
 
 
 _CHAT_BLOCKS = 256
-"""Of chats, among which some block has to have an answer's tokens."""
+"""Blocks of chats that are read before a run; one of them has to hold tokens of an answer."""
 
 
 def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *, block_size: int) -> None:
@@ -125,7 +125,7 @@ def heldout_examples(read: Callable[[str], Examples]) -> Examples:
 
 
 HELDOUT_FILE = "heldout.safetensors"
-"""In the folder of a stage that packs text for evaluations."""
+"""File of packed text in the folder of the stages heldout and production."""
 
 
 def save_heldout(text: TokenBlocks | Examples, folder: Path) -> None:
@@ -164,10 +164,10 @@ def heldout_metrics(
 
 
 class HeldoutReport(NamedTuple):
-    """What held-out text says of a model."""
+    """Results of one model on held-out text."""
 
     metrics: list[Metric]
-    """Of task 'heldout', with standard errors."""
+    """Metrics of task 'heldout', with standard errors."""
     items: dict[str, list[float]]
     """Scores of each item, of labelled examples."""
     tail: dict[str, Any] | None
@@ -184,7 +184,7 @@ def heldout_report(
     batch_size: int = 8,
     vocab_size: int | None = None,
 ) -> HeldoutReport:
-    """All that there is to say of a model on held-out text.
+    """Every figure of a model on held-out text.
 
     `block_metrics`, `class_metrics` of labelled examples, or `embedding_metrics` of an encoder without a head.
     """

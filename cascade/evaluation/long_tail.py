@@ -11,7 +11,7 @@ from torch import Tensor
 
 PARTS = 10
 SLICES = 5
-"""The worst so many are told."""
+"""Slices that the tail names, those that lost most first."""
 
 _BINS = 15
 

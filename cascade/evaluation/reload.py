@@ -61,7 +61,7 @@ def write_reference(model: nn.Module, path: Path, *, folder: Path | None = None)
 
 
 def _continues(model: Any, inputs: dict[str, Tensor]) -> bool:
-    """Whether it is a model that writes, with room left behind the fixed ids."""
+    """Whether the model generates text and has room for a continuation behind the fixed ids."""
     if "input_ids" not in inputs or not model.can_generate():
         return False
     context = usable_context(model.config)
@@ -168,7 +168,7 @@ def start_fresh_process() -> subprocess.Popen[str]:
 
 
 def _ask(request: dict[str, str]) -> int:
-    """Exit status of what the process did.
+    """Send a request to the fresh process and return its exit status.
 
     Raises:
         ReloadError: it ended itself.

@@ -39,7 +39,7 @@ _AUTO: dict[str, Any] = {
 
 
 WRITTEN_TOKENS = 8
-"""Of the greedy continuation that is compared."""
+"""Tokens of the greedy continuation that the reload gate compares."""
 
 _TEXTS = (
     "",
@@ -69,7 +69,7 @@ _CHAT = (
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """All by which two tokenizers can write the same text differently, in JSON's own types, to be compared."""
+    """Ids, special tokens, padding and chats of a tokenizer as a JSON value: equal for tokenizers that agree."""
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
     return {
         "ids": {text: _list(tokenizer(text, verbose=False)["input_ids"]) for text in _TEXTS},
@@ -97,7 +97,7 @@ def _decoded(tokenizer: Any, text: str) -> str:
 
 
 def _rendered(tokenizer: Any) -> list[str]:
-    """The template's conversation, opened for an answer and not; what it says where it refuses."""
+    """A conversation as the chat template writes it, opened for an answer and not; its refusal where it refuses."""
     if not tokenizer.chat_template:
         return []
     texts = []
@@ -129,7 +129,7 @@ def written(model: Any, input_ids: Tensor, generation_config: GenerationConfig) 
 
 
 def measure(folder: str, request: str, answer: str) -> None:
-    """Load, compare with the request's logits where there are any, time; write what was found."""
+    """Load a checkpoint, run it on the request's inputs, time it, and write the figures to `answer`."""
     tensors = load_file(request)
     prompt_tokens, new_tokens, threads = (int(number) for number in tensors["sizes"][:3])
     torch.set_num_threads(threads)
@@ -161,7 +161,7 @@ def measure(folder: str, request: str, answer: str) -> None:
 
 
 def _load(folder: str) -> Any:
-    """As its users will: by the Auto class of its kind."""
+    """The model, loaded by the Auto class of its kind as users load it."""
     config = AutoConfig.from_pretrained(folder)
     kind = (config.architectures or [""])[0]
     if type(config) in MODEL_MAPPING and kind == getattr(MODEL_MAPPING[type(config)], "__name__", ""):
@@ -174,7 +174,7 @@ def _load(folder: str) -> Any:
 
 
 def _peak_memory_bytes() -> int:
-    """This process's peak. On Linux not from getrusage, which starts a child at its parent's own peak."""
+    """Peak memory of this process. On Linux getrusage would start a child at its parent's peak, so it is not used."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
@@ -203,7 +203,7 @@ def _median_seconds(action: Callable[[], Any], *, rounds: int = 3) -> float:
 
 
 def _attempt(request: dict[str, str]) -> int:
-    """Exit status of one request; what went wrong goes into its file of errors."""
+    """Exit status of one request: 0, or 1 with the traceback in the request's file of errors."""
     with Path(request["errors"]).open("w", encoding="utf-8") as errors:
         sys.stderr = errors
         try:

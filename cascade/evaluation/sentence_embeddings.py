@@ -16,7 +16,7 @@ from cascade.evaluation.metric import heldout_metric
 from cascade.report.records import Metric
 
 _MOST_COMPARED = 2000
-"""Texts whose similarities to each other are compared."""
+"""Most texts whose similarities to each other are compared."""
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def embedding_metrics(
 
 
 def _embeddings(model: Any, examples: Examples, batch_size: int) -> Tensor:
-    """float64 [N, D], on the CPU."""
+    """Sentence embeddings, float64 [N, D], on the CPU."""
     device = next(model.parameters()).device
     return torch.cat([embed(model, part.inputs(device)).double().cpu() for part in examples.split(batch_size)])
 

@@ -26,7 +26,7 @@ from cascade.runtime.progress import OnStep
 from cascade.store.strict_json import write_json
 
 _TRAINING_BLOCKS = 2048
-"""Of the training text, for other texts to be compared with."""
+"""Blocks of training text that held-out and production text are compared with."""
 
 
 def make_drift(run: Run, folder: Path, on_step: OnStep) -> None:
