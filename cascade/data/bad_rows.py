@@ -11,25 +11,25 @@ from cascade.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 NAMED = 1000
-"""Bad rows that are named in a record; the others are counted."""
+"""A record names at most so many bad rows by file and line, and counts all."""
 
 _LEAST_ROWS = 200
-"""Where only the start of the files was read, a share is counted of at least so many rows."""
+"""Fewest rows that a share is taken of where only the start of the files was read."""
 
 
-_told: set[str] = set()
+_sentences: set[str] = set()
 
 
 def tell_once(log: logging.Logger, sentence: str) -> None:
-    """Warn, unless this process has said the same before: every stage reads the data again."""
-    if sentence not in _told:
-        _told.add(sentence)
+    """Log a warning once a process, as every stage reads the data again and finds the same."""
+    if sentence not in _sentences:
+        _sentences.add(sentence)
         log.warning("%s", sentence)
 
 
 @dataclass
 class BadRows:
-    """What was read, and which rows of it were left out. Files may be read again; no row counts twice."""
+    """Counts the rows that were read and those left out. A file may be read again; no row counts twice."""
 
     policy: str = "skip"
     """'skip' or 'stop', as `data.bad_rows`"""
@@ -44,7 +44,7 @@ class BadRows:
     reasons: dict[str, dict[int, tuple[str, str]]] = field(default_factory=dict)
     """By file and row: (unit of its place, why it was left out)"""
     num_told: int = 0
-    """Rows that were left out when it was last said"""
+    """Rows left out at the last warning"""
 
     def read(self, place: Place, *, empty: bool = False) -> None:
         """Count a row that was read."""
@@ -82,7 +82,7 @@ class BadRows:
             return
         share = bad / max(rows, 1 if whole else _LEAST_ROWS) if share is None else share
         first = self.named(names)[0]
-        told = f"{key}: {bad:,} of {rows:,} rows cannot be used, the first: {first['place']}: {first['reason']}"
+        complaint = f"{key}: {bad:,} of {rows:,} rows cannot be used, the first: {first['place']}: {first['reason']}"
         if share > self.most:
             allows, more = (
                 ("data.max_bad_rows allows", ", or raise data.max_bad_rows to leave them out")
@@ -90,11 +90,11 @@ class BadRows:
                 else ("a command leaves out at most", "")
             )
             raise UserError(
-                f"{told}. That is {share:.1%}, and {allows} {self.most:.1%}; mend or remove these rows{more}"
+                f"{complaint}. That is {share:.1%}, and {allows} {self.most:.1%}; mend or remove these rows{more}"
             )
         count = sum(map(len, self.reasons.values()))
         if count > self.num_told:
-            tell_once(logger, f"{told}; left out")
+            tell_once(logger, f"{complaint}; left out")
             self.num_told = count
 
     def named(self, files: Iterable[str] | None = None) -> list[dict[str, str]]:
@@ -107,7 +107,7 @@ class BadRows:
         ]
 
     def record(self) -> dict[str, Any]:
-        """What a report says: counts, and the first rows by name."""
+        """{'rows', 'skipped', 'empty', 'named'} for a report: counts, and the first rows by file and line."""
         named = self.named()
         return {
             "rows": sum(self.last_row.values()),
@@ -117,16 +117,16 @@ class BadRows:
         }
 
     def state(self) -> dict[str, Any]:
-        """What `restore` takes, as JSON."""
-        reasons = {name: [[number, *told] for number, told in rows.items()] for name, rows in self.reasons.items()}
+        """The counts as a JSON value, for `restore`."""
+        reasons = {name: [[number, *reason] for number, reason in rows.items()] for name, rows in self.reasons.items()}
         return {"last_row": self.last_row, "num_empty": self.num_empty, "reasons": reasons}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from an earlier try's counts."""
+        """Add the counts that an earlier process kept with `state`."""
         for name, number in state["last_row"].items():
             self.last_row[name] = max(number, self.last_row.get(name, 0))
         for name, count in state["num_empty"].items():
             self.num_empty[name] = max(count, self.num_empty.get(name, 0))
         for name, rows in state["reasons"].items():
-            own = self.reasons.setdefault(name, {})
-            own |= {number: (unit, reason) for number, unit, reason in rows}
+            known = self.reasons.setdefault(name, {})
+            known |= {number: (unit, reason) for number, unit, reason in rows}

@@ -32,9 +32,9 @@ class TokenBlocks:
     """Whole numbers [N, S]: each token's place in its document, from the block's start on; None where the documents of
     a block see each other."""
     known: KnownTargets | StoredTargets | None = None
-    """What a teacher that is not here says of each token, as far as it is told."""
+    """A teacher's probabilities of each token, where they were kept or came with the text."""
     masked: bool = False
-    """Whether labels are for the tokens that stand there (and are hidden in `input_ids`), not for what follows."""
+    """Whether a label is the hidden token at its own place (masked language models), not the next place's input."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -53,7 +53,7 @@ class TokenBlocks:
         return (self.labels if self.masked else self.labels[:, 1:]).to(torch.int64)
 
     def predicting(self, hidden: Tensor) -> Tensor:
-        """Of [N, S, ...] the places that predict: all, or all but the last."""
+        """The places of [N, S, ...] that predict a target: all but the last, or all of masked blocks."""
         return hidden if self.masked else hidden[:, :-1]
 
     def take(self, count: int) -> "TokenBlocks":
@@ -63,7 +63,7 @@ class TokenBlocks:
         return self.rows(torch.arange(count) * len(self) // count)
 
     def rows(self, rows: Tensor) -> "TokenBlocks":
-        """The blocks of these numbers."""
+        """Blocks picked by their numbers, in that order."""
         positions = None if self.position_ids is None else self.position_ids[rows]
         ids = self.input_ids[rows]
         return replace(
@@ -87,7 +87,7 @@ class TokenBlocks:
 def save_blocks(blocks: TokenBlocks, path: Path, *, split: str = "") -> None:
     """One safetensors file; labels are stored only where they differ from the ids.
 
-    With a `split` the file opens for who names it alone (`require_split`).
+    A file with a `split` opens only for that name (`require_split`).
     """
     tensors = {"input_ids": blocks.input_ids.to(torch.int32)}
     if not torch.equal(blocks.labels, blocks.input_ids):
@@ -102,7 +102,7 @@ def save_blocks(blocks: TokenBlocks, path: Path, *, split: str = "") -> None:
 
 
 def require_split(metadata: dict[str, str] | None, split: str, path: Path) -> None:
-    """Refuse a file that is kept for one split to who does not name that split.
+    """Refuse to open a file that is kept for one split without the name of that split.
 
     Raises:
         ValueError: the names differ.

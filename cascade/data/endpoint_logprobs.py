@@ -14,7 +14,7 @@ from cascade.data.token_targets import Listed
 from cascade.runtime.errors import UserError
 
 LEAST_ALIGNED = 0.9
-"""Share of the answers' tokens that must stand where one of the teacher's does."""
+"""Least share of an answer's tokens that begin and end where a token of the teacher does."""
 
 
 class ListedReader:
@@ -28,20 +28,20 @@ class ListedReader:
         self._bytes = token_bytes(tokenizer)
         self._id_of = {raw: number for number, raw in enumerate(self._bytes) if raw is not None}
         self.num_tokens = 0
-        """Of the answers that came with log-probabilities, by our tokenizer."""
+        """Tokens, by our tokenizer, of the answers that came with log-probabilities."""
         self.num_aligned = 0
-        """Of these: those that begin and end where one of the teacher's does."""
+        """Those of `num_tokens` that begin and end where a token of the teacher does."""
 
     def read(self, message: dict[str, Any], ids: Sequence[int], labels: Sequence[int]) -> list[Listed]:
-        """Of each token of a conversation that this message ends: the ids that are listed there.
+        """The ids and log-probabilities listed for each token of a conversation that ends with `message`.
 
         A token that counts and has no list (the end of a turn, or one that the teacher cuts otherwise) is taken for
         what it is: the teacher has written it.
         """
-        found: list[Listed] = [[(label, 0.0)] if label != IGNORE_INDEX else [] for label in labels]
+        listed_at: list[Listed] = [[(label, 0.0)] if label != IGNORE_INDEX else [] for label in labels]
         theirs = json.loads(message["top_logprobs"]) if message.get("top_logprobs") else []
         if not theirs:
-            return found
+            return listed_at
         places = _last_turn(labels)
         answer = str(message["content"]).strip().encode()  # templates and servers may trim it
         ours = _spans([self._bytes[ids[place]] or b"" for place in places], answer)
@@ -51,17 +51,17 @@ class ListedReader:
         self.num_tokens += sum(inside) or len(places)
         for place, span, counts in zip(places, ours, inside, strict=False):
             listed: dict[int, float] = {}
-            for token, value in tops.get(span, []):
+            for token, log_p in tops.get(span, []):
                 known = self._id_of.get(_raw(token))
                 if known is not None:
-                    listed[known] = max(value, listed.get(known, -math.inf))
+                    listed[known] = max(log_p, listed.get(known, -math.inf))
             if listed:
-                found[place] = list(listed.items())
+                listed_at[place] = list(listed.items())
                 self.num_aligned += counts
-        return found
+        return listed_at
 
     def require_agreement(self, name: str) -> None:
-        """Refuse what is hardly the same tokens.
+        """Refuse answers whose teacher cuts text into other tokens than the student's tokenizer does.
 
         Raises:
             UserError: there are no log-probabilities, or most stand between our tokens.
@@ -78,19 +78,19 @@ class ListedReader:
 
 
 def _spans(tokens: Sequence[bytes], answer: bytes) -> list[tuple[int, int]]:
-    """Where each token stands, in bytes from the answer's first; [] if the answer is not in them."""
+    """(first, end) byte of each token, from the answer's first byte; [] if the tokens do not hold the answer."""
     place = -b"".join(tokens).find(answer)
     if place > 0:
         return []
-    found = []
+    spans = []
     for token in tokens:
-        found.append((place, place + len(token)))
+        spans.append((place, place + len(token)))
         place += len(token)
-    return found
+    return spans
 
 
 def _last_turn(labels: Sequence[int]) -> list[int]:
-    """Places of the last run of tokens that count."""
+    """Places of the last stretch of tokens that count for the loss."""
     places: list[int] = []
     for place in range(len(labels) - 1, -1, -1):
         if labels[place] != IGNORE_INDEX:

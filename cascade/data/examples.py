@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Examples:
-    """What a classifier reads."""
+    """Inputs of a classifier or an encoder, with the classes that are known."""
 
     tensors: dict[str, Tensor]
     """The model's inputs: input_ids and attention_mask int64 [N, S], or pixel_values float32 [N, C, H, W]."""
@@ -42,23 +42,23 @@ class Examples:
 
     @property
     def block_size(self) -> int:
-        """An example counts as one, however long it is."""
+        """1: an example counts once, however long it is."""
         return 1
 
     def num_counted(self) -> int:
-        """How many a step's loss is divided by."""
+        """Examples, which a step's loss is divided by."""
         return len(self)
 
     def labelled(self) -> "Examples":
-        """Those that have a label."""
+        """The examples that have a label."""
         return self.rows((self.labels != IGNORE_INDEX).nonzero()[:, 0])
 
     def rows(self, rows: Tensor) -> "Examples":
-        """The examples of these numbers; of texts only the columns that they fill."""
-        tensors = {name: value[rows] for name, value in self.tensors.items()}
+        """Examples picked by their numbers; texts are cut to the longest of them."""
+        tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
         if "attention_mask" in tensors:
             longest = max(1, int(tensors["attention_mask"].sum(1).max()))
-            tensors = {name: value[:, :longest] for name, value in tensors.items()}
+            tensors = {name: tensor[:, :longest] for name, tensor in tensors.items()}
         return Examples(tensors, self.labels[rows])
 
     def take(self, count: int) -> "Examples":
@@ -66,11 +66,11 @@ class Examples:
         return self if count >= len(self) else self.rows(torch.arange(count) * len(self) // count)
 
     def inputs(self, device: torch.device | None = None) -> dict[str, Tensor]:
-        """What a model takes."""
-        return {name: value.to(device) for name, value in self.tensors.items()}
+        """The keyword arguments of a model's forward pass."""
+        return {name: tensor.to(device) for name, tensor in self.tensors.items()}
 
     def split(self, batch_size: int) -> "list[Examples]":
-        """In stored order, `batch_size` at a time; the last may be fewer."""
+        """Batches of `batch_size` examples in stored order; the last may be smaller."""
         return [self.rows(rows) for rows in torch.arange(len(self)).split(batch_size)]
 
 
@@ -79,18 +79,18 @@ class LabelledData:
     """Where examples come from."""
 
     text: TextData
-    """Its files, by split."""
+    """Where the rows are read, by split."""
     images: bool
     labelled: bool = True
-    """Whether they have labels; else all are there for their teacher."""
+    """Whether rows have labels; without them a teacher's outputs are all that is learned."""
     label_field: str = "label"
     image_field: str = "image"
     unlabelled: tuple[str, ...] = ()
     """Files whose examples are trained on without their labels, if they have any."""
     train_examples: int | None = None
-    """So many labelled ones of the training split, spread evenly; all where not given."""
+    """Examples of the training split that keep their labels, spread evenly over it; None: all."""
     rest: bool = False
-    """Whether the others of the training split are there without their labels."""
+    """Whether the rest of the training split is read without its labels."""
 
 
 class Raw(NamedTuple):
@@ -114,15 +114,15 @@ def read_examples(data: LabelledData, split: Split | Heldout, bad: BadRows | Non
     require_open(split)
     bad = data.text.bad_row_counter() if bad is None else bad
     if data.text.source == "digits":
-        found = [one for one in _digits() if _split(one, {"selection": 0.1, "heldout": 0.3}) == split]
-        return _known(data, found) if split == "train" else found
-    own, names = data.text.own_splits, data.text.names_of(split)
+        digits = [example for example in _digits() if _split(example, {"selection": 0.1, "heldout": 0.3}) == split]
+        return _known(data, digits) if split == "train" else digits
+    split_files, names = data.text.own_splits, data.text.names_of(split)
     shares = {name: SPLIT_SHARE for name in data.text.missing_splits}
     parts = data.text.parts_of(names, f"data.{split}")
-    raw = [one for part in parts for one in _read(data, part, data.labelled, bad, key=f"data.{split}")]
+    raw = [example for part in parts for example in _read(data, part, data.labelled, bad, key=f"data.{split}")]
     bad.require_few(data.text.places_of(names), key=f"data.{split}")
-    if split == "train" or split not in own:
-        raw = [one for one in raw if _split(one, shares) == split]
+    if split == "train" or split not in split_files:
+        raw = [example for example in raw if _split(example, shares) == split]
     elsewhere = _kept_elsewhere(data, split)
     raw = _untouched(raw, elsewhere, f"data.{split}")
     if not raw:
@@ -133,7 +133,7 @@ def read_examples(data: LabelledData, split: Split | Heldout, bad: BadRows | Non
     if split != "train":
         return raw
     files = distinct_files(data.unlabelled, "data.unlabelled")
-    extra = [one for file in files for one in _read(data, file, False, bad, key="data.unlabelled")]
+    extra = [example for file in files for example in _read(data, file, False, bad, key="data.unlabelled")]
     bad.require_few(files, key="data.unlabelled")
     return _known(data, raw) + _untouched(extra, elsewhere, "data.unlabelled")
 
@@ -148,11 +148,11 @@ def class_names(data: LabelledData) -> list[str]:
 
 
 def classes_in(raw: Sequence[Raw]) -> list[str]:
-    """As `class_names`, of these examples."""
+    """The classes that labels of these examples name, in the order of `class_names`."""
     first: dict[str, Raw] = {}
-    for one in raw:
-        if one.label is not None:
-            first.setdefault(one.label, one)
+    for example in raw:
+        if example.label is not None:
+            first.setdefault(example.label, example)
     if not first:
         raise UserError("data: no example of the train split has a label, so there are no classes")
     require_clear_labels(list(first.values()))
@@ -167,13 +167,13 @@ def text_examples(raw: Sequence[Raw], classes: Sequence[str], tokenizer: Any, ma
     """
     # Without a padding token (an embedding's only) what is filled in does not matter: the mask hides it.
     texts, pad = [example.content for example in raw], 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    found = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
-    longest = max(map(len, found))
-    ids = torch.full((len(found), longest), pad)
-    mask = torch.zeros(len(found), longest, dtype=torch.int64)
-    for row, own in enumerate(found):
-        ids[row, : len(own)] = torch.tensor(own)
-        mask[row, : len(own)] = 1
+    encodings = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+    longest = max(map(len, encodings))
+    ids = torch.full((len(encodings), longest), pad)
+    mask = torch.zeros(len(encodings), longest, dtype=torch.int64)
+    for row, encoding in enumerate(encodings):
+        ids[row, : len(encoding)] = torch.tensor(encoding)
+        mask[row, : len(encoding)] = 1
     return Examples({"input_ids": ids, "attention_mask": mask}, _labels(raw, classes))
 
 
@@ -184,16 +184,16 @@ def image_examples(raw: Sequence[Raw], classes: Sequence[str]) -> Examples:
         UserError: the images are not all of one size, or a label is not among the classes.
     """
     first = raw[0].content.shape
-    other = next((one.content.shape for one in raw if one.content.shape != first), None)
-    if other is not None:
+    shape = next((example.content.shape for example in raw if example.content.shape != first), None)
+    if shape is not None:
         raise UserError(
-            f"data: images of {tuple(first)} and of {tuple(other)} (channels, height, width); bring them to one size"
+            f"data: images of {tuple(first)} and of {tuple(shape)} (channels, height, width); bring them to one size"
         )
-    return Examples({"pixel_values": torch.stack([one.content for one in raw]) * 2 - 1}, _labels(raw, classes))
+    return Examples({"pixel_values": torch.stack([example.content for example in raw]) * 2 - 1}, _labels(raw, classes))
 
 
 def save_examples(examples: Examples, path: Path, *, split: str = "") -> None:
-    """One safetensors file; with a `split` it opens for who names it alone."""
+    """Write one safetensors file; a file with a `split` opens only for that name."""
     save_file(examples.tensors | {"labels": examples.labels}, path, metadata={"split": split} if split else None)
 
 
@@ -215,32 +215,32 @@ def load_training(path: Path, *, split: str = "") -> TokenBlocks | Examples:
 def _labels(raw: Sequence[Raw], classes: Sequence[str]) -> Tensor:
     require_known_labels(raw, classes)
     number = {name: place for place, name in enumerate(classes)}
-    return torch.tensor([IGNORE_INDEX if one.label is None else number[one.label] for one in raw])
+    return torch.tensor([IGNORE_INDEX if example.label is None else number[example.label] for example in raw])
 
 
 def _read(data: LabelledData, part: str, labelled: bool, bad: BadRows, *, key: str) -> list[Raw]:
     field = data.image_field if data.images else data.text.text_field
     fields = {field: "Set data.image_field" if data.images else "Set data.text_field"}
     fields |= {data.label_field: "Set data.label_field"} if labelled else {}
-    found: list[Raw] = []
+    examples: list[Raw] = []
     unlabelled: Place | None = None
     for place, values, _ in _rows(data, part, fields, key):
         content, where = values.get(field), f"{key}: {place}"
         reason = "" if data.images else unfit_text(content)
         bad.read(place)
         if reason:
-            told = f"field '{field}' {reason}" if field in values else f"it has no field '{field}'"
-            bad.skip(place, told, key=key)
+            complaint = f"field '{field}' {reason}" if field in values else f"it has no field '{field}'"
+            bad.skip(place, complaint, key=key)
             continue
         if labelled and data.label_field not in values:  # a field that no row has is told by its name, at the end
             unlabelled = unlabelled or place
             continue
         label = label_of(values[data.label_field], where) if labelled else None
         pixels = open_image(content, where, Path(part).parent) if data.images else content
-        found.append(Raw(pixels, label, place))
+        examples.append(Raw(pixels, label, place))
     if unlabelled is not None:
         label_of(None, f"{key}: {unlabelled}")
-    return found
+    return examples
 
 
 def _rows(data: LabelledData, part: str, fields: dict[str, str], key: str) -> Iterator[Row]:
@@ -249,17 +249,21 @@ def _rows(data: LabelledData, part: str, fields: dict[str, str], key: str) -> It
 
 
 def _kept_elsewhere(data: LabelledData, split: str) -> frozenset[str]:
-    """Contents of the files of later splits, as `sources.kept_elsewhere`."""
-    own, bad = data.text.own_splits, BadRows()
+    """Contents that stand in files of later splits, which need them untouched more."""
+    split_files, bad = data.text.own_splits, BadRows()
     parts = [
-        (part, f"data.{name}") for name in splits_above(data.text, split) for part in data.text.parts_of(own[name])
+        (part, f"data.{name}")
+        for name in splits_above(data.text, split)
+        for part in data.text.parts_of(split_files[name])
     ]
-    return frozenset(_content(one) for part, key in parts for one in _read(data, part, data.labelled, bad, key=key))
+    return frozenset(
+        _content(example) for part, key in parts for example in _read(data, part, data.labelled, bad, key=key)
+    )
 
 
 def _untouched(raw: list[Raw], elsewhere: frozenset[str], key: str) -> list[Raw]:
-    """Those that do not stand in a later split's files; the others are told."""
-    left = [one for one in raw if _content(one) not in elsewhere] if elsewhere else raw
+    """The examples that do not stand in a later split's files; a warning counts the rest."""
+    left = [example for example in raw if _content(example) not in elsewhere] if elsewhere else raw
     if len(left) < len(raw):
         tell_once(
             logger,
@@ -274,25 +278,25 @@ def _split(example: Raw, shares: dict[str, float]) -> str:
 
 
 def _content(example: Raw) -> str:
-    """What tells an example from another."""
+    """The text, or the pixels as hexadecimal digits: equal for equal examples."""
     content = example.content
     return content if isinstance(content, str) else str(content.numpy().tobytes().hex())
 
 
 def _known(data: LabelledData, raw: list[Raw]) -> list[Raw]:
-    """Those that keep their labels, then the others without."""
+    """The examples that keep their labels, then the rest without labels where that is read."""
     count = data.train_examples
     if count is None or count >= len(raw):
         return raw
-    kept = [number * len(raw) // count for number in range(count)]
-    others = sorted(set(range(len(raw))) - set(kept)) if data.rest else []
-    return [raw[number] for number in kept] + [Raw(raw[number].content, None) for number in others]
+    labelled = [number * len(raw) // count for number in range(count)]
+    unlabelled = sorted(set(range(len(raw))) - set(labelled)) if data.rest else []
+    return [raw[number] for number in labelled] + [Raw(raw[number].content, None) for number in unlabelled]
 
 
 def _digits() -> list[Raw]:
     """The 1,797 handwritten digits, 8 x 8 pixels, that scikit-learn ships (UCI, Alpaydin and Kaynak 1998)."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    pixels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    return [Raw(image, str(label)) for image, label in zip(pixels, found.target, strict=True)]
+    digits = load_digits()
+    pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    return [Raw(image, str(label)) for image, label in zip(pixels, digits.target, strict=True)]

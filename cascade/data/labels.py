@@ -18,11 +18,11 @@ class Labelled(Protocol):
 
     @property
     def label(self) -> str | None:
-        """The name of its class; None where it has no label."""
+        """Name of the example's class; None where it has no label."""
 
     @property
     def place(self) -> Place | None:
-        """Where it stands; None where it is in no file."""
+        """Where the example stands; None where it is in no file."""
 
 
 def label_of(value: Any, place: str) -> str:
@@ -69,11 +69,11 @@ def require_clear_labels(examples: Sequence[Labelled]) -> None:
     for example in examples:
         if example.label is None:
             continue
-        other = first.setdefault(_meant(example.label), example)
-        if other.label != example.label:
+        earlier = first.setdefault(_meant(example.label), example)
+        if earlier.label != example.label:
             raise UserError(
-                f"data: the labels {other.label!r} ({other.place}) and {example.label!r} ({example.place}) look like "
-                "one class and would be two; write them alike"
+                f"data: the labels {earlier.label!r} ({earlier.place}) and {example.label!r} ({example.place}) look "
+                "like one class and would be two; write them alike"
             )
 
 

@@ -14,13 +14,13 @@ from cascade.runtime.errors import UserError
 from cascade.runtime.paths import ignored_files
 
 _STREAMED_ROWS = 5000
-"""Of text that is streamed, so many documents are looked at."""
+"""Documents of streamed text that a plan looks at."""
 
 _EVERY = 1000
-"""Of the first so many conversations each is tried with the template, of later ones ever fewer."""
+"""Conversations that are all written with the chat template; of later ones ever fewer are."""
 
 _NAMED = 20
-"""Rows that cannot be used, of those that are named."""
+"""Bad rows that a plan names by file and line."""
 
 
 def look_at(
@@ -38,7 +38,7 @@ def look_at(
     key, bad = f"data.{name}", data.bad_row_counter()
     if data.messages_field and tokenizer is not None:
         require_chat(tokenizer, key, template=data.chat_template)
-    tried, refused, example, documents = 0, 0, None, 0
+    num_tried, refused, example, documents = 0, 0, None, 0
     whole = True
     beyond = tokens_beyond(tokenizer, vocab_size) if vocab_size and tokenizer is not None else {}
     for documents, (place, document) in enumerate(documents_of(data, names, bad, key=key), start=1):
@@ -50,25 +50,25 @@ def look_at(
             require_ids(torch.tensor(ids, dtype=torch.int64), vocab_size, tokenizer, str(place))
         if isinstance(document, str) or tokenizer is None or (documents - 1) % (1 + documents // _EVERY):
             continue
-        tried += 1
+        num_tried += 1
         try:
-            found = conversation_examples(document, tokenizer, template=data.chat_template, turns=data.turns)
-            example = example or found[0]
+            examples = conversation_examples(document, tokenizer, template=data.chat_template, turns=data.turns)
+            example = example or examples[0]
         except UserError as error:
             refused += 1
             bad.skip(place, str(error), key=key)
             continue
         if beyond and vocab_size:
-            ids = [number for one in found for number in one.ids]
+            ids = [number for rendered in examples for number in rendered.ids]
             require_ids(torch.tensor(ids, dtype=torch.int64), vocab_size, tokenizer, str(place))
     rows = sum(bad.last_row.values())
     named = bad.named()
-    share = (len(named) - refused) / max(1, rows) + refused / max(1, tried)
+    share = (len(named) - refused) / max(1, rows) + refused / max(1, num_tried)
     bad.require_few(data.places_of(names), key=key, whole=whole, share=share if whole else None)
     return _counts(data, names) | {
         "rows": rows,
         "all_rows": whole,
-        "tried_with_template": tried,
+        "tried_with_template": num_tried,
         "documents": documents,
         "empty": sum(bad.num_empty.values()),
         "skipped": len(named),
@@ -84,38 +84,38 @@ def look_at_passages(data: TextData) -> dict[str, int] | None:
     return {split: sum(map(len, parts)) for split, parts in passages_of(data, data.bad_row_counter()).items()}
 
 
-def look_text(name: str, found: dict[str, Any]) -> list[str]:
+def look_text(name: str, facts: dict[str, Any]) -> list[str]:
     """What `look_at` gave, as lines for a terminal."""
-    files = f"{found['files']:,} file{'s' * (found['files'] != 1)}" + (f" ({found['kinds']})" if found["kinds"] else "")
+    files = f"{facts['files']:,} file{'s' * (facts['files'] != 1)}" + (f" ({facts['kinds']})" if facts["kinds"] else "")
     rows = (
-        f"{found['rows']:,} row{'s' * (found['rows'] != 1)}"
-        if found["all_rows"]
-        else f"the first {found['rows']:,} rows were looked at"
+        f"{facts['rows']:,} row{'s' * (facts['rows'] != 1)}"
+        if facts["all_rows"]
+        else f"the first {facts['rows']:,} rows were looked at"
     )
     line = f"data.{name}: {files}, {rows}"
-    if found["tried_with_template"] and found["tried_with_template"] < found["documents"]:
-        line += f", {found['tried_with_template']:,} tried with the chat template"
-    if found["empty"]:
-        line += f", {found['empty']:,} without a letter"
+    if facts["tried_with_template"] and facts["tried_with_template"] < facts["documents"]:
+        line += f", {facts['tried_with_template']:,} tried with the chat template"
+    if facts["empty"]:
+        line += f", {facts['empty']:,} without a letter"
     lines = [f"{line}."]
-    if found["ignored"]:
-        count = found["ignored_files"]
-        more = ", ..." if count > len(found["ignored"].split(", ")) else ""
+    if facts["ignored"]:
+        count = facts["ignored_files"]
+        more = ", ..." if count > len(facts["ignored"].split(", ")) else ""
         lines.append(
             f"data.{name}: {count:,} file{'s are' if count > 1 else ' is'} passed over, being of other kinds or about "
-            f"the folder: {found['ignored']}{more}."
+            f"the folder: {facts['ignored']}{more}."
         )
-    return [*lines, *skipped_lines(name, found)]
+    return [*lines, *skipped_lines(name, facts)]
 
 
-def skipped_lines(name: str, found: dict[str, Any]) -> list[str]:
+def skipped_lines(name: str, facts: dict[str, Any]) -> list[str]:
     """The rows that are left out, the first by name."""
-    if not found["skipped"]:
+    if not facts["skipped"]:
         return []
-    named = [f"  {one['place']}: {one['reason']}" for one in found["named"][:5]]
-    more = [f"  and {found['skipped'] - len(named):,} more"] if found["skipped"] > len(named) else []
+    named = [f"  {row['place']}: {row['reason']}" for row in facts["named"][:5]]
+    more = [f"  and {facts['skipped'] - len(named):,} more"] if facts["skipped"] > len(named) else []
     return [
-        f"data.{name}: left out, as they cannot be used: {found['skipped']:,} of {found['rows']:,} rows:",
+        f"data.{name}: left out, as they cannot be used: {facts['skipped']:,} of {facts['rows']:,} rows:",
         *named,
         *more,
     ]

@@ -12,11 +12,11 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.runtime.errors import UserError
 
 SHARE, _AS_MASK, _AS_ANY = 0.15, 0.8, 0.1
-"""Of all tokens; of those, replaced by the mask token, and by any other. The rest stands as it is."""
+"""Share of tokens to guess; shares of these that become the mask token, or any other token. The rest stays."""
 
 
 def mask_token(tokenizer: Any) -> int:
-    """What hides a token.
+    """Id of the mask token, which stands where a token is hidden.
 
     Raises:
         UserError: the tokenizer has no such token.
@@ -49,8 +49,8 @@ def masked_blocks(
     how = torch.rand(ids.shape, generator=generator)
     # Of tokens that were added later some models may have no row: the same draws for all that read the text.
     count = min(tokenizer.vocab_size, vocab_size or tokenizer.vocab_size)
-    others = torch.randint(0, count, ids.shape, generator=generator).to(ids.dtype)
+    replacements = torch.randint(0, count, ids.shape, generator=generator).to(ids.dtype)
     labels = torch.where(chosen, ids, IGNORE_INDEX)
     ids = torch.where(chosen & (how < _AS_MASK), mask, ids)
-    ids = torch.where(chosen & (how >= 1 - _AS_ANY), others, ids)
+    ids = torch.where(chosen & (how >= 1 - _AS_ANY), replacements, ids)
     return replace(whole, input_ids=ids, labels=labels, bytes_per_token=0.0, masked=True)

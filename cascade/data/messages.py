@@ -18,13 +18,13 @@ Conversation = list[dict[str, Any]]
 
 
 class Example(NamedTuple):
-    """What is trained on: a conversation, or its beginning up to one of its answers."""
+    """A conversation, or its beginning up to one of its answers, as tokens to train on."""
 
     ids: list[int]
     labels: list[int]
     """IGNORE_INDEX where a token does not count."""
     messages: Conversation
-    """The messages that it holds."""
+    """The conversation's messages that the tokens are of."""
 
 
 Rendered = tuple[str, list[tuple[int, int]], Conversation]
@@ -68,16 +68,16 @@ def conversation_examples(
             continue what the template opens for one.
     """
     rendered = _templated(messages, tokenizer, turns) if template else [_joined(messages, turns)]
-    return [_example(one, tokenizer, template, framing) for one in rendered]
+    return [_example(conversation, tokenizer, template, framing) for conversation in rendered]
 
 
 def _example(rendered: Rendered, tokenizer: Any, template: bool, framing: Framing | None) -> Example:
     text, turns, messages = rendered
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = list(found["input_ids"])
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = list(encoding["input_ids"])
     labels = [
         token if any(start < end <= stop for start, stop in turns) else IGNORE_INDEX
-        for token, (_, end) in zip(ids, found["offset_mapping"], strict=True)
+        for token, (_, end) in zip(ids, encoding["offset_mapping"], strict=True)
     ]
     if not template:
         framing = framing or framing_of(tokenizer, "data.template: none")
@@ -90,7 +90,7 @@ def _example(rendered: Rendered, tokenizer: Any, template: bool, framing: Framin
 
 
 def _joined(messages: Conversation, turns: str) -> Rendered:
-    """The texts one after another."""
+    """The messages' texts one after another, without a template."""
     spans, length = [], 0
     for message in messages:
         end = length + len(message["content"])
@@ -132,9 +132,9 @@ def _beginning(messages: Conversation, tokenizer: Any) -> Rendered:
         )
     end = len(text)
     if answer.get("truncated"):  # templates may trim what was said
-        said = answer["content"].strip()
-        place = text.find(said, len(before))
-        end = place + len(said) if place >= 0 else len(before)
+        content = answer["content"].strip()
+        place = text.find(content, len(before))
+        end = place + len(content) if place >= 0 else len(before)
     return text, [(len(before), end)], messages
 
 
@@ -168,9 +168,10 @@ def chat_documents(
                 raise UserError(f"{name}: {error}. The conversation: {str(messages)[:200]}") from error
             refused(number, str(error))
             continue
-        for ids, labels, said in examples:
-            theirs = None if listed is None else listed.read(said[-1], ids, labels)
-            yield Tokenized(ids, labels, sum(len(one["content"].encode()) for one in said), theirs)
+        for example in examples:
+            logprobs = None if listed is None else listed.read(example.messages[-1], example.ids, example.labels)
+            num_bytes = sum(len(message["content"].encode()) for message in example.messages)
+            yield Tokenized(example.ids, example.labels, num_bytes, logprobs)
 
 
 def require_chat(tokenizer: Any, name: str, *, template: bool = True) -> None:

@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 
 PASSAGE_LETTERS = 2000
-"""Of a passage, about; of a small corpus fewer, so that there are enough of them."""
+"""Letters of a passage, about; a small corpus has shorter ones, so that there are enough."""
 
 _LEAST_LETTERS = 200
 
 _ROUND = 33
-"""Of so many stretches one goes to each split that has no files of its own: 3 in 100, as of documents."""
+"""One of so many stretches goes to each split without files of its own: 3 in 100, as with documents."""
 
 _MOST_TOGETHER = 8
-"""Passages of a stretch at most."""
+"""Most passages of a stretch."""
 
 
 def cut_documents(documents: Sequence[str], missing: Sequence[str]) -> dict[str, list[str]]:
@@ -33,19 +33,19 @@ def cut_documents(documents: Sequence[str], missing: Sequence[str]) -> dict[str,
     dealt = list(zip(_splits(len(whole), missing), whole, strict=True))
     highest: dict[str, int] = {}
     for split, (_, passage) in dealt:
-        said = passage.strip()
-        highest[said] = max(order.index(split), highest.get(said, 0))
-    found: dict[str, list[str]] = {name: [] for name in order}
+        stripped = passage.strip()
+        highest[stripped] = max(order.index(split), highest.get(stripped, 0))
+    by_split: dict[str, list[str]] = {name: [] for name in order}
     last: tuple[str, int] | None = None
     for split, (number, passage) in dealt:
         if not passage.strip() or highest[passage.strip()] != order.index(split):
             last = None
         elif (split, number) == last:
-            found[split][-1] += passage
+            by_split[split][-1] += passage
         else:
-            found[split].append(passage)
+            by_split[split].append(passage)
             last = (split, number)
-    return found
+    return by_split
 
 
 def passages(text: str, size: int = PASSAGE_LETTERS) -> list[str]:
@@ -54,13 +54,13 @@ def passages(text: str, size: int = PASSAGE_LETTERS) -> list[str]:
     One after another they are the text.
     """
     pieces = _finer(text, size, (r"(?<=\n)\n+", r"\n+", r"(?<=[.!?…。])\s+", r"\s+"))
-    found: list[str] = []
+    joined: list[str] = []
     for piece in pieces:
-        if found and (len(found[-1]) + len(piece) <= size or not piece.strip()):
-            found[-1] += piece
+        if joined and (len(joined[-1]) + len(piece) <= size or not piece.strip()):
+            joined[-1] += piece
         else:
-            found.append(piece)
-    return found
+            joined.append(piece)
+    return joined
 
 
 def _finer(text: str, size: int, borders: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from cascade.data.splits import Heldout, Split
 from cascade.data.streaming import stream_blocks
 
 MOST_STREAMED = 4096
-"""Blocks of a split without a limit of its own, where text is streamed."""
+"""Most blocks of a streamed split for which no limit is given."""
 
 
 def prepare_blocks(

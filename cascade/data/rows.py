@@ -20,22 +20,22 @@ from cascade.runtime.paths import ROWS, TABLE, kind_of, require_kind
 _BOM = b"\xef\xbb\xbf"
 
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-"""By the first bytes of a compressed file."""
+"""First bytes of a compressed file -> how it is compressed."""
 
 _SNIFFED = 1024
-"""By so many first bytes UTF-16 without a byte-order mark is known."""
+"""First bytes of a file by which UTF-16 without a byte-order mark is recognised."""
 
 _UNKNOWN_FIELD_ROWS = 1000
-"""So many first rows without a field are enough to say that a file lacks it."""
+"""First rows without a field that are enough to say that a file lacks it."""
 
 
 class Place(NamedTuple):
-    """Where a row stands."""
+    """File and number of a row."""
 
     file: str
     """A path, or a dataset of the hub and its split."""
     number: int
-    """From 1."""
+    """Number of the row, from 1"""
     unit: str
     """'line', 'row', or '' where the whole file is one row."""
 
@@ -46,11 +46,11 @@ class Place(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row."""
+    """A row with its place and its fields."""
 
     place: Place
     values: dict[str, Any]
-    """By field, of those that were asked for; what the row lacks is not in it."""
+    """The requested fields by name; those that the row lacks are absent."""
     offset: int = 0
     """Bytes of the file, unpacked, up to the row's end; 0 where reading cannot go on from there but by number."""
 
@@ -87,7 +87,7 @@ def require_fields(rows: Iterable[Row], fields: dict[str, str], *, key: str = "d
     for row in rows:
         number += 1
         if missing:
-            missing = {name: told for name, told in missing.items() if name not in row.values}
+            missing = {name: remedy for name, remedy in missing.items() if name not in row.values}
             if missing and number == _UNKNOWN_FIELD_ROWS:
                 raise UserError(_lacks(row.place.file, missing, key))
         yield row
@@ -106,9 +106,9 @@ def without_padding(values: dict[str, Any]) -> dict[str, Any]:
 
 def _without_nulls(value: Any, stay: tuple[str, ...] = ()) -> Any:
     if isinstance(value, list):
-        return [_without_nulls(one, stay) for one in value]
+        return [_without_nulls(part, stay) for part in value]
     if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None or name in stay}
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None or name in stay}
     return value
 
 

@@ -21,7 +21,7 @@ Document = str | list[dict[str, Any]]
 """A text, or a conversation."""
 
 Placed = tuple[Place, Document]
-"""A document, and where it stands."""
+"""(place of its row, document)"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TextData:
     listed: bool = False
     """Whether answers' `top_logprobs` are read as well"""
     weights: tuple[float, ...] = ()
-    """Of the files of 'train': shares of its tokens; by their size where not given"""
+    """Share of the tokens of 'train' for each of its files; empty: by their size"""
     streaming: bool = False
     """Documents are read one after another, only as many as are needed"""
     begin_blocks: bool = False
@@ -57,7 +57,7 @@ class TextData:
     whole_documents: bool = False
     """Whether documents stay whole where they are too few to give each split one"""
     turns: str = "all"
-    """Of conversations: 'all' answers count, or the 'last' alone"""
+    """Which answers of a conversation count: 'all', or the 'last' alone"""
     bad_rows: str = "skip"
     """Rows that cannot be used: 'skip' up to `max_bad_rows`, or 'stop'"""
     max_bad_rows: float = 0.01
@@ -79,11 +79,11 @@ class TextData:
 
     @property
     def field(self) -> str:
-        """Where a document stands in its row."""
+        """Name of the rows' field that holds a document."""
         return self.messages_field or self.text_field
 
     def names_of(self, split: str) -> tuple[str, ...]:
-        """What is read for a split."""
+        """Files, or the hub dataset's split, that a split is read from."""
         return self.own_splits.get(split, self.own_splits["train"])
 
     def parts_of(self, names: Sequence[str], key: str = "data") -> list[str]:
@@ -99,7 +99,7 @@ class TextData:
         return f"{self.dataset} ({part})" if self.source == "hub" else part
 
     def bad_row_counter(self) -> BadRows:
-        """A new count of what cannot be used, by the recipe's rules."""
+        """A new counter of bad rows, under the recipe's rules for them."""
         return BadRows(self.bad_rows, self.max_bad_rows, recipe=self.recipe)
 
     @property
@@ -155,7 +155,7 @@ def read_placed(
         documents = _placed_passages(data, split, names, elsewhere, bad, (key, train_key))
     else:
         placed = documents_of(data, names, bad, key=key)
-        documents = [one for one in placed if belongs(data, split, one[1], elsewhere)]
+        documents = [(place, text) for place, text in placed if belongs(data, split, text, elsewhere)]
     bad.require_few(data.places_of(names), key=key)
     if not documents:
         more = f", or data.{split} files of its own" if data.recipe else ""
@@ -182,7 +182,7 @@ def documents_of(
 def usable(
     data: TextData, place: Place, values: dict[str, Any], bad: BadRows | None, *, key: str = "data"
 ) -> Document | None:
-    """A row's document; None where there is none that can be used: it is counted."""
+    """A row's document; None where it cannot be used, which `bad` then counts."""
     document: Any = values.get(data.field)
     empty = isinstance(document, str) and not document.strip()
     if bad is not None:
@@ -201,8 +201,8 @@ def usable(
         reason = f"field '{field_name}' {reason}" if reason else ""
     if reason and bad is not None:
         bad.skip(place, reason, key=key)
-    found: Document | None = None if reason else document
-    return found
+    whole: Document | None = None if reason else document
+    return whole
 
 
 def unfit_text(value: Any) -> str:
@@ -220,12 +220,12 @@ def unfit_text(value: Any) -> str:
 
 def unfit_messages(value: Any) -> str:
     """Why a value is no conversation; '' if it is."""
-    wanted = "; expected a list of {role, content} messages"
+    expected = "; expected a list of {role, content} messages"
     if not isinstance(value, list) or not value:
-        return f"is {'null' if value is None else _shown(value)}{wanted}"
+        return f"is {'null' if value is None else _shown(value)}{expected}"
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"has no role in message {number}: {_shown(message)}{wanted}"
+            return f"has no role in message {number}: {_shown(message)}{expected}"
         reason = unfit_text(message.get("content"))
         if reason:
             remedy = '; write "" for an empty text' if message.get("content") is None else ""
@@ -254,8 +254,8 @@ def with_contents(value: Any) -> Any:
     ]
 
 
-def _shown(value: Any) -> str:
-    return str(value)[:80]
+def _shown(content: Any) -> str:
+    return str(content)[:80]
 
 
 def cuts_passages(data: TextData, key: str = "data.train") -> bool:
@@ -268,16 +268,16 @@ def cuts_passages(data: TextData, key: str = "data.train") -> bool:
         return False
     shares = {name: SPLIT_SHARE for name in missing}
     names = data.names_of("train")
-    wanted, none = {*missing, *(names if data.weights else ["train"])}, True
+    waiting, none = {*missing, *(names if data.weights else ["train"])}, True
     for name in names:
-        own = name if data.weights else "train"
+        source = name if data.weights else "train"
         for _, document in documents_of(data, [name], key=key):
             none = False
             split = split_of_text(opening(document), shares=shares)
-            wanted.discard(own if split == "train" else split)
-            if not wanted:
+            waiting.discard(source if split == "train" else split)
+            if not waiting:
                 return False
-            if own not in wanted and not wanted & set(missing):
+            if source not in waiting and not waiting & set(missing):
                 break
     return not none
 
@@ -311,8 +311,12 @@ def _placed_passages(
 
 def kept_elsewhere(data: TextData, split: str) -> frozenset[str]:
     """Texts of files of later splits: what stands in two splits belongs to the one that needs it untouched more."""
-    own, above = data.own_splits, splits_above(data, split)
-    return frozenset(_as_text(one) for name in above for _, one in documents_of(data, own[name], key=f"data.{name}"))
+    split_files, above = data.own_splits, splits_above(data, split)
+    return frozenset(
+        _as_text(document)
+        for name in above
+        for _, document in documents_of(data, split_files[name], key=f"data.{name}")
+    )
 
 
 def splits_above(data: TextData, split: str) -> list[str]:
@@ -323,9 +327,9 @@ def splits_above(data: TextData, split: str) -> list[str]:
 
 def belongs(data: TextData, split: str, document: Any, elsewhere: frozenset[str]) -> bool:
     """Whether a document that stands where the split is read is the split's; `elsewhere` is `kept_elsewhere`."""
-    own, text = data.own_splits, _as_text(document)
-    if split == "train" or split not in own:
-        shares = {name: SPLIT_SHARE for name in SPLITS if name not in own}
+    split_files, text = data.own_splits, _as_text(document)
+    if split == "train" or split not in split_files:
+        shares = {name: SPLIT_SHARE for name in SPLITS if name not in split_files}
         if split_of_text(opening(document), shares=shares) != split:
             return False
     return text not in elsewhere
@@ -335,9 +339,12 @@ def opening(document: Document) -> str:
     """What decides the split: of a conversation all before its first answer; answers to one prompt stay together."""
     if isinstance(document, str):
         return document
-    said = [(one.get("role"), one.get("content")) if isinstance(one, dict) else (None, one) for one in document]
-    roles = [role for role, _ in said]
-    return json.dumps(said[: roles.index("assistant")] if "assistant" in roles[1:] else said)
+    turns = [
+        (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, message)
+        for message in document
+    ]
+    roles = [role for role, _ in turns]
+    return json.dumps(turns[: roles.index("assistant")] if "assistant" in roles[1:] else turns)
 
 
 def _as_text(document: Document) -> str:
@@ -352,8 +359,8 @@ def _stdlib(split: str) -> list[str]:
         by_split[split_of_module(path)].append(text)
     if split != "train":
         return by_split[split]
-    others = by_split["calibration"] + by_split["selection"] + by_split["heldout"] + frozen_heldout()
-    return [by_split["train"][index] for index in drop_near_copies(by_split["train"], others)]
+    references = by_split["calibration"] + by_split["selection"] + by_split["heldout"] + frozen_heldout()
+    return [by_split["train"][index] for index in drop_near_copies(by_split["train"], references)]
 
 
 def part_rows(
@@ -414,5 +421,5 @@ def _load_hub(data: TextData, split: str, **options: Any) -> Any:
     try:
         return load_dataset(data.dataset, data.dataset_config or None, split=split, revision=data.revision, **options)
     except Exception as error:  # network, missing dataset, missing split: all the user's to mend
-        told = f"data: {data.dataset}@{data.revision}, split {split}: cannot be loaded: {hub_cause(error)}"
-        raise UserError(told) from error
+        complaint = f"data: {data.dataset}@{data.revision}, split {split}: cannot be loaded: {hub_cause(error)}"
+        raise UserError(complaint) from error

@@ -53,19 +53,19 @@ def split_of_text(text: str, *, shares: dict[str, float]) -> str:
     return "train"
 
 
-def drop_near_copies(documents: list[str], others: list[str], *, threshold: float = 0.2) -> list[int]:
-    """Indices of `documents` to keep: those that share less than `threshold` of their text with `others`.
+def drop_near_copies(documents: list[str], references: list[str], *, threshold: float = 0.2) -> list[int]:
+    """Indices of `documents` to keep: those that share less than `threshold` of their text with `references`.
 
     Shared means: runs of four consecutive non-blank lines (or the whole text, if shorter) that also stand in
     one of `others`, as a fraction of the document's own runs.
     """
-    seen = {shingle for text in others for shingle in _shingles(text)}
-    kept = []
+    seen = {shingle for text in references for shingle in _shingles(text)}
+    places = []
     for index, text in enumerate(documents):
-        own = _shingles(text)
-        if sum(shingle in seen for shingle in own) < threshold * len(own):
-            kept.append(index)
-    return kept
+        shingles = _shingles(text)
+        if sum(shingle in seen for shingle in shingles) < threshold * len(shingles):
+            places.append(index)
+    return places
 
 
 def _shingles(text: str) -> list[int]:

@@ -93,7 +93,7 @@ def stream_blocks(
 
 
 def _append(builder: BlockBuilder, stream: Tensor) -> None:
-    """A stream [3, T] of whole documents, one after another."""
+    """Append the whole documents of a stream [3, T]."""
     rows = stream.numpy()
     starts = [*np.flatnonzero(rows[2] == 0).tolist(), rows.shape[1]]
     for start, end in pairwise(starts):
@@ -115,7 +115,7 @@ def _shard_path(folder: Path, split: str, number: int) -> Path:
 
 
 def _cursor(path: Path, folder: Path, split: str) -> dict[str, Any] | None:
-    """Where an earlier try was; None without one, or where what it left is not as it was written."""
+    """Where an earlier process stood; None without one, or where its files are not as it wrote them."""
     if not path.exists():
         return None
     try:
@@ -141,8 +141,8 @@ def _batches(
         start = cursor["reader"] if number == cursor["file"] else None
         for rows, reader in _read(data, parts[number], start, split):
             placed = ((place, usable(data, place, values, bad, key=f"data.{split}")) for place, values, _ in rows)
-            documents = [(place, one) for place, one in placed if one is not None]
-            yield [one for one in documents if belongs(data, split, one[1], elsewhere)], number, reader
+            documents = [(place, document) for place, document in placed if document is not None]
+            yield [pair for pair in documents if belongs(data, split, pair[1], elsewhere)], number, reader
 
 
 def _read(data: TextData, part: str, start: Any, split: str) -> Iterator[tuple[list[Row], Any]]:
@@ -167,7 +167,7 @@ def _read(data: TextData, part: str, start: Any, split: str) -> Iterator[tuple[l
 def _tokens(
     documents: list[Placed], data: TextData, tokenizer: Any, split: str, framing: Framing, bad: BadRows
 ) -> Tensor:
-    """int32 [3, T] of these documents."""
+    """The documents as a stream, int32 [3, T]; conversations that cannot be written are counted in `bad`."""
     contents: list[Any] = [document for _, document in documents]
     encodings = (
         chat_documents(
@@ -190,6 +190,6 @@ def _tokens(
 
 
 def _num_bytes(document: Document) -> int:
-    """UTF-8 bytes of what is said."""
-    said = document if isinstance(document, str) else "".join(message["content"] for message in document)
-    return len(said.encode())
+    """UTF-8 bytes of a text, or of the contents of a conversation's messages."""
+    text = document if isinstance(document, str) else "".join(message["content"] for message in document)
+    return len(text.encode())

@@ -10,7 +10,7 @@ _PIECES = {"ByteFallback", "Metaspace", "Replace"}
 
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """By id: the bytes that it adds to a text; of special tokens their own names; None where no token has the id.
+    """The bytes that each id adds to a text, by id; a special token's own name; None where no token has the id.
 
     Byte-level tokenizers (GPT-2's) and those that write a space as '▁' (SentencePiece's) are understood.
 
@@ -23,27 +23,27 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
         )
     kinds = _kinds(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
     special = {**tokenizer.get_added_vocab()}
-    found: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values(), default=-1) + 1)
+    by_id: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values(), default=-1) + 1)
     for token, number in tokenizer.get_vocab().items():
         if token in special:
-            found[number] = (token.replace("▁", " ") if kinds & _PIECES else token).encode()
+            by_id[number] = (token.replace("▁", " ") if kinds & _PIECES else token).encode()
         elif "ByteLevel" in kinds:
-            found[number] = _byte_level(token)
+            by_id[number] = _byte_level(token)
         elif kinds & _PIECES:
-            found[number] = _pieces(token)
+            by_id[number] = _pieces(token)
         else:
             raise UserError(
                 f"what text the tokens of a tokenizer with decoder {', '.join(sorted(kinds)) or 'none'} stand for "
                 "cannot be told; of byte-level and SentencePiece tokenizers it can"
             )
-    return found
+    return by_id
 
 
 def _kinds(decoder: Any) -> set[str]:
     if not isinstance(decoder, dict):
         return set()
     inner = decoder.get("decoders") or []
-    return {str(decoder.get("type"))}.union(*(_kinds(one) for one in inner))
+    return {str(decoder.get("type"))}.union(*(_kinds(part) for part in inner))
 
 
 def _pieces(token: str) -> bytes:

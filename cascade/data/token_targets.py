@@ -1,4 +1,4 @@
-"""What a teacher that is not here has said of each token: listed by an endpoint, or kept from when it was here.
+"""A teacher's outputs for each token without the teacher: listed by an endpoint, or cached by an earlier stage.
 
 Shapes: T = tokens, N = blocks, S = block size, P = places of a block that predict, K = ids at a place, at most,
 D = the teacher's hidden size, V = vocabulary.
@@ -17,19 +17,19 @@ from cascade.models.architecture.head import Head
 
 @dataclass(frozen=True)
 class ListedTargets:
-    """What a teacher that is not here says of each token; the mass that is not listed is somewhere else."""
+    """A teacher's probabilities of a few ids for each token; the rest of the mass is on ids that are not listed."""
 
     ids: Tensor
-    """Whole numbers [N, S, K], or [T, K], of the token that stands there, as labels are; -1: none."""
+    """Whole numbers [N, S, K], or [T, K], for the token at that place, as labels are; -1: none."""
     log_p: Tensor
     """float32, as many; -inf where there is no id."""
 
     def rows(self, rows: Tensor | slice) -> "ListedTargets":
-        """Of the blocks, or tokens, of these numbers."""
+        """The targets of blocks, or tokens, picked by their numbers."""
         return ListedTargets(self.ids[rows], self.log_p[rows])
 
     def within(self, vocab_size: int) -> "ListedTargets":
-        """Given that the id is below `vocab_size`: others are taken out, and p_i becomes p_i / (1 - their sum)."""
+        """Probabilities under the condition that the id is below `vocab_size`: p_i / (1 - mass of the other ids)."""
         beyond = self.ids >= vocab_size
         if not beyond.any():
             return self
@@ -50,13 +50,13 @@ class DrawnTargets:
     """float32 [N, P], or [T]: of all the teacher's probabilities, in nats."""
 
     def rows(self, rows: Tensor | slice) -> "DrawnTargets":
-        """Of the blocks, or tokens, of these numbers."""
+        """The targets of blocks, or tokens, picked by their numbers."""
         return DrawnTargets(self.ids[rows], self.shares[rows], self.entropy[rows])
 
 
 @dataclass(frozen=True)
 class HiddenTargets:
-    """What a teacher's head reads, from which all its logits follow."""
+    """A teacher's last hidden states, from which its head gives all logits."""
 
     hidden: Tensor
     """[N, P, D]"""
@@ -65,50 +65,50 @@ class HiddenTargets:
     """[N, P, D] each: what enters the layer of that number (the number of layers: what leaves the last)."""
 
     def rows(self, rows: Tensor | slice) -> "HiddenTargets":
-        """Of the blocks of these numbers."""
+        """The targets of blocks picked by their numbers."""
         points = {number: value[rows] for number, value in self.points.items()}
         return HiddenTargets(self.hidden[rows], self.head, points)
 
 
 @dataclass(frozen=True)
 class StoredTargets:
-    """Targets that are read where they are needed."""
+    """Targets on the disk, read for each batch."""
 
     numbers: Tensor
-    """int64 [N]: of the blocks, among all those that were labelled."""
+    """int64 [N]: numbers of the blocks among all those that were labelled."""
     read: Callable[[Tensor], "KnownTargets"]
 
     def rows(self, rows: Tensor | slice) -> "StoredTargets":
-        """Of the blocks of these numbers."""
+        """The targets of blocks picked by their numbers."""
         return StoredTargets(self.numbers[rows], self.read)
 
     def load(self) -> "KnownTargets":
-        """The targets themselves."""
+        """Read the targets of all blocks."""
         return self.read(self.numbers)
 
 
 KnownTargets = ListedTargets | DrawnTargets | HiddenTargets
 
 Listed = list[tuple[int, float]]
-"""Of one token: ids and their log-probabilities."""
+"""Ids of one token with their log-probabilities."""
 
 
 def as_tensors(listed: Sequence[Listed]) -> ListedTargets:
-    """Lists, one a token, as [T, K] tensors: a tenth of the lists' memory."""
-    width = max(1, max((len(one) for one in listed), default=0))
-    padded = [[*one, *[(-1, -math.inf)] * (width - len(one))] for one in listed]
-    ids = torch.tensor([[number for number, _ in one] for one in padded], dtype=torch.int32).view(-1, width)
-    return ListedTargets(ids, torch.tensor([[value for _, value in one] for one in padded]).view(-1, width))
+    """Lists of ids, one for each token, as [T, K] tensors, which take a tenth of the lists' memory."""
+    width = max(1, max((len(entries) for entries in listed), default=0))
+    padded = [[*entries, *[(-1, -math.inf)] * (width - len(entries))] for entries in listed]
+    ids = torch.tensor([[number for number, _ in entries] for entries in padded], dtype=torch.int32).view(-1, width)
+    return ListedTargets(ids, torch.tensor([[log_p for _, log_p in entries] for entries in padded]).view(-1, width))
 
 
 def as_targets(documents: Sequence[ListedTargets], index: Tensor) -> ListedTargets:
     """[T, K] of documents one after another, each with a K of its own, as blocks; `index` [N, S] is -1: nothing."""
-    width = max(one.ids.shape[1] for one in documents)
+    width = max(targets.ids.shape[1] for targets in documents)
 
     def joined(parts: list[Tensor], fill: float) -> Tensor:
         whole = torch.cat([pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
         return whole[index.clamp(min=0)].masked_fill((index < 0)[..., None], fill)
 
     return ListedTargets(
-        joined([one.ids for one in documents], -1), joined([one.log_p for one in documents], -math.inf)
+        joined([targets.ids for targets in documents], -1), joined([targets.log_p for targets in documents], -math.inf)
     )

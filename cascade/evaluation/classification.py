@@ -53,7 +53,7 @@ def class_metrics(
 
 @torch.no_grad()
 def class_logits(model: Any, examples: Examples, *, batch_size: int = 64) -> Tensor:
-    """float32 [N, C], on the CPU."""
+    """The model's logits, float32 [N, C], on the CPU."""
     device = next(model.parameters()).device
     return torch.cat([model(**part.inputs(device)).logits.float().cpu() for part in examples.split(batch_size)])
 

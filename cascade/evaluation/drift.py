@@ -13,16 +13,16 @@ from cascade.evaluation.token_scores import loss_and_entropy
 from cascade.models.architecture.head import head_of, last_hidden
 
 
-def unlikeness(known: Tensor, other: Tensor, vocab_size: int) -> dict[str, float]:
+def unlikeness(known: Tensor, text: Tensor, vocab_size: int) -> dict[str, float]:
     """Of ids [T], as many of both, for numbers to compare.
 
     `unigram_jsd`: Jensen-Shannon divergence of the tokens' frequencies, in nats (0 to 0.69); `new_trigrams`: share of
     the other's runs of three tokens that are not in the known text.
     """
-    p, q = (torch.bincount(ids, minlength=vocab_size).double() / len(ids) for ids in (known, other))
+    p, q = (torch.bincount(ids, minlength=vocab_size).double() / len(ids) for ids in (known, text))
     middle = (p + q) / 2
-    jsd = sum(torch.where(one > 0, one * (one / middle).log(), 0.0).sum() for one in (p, q)) / 2
-    seen, new = (_trigrams(ids, vocab_size) for ids in (known, other))
+    jsd = sum(torch.where(shares > 0, shares * (shares / middle).log(), 0.0).sum() for shares in (p, q)) / 2
+    seen, new = (_trigrams(ids, vocab_size) for ids in (known, text))
     return {"unigram_jsd": float(jsd), "new_trigrams": float((~torch.isin(new, seen)).double().mean())}
 
 
@@ -47,8 +47,10 @@ def uncertainty(model: nn.Module, blocks: TokenBlocks, *, batch_size: int = 8) -
 def lengths(documents: list[Any]) -> dict[str, float]:
     """Median and 90th percentile of the documents' letters; of a conversation all its messages' together."""
     counts = [
-        float(len(one) if isinstance(one, str) else sum(len(str(part.get("content", ""))) for part in one))
-        for one in documents
+        float(
+            len(document) if isinstance(document, str) else sum(len(str(part.get("content", ""))) for part in document)
+        )
+        for document in documents
     ]
     values = torch.tensor(counts, dtype=torch.float64)
     return {"median": float(values.quantile(0.5)), "p90": float(values.quantile(0.9))}

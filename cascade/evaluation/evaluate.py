@@ -19,7 +19,7 @@ from cascade.report.records import Metric
 from cascade.runtime.retry_smaller import in_parts_that_fit
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 32
-"""What speed is measured on: read, and written."""
+"""Tokens of the prompt, and of the text written after it, that speed is measured on."""
 _NO_TASKS = TaskOptions()
 
 
@@ -28,15 +28,15 @@ class Evaluation:
     """Numbers about one checkpoint."""
 
     metrics: list[Metric]
-    """Task 'heldout' first, then lm-eval's."""
+    """Metrics of task 'heldout', then those of lm-eval's tasks."""
     items: dict[str, list[float]]
     """'task/metric/filter' -> score of each item"""
     raw: dict[str, Any]
     """lm-eval's own result"""
     tail: dict[str, Any] | None
-    """By decile of the teacher's entropy, and by slice (`long_tail`); None without a teacher"""
+    """Losses by decile of the teacher's entropy and by slice (`long_tail`); None without a teacher"""
     failed: dict[str, str]
-    """Task -> why it could not be measured; the others were"""
+    """Task -> why it could not be measured"""
     speed: dict[str, float]
     """prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes; empty if not measured"""
     blocks: dict[str, Any] | None = None

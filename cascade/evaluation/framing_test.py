@@ -30,15 +30,15 @@ class FramingChoice:
 
     framing: Framing
     text_loss: dict[str, float]
-    """Of the same tokens of blocks that start inside a document: as they are (`documents`), behind the prefix
-    (`blocks`); empty where it was not asked for, or no block starts inside a document."""
+    """Losses of blocks that start inside a document: as they are (`documents`) and the same tokens behind the prefix
+    (`blocks`); empty where the recipe leaves no choice, or no block starts inside a document."""
     end_token_loss: float | None
-    """Of the end token behind documents; None where it was not asked for, or no document ends in the text."""
+    """Loss of the end token behind documents; None where the recipe leaves no choice, or no document ends."""
     guess_loss: float
-    """Of a guess among all tokens of the vocabulary."""
+    """Loss of a guess among all tokens of the vocabulary."""
 
     def record(self) -> dict[str, Any]:
-        """For framing.json, with the recipe's words."""
+        """The choice as framing.json has it, in the recipe's words."""
         return self.framing.record() | {
             "prefix": list(self.framing.prefix),
             "text_loss": self.text_loss,
@@ -68,7 +68,7 @@ def choose_framing(
         return FramingChoice(framing, {}, None, guess)
     end_loss = None
     if choose_end and framing.suffix:
-        blocks = _some(pack(replace(framing, begin_blocks=False)))
+        blocks = _sample(pack(replace(framing, begin_blocks=False)))
         behind = torch.isin(blocks.targets(), torch.tensor(framing.suffix))
         end_loss = _loss(model, blocks, behind, batch_size)
         if end_loss is not None and end_loss > guess:
@@ -91,7 +91,7 @@ def _prefix_losses(model: nn.Module, blocks: TokenBlocks, framing: Framing, batc
     prefix = torch.tensor(framing.prefix)
     count = len(prefix)
     begins = (blocks.input_ids[:, :count] == prefix).all(1)
-    inside = _some(blocks.rows((~begins).nonzero()[:, 0]))
+    inside = _sample(blocks.rows((~begins).nonzero()[:, 0]))
     if len(inside) == 0:
         return {}
     ids = torch.cat([prefix.expand(len(inside), count), inside.input_ids], 1)[:, : inside.block_size]
@@ -106,11 +106,11 @@ def _prefix_losses(model: nn.Module, blocks: TokenBlocks, framing: Framing, batc
     counted = (targets != IGNORE_INDEX) & ~torch.isin(targets, torch.tensor([*framing.prefix, *framing.suffix]))
     counted[:, :count] = False  # the first token has nothing before it in the other blocks
     plain = torch.cat([counted[:, count:], torch.zeros(len(inside), count, dtype=torch.bool)], 1)
-    found = {"documents": _loss(model, inside, plain, batch_size), "blocks": _loss(model, behind, counted, batch_size)}
-    return {name: loss for name, loss in found.items() if loss is not None}
+    losses = {"documents": _loss(model, inside, plain, batch_size), "blocks": _loss(model, behind, counted, batch_size)}
+    return {name: loss for name, loss in losses.items() if loss is not None}
 
 
-def _some(blocks: TokenBlocks) -> TokenBlocks:
+def _sample(blocks: TokenBlocks) -> TokenBlocks:
     return blocks.take(max(4, _TOKENS // blocks.block_size))
 
 

@@ -89,7 +89,7 @@ def production_documents(data: TextData, files: Sequence[str]) -> list[Any]:
 
 
 _CHAT_BLOCKS = 256
-"""Of chats, among which some block has to have an answer's tokens."""
+"""Blocks of chats that are read before a run; one of them has to hold tokens of an answer."""
 
 
 def require_heldout(data: TextData, production: Sequence[str], tokenizer: Any, *, block_size: int) -> None:
@@ -112,8 +112,10 @@ def heldout_documents(data: TextData) -> list[Any]:
 
 def production_data(data: TextData, files: Sequence[str]) -> TextData:
     """Where production text is read, whole, as a held-out split of its own."""
-    own = {"train": tuple(files), "heldout": tuple(files)}
-    return replace(data, source="files", files=own, hub_splits=None, weights=(), streaming=False, listed=False)
+    files_of_splits = {"train": tuple(files), "heldout": tuple(files)}
+    return replace(
+        data, source="files", files=files_of_splits, hub_splits=None, weights=(), streaming=False, listed=False
+    )
 
 
 def heldout_rows(data: LabelledData) -> list[Raw]:
@@ -127,7 +129,7 @@ def heldout_examples(read: Callable[[Heldout], Examples]) -> Examples:
 
 
 HELDOUT_FILE = "heldout.safetensors"
-"""In the folder of a stage that packs text for evaluations."""
+"""File of packed text in the folder of the stages heldout and production."""
 
 
 def save_heldout(text: TokenBlocks | Examples, folder: Path) -> None:
@@ -166,10 +168,10 @@ def heldout_metrics(
 
 
 class HeldoutReport(NamedTuple):
-    """What held-out text says of a model."""
+    """Results of one model on held-out text."""
 
     metrics: list[Metric]
-    """Of task 'heldout', with standard errors."""
+    """Metrics of task 'heldout', with standard errors."""
     items: dict[str, list[float]]
     """Scores of each item, of labelled examples."""
     tail: dict[str, Any] | None
@@ -186,7 +188,7 @@ def heldout_report(
     batch_size: int = 8,
     vocab_size: int | None = None,
 ) -> HeldoutReport:
-    """All that there is to say of a model on held-out text.
+    """Every figure of a model on held-out text.
 
     `block_metrics`, `class_metrics` of labelled examples, or `embedding_metrics` of an encoder without a head.
     """
@@ -251,7 +253,9 @@ def _block_report(
         counts.append(valid.double().sum(1))
     tokens, confidence_2N = torch.cat(counts), torch.cat(confidence, 1)
     sums = {name: torch.cat(values) for name, values in columns.items() if values}
-    loss, *others = [_metric(name, values, tokens, higher=name == "top1_agreement") for name, values in sums.items()]
+    loss, *comparisons = [
+        _metric(name, values, tokens, higher=name == "top1_agreement") for name, values in sums.items()
+    ]
     error = calibration_error(*confidence_2N)
     calibration = heldout_metric("calibration_error", error, None, confidence_2N.shape[1], higher=False)
     bits = [_bits_per_byte(loss, blocks.bytes_per_token)] if blocks.bytes_per_token else []
@@ -261,7 +265,7 @@ def _block_report(
         entropy, expert_loss, student_loss = torch.cat(difficulty, 1)
         names = [str(number) for number in range(len(blocks))]
         tail = long_tail(entropy, expert_loss, student_loss, numbers, names)
-    return HeldoutReport([loss, *bits, calibration, *others], {}, tail, block_sums(blocks, tokens, sums))
+    return HeldoutReport([loss, *bits, calibration, *comparisons], {}, tail, block_sums(blocks, tokens, sums))
 
 
 def _bits_per_byte(loss: Metric, bytes_per_token: float) -> Metric:
@@ -279,7 +283,7 @@ def block_sums(blocks: TokenBlocks, tokens: Tensor, sums: dict[str, Tensor]) -> 
     digest = hashlib.sha256()
     for part in (blocks.input_ids, blocks.labels):
         digest.update(part.long().contiguous().numpy().tobytes())
-    values = {name: one.cpu().tolist() for name, one in sums.items()}
+    values = {name: by_block.cpu().tolist() for name, by_block in sums.items()}
     return {"text": digest.hexdigest(), "tokens": tokens.long().cpu().tolist()} | values
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 PARTS = 10
 SLICES = 5
-"""The worst so many are told."""
+"""Slices that the tail names, those that lost most first."""
 
 _BINS = 15
 
@@ -46,7 +46,7 @@ def long_tail(
     worst = [place for place in lost.argsort(descending=True, stable=True).tolist() if counts[place]][:SLICES]
     keys = ("entropy", "teacher_loss", "loss", "count")
     return {
-        "deciles": [dict(zip(keys, one, strict=True)) for one in deciles],
+        "deciles": [dict(zip(keys, decile, strict=True)) for decile in deciles],
         "slices": [
             {"slice": names[place]} | dict(zip(keys, [*means[:, place].tolist(), int(counts[place])], strict=True))
             for place in worst

@@ -49,8 +49,8 @@ def write_reference(model: nn.Module, path: Path, *, folder: Path | None = None)
     # Packed weights compute in the dtype that they are stored with.
     loaded: Any = model if is_rounded(config) else model.float()
     with torch.inference_mode():
-        found = loaded(**{name: value.to(device) for name, value in inputs.items()})
-        logits: Tensor = found.last_hidden_state if is_body(config) else found.logits
+        output = loaded(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        logits: Tensor = output.last_hidden_state if is_body(config) else output.logits
         tensors = inputs | {"logits": logits.float().cpu().contiguous()}
         if folder is not None and _continues(loaded, inputs):
             generation_config = GenerationConfig.from_pretrained(folder)
@@ -61,7 +61,7 @@ def write_reference(model: nn.Module, path: Path, *, folder: Path | None = None)
 
 
 def _continues(model: Any, inputs: dict[str, Tensor]) -> bool:
-    """Whether it is a model that writes, with room left behind the fixed ids."""
+    """Whether the model generates text and has room for a continuation behind the fixed ids."""
     if "input_ids" not in inputs or not model.can_generate():
         return False
     context = usable_context(model.config)
@@ -95,8 +95,8 @@ def check_reload(
         status, answer = _ask({"folder": str(folder.resolve()), **paths}), Path(paths["answer"])
         if status != 0 or not answer.is_file():
             errors = Path(paths["errors"])
-            said = errors.read_text(encoding="utf-8")[-3000:] if errors.exists() else ""
-            raise ReloadError(f"{folder} does not load in a fresh process (exit status {status}):\n{said}")
+            error_text = errors.read_text(encoding="utf-8")[-3000:] if errors.exists() else ""
+            raise ReloadError(f"{folder} does not load in a fresh process (exit status {status}):\n{error_text}")
         measured: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     difference = measured.get("reload_difference", 0.0)
     if not difference <= RELOAD_TOLERANCE:
@@ -113,7 +113,9 @@ def check_reload(
 def _require_continuation(folder: Path, tensors: dict[str, Tensor], continued: list[int]) -> None:
     expected, margins = tensors["generated"].tolist(), tensors["margins"].tolist()
     pairs = zip(expected, continued, margins, strict=False)
-    different = next((place for place, (one, other, _) in enumerate(pairs) if one != other), None)
+    different = next(
+        (place for place, (token, continued_token, _) in enumerate(pairs) if token != continued_token), None
+    )
     if different is None and len(expected) != len(continued):
         different = min(len(expected), len(continued))
     # Two tokens as likely as each other can change places by rounding.
@@ -131,16 +133,16 @@ def require_same_text(expected: dict[str, Any], facts: dict[str, Any], place: st
         ReloadError: with the first text or setting that differs.
     """
     for name, value in expected.items():
-        other = facts.get(name)
-        if value == other:
+        fact = facts.get(name)
+        if value == fact:
             continue
-        shown = f"{value!r} / {other!r}"
-        if isinstance(value, dict) and isinstance(other, dict):
-            keys = [key for key in value if value[key] != other.get(key)]
-            shown = f"{len(keys)} of {len(value)}, such as {keys[0]!r}: {value[keys[0]]} / {other.get(keys[0])}"
+        difference = f"{value!r} / {fact!r}"
+        if isinstance(value, dict) and isinstance(fact, dict):
+            keys = [key for key in value if value[key] != fact.get(key)]
+            difference = f"{len(keys)} of {len(value)}, such as {keys[0]!r}: {value[keys[0]]} / {fact.get(keys[0])}"
         raise ReloadError(
             f"{place}: the tokenizer that transformers makes of its files is not the one it was trained with: "
-            f"{name} (trained / read): {shown[:400]}"
+            f"{name} (trained / read): {difference[:400]}"
         )
 
 
@@ -166,7 +168,7 @@ def start_fresh_process() -> subprocess.Popen[str]:
 
 
 def _ask(request: dict[str, str]) -> int:
-    """Exit status of what the process did.
+    """Send a request to the fresh process and return its exit status.
 
     Raises:
         ReloadError: it ended itself.

@@ -39,7 +39,7 @@ _AUTO: dict[str, Any] = {
 
 
 WRITTEN_TOKENS = 8
-"""Of the greedy continuation that is compared."""
+"""Tokens of the greedy continuation that the reload gate compares."""
 
 _TEXTS = (
     "",
@@ -69,7 +69,7 @@ _CHAT = (
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """All by which two tokenizers can write the same text differently, in JSON's own types, to be compared."""
+    """Ids, special tokens, padding and chats of a tokenizer as a JSON value: equal for tokenizers that agree."""
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
     return {
         "ids": {text: _list(tokenizer(text, verbose=False)["input_ids"]) for text in _TEXTS},
@@ -97,22 +97,22 @@ def _decoded(tokenizer: Any, text: str) -> str:
 
 
 def _rendered(tokenizer: Any) -> list[str]:
-    """The template's conversation, opened for an answer and not; what it says where it refuses."""
+    """A conversation as the chat template writes it, opened for an answer and not; its refusal where it refuses."""
     if not tokenizer.chat_template:
         return []
-    found = []
+    texts = []
     for opened in (True, False):
         try:
             text = tokenizer.apply_chat_template(list(_CHAT), tokenize=False, add_generation_prompt=opened)
         except Exception as error:  # a template's own word, compared like any other
             text = f"refused: {error}"
-        found.append(str(text))
-    return found
+        texts.append(str(text))
+    return texts
 
 
 def written(model: Any, input_ids: Tensor, generation_config: GenerationConfig) -> tuple[Tensor, Tensor]:
     """(greedy continuation [N], how far each token's logit is above the next, relative to the largest logit [N])."""
-    found = model.generate(
+    generation = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=generation_config,
@@ -122,14 +122,14 @@ def written(model: Any, input_ids: Tensor, generation_config: GenerationConfig) 
         output_logits=True,
         return_dict_in_generate=True,
     )
-    logits = torch.cat(found.logits).float()
+    logits = torch.cat(generation.logits).float()
     best = logits.topk(2).values
     scale = logits.abs().masked_fill(~logits.isfinite(), 0).amax(-1).clamp_min(1e-30)
-    return found.sequences[0, input_ids.shape[1] :].cpu(), ((best[:, 0] - best[:, 1]) / scale).cpu()
+    return generation.sequences[0, input_ids.shape[1] :].cpu(), ((best[:, 0] - best[:, 1]) / scale).cpu()
 
 
 def measure(folder: str, request: str, answer: str) -> None:
-    """Load, compare with the request's logits where there are any, time; write what was found."""
+    """Load a checkpoint, run it on the request's inputs, time it, and write the figures to `answer`."""
     tensors = load_file(request)
     prompt_tokens, new_tokens, threads = (int(number) for number in tensors["sizes"][:3])
     torch.set_num_threads(threads)
@@ -143,8 +143,8 @@ def measure(folder: str, request: str, answer: str) -> None:
             result["generated"] = continued.tolist()
         if "logits" in tensors:
             inputs = {name: tensors[name] for name in ("input_ids", "pixel_values") if name in tensors}
-            found = model(**inputs)
-            logits = found.logits if hasattr(found, "logits") else found.last_hidden_state
+            output = model(**inputs)
+            logits = output.logits if hasattr(output, "logits") else output.last_hidden_state
             result["reload_difference"] = float(
                 (logits - tensors["logits"]).abs().max() / tensors["logits"].abs().max()
             )
@@ -161,7 +161,7 @@ def measure(folder: str, request: str, answer: str) -> None:
 
 
 def _load(folder: str) -> Any:
-    """As its users will: by the Auto class of its kind."""
+    """The model, loaded by the Auto class of its kind as users load it."""
     config = AutoConfig.from_pretrained(folder)
     kind = (config.architectures or [""])[0]
     if type(config) in MODEL_MAPPING and kind == getattr(MODEL_MAPPING[type(config)], "__name__", ""):
@@ -174,7 +174,7 @@ def _load(folder: str) -> Any:
 
 
 def _peak_memory_bytes() -> int:
-    """This process's peak. On Linux not from getrusage, which starts a child at its parent's own peak."""
+    """Peak memory of this process. On Linux getrusage would start a child at its parent's peak, so it is not used."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
@@ -202,12 +202,12 @@ def _median_seconds(action: Callable[[], Any], *, rounds: int = 3) -> float:
     return statistics.median(times)
 
 
-def _attempt(asked: dict[str, str]) -> int:
-    """Exit status of one request; what went wrong goes into its file of errors."""
-    with Path(asked["errors"]).open("w", encoding="utf-8") as errors:
+def _attempt(request: dict[str, str]) -> int:
+    """Exit status of one request: 0, or 1 with the traceback in the request's file of errors."""
+    with Path(request["errors"]).open("w", encoding="utf-8") as errors:
         sys.stderr = errors
         try:
-            measure(asked["folder"], asked["request"], asked["answer"])
+            measure(request["folder"], request["request"], request["answer"])
         except BaseException:
             traceback.print_exc(file=errors)
             return 1
@@ -216,13 +216,13 @@ def _attempt(asked: dict[str, str]) -> int:
 
 def _serve() -> None:
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         if not hasattr(os, "fork"):  # then this process is good for one checkpoint
-            print(json.dumps({"status": _attempt(asked)}), flush=True)
+            print(json.dumps({"status": _attempt(request)}), flush=True)
             return
         child = os.fork()
         if child == 0:
-            os._exit(_attempt(asked))
+            os._exit(_attempt(request))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(json.dumps({"status": status}), flush=True)
 

@@ -16,7 +16,7 @@ from cascade.evaluation.metric import heldout_metric
 from cascade.report.records import Metric
 
 _MOST_COMPARED = 2000
-"""Texts whose similarities to each other are compared."""
+"""Most texts whose similarities to each other are compared."""
 
 
 @torch.no_grad()
@@ -30,13 +30,13 @@ def embedding_metrics(
     """
     if teacher is None:
         return []
-    ours, theirs = (_embeddings(one, examples, batch_size) for one in (model, teacher))
+    ours, theirs = (_embeddings(encoder, examples, batch_size) for encoder in (model, teacher))
     distance = 1 - cosine_similarity(ours, theirs, dim=-1)
     places = torch.arange(min(len(ours), _MOST_COMPARED)) * len(ours) // min(len(ours), _MOST_COMPARED)
-    similar = [normalize(one[places], dim=-1) @ normalize(one[places], dim=-1).T for one in (ours, theirs)]
+    similar = [normalize(vectors[places], dim=-1) @ normalize(vectors[places], dim=-1).T for vectors in (ours, theirs)]
     pairs = torch.triu_indices(len(places), len(places), 1)
-    correlation = float(torch.corrcoef(torch.stack([one[*pairs] for one in similar]))[0, 1])
-    nearest = [one.fill_diagonal_(-torch.inf).argmax(1) for one in similar]
+    correlation = float(torch.corrcoef(torch.stack([matrix[*pairs] for matrix in similar]))[0, 1])
+    nearest = [matrix.fill_diagonal_(-torch.inf).argmax(1) for matrix in similar]
     same = (nearest[0] == nearest[1]).double()
     return [
         _mean("cosine_distance", distance, higher=False),
@@ -46,7 +46,7 @@ def embedding_metrics(
 
 
 def _embeddings(model: Any, examples: Examples, batch_size: int) -> Tensor:
-    """float64 [N, D], on the CPU."""
+    """Sentence embeddings, float64 [N, D], on the CPU."""
     device = next(model.parameters()).device
     return torch.cat([embed(model, part.inputs(device)).double().cpu() for part in examples.split(batch_size)])
 

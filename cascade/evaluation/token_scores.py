@@ -31,13 +31,13 @@ class Comparison(NamedTuple):
     agrees: Tensor
     """float32 [N]: 1 where both models' likeliest token is the same."""
     teacher_entropy: Tensor
-    """float32 [N], nats."""
+    """float32 [N], nats: entropy of the teacher's probabilities."""
     teacher_loss: Tensor
     """float32 [N], nats: the teacher's own cross-entropy, over all of its rows."""
 
 
 class TokenScores(NamedTuple):
-    """What there is to say of N tokens."""
+    """Scores of N tokens."""
 
     loss: Tensor
     """float32 [N]: cross-entropy in nats, over all of the model's rows."""

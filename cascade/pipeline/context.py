@@ -34,11 +34,11 @@ class Run:
     parent_evaluation: Made | None = None
     """The parent's own evaluation; None until it is made."""
     cache: TeacherCache | None = None
-    """The teacher's targets that are kept; None where the teacher is asked each time."""
+    """Cache of the teacher's targets; None where the teacher runs beside each training."""
     vocab_size: int | None = None
     """Ids, from 0 on, that the member at hand is compared with the parent over; None: all rows."""
     teachers: list[nn.Module] = field(default_factory=list, repr=False)
-    """The parent's model, once it has been needed."""
+    """The parent's model as a list of one, empty until a stage needs it."""
 
     @property
     def folder(self) -> Path:
@@ -63,15 +63,15 @@ class Run:
         return replace(self, cache=cache, vocab_size=member.vocab_size)
 
     def comparison_settings(self) -> dict[str, int]:
-        """What results depend on where models are compared with the teacher over some ids alone."""
+        """The ids of the comparison with the teacher, for stage keys; empty where it is over all rows."""
         return {} if self.vocab_size is None else {"vocab_size": self.vocab_size}
 
     def target_settings(self) -> dict[str, Any]:
-        """What a training's result depends on of kept targets; empty where the teacher is asked each time."""
+        """How cached targets were made, for stage keys; empty where the teacher runs beside each training."""
         return {"targets": self.cache.settings()} if self.cache else {}
 
     def evaluation_inputs(self) -> dict[str, Input]:
-        """What an evaluation reads besides the checkpoint; of the parent's own evaluation what there is by then."""
+        """Inputs of an evaluation besides the checkpoint; the parent's own evaluation has fewer."""
         inputs: dict[str, Input] = {"source": self.source, "parent": self.parent, "tasks": self.tasks}
         if self.production:
             inputs["production"] = self.production

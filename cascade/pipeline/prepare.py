@@ -33,7 +33,7 @@ def make_parent(runner: StageRunner, recipe: Recipe) -> ModelSource:
 
 
 def prepare(runner: StageRunner, recipe: Recipe, parent: ModelSource) -> Run:
-    """What all members of a run read, but for the parent's evaluation: above all the packed text."""
+    """The run with its packed text, before the parent's evaluation is made."""
     model, source = Checkpoint(parent, fingerprint(parent)), data_fingerprint(recipe.data)
     return Run(
         recipe=recipe,

@@ -223,17 +223,17 @@ def _last_parts(value: Any) -> Any:
 
 def _sandboxed(environment: Any) -> Any:
     """lm-eval's templates as templates: a task file's Jinja cannot reach Python's insides."""
-    own = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    own.filters.update(environment.filters)
-    return own
+    sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(environment.filters)
+    return sandbox
 
 
 def _local_task(path: Path) -> Task:
     import lm_eval.api.metrics  # noqa: F401
     from lm_eval.api.registry import metric_registry
 
-    found = read_task(path, sorted(metric_registry))
-    return found if isinstance(found, CodeTask) else _with_places(found, path)
+    task = read_task(path, sorted(metric_registry))
+    return task if isinstance(task, CodeTask) else _with_places(task, path)
 
 
 def _with_places(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -266,9 +266,9 @@ def _absolute(value: Any, path: Path) -> Any:
 def measured_names(tasks: Sequence[Task]) -> set[str] | None:
     """'task/metric', with '/filter' where it has a name, of all that these tasks report; None where one hides that."""
     configs = _configs(tasks)
-    if any("class" in one for one in configs) or any(isinstance(task, CodeTask) for task in tasks):
+    if any("class" in config for config in configs) or any(isinstance(task, CodeTask) for task in tasks):
         return None
-    return {f"{one.get('group') or one.get('task')}/{name}" for one in configs for name in _metrics_of(one)}
+    return {f"{config.get('group') or config.get('task')}/{name}" for config in configs for name in _metrics_of(config)}
 
 
 def require_datasets(tasks: Sequence[Task]) -> None:
@@ -281,57 +281,57 @@ def require_datasets(tasks: Sequence[Task]) -> None:
 
     if not config.HF_HUB_OFFLINE:
         return
-    asked: set[tuple[str, str]] = set()
-    for one in _configs(tasks):
-        path, name = str(one.get("dataset_path") or ""), str(one.get("dataset_name") or "")
-        if not path or path in DATA_BUILDERS or (path, name) in asked:
+    datasets: set[tuple[str, str]] = set()
+    for task in _configs(tasks):
+        path, name = str(task.get("dataset_path") or ""), str(task.get("dataset_name") or "")
+        if not path or path in DATA_BUILDERS or (path, name) in datasets:
             continue
-        asked.add((path, name))
+        datasets.add((path, name))
         try:
             with _quiet():
-                load_dataset_builder(path, name or None, revision=(one.get("dataset_kwargs") or {}).get("revision"))
+                load_dataset_builder(path, name or None, revision=(task.get("dataset_kwargs") or {}).get("revision"))
         except RunError as error:
             raise UserError(
-                f"evaluate.tasks: {one.get('task')}: its dataset {path} {name} is not on this machine, and the hub is "
+                f"evaluate.tasks: {task.get('task')}: its dataset {path} {name} is not on this machine, and the hub is "
                 "not asked (HF_HUB_OFFLINE is set); fetch it once where there is a network, or leave the task out"
             ) from error
 
 
 def _configs(tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """The tasks' settings, groups with their own and those of all tasks in them; of tasks with code nothing."""
-    found = [task for task in tasks if isinstance(task, dict)]
+    configs = [task for task in tasks if isinstance(task, dict)]
     names = [task for task in tasks if isinstance(task, str)]
     index = builtin_tasks().task_index if names else {}
     for name in names:  # grows while it is read
         entry = index[name]
         if entry.cfg is None:  # a tag
-            names += sorted(other for other, one in index.items() if name in one.tags and other not in names)
+            names += sorted(tagged for tagged, child in index.items() if name in child.tags and tagged not in names)
             continue
         config: dict[str, Any] = {"task": name} | dict(entry.cfg)
-        found.append(config)
+        configs.append(config)
         inside = config.get("task") if "group" in config else None
         children = inside if isinstance(inside, list) else []
-        found += [one for one in children if isinstance(one, dict) and "dataset_path" in one]
-        names += [one for one in children if isinstance(one, str) and one in index and one not in names]
-    return found
+        configs += [child for child in children if isinstance(child, dict) and "dataset_path" in child]
+        names += [child for child in children if isinstance(child, str) and child in index and child not in names]
+    return configs
 
 
 def _metrics_of(config: dict[str, Any]) -> list[str]:
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
     group = "group" in config
-    asked = config.get("aggregate_metric_list" if group else "metric_list")
-    if asked is None:
-        asked = [] if group else DEFAULT_METRIC_REGISTRY.get(config.get("output_type") or "generate_until", [])
-    listed = asked if isinstance(asked, list) else [asked]
-    found = []
-    for one in listed:
-        name = one.get("metric") if isinstance(one, dict) else one
-        filters = one.get("filter_list") if group and isinstance(one, dict) else config.get("filter_list")
+    metrics = config.get("aggregate_metric_list" if group else "metric_list")
+    if metrics is None:
+        metrics = [] if group else DEFAULT_METRIC_REGISTRY.get(config.get("output_type") or "generate_until", [])
+    listed = metrics if isinstance(metrics, list) else [metrics]
+    full_names = []
+    for metric in listed:
+        name = metric.get("metric") if isinstance(metric, dict) else metric
+        filters = metric.get("filter_list") if group and isinstance(metric, dict) else config.get("filter_list")
         names = [filters] if isinstance(filters, str) else filters or ["none"]
-        names = [str(own.get("name")) if isinstance(own, dict) else str(own) for own in names]
-        found += [f"{name}" if own == "none" else f"{name}/{own}" for own in names]
-    return found
+        names = [str(entry.get("name")) if isinstance(entry, dict) else str(entry) for entry in names]
+        full_names += [f"{name}" if entry == "none" else f"{name}/{entry}" for entry in names]
+    return full_names
 
 
 @lru_cache(maxsize=1)

@@ -111,11 +111,13 @@ def complete_line_items(documents: list[tuple[str, str]], draw: random.Random) -
 def _faults(line: str, context: str, draw: random.Random) -> Iterator[tuple[str, str]]:
     """(kind of fault, faulty line) for each fault that the line allows."""
     names = [match for match in _IDENTIFIER.finditer(line) if not _is_keyword(match[0])]
-    others = sorted({name for name in _IDENTIFIER.findall(context) if not _is_keyword(name)} - {m[0] for m in names})
+    replacements = sorted(
+        {name for name in _IDENTIFIER.findall(context) if not _is_keyword(name)} - {m[0] for m in names}
+    )
     in_scope = [match for match in names if re.search(rf"\b{match[0]}\b", context)]
-    if in_scope and others:
+    if in_scope and replacements:
         match = draw.choice(in_scope)
-        yield "wrong name", line[: match.start()] + draw.choice(others) + line[match.end() :]
+        yield "wrong name", line[: match.start()] + draw.choice(replacements) + line[match.end() :]
     operators = [operator for operator in _OPERATORS if operator in line]
     if operators:
         operator = draw.choice(operators)

@@ -46,8 +46,8 @@ class CodeTask:
     def digest(self) -> str:
         """sha256 of the file and of all that lies beside and below it: code, and the data that it reads."""
         digest = hashlib.sha256()
-        others = [path for path in self.path.parent.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-        for path in [self.path, *sorted(others)]:
+        paths = [path for path in self.path.parent.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        for path in [self.path, *sorted(paths)]:
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
@@ -90,15 +90,17 @@ def _reason(config: dict[str, Any], metrics: Sequence[str]) -> str:
     unknown = sorted(str(name) for name in config.keys() - _KEYS)
     if unknown:
         return f"has the key {unknown[0]!r}, which is none of a task that is data alone ({', '.join(sorted(_KEYS))})"
-    asked = config.get("metric_list") or []
-    for one in asked if isinstance(asked, list) else [asked]:
-        name = one.get("metric") if isinstance(one, dict) else one
-        if name not in metrics or (isinstance(one, dict) and one.get("hf_evaluate")):
+    listed = config.get("metric_list") or []
+    for metric in listed if isinstance(listed, list) else [listed]:
+        name = metric.get("metric") if isinstance(metric, dict) else metric
+        if name not in metrics or (isinstance(metric, dict) and metric.get("hf_evaluate")):
             return f"names the metric {name!r}, which is not one of lm-eval's own ({', '.join(metrics)})"
     arguments = config.get("dataset_kwargs") or {}
-    others = sorted(str(name) for name in arguments.keys() - _DATASET_KEYS) if isinstance(arguments, dict) else ["?"]
-    if others:
-        return f"has dataset_kwargs: {others[0]!r} (known: {', '.join(sorted(_DATASET_KEYS))})"
+    unknown_arguments = (
+        sorted(str(name) for name in arguments.keys() - _DATASET_KEYS) if isinstance(arguments, dict) else ["?"]
+    )
+    if unknown_arguments:
+        return f"has dataset_kwargs: {unknown_arguments[0]!r} (known: {', '.join(sorted(_DATASET_KEYS))})"
     path = config.get("dataset_path")
     if path is None or path in DATA_BUILDERS:
         return ""
@@ -117,14 +119,14 @@ def measure_apart(task: CodeTask, request: dict[str, Any]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        asked = request | {"path": str(task.path), "answer": str(answer)}
+        whole_request = request | {"path": str(task.path), "answer": str(answer)}
         done = subprocess.run(
             [sys.executable, "-m", "cascade.evaluation.tasks_lm_eval.task_process"],
-            input=json.dumps(asked), text=True, encoding="utf-8",
+            input=json.dumps(whole_request), text=True, encoding="utf-8",
             errors="replace",
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=without_secrets(dict(os.environ)),
         )  # fmt: skip
         if done.returncode or not answer.is_file():
             raise RunError(f"{task.path}: its process ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return found
+        result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return result

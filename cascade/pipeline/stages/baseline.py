@@ -43,7 +43,7 @@ class Baseline:
     row: Row
     evaluation: Made
     training: Training | None
-    """None where it is the member's own cut."""
+    """None of the member's own cut or repaired model, which are not trained."""
 
 
 def baseline_kinds(recipe: Recipe, start: Start) -> list[str]:

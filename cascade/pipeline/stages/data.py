@@ -44,7 +44,7 @@ _PACKING = {
     "block_size",
     "max_tokens",
 }
-"""Keys of data that the packed text depends on, besides those that have a say in some tasks alone."""
+"""Keys of data that packed text always depends on; `pack_text` adds those of some tasks."""
 
 
 def pack_text(runner: StageRunner, recipe: Recipe, parent: Checkpoint, source: str) -> Made:
@@ -71,7 +71,7 @@ def pack_text(runner: StageRunner, recipe: Recipe, parent: Checkpoint, source: s
 
 
 def _classifying(recipe: Recipe) -> dict[str, Any]:
-    """What a classifier's examples depend on besides their files."""
+    """Settings that a classifier's examples depend on besides their files."""
     rest = "rest" in recipe.data.unlabelled
     return recipe.data.model_dump(include=CLASSIFYING) | {"task": recipe.task, "rest": rest}
 
@@ -129,7 +129,7 @@ def load_calibration(run: Run, num_blocks: int) -> TokenBlocks:
 
 
 def selection_size(recipe: Recipe) -> int:
-    """Blocks, or examples, that choices are made on."""
+    """Number of blocks, or examples, of the selection split that choices are made on."""
     if recipe.distill is None:
         raise ValueError("a recipe with members has a distill section")
     return recipe.distill.selection_examples if recipe.counts_examples else recipe.distill.selection_blocks

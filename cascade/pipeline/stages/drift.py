@@ -26,7 +26,7 @@ from cascade.runtime.progress import OnStep
 from cascade.store.strict_json import write_json
 
 _TRAINING_BLOCKS = 2048
-"""Of the training text, for other texts to be compared with."""
+"""Blocks of training text that held-out and production text are compared with."""
 
 
 def make_drift(run: Run, folder: Path, on_step: OnStep) -> None:
@@ -38,7 +38,7 @@ def make_drift(run: Run, folder: Path, on_step: OnStep) -> None:
     texts = {"heldout": heldout, "production": production_text(run, parent)}
     # Of both texts as many tokens, or the longer would have more that is new; of the training text many more.
     count = min(len(blocks) for blocks in texts.values())
-    others = [block_ids(blocks.take(count)) for blocks in texts.values()]
+    samples = [block_ids(blocks.take(count)) for blocks in texts.values()]
     known = block_ids(train.take(max(count, _TRAINING_BLOCKS)))
     vocab_size = int(load_config(parent).get_text_config().vocab_size)
     source = text_data(recipe.data)
@@ -47,7 +47,7 @@ def make_drift(run: Run, folder: Path, on_step: OnStep) -> None:
         "production": production_documents(source, recipe.data.production),
     }
     record = {
-        "text": {kind: unlikeness(known, ids, vocab_size) for kind, ids in zip(texts, others, strict=True)},
+        "text": {kind: unlikeness(known, ids, vocab_size) for kind, ids in zip(texts, samples, strict=True)},
         "teacher": {kind: uncertainty(teacher, blocks) for kind, blocks in texts.items()},
         "letters": {kind: lengths(texts_of_kind) for kind, texts_of_kind in documents.items()},
     }

@@ -125,7 +125,7 @@ def evaluate_checkpoint(run: Run, stage: str, owner: str, output: Made, referenc
 
 
 def failures(failed: dict[str, str]) -> str:
-    """What could not be measured, and why."""
+    """One sentence a task that could not be measured, with the reason."""
     return "; ".join(f"{name} could not be measured: {why}" for name, why in failed.items())
 
 
@@ -163,7 +163,7 @@ def evaluate_parent(run: Run) -> Made:
 
 
 def write_beside(run_folder: Path, name: str, text: str) -> None:
-    """A file of the run directory that says what a stage did; without text there is none."""
+    """Write a file of the run directory, or remove it where there is no text for it."""
     path = run_folder / name
     if text == (path.read_text(encoding="utf-8") if path.exists() else ""):
         return

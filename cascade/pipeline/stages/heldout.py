@@ -47,8 +47,8 @@ def heldout_text(
     """
     recipe, config = run.recipe, load_config(checkpoint)
     settings, inputs = _read_with(recipe, checkpoint, config), {"source": run.source}
-    made = _packed(run, "heldout", checkpoint, settings, inputs)
-    heldout = _opened(made, bad)
+    packed = _packed(run, "heldout", checkpoint, settings, inputs)
+    heldout = _opened(packed, bad)
     if isinstance(heldout, TokenBlocks):
         return _as_task_reads(recipe, heldout, checkpoint, vocab_size, "the held-out text")
     if "input_ids" in heldout.tensors:
@@ -66,8 +66,8 @@ def production_text(
         UserError: as `heldout_text`.
     """
     settings = _read_with(run.recipe, checkpoint, load_config(checkpoint))
-    made = _packed(run, "production", checkpoint, settings, {"production": run.production})
-    blocks = _opened(made, bad)
+    packed = _packed(run, "production", checkpoint, settings, {"production": run.production})
+    blocks = _opened(packed, bad)
     if not isinstance(blocks, TokenBlocks):
         raise ValueError("production text is blocks of tokens")
     return _as_task_reads(run.recipe, blocks, checkpoint, vocab_size, "data.production")
@@ -119,10 +119,10 @@ def tokenizer_digest(checkpoint: ModelSource) -> str:
     return digest.hexdigest()
 
 
-def _opened(made: Made, bad: BadRows | None) -> TokenBlocks | Examples:
+def _opened(packed: Made, bad: BadRows | None) -> TokenBlocks | Examples:
     if bad is not None:
-        bad.restore(made.json(ROWS))
-    return open_heldout(made.folder)
+        bad.restore(packed.json(ROWS))
+    return open_heldout(packed.folder)
 
 
 def _as_task_reads(
