@@ -11,6 +11,7 @@ The file is one line of JSON and then a table with a row per window. Shapes: W =
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,12 +162,23 @@ def _first_line(index: Index, rows: bytes) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
+def read_at(path: Path, start: int, size: int) -> bytes:
+    """Bytes of a file from a position on, read without read-ahead; fewer where the file ends.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):  # or the system would read on behind them
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        return os.pread(file.fileno(), size, start)
+
+
 def _header_text(shard: Path) -> bytes:
-    with shard.open("rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER, shard.stat().st_size - 8):
-            raise UserError(f"{shard}: its header claims {length:,} bytes; it is damaged")
-        return file.read(length)
+    length = int.from_bytes(read_at(shard, 0, 8), "little")
+    if length > min(_MAX_HEADER, shard.stat().st_size - 8):
+        raise UserError(f"{shard}: its header claims {length:,} bytes; it is damaged")
+    return read_at(shard, 8, length)
 
 
 def _array(entry: Entry) -> NDArray[np.uint8]:

@@ -35,6 +35,7 @@ from cascade.teacher.targets.index import (
     index_bytes,
     index_of,
     index_path,
+    read_at,
     read_index,
 )
 
@@ -55,8 +56,7 @@ class _Shard:
         """The bytes of one record; fewer, or none, where the file no longer has them."""
         start, size = int(self.index.starts[number]), int(self.index.sizes[number])
         try:
-            with self.path.open("rb", buffering=0) as file:
-                return np.frombuffer(os.pread(file.fileno(), size, start), dtype=np.uint8)
+            return np.frombuffer(read_at(self.path, start, size), dtype=np.uint8)
         except OSError as error:
             logger.warning("%s: cannot be read: %s", self.path, error.strerror)
             return np.zeros(0, dtype=np.uint8)
