@@ -36,6 +36,55 @@ ARCHITECTURES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2C
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside this checkout")
 
 
+MAKERS = {"run_recipe", "run_experiment", "tiny_family", "zygote"}
+"""Functions and fixtures that make families."""
+
+FAMILY_FILES = {
+    "data/test_labels.py",
+    "evaluation/test_framing.py",
+    "evaluation/test_tail.py",
+    "models/test_padding.py",
+    "teacher/test_cache_run.py",
+    "teacher/test_generate.py",
+    "teacher/test_logprobs.py",
+}
+"""Files outside `pipeline` and `docs` whose fixtures and helpers make families."""
+
+SLOW_FILES = {
+    "distillation/test_distillation.py",
+    "distillation/test_embeddings.py",
+    "distillation/test_parallel.py",
+    "evaluation/test_evaluation.py",
+    "evaluation/test_task_files.py",
+    "models/test_architectures.py",
+    "models/test_older_readers.py",
+    "planning/test_flops_estimate.py",
+    "planning/test_memory_estimate.py",
+    "planning/test_vocabularies.py",
+    "pruning/test_offload.py",
+    "pruning/test_repair.py",
+    "pruning/test_stream.py",
+    "recipe/test_recipes.py",
+    "teacher/test_asked_again.py",
+    "teacher/test_cache.py",
+}
+"""Files that make no family, and are too slow for the group `unit` all the same."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Give each test the markers `unit`, `run` and `faults`, by its file, its fixtures and the functions that it calls."""
+    for test in items:
+        file = test.path.relative_to(ROOT / "tests").as_posix()
+        words = {*test.fixturenames, *test.function.__code__.co_names}
+        if file.startswith("faults/"):
+            test.add_marker("faults")
+        if file.startswith(("pipeline/", "docs/")) or file in FAMILY_FILES or words & MAKERS:
+            test.add_marker("run")
+        elif not file.startswith("faults/") and file not in SLOW_FILES and test.get_closest_marker("nightly") is None:
+            test.add_marker("unit")
+
+
 def make_config(architecture, *, tied=False, **changes):
     dims = {
         "vocab_size": 64,
