@@ -101,24 +101,13 @@ def test_F34_no_text_is_read_or_written_in_the_encoding_of_some_locale():
                 )
 
 
-LONG_FUNCTIONS = {
-    "data/prepare.py: prepare_blocks",
-    "distillation/losses/batch.py: batch_losses",
-    "pipeline/run.py: run_recipe",
-    "planning/family.py: _resolve",
-    "planning/preview.py: preview",
-    "planning/preview.py: preview_text",
-    "pruning/size/shape.py: _shapes_within",
-}
-"""Functions that are still longer than 60 lines. The list only gets shorter."""
-
 PRONOUNS = set(
     "given it item kept made one ones other others own found asked begun said shown thing told tried wanted".split()
 )
 """Words that name nothing: a variable is called after what it holds."""
 
-MOST_PRONOUNS = 526
-"""Variables and parameters that have such names. The number only falls."""
+MOST_PRONOUNS = 10
+"""Variables and parameters with such names that are left; the number only falls."""
 
 PATCHES = ("setattr", "setitem", "delattr", "delitem")
 
@@ -150,7 +139,7 @@ def test_functions_have_at_most_60_lines_and_files_500():
         assert path.read_text().count("\n") <= 500, path
         for node in functions(path):
             name = f"{path.relative_to(PACKAGE).as_posix()}: {node.name}"
-            assert node.end_lineno - node.lineno + 1 <= 60 or name in LONG_FUNCTIONS, name
+            assert node.end_lineno - node.lineno + 1 <= 60, name
 
 
 def test_variables_are_called_after_what_they_hold():
