@@ -22,6 +22,7 @@ from cascade.cli.options import (
     quiet_libraries,
 )
 from cascade.distillation.losses.divergences import DIVERGENCES
+from cascade.pruning.importance.table import HIDDEN_SCORES
 from cascade.runtime.errors import UserError
 from cascade.runtime.permissions import Permissions
 
@@ -60,7 +61,7 @@ class PruneOptions:
 @click.option(
     "--hidden",
     default="auto",
-    type=click.Choice(["auto", "activation_norm", "pca"]),
+    type=click.Choice(["auto", *HIDDEN_SCORES]),
     show_default=True,
     help="Importance score of hidden channels; pca rotates the stream first; auto: pca where it is legal and cheap.",
 )

@@ -15,6 +15,7 @@ from cascade.models.architecture.model_class import build_on_meta, guesses, is_c
 from cascade.models.architecture.padding import require_rows_apart, set_padding
 from cascade.models.architecture.positions import require_context
 from cascade.models.architecture.sized import Sized
+from cascade.models.checkpoint.formats import FORMATS
 from cascade.models.checkpoint.load import load_config, load_tokenizer, resolve_model
 from cascade.models.checkpoint.quantised import GROUPS, group_size, is_rounded, require_torchao
 from cascade.models.checkpoint.sentence_files import require_mean_pooling
@@ -171,4 +172,4 @@ def _require_roundable(recipe: Recipe, configs: dict[str, Any]) -> None:
     for entry in recipe.finish:
         for name in entry.members or configs:
             model = build_on_meta(configs[name])
-            group_size(model, least=None if entry.quantise == "int8" else GROUPS[-1], place=f"finish: {name}")
+            group_size(model, least=GROUPS[-1] if FORMATS[entry.quantise].grouped else None, place=f"finish: {name}")

@@ -1,16 +1,17 @@
 """One entry of `finish`: a stage that runs on a copy of a finished member."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from cascade.recipe.section import Names, PositiveFloat, PositiveInt, Section
+from cascade.models.checkpoint.formats import FORMATS
+from cascade.recipe.section import Names, OneOf, PositiveFloat, PositiveInt, Section
 
 
 class Finish(Section):
     """A copy of finished models with fewer bits per weight, as a row of its own in the results."""
 
-    quantise: Literal["int8", "int4"]
+    quantise: Annotated[str, OneOf(*FORMATS)]
     """`int8`: one scale per row of a linear layer's weight; `int4`: one scale per run of up to 128 columns, stored at
     one byte per weight, because packed layouts need GPU packages. Embeddings and head stay as they are. Needs
     torchao."""

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cascade.recipe.section import PositiveInt, Section
+from cascade.pruning.importance.table import HEAD_SCORES, HIDDEN_SCORES, LAYER_SCORES, NEURON_SCORES
+from cascade.recipe.section import OneOf, PositiveInt, Section
 
 
 class Repair(Section):
@@ -34,18 +35,16 @@ class Search(Section):
 class Prune(Section):
     """How a member is cut from the model that its `seed` names."""
 
-    layers: Literal[
-        "block_influence", "norm_ratio", "removal_loss", "removal_logits", "contiguous_angle", "contiguous_loss"
-    ] = "block_influence"
+    layers: Annotated[str, OneOf(*LAYER_SCORES)] = "block_influence"
     """Importance score of layers. `block_influence`: 1 - cosine similarity of a layer's input and output; `norm_ratio`:
     norm of its output over norm of its input; `removal_loss`, `removal_logits`: the loss, or the change of the logits,
     without the layer; `contiguous_angle`, `contiguous_loss`: the run of adjacent layers whose removal turns the stream,
     or raises the loss, least. Scores by removal take forward passes for every layer."""
-    heads: Literal["activation_norm", "contribution"] = "activation_norm"
+    heads: Annotated[str, OneOf(*HEAD_SCORES)] = "activation_norm"
     """Importance score of query heads, inside each key/value group."""
-    neurons: Literal["activation_norm", "contribution", "taylor", "hessian"] = "activation_norm"
+    neurons: Annotated[str, OneOf(*NEURON_SCORES)] = "activation_norm"
     """Importance score of MLP neurons, inside each layer. `taylor` and `hessian` need gradients."""
-    hidden: Literal["auto", "activation_norm", "pca"] = "auto"
+    hidden: Annotated[str, OneOf("auto", *HIDDEN_SCORES)] = "auto"
     """Importance score of hidden channels. `pca` rotates the stream to its principal axes first, and unties the
     embeddings; `auto`: members with a bound in their target are cut both ways, repaired and recovered on a twentieth of
     their tokens, and the one nearer to the parent on selection text is taken; with explicit dims, `pca` where the norms

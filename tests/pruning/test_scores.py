@@ -19,15 +19,12 @@ from cascade.pruning.importance.layers import (
     skipped,
 )
 from cascade.pruning.importance.scores import (
-    HEAD_SCORES,
-    HIDDEN_SCORES,
-    LAYER_SCORES,
-    NEURON_SCORES,
     head_contributions,
     neuron_contributions,
     score_importance,
 )
 from cascade.pruning.importance.statistics import collect_statistics, load_statistics, save_statistics
+from cascade.pruning.importance.table import HEAD_SCORES, HIDDEN_SCORES, LAYER_SCORES, NEURON_SCORES
 from cascade.pruning.plan import load_plan, save_plan
 from cascade.pruning.size.target import Target
 from cascade.runtime.errors import UserError

@@ -5,6 +5,7 @@ each group of columns.
 """
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 
 from cascade.models.checkpoint.contents import match_weights
+from cascade.models.checkpoint.formats import FORMATS
 from cascade.models.checkpoint.loading_messages import require_whole
+from cascade.runtime.by_name import function_at
 from cascade.runtime.errors import UserError
 
 _INT4 = getattr(torch, "int4")  # noqa: B009 - torch makes it while it starts, unseen by type checkers
@@ -53,16 +56,54 @@ def group_size(model: nn.Module, *, least: int | None = GROUPS[-1], place: str =
     return fitting[0] if fitting else 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """torchao's settings of one format, for one model."""
+
+    stored: Any
+    """How weights are stored."""
+    trained: Any
+    """How a training rounds them; gradients reach the unrounded weights."""
+
+
+def int8_rounding(model: nn.Module) -> Rounding:
+    """8 bits, a scale for each row of a weight."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+
+    trained = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
+    return Rounding(stored=Int8WeightOnlyConfig(), trained=trained)
+
+
+def int4_rounding(model: nn.Module) -> Rounding:
+    """4 bits, a scale for each run of `group_size(model)` columns.
+
+    Raises:
+        UserError: no group of `GROUPS` divides every weight's columns.
+    """
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+
+    size = group_size(model)
+    return Rounding(
+        stored=IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=PerGroup(size)),
+        trained=IntxFakeQuantizeConfig(_INT4, group_size=size, is_symmetric=True),
+    )
+
+
+def rounding_of(model: nn.Module, kind: str) -> Rounding:
+    """The rounding of a model to one of `FORMATS`."""
+    rounding: Rounding = function_at(FORMATS[kind].rounding)(model)
+    return rounding
+
+
 def round_while_training(model: nn.Module, kind: str) -> None:
     """Let the body's linear layers compute with rounded weights from now on; gradients reach the unrounded weights."""
     from torchao.quantization import quantize_
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    from torchao.quantization.qat import QATConfig
 
-    if kind == "int8":
-        weight = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
-    else:
-        weight = IntxFakeQuantizeConfig(_INT4, group_size=group_size(model), is_symmetric=True)
-    quantize_(_body(model), QATConfig(weight_config=weight, step="prepare"))
+    quantize_(_body(model), QATConfig(weight_config=rounding_of(model, kind).trained, step="prepare"))
 
 
 def load_rounded(folder: Path, plain: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
@@ -70,21 +111,16 @@ def load_rounded(folder: Path, plain: nn.Module, kind: str, dtype: torch.dtype) 
 
     `plain` is the same model unrounded: its layers are those that are rounded.
     """
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
     from transformers import TorchAoConfig
 
-    if kind == "int8":
-        rounding: Any = Int8WeightOnlyConfig()
-    else:
-        rounding = IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=PerGroup(group_size(plain)))
+    stored = rounding_of(plain, kind).stored
     inside = {id(module) for module in _body(plain).modules()}
     linear = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
     unrounded = [name for name, module in linear.items() if id(module) not in inside]
     model, report = type(plain).from_pretrained(  # type: ignore[attr-defined]
         folder,
         dtype=dtype,
-        quantization_config=TorchAoConfig(rounding, modules_to_not_convert=unrounded),
+        quantization_config=TorchAoConfig(stored, modules_to_not_convert=unrounded),
         use_safetensors=True,
         output_loading_info=True,
     )

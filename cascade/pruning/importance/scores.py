@@ -1,13 +1,11 @@
 """Evidence -> one float32 score per unit; higher = keep.
 
-A score is a plain function whose parameters say what it needs: `statistics`, or `model` and `blocks` (which cost
-forward passes), and `num_removed` where it depends on how many layers go.
+`table.py` has the names of all scores; those of layers and by gradients are in `layers.py` and `gradients.py`.
 
 Shapes: L = layers, H = query heads, I = neurons, D = hidden channels.
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cascade.data.blocks import TokenBlocks
-from cascade.pruning.importance import gradients, layers
 from cascade.pruning.importance.statistics import Statistics
+from cascade.pruning.importance.table import HEAD_SCORES, HIDDEN_SCORES, LAYER_SCORES, NEURON_SCORES
+from cascade.runtime.by_name import function_at
 
 
 @dataclass(frozen=True)
@@ -77,26 +76,6 @@ def pca(statistics: Statistics) -> Tensor:
     return torch.arange(len(statistics.rotation), 0, -1, dtype=torch.float32)
 
 
-Score = Callable[..., Tensor]
-
-LAYER_SCORES: dict[str, Score] = {
-    "block_influence": layers.block_influence,
-    "norm_ratio": layers.norm_ratio,
-    "removal_loss": layers.removal_loss,
-    "removal_logits": layers.removal_logits,
-    "contiguous_angle": layers.contiguous_angle,
-    "contiguous_loss": layers.contiguous_loss,
-}
-HEAD_SCORES: dict[str, Score] = {"activation_norm": head_norms, "contribution": head_contributions}
-NEURON_SCORES: dict[str, Score] = {
-    "activation_norm": neuron_norms,
-    "contribution": neuron_contributions,
-    "taylor": gradients.taylor,
-    "hessian": gradients.hessian,
-}
-HIDDEN_SCORES: dict[str, Score] = {"activation_norm": hidden_norms, "pca": pca}
-
-
 def score_importance(
     statistics: Statistics,
     *,
@@ -125,12 +104,14 @@ def score_importance(
     )
 
 
-def _score(kind: str, name: str, table: dict[str, Score], evidence: dict[str, Any]) -> Tensor:
+def _score(kind: str, name: str, table: dict[str, str], evidence: dict[str, Any]) -> Tensor:
     """float32: the score with this name, computed from the evidence that its parameters name."""
     if name not in table:
         raise ValueError(f"unknown score '{name}' of {kind}; known: {', '.join(sorted(table))}")
-    parameters = [key for key in inspect.signature(table[name]).parameters if key in evidence]
+    score = function_at(table[name])
+    parameters = [key for key in inspect.signature(score).parameters if key in evidence]
     missing = [key for key in parameters if evidence[key] is None]
     if missing:
         raise ValueError(f"the score '{name}' of {kind} needs {' and '.join(missing)}")
-    return table[name](**{key: evidence[key] for key in parameters}).float()
+    values: Tensor = score(**{key: evidence[key] for key in parameters})
+    return values.float()
