@@ -48,7 +48,8 @@ class Data(Section):
     label_field: str = "label"
     """Classification tasks: name of the field with the class, a name or a number."""
     image_field: str = "image"
-    """`task: image_classification`: name of the field with rows of pixels, an image, or the path of one."""
+    """`task: image_classification`: name of the field with rows of pixels, an image, or the path of one; images
+    and paths need the extra `[images]`."""
     unlabelled: Annotated[list[Literal["rest"] | RecipePath], BeforeValidator(as_list)] = []
     """Classification tasks: files whose examples only the teacher labels; `rest`: the examples that `train_examples`
     leaves out."""

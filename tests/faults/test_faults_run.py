@@ -56,12 +56,13 @@ def same_as(run, unbroken):
     assert leftovers(run) == []
 
 
-EVERY_STAGE = ("data", "evaluate", "statistics", "candidate", "prune", "repair", "label", "distill")
+EVERY_STAGE = ("data", "heldout", "evaluate", "statistics", "candidate", "prune", "repair", "label", "distill")
 COMMIT = ("begun", "written", "synced", "manifest", "renamed", "committed")
 PLACES = {
     *(f"{stage}/store.{moment}" for stage in EVERY_STAGE for moment in ("renamed",)),
     *(f"{stage}/store.{moment}" for stage in ("distill", "state", "report") for moment in COMMIT),
     *(f"label/shard.{moment}" for moment in ("begun", "synced", "renamed")),
+    *(f"label/index.{moment}" for moment in ("begun", "synced", "renamed")),
     *(f"report/file.{moment}" for moment in ("begun", "synced", "renamed")),
     *("distill/distill.microbatch", "distill/distill.step", "distill/distill.loaded", "state/state.tensors"),
     *("report/unsealed", "unsealed", "distill/state.dropped", "event.begun", "file.begun", "file.synced"),
@@ -180,7 +181,7 @@ def test_F12_a_disk_that_is_full_at_any_write_costs_nothing_that_was_finished(
 ):
     run, log = tmp_path / "run", tmp_path / "log"
     text = ",".join(f"{place}:{fault}@each" for place in sorted(FULL))
-    assert until_done(zygote, recipe, run, text, log, status=75, most=20) == len(FULL)
+    assert until_done(zygote, recipe, run, text, log, status=75, most=24) == len(FULL)
     assert set(fired(log)) == FULL
     same_as(run, unbroken)
 

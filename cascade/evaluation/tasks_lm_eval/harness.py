@@ -368,7 +368,8 @@ def _context_length(model: Any) -> int:
 @contextlib.contextmanager
 def _quiet() -> Any:
     """lm-eval and datasets print bars and notices of their own; ours would drown."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "transformers", "httpx")]
+    names = ("lm_eval", "lm-eval", "datasets", "transformers", "httpx", "httpx2")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     previous = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
