@@ -32,7 +32,6 @@ _WHERE = {
     "Features": "cascade.distillation.options",
     "FeatureLoss": "cascade.distillation.losses.features",
     "Supervision": "cascade.distillation.supervision",
-    "Lesson": "cascade.distillation.supervision",
     "Selection": "cascade.distillation.supervision",
     "Lesson": "cascade.distillation.supervision",
     "Optimization": "cascade.distillation.options",
