@@ -8,12 +8,13 @@ from torch import nn
 
 from cascade.distillation.teacher_memory import remember
 from cascade.evaluation.evaluate import default_device
-from cascade.models.checkpoint.load import load_model
+from cascade.models.checkpoint.load import fingerprint, load_model
 from cascade.pipeline.kept_targets import TeacherCache
 from cascade.pipeline.runner import StageRunner
 from cascade.pipeline.stage_output import Checkpoint, Input, Made
 from cascade.planning.family import ResolvedMember
 from cascade.recipe.schema import Recipe
+from cascade.runtime.errors import RunError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,21 @@ class Run:
         """The parent's model, loaded once and frozen."""
         if not self.teachers:
             self.teachers.append(remember(load_model(self.parent.source).to(default_device()).requires_grad_(False)))
+            self.require_same_parent()
         return self.teachers[0]
+
+    def require_same_parent(self) -> None:
+        """Stop where the parent's files are no longer those that the run began with.
+
+        Raises:
+            RunError: they have changed since.
+        """
+        if fingerprint(self.parent.source) != self.parent.digest:
+            raise RunError(
+                f"{self.parent.source.reference}: the parent's files have changed since this run began; members would "
+                "be cut from one model and learn from another. Put the files back and run the same command again, or "
+                "start with another --output"
+            )
 
     def expert(self) -> nn.Module | None:
         """The model whose probabilities the members learn; None where they learn from the text alone."""

@@ -224,6 +224,7 @@ def _make_family(
             )
             member = next(member for member in members if member.name == name)
         finished[name] = replace(make_member(run, member, seed, labels), candidates=candidate_rows(member, candidates))
+        run.require_same_parent()
         if not writes:
             continue
         with at("report"), runner.progress.stage(member.name, "report"):

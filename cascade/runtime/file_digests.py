@@ -1,5 +1,6 @@
 """The sha256 of large files, read once per process as long as they look the same."""
 
+import os
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +18,14 @@ def sha256_once(path: Path) -> str:
     names inputs (the parent of a run); whoever checks that a file is undamaged has to read it (`file_sha256`).
     """
     stat = path.stat()
-    if time.time_ns() - stat.st_ctime_ns < _CLOCK_STEP_NS:
+    if changed_just_now(stat):
         return file_sha256(path)
     return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+def changed_just_now(stat: os.stat_result) -> bool:
+    """Whether a file changed so recently that it could change again without its times telling."""
+    return time.time_ns() - stat.st_ctime_ns < _CLOCK_STEP_NS
 
 
 @lru_cache(maxsize=1024)

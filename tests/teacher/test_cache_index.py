@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from cascade.runtime.errors import RunError
 from cascade.teacher.targets import shards
 from cascade.teacher.targets.index import index_path, read_index
 from cascade.teacher.targets.inspect import damage, remove_damaged
-from cascade.teacher.targets.keys import window_keys
+from cascade.teacher.targets.keys import weights_digest, window_keys
 from cascade.teacher.targets.label import label
 from cascade.teacher.targets.reader import CachedTargets
 
@@ -200,3 +201,40 @@ def test_an_index_is_written_after_its_shard(tmp_path, monkeypatch):
     labelled(tmp_path, SAMPLED, make_model(), make_blocks(3))
     pairs = [written[place : place + 2] for place in range(1, len(written), 2)]  # after root.json
     assert len(pairs) == 3 and all(pair == [(pair[0][0], "shard"), (pair[0][0], "index")] for pair in pairs)
+
+
+def test_a_shard_that_is_labelled_again_to_the_same_bytes_has_its_new_index(tmp_path):
+    teacher, blocks = make_model(), make_blocks(3)
+    windows = labelled(tmp_path, SAMPLED, teacher, blocks)
+    for key in list(windows.keys()):
+        flip_record(windows, key)
+    again = opened(tmp_path, SAMPLED, teacher)
+    assert label(again, SAMPLED, teacher, blocks).made == 3
+    assert len(opened(tmp_path, SAMPLED, teacher)) == 3
+    assert label(opened(tmp_path, SAMPLED, teacher), SAMPLED, teacher, blocks).made == 0
+
+
+def test_a_shard_that_cannot_be_read_for_a_moment_is_not_noted_as_damaged(tmp_path, monkeypatch):
+    teacher, blocks = make_model(), make_blocks(3)
+    labelled(tmp_path, SAMPLED, teacher, blocks)
+    windows = opened(tmp_path, SAMPLED, teacher)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "read_at", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        assert all(windows.read(key) is None for key in list(windows.keys()))
+    windows.save_indexes()
+    assert len(opened(tmp_path, SAMPLED, teacher)) == 3
+
+
+def test_a_teacher_whose_file_changed_in_size_and_time_alike_has_another_digest(tmp_path):
+    model, folder, cache = make_model(), tmp_path / "model", tmp_path / "cache"
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    old = path.stat()
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns - 10**12))
+    time.sleep(0.1)
+    before, stat = weights_digest(folder, cache), path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert weights_digest(folder, cache) != before

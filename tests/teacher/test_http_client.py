@@ -109,6 +109,13 @@ def test_a_proxy_of_the_environment_is_used_and_its_own_address_is_not_the_endpo
     assert len(received) == 1
 
 
+def test_an_endpoint_on_this_machine_is_asked_directly_whatever_proxy_the_environment_has(monkeypatch):
+    with serving(echo) as (proxy, seen), serving(lambda body, number: (200, {}, b"{}")) as (url, received):
+        monkeypatch.setenv("HTTP_PROXY", proxy.removesuffix("/v1"))
+        assert post(url).status == 200
+    assert len(received) == 1 and not seen
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -120,7 +127,7 @@ def test_a_proxy_of_the_environment_is_used_and_its_own_address_is_not_the_endpo
 def test_an_environment_that_cannot_be_used_is_named_without_its_password(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message) as raised:
-        post("http://127.0.0.1:1/v1")
+        post("https://teacher.invalid/v1")
     assert KEY not in str(raised.value)
 
 

@@ -32,6 +32,11 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template*",
     "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "bpe.codes",
+    "normalizer.json",
 )
 
 

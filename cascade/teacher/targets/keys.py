@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cascade.data.blocks import TokenBlocks
 from cascade.models.checkpoint.tensor_file import checkpoint_entries
+from cascade.runtime.file_digests import changed_just_now
 from cascade.runtime.files import write_atomically
 from cascade.teacher.targets.index import KEY_BYTES
 from cascade.teacher.targets.record import Layout
@@ -86,16 +87,20 @@ def open_windows(cache: str | Path, teacher: nn.Module, tokenizer: Any, layout: 
 def weights_digest(folder: Path, cache: Path, *, again: bool = False) -> str:
     """sha256 of a checkpoint's tensors in the order of their names, however they are split into files.
 
-    The cache's folder remembers it by each file's path, size, time and inode; `again` reads the weights all the same.
+    The cache's folder remembers it by each file's path, size, inode, time of writing and time of change, of which no
+    program can set the last; `again` reads the weights all the same.
     """
     entries = checkpoint_entries(folder)
     files = sorted({entry.path.resolve() for entry in entries.values()})
     stats = [(str(path), path.stat()) for path in files]
-    known = json.dumps([(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats])
+    known = json.dumps([(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats])
+    settled = not any(changed_just_now(stat) for _, stat in stats)
     memo = _read_memo(cache / _MEMO)
-    if not again and known in memo:
+    if settled and not again and known in memo:
         return memo[known]
     digest = tensors_digest((name, entry.read()) for name, entry in sorted(entries.items()))
+    if not settled:
+        return digest
     try:
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(cache / _MEMO, json.dumps(_read_memo(cache / _MEMO) | {known: digest}, indent=1))

@@ -91,9 +91,9 @@ def label(
             on_step(step + 1, steps)
     writer.flush()
     ranks.barrier()
+    windows.refresh()  # before: of a shard that was labelled again, the index is the new one
     if ranks.rank() == 0:
         windows.save_indexes()
-    windows.refresh()
     num_labelled = int(ranks.sum_numbers({"labelled": num_labelled}, torch.device("cpu"))["labelled"])
     return Labelling(
         windows=len(first),

@@ -52,14 +52,15 @@ class _Shard:
     path: Path
     index: Index
 
-    def record(self, number: int) -> NDArray[np.uint8]:
-        """The bytes of one record; fewer, or none, where the file no longer has them."""
+    def record(self, number: int) -> NDArray[np.uint8] | None:
+        """The bytes of one record; None where the file cannot be read now, which says nothing of the record."""
         start, size = int(self.index.starts[number]), int(self.index.sizes[number])
         try:
-            return np.frombuffer(read_at(self.path, start, size), dtype=np.uint8)
+            content = np.frombuffer(read_at(self.path, start, size), dtype=np.uint8)
         except OSError as error:
             logger.warning("%s: cannot be read: %s", self.path, error.strerror)
-            return np.zeros(0, dtype=np.uint8)
+            return None
+        return content if len(content) == size else None
 
 
 @dataclass
@@ -114,18 +115,31 @@ class Windows:
         """A window's record; None where there is none that is whole: from then on the window is missing."""
         for shard, number in list(self._places.get(key, ())):
             record = shard.record(number)
-            if record_checksum(self.root, key, record) == shard.index.checksums[number].tobytes():
+            if record is not None and self._is_whole(shard, number, key, record):
                 return record
             logger.warning("%s: the record of window %s is damaged and not used", shard.path, key.hex())
             with self._lock:
                 self.num_damaged += 1
-                self._damaged.setdefault(shard.path, set()).add(number)
-                self._unsaved.add(shard.path)
+                if record is not None:
+                    self._damaged.setdefault(shard.path, set()).add(number)
+                    self._unsaved.add(shard.path)
                 self._places[key] = [place for place in self._places.get(key, ()) if place[0] is not shard]
         with self._lock:
             if not self._places.get(key):
                 self._places.pop(key, None)
         return None
+
+    def _is_whole(self, shard: _Shard, number: int, key: bytes, record: NDArray[np.uint8]) -> bool:
+        checksum: bytes = shard.index.checksums[number].tobytes()
+        return record_checksum(self.root, key, record) == checksum
+
+    def _is_as_opened(self, path: Path) -> bool:
+        """Whether a shard is still the file that was opened; another run may have written it again since."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return False
+        return self._seen_files.get(path.name) == (stat.st_ino, stat.st_mtime_ns)
 
     def save_indexes(self) -> None:
         """Write the indexes that are missing, and those of shards with damaged records, which they leave out.
@@ -134,6 +148,7 @@ class Windows:
         """
         with self._lock:
             unsaved = {path: self._shards[path] for path in self._unsaved if path in self._shards}
+            unsaved = {path: shard for path, shard in unsaved.items() if self._is_as_opened(path)}
             indexes = [shard.index.without(self._damaged.get(path, set())) for path, shard in unsaved.items()]
             self._unsaved.clear()
         _save_indexes(self.folder, indexes)

@@ -11,6 +11,7 @@ from anyio import fail_after
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from cascade.runtime.errors import UserError
+from cascade.teacher.writing.address import is_here
 
 _MAX_BYTES = 64_000_000
 """A response with a longer body, counted after decompression, is dropped."""
@@ -121,7 +122,9 @@ def http_client(url: str, require_peer: Callable[[str], None], *, max_connection
     """
     limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
     try:
-        client = httpx2.AsyncClient(limits=limits)
+        # What is on this machine is asked directly: a proxy would see its key.
+        direct = httpx2.AsyncHTTPTransport(limits=limits) if is_here(url) else None
+        client = httpx2.AsyncClient(limits=limits, transport=direct)
     except ImportError as error:
         raise UserError(
             f"{url}: the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) names a SOCKS proxy; "
