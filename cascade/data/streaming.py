@@ -35,7 +35,7 @@ from cascade.data.sources import (
     usable,
 )
 from cascade.data.splits import Heldout, Split, require_open
-from cascade.runtime.files import file_sha256, sync_file, write_atomically
+from cascade.runtime.files import file_sha256, read_json, sync_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _cursor(path: Path, folder: Path, split: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        cursor: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        cursor: dict[str, Any] = read_json(path)
         for number, sha256 in enumerate(cursor["sha256"]):
             if file_sha256(_shard_path(folder, split, number)) != sha256:
                 raise ValueError(f"shard {number} is not as it was written")

@@ -19,7 +19,7 @@ from cascade.distillation.options import Objective
 from cascade.runtime import ranks
 from cascade.runtime.errors import TrainingError
 from cascade.runtime.failpoints import failpoint
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 from cascade.runtime.retry_smaller import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def fitting_microbatch(state_folder: Path | None, microbatch_size: int) -> int:
     noted = None if state_folder is None else state_folder / _FITTING
     if noted is None or not noted.exists():
         return microbatch_size
-    return min(microbatch_size, int(json.loads(noted.read_text(encoding="utf-8"))["microbatch_size"]))
+    return min(microbatch_size, int(read_json(noted)["microbatch_size"]))
 
 
 def _note(state_folder: Path | None, microbatch_size: int, smaller: int) -> str:

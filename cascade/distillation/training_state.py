@@ -21,6 +21,7 @@ from cascade.distillation.optimizer import Optimizer
 from cascade.runtime import ranks
 from cascade.runtime.errors import DiskError
 from cascade.runtime.failpoints import at, failpoint
+from cascade.runtime.files import read_json
 from cascade.runtime.stopping import stop, stop_requested
 from cascade.store.commits import is_committed, staged, verify_folder
 
@@ -115,11 +116,11 @@ def load_state(folder: Path, trained: Trained, settings: dict[str, Any]) -> Prog
         if damaged:
             logger.warning("%s: damaged (%s); an earlier state is taken", candidate, ", ".join(damaged))
             continue
-        record = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+        record = read_json(candidate / "state.json")
         if record.pop("format") != FORMAT or record["settings"] != settings:
             logger.warning("%s: belongs to a training with other settings; it is not gone on with", candidate)
             continue
-        made_with = json.loads((candidate / "MANIFEST.json").read_text(encoding="utf-8"))
+        made_with = read_json(candidate / "MANIFEST.json")
         if (made_with["threads"], made_with["torch"]) != (torch.get_num_threads(), torch.__version__):
             logger.warning("%s: made with other threads or another torch; the result may differ in the bits", candidate)
         _restore(load_file(candidate / "state.safetensors"), trained)

@@ -22,6 +22,7 @@ from cascade.models.architecture.model_class import image_shape, is_body, reads_
 from cascade.models.architecture.positions import usable_context
 from cascade.models.checkpoint.quantised import is_rounded
 from cascade.runtime.errors import RunError
+from cascade.runtime.files import read_json
 
 RELOAD_TOLERANCE = 1e-5
 """Largest difference, relative to the largest logit, that counts as the same logits in float32."""
@@ -97,7 +98,7 @@ def check_reload(
             errors = Path(paths["errors"])
             error_text = errors.read_text(encoding="utf-8")[-3000:] if errors.exists() else ""
             raise ReloadError(f"{folder} does not load in a fresh process (exit status {status}):\n{error_text}")
-        measured: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        measured: dict[str, Any] = read_json(answer)
     difference = measured.get("reload_difference", 0.0)
     if not difference <= RELOAD_TOLERANCE:
         raise ReloadError(

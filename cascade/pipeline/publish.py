@@ -30,9 +30,9 @@ from cascade.report.tail_tables import TAIL, load_tails
 from cascade.report.target_costs import TARGETS, load_targets
 from cascade.report.verdicts import VERDICTS, judge
 from cascade.report.write import resealed, write_family
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 from cascade.store.commits import staged, verify_folder
-from cascade.store.strict_json import read_json, write_json
+from cascade.store.strict_json import write_json
 from cascade.store.strict_yaml import write_yaml
 from cascade.store.user_files import CARD, carry_over
 

@@ -20,6 +20,7 @@ from cascade.pipeline.stage_output import Input, Made, committed, digest_of, rea
 from cascade.runtime import ranks
 from cascade.runtime.errors import UserError
 from cascade.runtime.failpoints import at
+from cascade.runtime.files import read_json
 from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.runtime.progress import OnStep, RunProgress
 from cascade.store.commits import (
@@ -35,7 +36,6 @@ from cascade.store.commits import (
 from cascade.store.events import append_event
 from cascade.store.remake import Remake
 from cascade.store.stage_table import REMAKE_POINTS, STAGES, Stage
-from cascade.store.strict_json import read_json
 from cascade.store.user_files import carry_over
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cascade.models.checkpoint.load import CHECKPOINT, ModelSource
+from cascade.runtime.files import read_json
 from cascade.store.commits import COST_FILE, output_digest
-from cascade.store.strict_json import read_json
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from cascade.models.checkpoint.safety import check_model_folder
 from cascade.report.write import DERIVED
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 from cascade.store.commits import INCOMPLETE, MANIFEST, added_weights, output_digest, verify_folder
 from cascade.teacher.writing.answers import damaged_lines
 
@@ -52,11 +53,7 @@ def verify_run(run_folder: Path) -> tuple[int, list[Fault]]:
             cure = f"`cascade report {run_folder}`" if name in DERIVED else again
             remedy = f"{again}; what it is now is set aside" if name == "recipe.yaml" else cure
             faults.append(Fault(name, "is not as the run left it", remedy))
-        count += (
-            len(json.loads((run_folder / MANIFEST).read_text(encoding="utf-8")).get("files", {}))
-            if MANIFEST not in damaged
-            else 0
-        )
+        count += len(read_json(run_folder / MANIFEST).get("files", {})) if MANIFEST not in damaged else 0
     elif (run_folder / "family.json").exists():
         faults.append(Fault(MANIFEST, "is missing: a run ended while it wrote its reports", again))
     faults += _missing(run_folder, again)
@@ -80,14 +77,14 @@ def _committed(folder: Path, run_folder: Path, cure: str) -> tuple[list[Fault], 
     ]
     if MANIFEST in damaged:
         return faults, 0
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    files = read_json(folder / MANIFEST)["files"]
     if folder.parent.name != "members":  # `_member` looks at those
         damage = "is not of this stage, and would be loaded with it"
         faults += [
             Fault(f"{_inside(folder, run_folder)}/{name}", damage, "remove it") for name in added_weights(folder)
         ]
     if (folder / INCOMPLETE).exists() and INCOMPLETE not in damaged:
-        missing = ", ".join(json.loads((folder / INCOMPLETE).read_text(encoding="utf-8")))
+        missing = ", ".join(read_json(folder / INCOMPLETE))
         faults.append(Fault(_inside(folder, run_folder), f"not measured: {missing}", "run the same command again"))
     return faults, len(files)
 
@@ -101,8 +98,8 @@ def _damage_of(path: Path) -> str:
 def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
     """Faults that a manifest cannot show: added files, an index that leads elsewhere, stages changed since."""
     try:
-        known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        lineage = json.loads((folder / "cascade.json").read_text(encoding="utf-8"))
+        known = read_json(folder / MANIFEST)["files"]
+        lineage = read_json(folder / "cascade.json")
         stages = {stage["folder"]: stage["sha256"] for stage in lineage["stages"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # told already
@@ -129,7 +126,7 @@ def _member(folder: Path, run_folder: Path) -> Iterator[Fault]:
 def _missing(run_folder: Path, cure: str) -> Iterator[Fault]:
     """Faults for members that family.json lists and that have no folder."""
     try:
-        rows = json.loads((run_folder / "family.json").read_text(encoding="utf-8"))["rows"]
+        rows = read_json(run_folder / "family.json")["rows"]
         names = [row["name"] for row in rows if row["role"] == "member" and row["status"] == "done"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # none yet, or told already

@@ -16,7 +16,7 @@ from cascade.planning.family import ResolvedMember
 from cascade.recipe.distill import Distill
 from cascade.recipe.schema import Recipe
 from cascade.runtime.errors import UserError
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 from cascade.teacher.targets.keys import default_folder
 from cascade.teacher.targets.record import Layout
 
@@ -160,7 +160,7 @@ def _recorded_choice(run_folder: Path | None) -> tuple[str, str] | None:
     if path is None or not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         return str(record["kind"]), str(record["why"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it, and the choice is made again") from error

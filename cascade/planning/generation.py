@@ -19,8 +19,8 @@ from cascade.recipe.generate import HOW_ASKED, Generate
 from cascade.recipe.places import PUBLIC
 from cascade.recipe.schema import Recipe
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 from cascade.store.commits import MANIFEST, is_committed
-from cascade.store.strict_json import read_json
 from cascade.teacher.writing.answers import AnswerLog
 from cascade.teacher.writing.generate import (
     answer_requests,

@@ -7,6 +7,7 @@ from typing import Any
 from cascade.planning.family import hidden_score, shape_config, target_of
 from cascade.pruning.size.latency import DecodeLatency, corrected, fit_decode_latency
 from cascade.recipe.schema import Member, Recipe
+from cascade.runtime.files import read_json
 from cascade.store.commits import stage_key, staged, verify_folder
 
 _FORMAT = 1
@@ -27,7 +28,7 @@ def find_latencies(recipe: Recipe, parent_config: Any, folder: Path) -> dict[str
             continue
         stage_folder = _folder(recipe, member, parent_config, folder)
         if stage_folder.exists() and not verify_folder(stage_folder):
-            record = json.loads((stage_folder / _FILE).read_text(encoding="utf-8"))
+            record = read_json(stage_folder / _FILE)
             latencies[member.name] = DecodeLatency.from_dict(record)
             continue
         target = target_of(member)

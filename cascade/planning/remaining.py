@@ -11,9 +11,9 @@ from cascade.planning.inputs import evaluation_settings
 from cascade.pruning.plan import load_plan
 from cascade.recipe.schema import Recipe
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 from cascade.store.commits import INCOMPLETE, MANIFEST, is_committed, stage_key
 from cascade.store.stage_table import STAGES
-from cascade.store.strict_json import read_json
 
 _SETTLED_BY_RUN = ("begin_token", "end_token", "vocab_size")
 """Settings that a recipe may leave to the run."""
@@ -95,7 +95,7 @@ def _lineage(run_folder: Path, name: str) -> dict[str, Any]:
     if not is_committed(folder):
         return {}
     try:
-        lineage = json.loads((folder / "cascade.json").read_text(encoding="utf-8"))
+        lineage = read_json(folder / "cascade.json")
     except (OSError, ValueError):
         return {}
     return lineage if isinstance(lineage, dict) else {}

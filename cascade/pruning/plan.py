@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from cascade.models.architecture.dims import ModelDims
 from cascade.runtime.errors import UserError
-from cascade.runtime.files import file_sha256
+from cascade.runtime.files import file_sha256, read_json
 
 PLAN_FORMAT = 3
 
@@ -99,7 +99,7 @@ def load_plan(path: Path) -> PruningPlan:
         UserError: it is no plan, one of another format, or without the rotation that belongs to it.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if record.pop("format") != PLAN_FORMAT:
             raise UserError(f"{path}: written in another plan format; make the plan again")
         digest = record.pop("rotation_sha256")

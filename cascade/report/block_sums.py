@@ -1,8 +1,9 @@
 """The share that each held-out block has in a row's metrics, so that two runs can be compared block by block."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from cascade.runtime.files import read_json
 
 BLOCK_SUMS = "heldout_blocks.json"
 """The file's name. An evaluation's folder has its `BlockSums`; the run directory has those of each row, by its name."""
@@ -15,5 +16,5 @@ BlockSums = dict[str, Any]
 def load_block_sums(run_folder: Path) -> dict[str, BlockSums]:
     """The block sums of a run's rows, by the row's name; empty for the runs of older versions."""
     path = run_folder / BLOCK_SUMS
-    sums: dict[str, BlockSums] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    sums: dict[str, BlockSums] = read_json(path) if path.is_file() else {}
     return sums

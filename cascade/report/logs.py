@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+from cascade.runtime.files import read_json
+
 
 def training_logs(run_folder: Path) -> dict[str, list[dict[str, float]]]:
     """Each published member's training log, found through its cascade.json."""
     logs = {}
     for path in sorted(run_folder.glob("members/*/cascade.json")):
-        lineage = json.loads(path.read_text(encoding="utf-8"))
+        lineage = read_json(path)
         log = (
             run_folder
             / lineage["stages"]["quantised" if "quantised" in lineage else "distilled"]["folder"]

@@ -1,12 +1,12 @@
 """Whether the recipe's text resembles production text, and how well the members do on production text."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cascade.report.records import Row, find_metric
 from cascade.report.tables import Table
+from cascade.runtime.files import read_json
 
 DRIFT = "drift.json"
 
@@ -23,7 +23,7 @@ WORSE = 1.3
 def load_drift(run_folder: Path) -> dict[str, Any]:
     """The drift that a run measured; empty without `data.production`."""
     path = run_folder / DRIFT
-    drift: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    drift: dict[str, Any] = read_json(path) if path.is_file() else {}
     return drift
 
 

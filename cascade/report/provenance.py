@@ -1,12 +1,12 @@
 """Where a published model comes from and who taught it: one record, which card, cascade.json and report render."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cascade.report.tables import Table
+from cascade.runtime.files import read_json
 
 Start = Literal["prune", "layers", "random", "checkpoint", "copy"]
 Teacher = Literal["parent", "text", "logprobs", "none"]
@@ -129,7 +129,7 @@ def load_provenances(run_folder: Path) -> dict[str, dict[str, Any]]:
     """The provenance of each published model that its cascade.json states, by name; older versions state none."""
     records = {}
     for path in sorted(run_folder.glob("members/*/cascade.json")):
-        lineage = json.loads(path.read_text(encoding="utf-8"))
+        lineage = read_json(path)
         if "provenance" in lineage:
             records[path.parent.name] = lineage["provenance"]
     return records

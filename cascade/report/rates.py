@@ -1,11 +1,11 @@
 """The learning rates that members and cross-entropy baselines were trained at, and the trials of each search."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cascade.report.tables import Table
+from cascade.runtime.files import read_json
 
 RATES = "rates.json"
 """The file in the run directory: the `Rate` of each row, by the row's name."""
@@ -18,7 +18,7 @@ selection loss of each trial; `num_tokens`: of all trials together."""
 def load_rates(run_folder: Path) -> dict[str, Rate]:
     """The rates of a run's rows, by the row's name; empty for the runs of older versions."""
     path = run_folder / RATES
-    rates: dict[str, Rate] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rates: dict[str, Rate] = read_json(path) if path.is_file() else {}
     return rates
 
 
@@ -26,7 +26,7 @@ def rate_of(learning_rate: float, search: Path | None) -> Rate:
     """The rate of a training; `search` is the folder of the stage that found it, None where the recipe gives it."""
     record: dict[str, Any] = {"tried": [], "num_tokens": 0}
     if search is not None:
-        record = json.loads((search / "rate.json").read_text(encoding="utf-8"))
+        record = read_json(search / "rate.json")
     return {
         "learning_rate": learning_rate,
         "searched": search is not None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 
 VERSION = 1
 
@@ -135,7 +136,7 @@ def load_family(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = path / "family.json" if path.is_dir() else path
     try:
-        family: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        family: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a family.json: {error}") from error
     if family.get("version") != VERSION:

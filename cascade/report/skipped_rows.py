@@ -1,10 +1,10 @@
 """Rows of the data that a run could not use and left out."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from cascade.report.tables import Table
+from cascade.runtime.files import read_json
 
 SKIPPED = "skipped.json"
 """A stage's file with `rows`, `skipped`, `empty` and `named`; the run directory's has such a record for each text."""
@@ -16,7 +16,7 @@ _SHOWN = 20
 def load_skipped(run_folder: Path) -> dict[str, Any]:
     """The record of the rows that a run left out; empty where it used all rows."""
     path = run_folder / SKIPPED
-    skipped: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    skipped: dict[str, Any] = read_json(path) if path.is_file() else {}
     return skipped
 
 

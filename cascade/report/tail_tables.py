@@ -1,11 +1,11 @@
 """The report's long tail: losses by the teacher's entropy, and the slices of text with the largest losses."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cascade.report.tables import Table
+from cascade.runtime.files import read_json
 
 TAIL = "tail.json"
 
@@ -16,7 +16,7 @@ Tails = Mapping[str, dict[str, Any]]
 def load_tails(run_folder: Path) -> dict[str, dict[str, Any]]:
     """The long tails of a run's rows, by the row's name; empty before the first member is made."""
     path = run_folder / TAIL
-    tails: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    tails: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
     return tails
 
 

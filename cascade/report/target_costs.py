@@ -1,10 +1,10 @@
 """The cost of labelling with a family's teacher, and what the cached targets saved."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from cascade.report.tables import Table
+from cascade.runtime.files import read_json
 
 TARGETS = "targets.json"
 """The file in the run directory: `kind`, `why`, `root`, and `members` with the figures of each member."""
@@ -13,7 +13,7 @@ TARGETS = "targets.json"
 def load_targets(run_folder: Path) -> dict[str, Any]:
     """The figures of a run's cached targets; empty where the run cached none."""
     path = run_folder / TARGETS
-    targets: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    targets: dict[str, Any] = read_json(path) if path.exists() else {}
     return targets
 
 

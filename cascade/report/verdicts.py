@@ -1,12 +1,12 @@
 """Whether a member is good enough, by the thresholds of the recipe's `evaluate.at_least`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cascade.report.records import Row, find_metric
 from cascade.report.tables import Table
+from cascade.runtime.files import read_json
 
 VERDICTS = "verdicts.json"
 
@@ -59,5 +59,5 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
 def load_verdicts(run_folder: Path) -> list[Verdict]:
     """The verdicts of a run; empty where its recipe has no thresholds."""
     path = run_folder / VERDICTS
-    verdicts: list[Verdict] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    verdicts: list[Verdict] = read_json(path) if path.is_file() else []
     return verdicts

@@ -1,9 +1,11 @@
 """Files that are on the disk when a function returns, also after a crash; and their sha256."""
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from cascade.runtime.errors import DiskError, is_disk_error
 from cascade.runtime.failpoints import failpoint
@@ -49,6 +51,16 @@ def no_room(path: Path, error: BaseException, written: int) -> str:
         f"{path}: cannot be written: {reason}. {written:,} bytes were written before that, "
         f"{shutil.disk_usage(place).free:,} are free there. Make room"
     )
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON, or no UTF-8.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sync_file(path: Path) -> None:

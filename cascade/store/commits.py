@@ -18,7 +18,7 @@ from typing import Any
 
 from cascade.runtime.errors import DiskError, UserError, is_disk_error
 from cascade.runtime.failpoints import failpoint
-from cascade.runtime.files import file_sha256, make_folder, no_room, sync_file, sync_folder, write_atomically
+from cascade.runtime.files import file_sha256, make_folder, no_room, read_json, sync_file, sync_folder, write_atomically
 from cascade.runtime.paths import inside
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         OSError: the folder has no manifest.
         ValueError: the manifest is not as it was written, or names files outside of the folder.
     """
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST)
     try:
         # Manifests that were written before they had a sha256 of their own have these keys at most.
         sha256 = None if manifest.keys() <= _OLD_KEYS else manifest.pop(_OWN_SHA256)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cascade.runtime.files import make_folder, write_atomically
+from cascade.runtime.files import make_folder, read_json, write_atomically
 
 _FILE = "stages/from.json"
 
@@ -62,7 +62,7 @@ def forced_stages(run_folder: Path, stage: str | None, members: Iterable[str]) -
 def _read(path: Path) -> Remake | None:
     """The record of an earlier start; None where there is none that can be read, and all is made again."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         return Remake(path, str(record["stage"]), *(list(record[name]) for name in ("members", "begun", "made")))
     except (OSError, ValueError, KeyError, TypeError):
         return None

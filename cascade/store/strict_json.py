@@ -25,8 +25,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, str | int | bool) or value is None:
         return value
     return plain(asdict(value)) if hasattr(value, "__dataclass_fields__") else str(value)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file that a stage has written."""
-    return json.loads(path.read_text(encoding="utf-8"))

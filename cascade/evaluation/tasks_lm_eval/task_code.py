@@ -18,6 +18,7 @@ from typing import Any
 
 from cascade.models.checkpoint.revision import COMMIT
 from cascade.runtime.errors import RunError, UserError
+from cascade.runtime.files import read_json
 from cascade.runtime.secrets import without_secrets
 from cascade.store.strict_yaml import read_yaml
 
@@ -128,5 +129,5 @@ def measure_apart(task: CodeTask, request: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
         if done.returncode or not answer.is_file():
             raise RunError(f"{task.path}: its process ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        result: dict[str, Any] = read_json(answer)
     return result

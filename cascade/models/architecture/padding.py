@@ -16,6 +16,7 @@ from torch import Tensor
 from cascade.models.architecture.model_class import is_classifier
 from cascade.models.architecture.twin import twin_of
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 
 _PADDING_NAMES = re.compile(r"(?i)pad"), re.compile(r"(?i)reserved|unused|extra_id")
 """Names of special tokens that no text holds, the best first."""
@@ -114,7 +115,7 @@ def _candidates(config: Any, tokenizer: Any) -> list[int | None]:
 
 
 def _change(path: Path, values: dict[str, Any]) -> None:
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     path.write_text(json.dumps(settings | values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cascade.runtime.files import read_json
+
 READ_BY = "transformers 4.53 and later"
 """The oldest version that read members and gave the same logits (`tests/models/test_older_readers.py`, nightly)."""
 
@@ -24,7 +26,7 @@ _BY_NAME["modernbert-decoder"] = _BY_NAME["modernbert"]
 def add_older_keys(folder: Path) -> None:
     """Put the keys of older readers into the config.json that transformers has written to a folder."""
     path = folder / "config.json"
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_json(path)
     # What the parent's config said of its own order of layers need not hold for a cut one.
     together = {key: value for key, value in values.items() if key not in _OF_LAYERS} | older_keys(values)
     if together == values:

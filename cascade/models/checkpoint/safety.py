@@ -12,6 +12,7 @@ from typing import Any
 
 from cascade.models.checkpoint.file_header import check_header, unique_names
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -69,7 +70,7 @@ def _check_json(path: Path) -> None:
     if path.name.endswith(".index.json"):
         return
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON: {error}") from error
     if path.name in ("tokenizer.json", "vocab.json"):

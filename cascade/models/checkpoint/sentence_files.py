@@ -4,12 +4,12 @@ transformers does not read them. Training and evaluation here use the mean of th
 tokens, before it is normalised: cosine similarity does not depend on the length.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 from cascade.runtime.paths import inside
 
 MODULES, _PROMPTS, _TRANSFORMER = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
@@ -98,6 +98,6 @@ def _settings(path: Path, *, missing_ok: bool = True) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cascade.models.checkpoint.file_header import DTYPES, check_header, read_header
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -93,7 +94,7 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
     if single.is_file():  # as transformers does, also where an index lies beside it
         paths = {single}
     elif index.is_file():
-        paths = {folder / str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        paths = {folder / str(name) for name in read_json(index)["weight_map"].values()}
     else:  # what else lies there, such as a copy in another format, is not the model
         raise UserError(f"{folder}: neither {SINGLE} nor {INDEX}")
     entries: dict[str, Entry] = {}

@@ -1,6 +1,5 @@
 """Which files of a folder are the model's weights: exactly one set, whoever reads it."""
 
-import json
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -10,6 +9,7 @@ import torch
 
 from cascade.models.checkpoint.tensor_file import INDEX, SINGLE, Entry, checkpoint_entries, entries_of
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-\d{5}\.safetensors")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -97,7 +97,7 @@ def _listed_files(folder: Path) -> set[str]:
     index = folder / INDEX
     if not index.is_file():
         return set()
-    return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    return {str(name) for name in read_json(index)["weight_map"].values()}
 
 
 def _equal_sets(folder: Path, listed: set[str]) -> bool:

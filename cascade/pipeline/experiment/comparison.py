@@ -16,7 +16,7 @@ from cascade.report.paired import RESAMPLES, paired_difference
 from cascade.report.plots import Point, Series, line_chart, minutes, short_number
 from cascade.report.render import render
 from cascade.report.tables import Table, markdown_table, plain_table
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 from cascade.store.strict_json import plain
 
 VERSION = 1
@@ -94,7 +94,7 @@ def experiment_texts(folder: Path) -> str:
 
 def load_experiment_summary(folder: Path) -> dict[str, Any]:
     """The summary in experiment.json."""
-    summary: dict[str, Any] = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = read_json(folder / "experiment.json")
     return summary
 
 

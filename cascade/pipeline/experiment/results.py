@@ -20,10 +20,10 @@ from cascade.recipe.schema import Calibration, Recipe
 from cascade.report.block_sums import load_block_sums
 from cascade.report.rates import is_at_edge, load_rates
 from cascade.report.records import Row, family_of, load_family
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 from cascade.store.commits import MANIFEST, read_manifest
 from cascade.store.stage_table import STAGES
-from cascade.store.strict_json import plain, read_json
+from cascade.store.strict_json import plain
 
 VERSION = 1
 
@@ -102,7 +102,7 @@ def read_result(path: Path, cell: Cell, inputs: dict[str, str]) -> tuple[Result 
     if not path.is_file():
         return None, ""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         if result.pop("sha256") != _sha256(result):
             return None, "is not as it was written"
         if result["version"] != VERSION:

@@ -1,7 +1,6 @@
 """`cascade experiment`: runs the cells one after another; a rerun takes over the cells that are finished."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from cascade.planning.remaining import remaining_members, remaining_seconds
 from cascade.recipe.experiment import ExperimentFile, load_experiment
 from cascade.runtime.errors import DiskError, RunError, UserError
 from cascade.runtime.failpoints import failpoint
-from cascade.runtime.files import make_folder, write_atomically
+from cascade.runtime.files import make_folder, read_json, write_atomically
 from cascade.runtime.permissions import NO_PERMISSIONS, Permissions
 from cascade.store.lock import LOCK, locked
 
@@ -182,7 +181,7 @@ def _make(folder: Path, cell: Cell, run_folders: dict[str, Path], permissions: P
     failpoint("experiment.made")
     path = folder / "results" / f"{cell.name}.json"
     write_result(path, result)
-    written: Result = json.loads(path.read_text(encoding="utf-8"))
+    written: Result = read_json(path)
     return written
 
 

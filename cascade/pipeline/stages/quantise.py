@@ -44,10 +44,9 @@ from cascade.pipeline.training_options import execution_of, optimization_of, saf
 from cascade.planning.estimates import flops_of
 from cascade.recipe.distill import WITHOUT_EFFECT
 from cascade.recipe.finish import Finish
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 from cascade.runtime.progress import OnStep
 from cascade.store.commits import COST_FILE, partial_of
-from cascade.store.strict_json import read_json
 
 
 def make_copies(run: Run, owner: str, checkpoint: Checkpoint) -> list[RoundedCopy]:

@@ -1,6 +1,5 @@
 """For `cascade cache`: what a cache's folder holds, whether it is undamaged, and making room in it."""
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.runtime.errors import UserError
+from cascade.runtime.files import read_json
 from cascade.teacher.targets.index import INDEX_SUFFIX, shard_path
 from cascade.teacher.targets.shards import ROOT_FILE, Windows, damaged_shards, root_name
 from cascade.teacher.targets.usage import usage
@@ -113,7 +113,7 @@ def _is_root(folder: Path) -> bool:
 
 def _record(root: Path) -> dict[str, Any]:
     try:
-        record = json.loads((root / ROOT_FILE).read_text(encoding="utf-8"))
+        record = read_json(root / ROOT_FILE)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

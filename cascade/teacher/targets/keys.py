@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cascade.data.blocks import TokenBlocks
 from cascade.models.checkpoint.tensor_file import checkpoint_entries
 from cascade.runtime.file_digests import changed_just_now
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 from cascade.teacher.targets.index import KEY_BYTES
 from cascade.teacher.targets.record import Layout
 from cascade.teacher.targets.sampling import SAMPLER
@@ -126,7 +126,7 @@ def default_folder() -> Path:
 
 def _read_memo(path: Path) -> dict[str, str]:
     try:
-        digests = json.loads(path.read_text(encoding="utf-8"))
+        digests = read_json(path)
     except (OSError, ValueError):
         return {}
     return digests if isinstance(digests, dict) else {}

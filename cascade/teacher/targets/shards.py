@@ -27,7 +27,7 @@ from safetensors.numpy import save
 
 from cascade.runtime.errors import DiskError, RunError, UserError, is_disk_error
 from cascade.runtime.failpoints import failpoint
-from cascade.runtime.files import sync_folder
+from cascade.runtime.files import read_json, sync_folder
 from cascade.teacher.targets.index import (
     KEY_BYTES,
     SHARD_SUFFIX,
@@ -160,7 +160,7 @@ class Windows:
 
     def record(self) -> dict[str, Any]:
         """The root's record: all that its name stands for (`root_record`)."""
-        record: dict[str, Any] = json.loads((self.folder / ROOT_FILE).read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(self.folder / ROOT_FILE)
         return record
 
     def num_bytes(self) -> int:

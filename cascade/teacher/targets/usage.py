@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def note_usage(folder: Path, *, num_windows: int, num_labelled: int) -> None:
 def usage(folder: Path) -> dict[str, int]:
     """{'asked', 'made', 'last'}: windows asked for and labelled, and the last use or writing in seconds since 1970."""
     try:
-        record: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(folder / _FILE)
         counted = {name: int(record[name]) for name in ("asked", "made", "last")}
     except (OSError, ValueError, KeyError, TypeError):
         counted = {"asked": 0, "made": 0, "last": 0}

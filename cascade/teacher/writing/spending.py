@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cascade.recipe.generate import Endpoint
 from cascade.runtime.errors import RunError, UserError
-from cascade.runtime.files import write_atomically
+from cascade.runtime.files import read_json, write_atomically
 
 
 class BudgetSpent(RunError):
@@ -21,7 +21,7 @@ class Spending:
         self.spent = {"requests": 0, "prompt_tokens": 0, "answer_tokens": 0}
         if path.exists():
             try:
-                self.spent |= json.loads(path.read_text(encoding="utf-8"))
+                self.spent |= read_json(path)
             except ValueError as error:
                 raise UserError(f"{path}: damaged ({error}); write there what was spent, or remove it") from error
         self._lock = threading.Lock()
