@@ -51,6 +51,8 @@ FAMILY_FILES = {
 """Files outside `pipeline` and `docs` whose fixtures and helpers make families."""
 
 SLOW_FILES = {
+    "data/test_named_text.py",
+    "data/test_packing.py",
     "distillation/test_distillation.py",
     "distillation/test_embeddings.py",
     "distillation/test_parallel.py",

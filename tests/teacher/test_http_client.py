@@ -171,9 +171,10 @@ def test_a_certificate_is_trusted_where_SSL_CERT_FILE_has_it_and_refused_elsewhe
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
-        assert "CERTIFICATE_VERIFY_FAILED" in post(url).problem
+        problem = post(url, seconds=30).problem
+        assert "CERTIFICATE_VERIFY_FAILED" in problem, problem
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        assert post(url).body == b"ok"
+        assert post(url, seconds=30).body == b"ok"
         thread.join(5)
 
 
