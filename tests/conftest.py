@@ -87,6 +87,15 @@ def pytest_collection_modifyitems(items):
             test.add_marker("unit")
 
 
+def pack_tokens(documents, *, framing=None, name="text", **options):
+    """Blocks of documents given as (ids, labels, bytes, ...), one after another; `options` are those of BlockFormat."""
+    from cascade.data.packing import BlockFormat, Tokenized, pack_blocks
+
+    if framing is not None:
+        options["framing"] = framing
+    return pack_blocks((Tokenized(*document) for document in documents), BlockFormat(**options), name=name)
+
+
 def make_config(architecture, *, tied=False, **changes):
     dims = {
         "vocab_size": 64,

@@ -26,6 +26,7 @@ from cascade.cli.single_stage import distill, evaluate, prune
 from cascade.runtime.failpoints import arm
 from cascade.runtime.permissions import Permissions
 from cascade.runtime.secrets import Redacting, redact_tracebacks
+from cascade.store.stage_table import REMAKE_POINTS
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +59,7 @@ for _command in (cache, experiment, report, verify, doctor):
     "--from",
     "from_stage",
     metavar="STAGE",
-    help="Make the stages again from here: statistics, prune, distill, evaluate, report.",
+    help=f"Make the stages again from here: {', '.join(REMAKE_POINTS)}.",
 )
 @JSON
 @click.pass_obj

@@ -91,28 +91,6 @@ def encoded(texts: Iterable[str], tokenizer: Any, framing: Framing) -> Iterator[
             yield Tokenized(ids, labels, len(text.encode()))
 
 
-def pack_tokens(
-    documents: Iterable[tuple[Any, ...]],
-    *,
-    block_size: int,
-    max_blocks: int | None = None,
-    document_masks: bool = False,
-    framing: Framing | None = None,
-    name: str = "text",
-) -> TokenBlocks:
-    """Blocks of `Tokenized` documents (or their parts as a tuple), one after another.
-
-    `framing` says what the documents begin with, and whether blocks inside a document do, too; None: with nothing.
-
-    Raises:
-        UserError: they do not fill one block, or no token in them counts.
-    """
-    block_format = BlockFormat(
-        block_size=block_size, max_blocks=max_blocks, document_masks=document_masks, framing=framing or _UNFRAMED
-    )
-    return pack_blocks((Tokenized(*parts) for parts in documents), block_format, name=name)
-
-
 def pack_blocks(documents: Iterable[Tokenized], block_format: BlockFormat, *, name: str) -> TokenBlocks:
     """Blocks of documents one after another; those in which no token counts are dropped.
 

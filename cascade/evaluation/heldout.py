@@ -155,18 +155,6 @@ def require_known_heldout_labels(data: LabelledData, classes: Sequence[str]) -> 
     require_known_labels(read_examples(data, HELDOUT), classes)
 
 
-def heldout_metrics(
-    model: nn.Module,
-    teacher: nn.Module | None,
-    data: TokenBlocks | Examples,
-    *,
-    batch_size: int = 8,
-    vocab_size: int | None = None,
-) -> list[Metric]:
-    """The metrics of `heldout_report` alone."""
-    return heldout_report(model, teacher, data, batch_size=batch_size, vocab_size=vocab_size).metrics
-
-
 class HeldoutReport(NamedTuple):
     """Results of one model on held-out text."""
 

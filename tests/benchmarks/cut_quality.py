@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
     from cascade.distillation.losses.batch import selection_losses
     from cascade.distillation.options import Execution, Optimization
     from cascade.distillation.trainer import distill
-    from cascade.evaluation.heldout import heldout_blocks, heldout_metrics
+    from cascade.evaluation.heldout import heldout_blocks, heldout_report
     from cascade.models.architecture.axes import probe_axes
     from cascade.models.checkpoint.load import load_model, load_tokenizer, resolve_model
     from cascade.pruning.choose import plan_pruning
@@ -184,7 +184,7 @@ def measure(options: argparse.Namespace, method: str, share: float, repaired: bo
         "kl": {},
     }
     for tokens in [0, *options.budgets]:
-        metrics = heldout_metrics(recovered(start, tokens) if tokens else start, teacher, heldout)
+        metrics = heldout_report(recovered(start, tokens) if tokens else start, teacher, heldout).metrics
         found = {metric.metric: metric.value for metric in metrics}
         row["loss"][str(tokens)], row["kl"][str(tokens)] = found["loss"], found["kl_to_teacher"]
     return row

@@ -63,10 +63,6 @@ def in_a_process(checkout: Path, kind: str, num_tokens: int) -> dict[str, Any]:
 
 def measure(kind: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     """Bytes a token at the peak of packing, storing and reading."""
-    try:
-        from cascade.data.packing import pack_tokens
-    except ImportError:
-        from cascade.data.blocks import pack_tokens
     from cascade.data.blocks import load_blocks, save_blocks
     from cascade.data.framing import Framing
 
@@ -75,7 +71,14 @@ def measure(kind: dict[str, Any], num_tokens: int) -> dict[str, Any]:
 
     def pack(count: int) -> Any:
         texts = documents(count, framing.prefix, answers)
-        return pack_tokens(texts, block_size=BLOCK, document_masks=masks, framing=framing)
+        try:
+            from cascade.data.packing import BlockFormat, Tokenized, pack_blocks
+        except ImportError:  # a checkout from before there was this module
+            from cascade.data.blocks import pack_tokens
+
+            return pack_tokens(texts, block_size=BLOCK, document_masks=masks, framing=framing)
+        block_format = BlockFormat(block_size=BLOCK, document_masks=masks, framing=framing)
+        return pack_blocks((Tokenized(*parts) for parts in texts), block_format, name="text")
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "blocks.safetensors"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_blocks, make_model
+from conftest import make_blocks, make_model, pack_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from test_architectures import DECODERS, config_of
@@ -14,7 +14,7 @@ from cascade.data import streaming
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks, load_blocks, save_blocks
 from cascade.data.framing import framing_of
 from cascade.data.messages import chat_documents, conversation_tokens
-from cascade.data.packing import BlockFormat, pack_tokens
+from cascade.data.packing import BlockFormat
 from cascade.data.prepare import mixed, prepare_blocks
 from cascade.data.sources import TextData
 from cascade.distillation.losses.batch import batch_losses

@@ -4,14 +4,14 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import ROOT, make_blocks
+from conftest import ROOT, make_blocks, pack_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cascade.data.blocks import IGNORE_INDEX, load_blocks, save_blocks
 from cascade.data.framing import Framing
-from cascade.data.packing import BlockBuilder, BlockFormat, Tokenized, pack_tokens, token_rows
+from cascade.data.packing import BlockBuilder, BlockFormat, Tokenized, token_rows
 from cascade.runtime.errors import UserError
 
 

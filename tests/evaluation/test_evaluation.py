@@ -13,7 +13,7 @@ from conftest import SHARED, make_blocks, make_model, needs_shared
 
 from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.evaluation.evaluate import evaluate
-from cascade.evaluation.heldout import heldout_metrics
+from cascade.evaluation.heldout import heldout_report
 from cascade.evaluation.reload import ReloadError, check_reload, write_reference
 from cascade.evaluation.retention import retention_interval, with_retention
 from cascade.evaluation.tasks_lm_eval.harness import find_tasks, run_tasks
@@ -33,7 +33,7 @@ def test_held_out_metrics_equal_their_definitions_in_float64():
     labels = blocks.labels.clone()
     labels[2, :9] = IGNORE_INDEX
     blocks = TokenBlocks(blocks.input_ids, labels, 2.5)
-    found = {metric.metric: metric for metric in heldout_metrics(model, teacher, blocks, batch_size=2)}
+    found = {metric.metric: metric for metric in heldout_report(model, teacher, blocks, batch_size=2).metrics}
     with torch.no_grad():
         log_q = model(input_ids=blocks.input_ids).logits[:, :-1].double().log_softmax(-1)
         log_p = teacher(input_ids=blocks.input_ids).logits[:, :-1].double().log_softmax(-1)
@@ -50,7 +50,7 @@ def test_held_out_metrics_equal_their_definitions_in_float64():
 
 def test_a_model_has_no_divergence_from_itself():
     model = make_model()
-    found = {metric.metric: metric.value for metric in heldout_metrics(model, model, make_blocks())}
+    found = {metric.metric: metric.value for metric in heldout_report(model, model, make_blocks()).metrics}
     assert found["kl_to_teacher"] == 0 and found["top1_agreement"] == 1
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHARED, distill_with, make_model, needs_shared
+from conftest import SHARED, distill_with, make_model, needs_shared, pack_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +13,7 @@ from cascade.data.blocks import IGNORE_INDEX, TokenBlocks
 from cascade.data.framing import Framing, framing_of, written_around
 from cascade.data.masking import masked_blocks
 from cascade.data.messages import conversation_tokens
-from cascade.data.packing import BlockFormat, pack_documents, pack_tokens
+from cascade.data.packing import BlockFormat, pack_documents
 from cascade.data.prepare import prepare_blocks
 from cascade.data.sources import TextData
 from cascade.evaluation.framing_test import choose_framing

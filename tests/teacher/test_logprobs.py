@@ -6,7 +6,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, pack_tokens
 from endpoint_server import chat_answer, serving
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cascade.data.blocks import IGNORE_INDEX, load_blocks, save_blocks
 from cascade.data.endpoint_logprobs import ListedReader
 from cascade.data.messages import conversation_tokens
-from cascade.data.packing import Tokenized, pack_tokens
+from cascade.data.packing import Tokenized
 from cascade.data.token_bytes import token_bytes
 from cascade.data.token_targets import ListedTargets
 from cascade.distillation.losses.divergences import ghost

@@ -117,7 +117,8 @@ class Windows:
             record = shard.record(number)
             if record is not None and self._is_whole(shard, number, key, record):
                 return record
-            logger.warning("%s: the record of window %s is damaged and not used", shard.path, key.hex())
+            fault = "damaged" if record is not None else "not readable now"
+            logger.warning("%s: the record of window %s is %s; it is not used", shard.path, key.hex(), fault)
             with self._lock:
                 self.num_damaged += 1
                 if record is not None:
